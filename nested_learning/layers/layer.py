@@ -1,0 +1,39 @@
+"""The one type of a layer, and what is marked on the tokens it reads."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from nested_learning import parameters
+
+
+class Marks(NamedTuple):
+  """What is marked on the tokens of a call; None where nothing is.
+
+  Attributes:
+    reset: bool [b, t], True at the first token of a document: everything that
+      came before in its row is forgotten.
+    mask: bool [b, t], False for padding: an exact no-op on every state.
+    write: Whether memories write. With False they are read as they stand.
+  """
+
+  reset: jax.Array | None = None
+  mask: jax.Array | None = None
+  write: bool = True
+
+
+class Layer(NamedTuple):
+  """A layer as a table of parameters and two pure functions.
+
+  Attributes:
+    table: Its parameters, see `nested_learning.parameters`.
+    init_state: `init_state(params, batch_size) -> state` at a stream's start.
+    apply: `apply(params, state, inputs, marks) -> (outputs, state)` with inputs
+      and outputs [b, t, e]. `state=None` means a stream's start, and spares the
+      bookkeeping that a call in the middle of a stream needs.
+  """
+
+  table: parameters.Table
+  init_state: Callable[[Any, int], Any]
+  apply: Callable[[Any, Any, jax.Array, Marks], tuple[jax.Array, Any]]

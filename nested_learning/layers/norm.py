@@ -1,0 +1,36 @@
+"""Normalisations."""
+
+import jax
+import jax.numpy as jnp
+
+from nested_learning import parameters
+
+
+def scale_param(size: int, axis: str = 'embed') -> parameters.Param:
+  """The learned scale of an RMS norm, initially one."""
+  return parameters.Param((size,), (axis,), parameters.constant(1.0))
+
+
+def rms_norm(scale: jax.Array, x: jax.Array) -> jax.Array:
+  """scale * x / rms(x) over the last axis, in float32 at least, x's dtype out.
+
+  Args:
+    scale: [e].
+    x: [..., e].
+
+  Returns:
+    An array like x.
+
+  References:
+    Zhang and Sennrich, arXiv:1910.07467, 2019, eq. 4.
+  """
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+  return (wide * jax.lax.rsqrt(mean_square + 1e-6) * scale).astype(x.dtype)
+
+
+def l2_normalize(x: jax.Array) -> jax.Array:
+  """x / |x| over the last axis; zero stays zero, with finite gradients."""
+  return x * jax.lax.rsqrt(
+    jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6
+  )

@@ -1,0 +1,1 @@
+"""Levels: memories and MLPs on clocks of their own."""
