@@ -74,7 +74,9 @@ def param_shardings(table: parameters.Table, mesh) -> Any:
 
   def leaf(param: parameters.Param):
     spec = [RULES.get(axis) for axis in param.axes]
-    for size, axis, mesh_axis in zip(param.shape, param.axes, spec):
+    for size, axis, mesh_axis in zip(
+      param.shape, param.axes, spec, strict=True
+    ):
       if mesh_axis and size % mesh.shape[mesh_axis]:
         raise ValueError(
           f'axis {axis!r} of size {size} is not a multiple of the mesh axis '

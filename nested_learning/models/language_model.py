@@ -22,7 +22,7 @@ from nested_learning.levels import cms
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder of equal blocks: a mixer across tokens, then a chain of levels."""
+  """A decoder of equal blocks: a mixer across tokens, then the levels."""
 
   vocab_size: int
   num_layers: int
