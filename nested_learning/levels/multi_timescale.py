@@ -1,0 +1,395 @@
+"""Parameters that learn at different rates of update, as one optax optimiser.
+
+Nested Learning orders the parts of a model by how often they are updated. Here
+that order is an optimiser: every level owns some of the parameters, an optax
+transformation of its own, and a clock that counts tokens.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Phases are searched among the last so many steps of a period. Only residues
+# modulo the other periods matter, so more candidates would bring nothing.
+_NUM_PHASES = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+  """Parameters that share a clock and an optimiser.
+
+  Attributes:
+    name: The label of the level's parameters.
+    chunk_size: Tokens between two updates (steps, where no tokens_per_step is
+      given). NL: C.
+    optimizer: Any optax transformation; it sees only this level's parameters
+      and only the steps on which the level updates.
+  """
+
+  name: str
+  chunk_size: int
+  optimizer: optax.GradientTransformation
+
+
+class LevelState(NamedTuple):
+  """What one level carries from step to step.
+
+  Attributes:
+    inner: State of the level's own optimiser.
+    accumulated: Sum of the gradients since the last update, in float32 or
+      wider; () where the level updates on every step.
+    num_accumulated: Steps in that sum, int32.
+    num_updates: Updates so far, int32.
+    gradient_norm: Norm of the gradient that the last update saw.
+    update_norm: Norm of the last update.
+    update_ratio: Norm of the last update over the norm of the weights it was
+      added to; 0 where `update` was given no params.
+  """
+
+  inner: Any
+  accumulated: Any
+  num_accumulated: jax.Array
+  num_updates: jax.Array
+  gradient_norm: jax.Array
+  update_norm: jax.Array
+  update_ratio: jax.Array
+
+
+class MultiTimescaleState(NamedTuple):
+  """Steps taken so far (int32) and the state of every level, by name."""
+
+  step: jax.Array
+  levels: Mapping[str, LevelState]
+
+
+def multi_timescale(
+  levels: Sequence[Level],
+  label_fn: Callable[[Any], Any] | Any,
+  *,
+  tokens_per_step: int | None = None,
+  reduce: str = 'mean',
+  phases: str = 'staggered',
+) -> optax.GradientTransformationExtraArgs:
+  r"""Gives every level of a model its own optimiser on its own clock.
+
+  With C_l the period of level l in steps (chunk_size / tokens_per_step), f_l
+  its optimiser and g_t the gradient of step t,
+
+  .. math::
+    \theta^{(l)}_{t+1} = \theta^{(l)}_t + \begin{cases}
+      f_l\left(\frac{1}{C_l} \sum_{s=t-C_l+1}^{t} g^{(l)}_s\right)
+        & \text{if } t \equiv \text{phase}_l \pmod{C_l} \\
+      0 & \text{otherwise.} \end{cases}
+
+  On the other steps a level costs one addition per parameter: its optimiser
+  runs under `jax.lax.cond`. A level with a period of one step is exactly its
+  own optimiser, and holds no gradient buffer.
+
+  Deviations from print: the sum of NL eq. 71 has C + 1 terms, two neighbouring
+  chunks sharing one; here every gradient is used once. 'mean' is the default,
+  since then a level's gradient is that of the loss averaged over its chunk and
+  neither learning rates nor clipping thresholds change with the chunk size;
+  'sum' is the printed form. Schedules inside a level count its own updates.
+
+  The phase of a level decides which step of a period is its update step. With
+  'aligned' it is the last one, so levels whose periods divide each other update
+  together. With 'staggered', phases are chosen in the order of the levels: the
+  latest one at which the smallest share of the level's updates falls on an
+  update of a level before it (levels that update on every step do not count).
+  The first chunk of a level is then a few steps short, and its mean is over
+  the steps that it has. Levels whose periods have no common divisor must meet
+  now and then.
+
+  Args:
+    levels: The levels, in any order; names must differ.
+    label_fn: A tree of level names with the structure of the parameters or of a
+      prefix of it, or a function from the parameters to such a tree.
+    tokens_per_step: Tokens that one step of training consumes (batch size times
+      sequence length). Every chunk_size must be a multiple. None: chunk sizes
+      are given in steps.
+    reduce: 'mean' or 'sum' of the gradients of a chunk.
+    phases: 'staggered' or 'aligned'.
+
+  Returns:
+    An optax gradient transformation. Extra arguments reach every level's
+    optimiser as they are on the update step; those with the structure of the
+    parameters are cut to the level's own.
+
+  Raises:
+    ValueError: On construction, if a chunk_size is no multiple of
+      tokens_per_step or a setting is unknown; at `init`, if a level matches no
+      parameter, a label names no level, or a parameter is not of a floating
+      type.
+
+  References:
+    Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 71.
+  """
+  levels = tuple(levels)
+  periods = _periods(levels, tokens_per_step)
+  if reduce not in ('mean', 'sum'):
+    raise ValueError(f"reduce={reduce!r} is not one of 'mean', 'sum'.")
+  if phases == 'staggered':
+    offsets = _staggered_phases(tuple(periods.values()))
+  elif phases == 'aligned':
+    offsets = tuple(period - 1 for period in periods.values())
+  else:
+    raise ValueError(f"phases={phases!r} is not one of 'staggered', 'aligned'.")
+  offsets = dict(zip(periods, offsets, strict=True))
+  optimizers = {
+    level.name: optax.with_extra_args_support(level.optimizer)
+    for level in levels
+  }
+
+  def labels_of(tree):
+    labels = label_fn(tree) if callable(label_fn) else label_fn
+    return jax.tree.broadcast(labels, tree)
+
+  def init_fn(params):
+    # optax.tree.map_params calls init with a placeholder that has no leaves.
+    empty = not jax.tree.leaves(params)
+    labels = None if empty else labels_of(params)
+    if not empty:
+      _check_params(params)
+      _check_labels(labels, periods)
+    states = {}
+    for name, period in periods.items():
+      own = params if empty else _select(params, labels, name)
+      states[name] = LevelState(
+        inner=optimizers[name].init(own),
+        accumulated=jax.tree.map(_zeros, own) if period > 1 else (),
+        num_accumulated=jnp.zeros((), jnp.int32),
+        num_updates=jnp.zeros((), jnp.int32),
+        gradient_norm=jnp.zeros((), jnp.float32),
+        update_norm=jnp.zeros((), jnp.float32),
+        update_ratio=jnp.zeros((), jnp.float32),
+      )
+    return MultiTimescaleState(jnp.zeros((), jnp.int32), states)
+
+  def update_fn(updates, state, params=None, **extra_args):
+    labels = labels_of(updates)
+    new_updates, new_states = [], {}
+    for name, period in periods.items():
+      arguments = (
+        _select(updates, labels, name),
+        state.levels[name],
+        None if params is None else _select(params, labels, name),
+        _select_extra_args(extra_args, updates, labels, name),
+      )
+      if period == 1:
+        new_update, new_state = _update(optimizers[name], *arguments)
+      else:
+        due = state.step % period == offsets[name]
+        new_update, new_state = _update_if_due(
+          optimizers[name], due, reduce, *arguments
+        )
+      new_updates.append(new_update)
+      new_states[name] = new_state
+    index = {name: i for i, name in enumerate(periods)}
+    merged = jax.tree.map(
+      lambda label, *candidates: candidates[index[label]], labels, *new_updates
+    )
+    step = optax.safe_increment(state.step)
+    return merged, MultiTimescaleState(step, new_states)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def telemetry(state) -> dict[str, jax.Array]:
+  """Collects what the levels report, from any optax state that holds them.
+
+  Args:
+    state: An optimiser state with a `MultiTimescaleState` anywhere inside.
+
+  Returns:
+    Scalars under '<level>/num_updates', '<level>/gradient_norm',
+    '<level>/update_norm' and '<level>/update_ratio'; empty where there are no
+    levels. A level that is dying shows in a falling gradient norm, one that is
+    not learning in an update ratio near zero.
+  """
+  is_levels = lambda node: isinstance(node, MultiTimescaleState)
+  nodes = jax.tree.leaves(state, is_leaf=is_levels)
+  report = ('num_updates', 'gradient_norm', 'update_norm', 'update_ratio')
+  return {
+    f'{name}/{field}': getattr(level, field)
+    for node in filter(is_levels, nodes)
+    for name, level in node.levels.items()
+    for field in report
+  }
+
+
+def _update(optimizer, gradients, state, params, extra_args):
+  """One step of a level's optimiser, with its telemetry."""
+  updates, inner = optimizer.update(
+    gradients, state.inner, params, **extra_args
+  )
+  update_norm = _norm(updates)
+  if params is None:
+    update_ratio = jnp.zeros((), jnp.float32)
+  else:
+    # A level that starts at zero has no ratio; the floor keeps it finite.
+    update_ratio = update_norm / jnp.maximum(_norm(params), 1e-12)
+  return updates, state._replace(
+    inner=inner,
+    num_updates=optax.safe_increment(state.num_updates),
+    gradient_norm=_norm(gradients),
+    update_norm=update_norm,
+    update_ratio=update_ratio,
+  )
+
+
+def _update_if_due(
+  optimizer, due, reduce, gradients, state, params, extra_args
+):
+  """Adds a gradient to a level's chunk and, on the last one, updates."""
+  accumulated = jax.tree.map(
+    lambda total, g: total + g.astype(total.dtype), state.accumulated, gradients
+  )
+  state = state._replace(
+    accumulated=accumulated, num_accumulated=state.num_accumulated + 1
+  )
+
+  def update(state):
+    divisor = state.num_accumulated if reduce == 'mean' else 1
+    reduced = jax.tree.map(
+      lambda total, g: (total / divisor).astype(g.dtype),
+      state.accumulated,
+      gradients,
+    )
+    updates, new_state = _update(optimizer, reduced, state, params, extra_args)
+    # The branches of a cond agree in type: a state that is a weakly typed or
+    # narrower scalar before its first update stays what it was.
+    inner = jax.tree.map(
+      lambda new, old: jnp.asarray(new, jnp.asarray(old).dtype),
+      new_state.inner,
+      state.inner,
+    )
+    return updates, new_state._replace(
+      inner=inner,
+      accumulated=jax.tree.map(jnp.zeros_like, state.accumulated),
+      num_accumulated=jnp.zeros_like(state.num_accumulated),
+    )
+
+  types, _ = jax.eval_shape(update, state)
+
+  def skip(state):
+    zeros = jax.tree.map(
+      lambda g, kind: jnp.zeros_like(g, dtype=kind.dtype), gradients, types
+    )
+    return zeros, state
+
+  return jax.lax.cond(due, update, skip, state)
+
+
+def _select(tree, labels, name):
+  """The leaves of one level; all others become optax's masked nodes."""
+  return jax.tree.map(
+    lambda label, leaf: leaf if label == name else optax.MaskedNode(),
+    labels,
+    tree,
+  )
+
+
+def _select_extra_args(extra_args, updates, labels, name):
+  """Cuts extra arguments shaped like the parameters to those of a level."""
+  structure = jax.tree.structure(updates)
+  return {
+    key: _select(value, labels, name)
+    if jax.tree.structure(value) == structure
+    else value
+    for key, value in extra_args.items()
+  }
+
+
+def _zeros(leaf):
+  return jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def _norm(tree):
+  squares = [
+    jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+    for leaf in jax.tree.leaves(tree)
+  ]
+  return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
+
+
+def _staggered_phases(periods: Sequence[int]) -> tuple[int, ...]:
+  """Chooses the update step of every period; see `multi_timescale`."""
+  chosen = []  # (period, phase)
+  for period in periods:
+    others = [(p, phase) for p, phase in chosen if p > 1]
+    candidates = range(period - 1, max(-1, period - 1 - _NUM_PHASES), -1)
+    shares = {
+      phase: _share_of_meetings(period, phase, others) for phase in candidates
+    }
+    chosen.append((period, min(shares, key=shares.get)))
+  return tuple(phase for _, phase in chosen)
+
+
+def _share_of_meetings(period, phase, others) -> float:
+  """Share of a level's updates that fall on updates of other levels."""
+  # phase + m period and phase' + n period' meet iff the phases agree modulo
+  # the greatest common divisor; one update in period' / gcd then does.
+  divisors = [math.gcd(period, p) for p, _ in others]
+  return sum(
+    divisor / p
+    for divisor, (p, other_phase) in zip(divisors, others, strict=True)
+    if (phase - other_phase) % divisor == 0
+  )
+
+
+def _periods(levels, tokens_per_step) -> dict[str, int]:
+  """Steps between two updates of each level, by name."""
+  if not levels:
+    raise ValueError('levels is empty: give at least one Level.')
+  if tokens_per_step is not None and tokens_per_step < 1:
+    raise ValueError(
+      f'{tokens_per_step=} must be at least 1, or None to count in steps.'
+    )
+  periods = {}
+  for level in levels:
+    name, chunk_size = level.name, level.chunk_size
+    if name in periods:
+      raise ValueError(f'Two levels are named {name!r}: rename or join them.')
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+      raise ValueError(
+        f'Level {name!r}: {chunk_size=} must be a whole number of at least 1.'
+      )
+    unit = tokens_per_step or 1
+    if chunk_size % unit:
+      lower = max(unit, chunk_size // unit * unit)
+      raise ValueError(
+        f'Level {name!r}: {chunk_size=} is not a multiple of '
+        f'{tokens_per_step=}; set chunk_size to {lower} or {lower + unit}, or '
+        'change the tokens per step (batch size x sequence length).'
+      )
+    periods[name] = chunk_size // unit
+  return periods
+
+
+def _check_params(params):
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      raise ValueError(
+        f'Parameter {jax.tree_util.keystr(path)} has dtype {leaf.dtype}; only '
+        'real floating types can be trained: leave it out with optax.masked.'
+      )
+
+
+def _check_labels(labels, periods):
+  found = set(jax.tree.leaves(labels))
+  unknown = sorted(str(label) for label in found if label not in periods)
+  if unknown:
+    raise ValueError(
+      f'Labels {unknown} name no level; the levels are {sorted(periods)}.'
+    )
+  unused = [name for name in periods if name not in found]
+  if unused:
+    raise ValueError(
+      f'Levels {unused} match no parameter; the labels are {sorted(found)}: '
+      'correct the name or drop the level.'
+    )
