@@ -1,0 +1,7 @@
+"""Text as deterministic batches of tokens."""
+
+from nested_learning.data.pipeline import Batches
+from nested_learning.data.pipeline import DataConfig
+from nested_learning.data.pipeline import make_iterator
+from nested_learning.data.tokenizers import make_tokenizer
+from nested_learning.data.tokenizers import Tokenizer

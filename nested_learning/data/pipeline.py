@@ -1,0 +1,256 @@
+"""Batches of text as a pure function of the step.
+
+Row r of the global batch at a step begins at a known position of the token
+stream, so the state of an iterator is the step: it restores in constant time,
+on any number of processes, and every process makes its own rows only.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import sys
+from typing import Any
+
+import grain
+import numpy as np
+
+from nested_learning import errors
+from nested_learning.data import packing
+from nested_learning.data import sources
+from nested_learning.data import tokenizers
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What text to learn from, and how it is cut into batches."""
+
+  source: str = 'stdlib'  # or a folder, a file, a glob of text files
+  tokenizer: str = 'bytes'  # or the path of a .model or a .json
+  sequence_length: int = 1024  # tokens per row
+  batch_size: int = 8  # rows per step, over all processes
+  reset: str = 'document'  # forget at document starts; or 'never'
+  validation_fraction: float = 0.05  # share of the files that is held out
+  seed: int = 0  # of the order of documents and rows
+  cache_dir: str | None = None  # of tokens; None: below the user's cache
+
+  def __post_init__(self):
+    for name in ('sequence_length', 'batch_size'):
+      if getattr(self, name) < 1:
+        raise errors.UserError(
+          f'data.{name}={getattr(self, name)} must be at least 1.'
+        )
+    if self.reset not in ('document', 'never'):
+      raise errors.UserError(
+        f"data.reset={self.reset!r} must be 'document' or 'never'."
+      )
+    if not 0 <= self.validation_fraction < 1:
+      raise errors.UserError(
+        f'data.validation_fraction={self.validation_fraction} must be at '
+        'least 0 and below 1.'
+      )
+    if not 0 <= self.seed < 2**32:
+      raise errors.UserError(
+        f'data.seed={self.seed} must be at least 0 and below 2**32.'
+      )
+
+
+class Batches:
+  """An iterator over batches whose state is a small JSON-able dict."""
+
+  def __init__(
+    self, make_batch: Callable[[int], Batch], num_steps: int, *, stream: dict
+  ):
+    steps = grain.MapDataset.range(num_steps).map(make_batch)
+    self._batches = iter(
+      steps.to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+      )
+    )
+    self._stream = stream
+
+  def __iter__(self):
+    return self
+
+  def __next__(self) -> Batch:
+    return next(self._batches)
+
+  def get_state(self) -> dict[str, Any]:
+    """The step, and what must be the same wherever it is restored."""
+    step = self._batches.get_state()['next_index']
+    return {'step': step, 'stream': dict(self._stream)}
+
+  def set_state(self, state: dict[str, Any]):
+    """Goes to the batch that followed when the state was taken.
+
+    Args:
+      state: From `get_state`, perhaps with another number of processes.
+
+    Raises:
+      UserError: The state belongs to other data.
+    """
+    for name, value in self._stream.items():
+      saved = state.get('stream', {}).get(name)
+      if saved != value:
+        raise errors.UserError(
+          f'The checkpoint was made on data with {name}={saved!r}, not '
+          f'{value!r}. Restore the text and the settings in data.*, or start '
+          'in another workdir.'
+        )
+    self._batches.set_state({'next_index': state['step']})
+
+
+def make_iterator(
+  config: DataConfig,
+  *,
+  split: str = 'train',
+  process_index: int = 0,
+  process_count: int = 1,
+  num_epochs: int | None = None,
+) -> Batches:
+  """Makes an iterator over one process's rows of every global batch.
+
+  Each document is [document_id] + tokens, and documents are laid end to end.
+  With reset='document' this stream is cut into rows, shuffled anew in every
+  epoch; a row that begins inside a document is a fresh start. With
+  reset='never' it is cut into batch_size lanes, and row r of a batch
+  continues row r of the batch before.
+
+  Training drops the tokens that do not fill a row. Validation keeps the order
+  of the files and counts every token once: what lies beyond the end is
+  padding, with mask False.
+
+  Args:
+    config: The data.
+    split: 'train' or 'validation'. No file is in both.
+    process_index: Which consecutive slice of each batch to make.
+    process_count: Number of slices.
+    num_epochs: Passes over the training data, None for no end. Validation is
+      always one pass.
+
+  Returns:
+    An iterator of dicts of arrays [batch_size / process_count,
+    sequence_length]: `tokens` and `targets` int32; `mask` bool, the targets
+    that count; `reset` bool, where memories forget what was before; `document`
+    int32, counted from 0 in each row. It has `get_state` and `set_state`.
+
+  Raises:
+    UserError: The text or the tokenizer cannot be used, or there is too
+      little text.
+  """
+  if split not in ('train', 'validation'):
+    raise ValueError(f"{split=} must be 'train' or 'validation'.")
+  num_rows, remainder = divmod(config.batch_size, process_count)
+  if remainder:
+    raise errors.UserError(
+      f'data.batch_size={config.batch_size} is not a multiple of the '
+      f'{process_count} processes. Choose a multiple.'
+    )
+  rows = process_index * num_rows + np.arange(num_rows)
+  tokenizer = tokenizers.make_tokenizer(config.tokenizer)
+  files = sources.find_files(config.source)
+  corpus = packing.load_corpus(files, tokenizer, cache_dir=config.cache_dir)
+  stream = _make_stream(config, split, files, corpus)
+  make_plan = _plan_lanes if config.reset == 'never' else _plan_rows
+  num_steps, place = make_plan(config, split, stream.length, num_epochs)
+
+  def make_batch(step: int) -> Batch:
+    begins, ends = place(step, rows)
+    batch = packing.pack(stream, begins, length=config.sequence_length)
+    if config.reset == 'never':
+      batch['reset'] = np.zeros_like(batch['reset'])
+    batch['reset'][:, 0] |= config.reset == 'document' or step == 0
+    batch['mask'] = (
+      begins[:, None] + np.arange(config.sequence_length) < ends[:, None]
+    )
+    return batch
+
+  identity = dataclasses.asdict(config)
+  del identity['source'], identity['cache_dir']
+  identity |= {
+    'tokenizer': tokenizer.fingerprint,
+    'text': corpus.fingerprint,
+    'split': split,
+  }
+  return Batches(make_batch, num_steps, stream=identity)
+
+
+def _make_stream(
+  config: DataConfig,
+  split: str,
+  files: list[sources.TextFile],
+  corpus: packing.Corpus,
+) -> packing.Stream:
+  """The documents of a split, shuffled for training, long enough for a row."""
+  held_out = sources.is_validation(
+    [file.name for file in files], config.validation_fraction
+  )
+  order = np.flatnonzero(held_out if split == 'validation' else ~held_out)
+  if not len(order):
+    raise errors.UserError(
+      f'data.source={config.source!r} has {len(files)} files and '
+      f'data.validation_fraction is {config.validation_fraction}, which '
+      'leaves none for validation. Split the text into several files, or '
+      'raise data.validation_fraction.'
+    )
+  if split == 'train':
+    order = np.random.default_rng(config.seed).permutation(order)
+  stream = packing.make_stream(corpus, order)
+  needed = 1
+  if split == 'train':
+    lanes = config.batch_size if config.reset == 'never' else 1
+    needed = lanes * config.sequence_length
+  if stream.length < needed:
+    raise errors.UserError(
+      f'data.source={config.source!r} has {stream.length} tokens for '
+      f'{split}, fewer than the {needed} that data.sequence_length='
+      f'{config.sequence_length}, data.batch_size={config.batch_size} and '
+      f'data.reset={config.reset!r} need. Give more text, or lower them.'
+    )
+  return stream
+
+
+# A plan is the number of steps, and a function from a step and the rows of the
+# global batch to where each row begins in the stream and where its tokens stop
+# counting: (step, int [b]) -> (int [b], int [b]).
+_Plan = tuple[int, Callable[[int, np.ndarray], tuple[np.ndarray, np.ndarray]]]
+
+
+def _plan_rows(
+  config: DataConfig, split: str, length: int, num_epochs: int | None
+) -> _Plan:
+  """Rows side by side over the stream, shuffled for training."""
+  num_tokens, batch_size = config.sequence_length, config.batch_size
+  if split == 'train':
+    order = grain.MapDataset.range(length // num_tokens)
+    order = order.shuffle(seed=config.seed).repeat(num_epochs)
+  else:
+    num_batches = -(-length // (num_tokens * batch_size))
+    order = grain.MapDataset.range(num_batches * batch_size)
+
+  def place(step, rows):
+    numbers = np.array([order[step * batch_size + row] for row in rows])
+    return numbers * num_tokens, np.full(len(rows), length)
+
+  return len(order) // batch_size, place
+
+
+def _plan_lanes(
+  config: DataConfig, split: str, length: int, num_epochs: int | None
+) -> _Plan:
+  """A contiguous lane per row; in training it runs on into the next lane."""
+  num_tokens, batch_size = config.sequence_length, config.batch_size
+  if split == 'train':
+    lane = length // batch_size
+    num_steps = num_epochs * lane // num_tokens if num_epochs else sys.maxsize
+  else:
+    lane = -(-length // batch_size)
+    num_steps = -(-lane // num_tokens)
+
+  def place(step, rows):
+    begins = rows * lane + step * num_tokens
+    if split == 'train':
+      return begins, begins + num_tokens
+    return begins, np.minimum((rows + 1) * lane, length)
+
+  return num_steps, place

@@ -1,0 +1,227 @@
+"""Tokenizers: bytes, SentencePiece models and Hugging Face tokenizers.
+
+Each kind counts the bytes of text behind every token, so that a loss per
+token becomes bits per byte of text without an estimate.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+
+from nested_learning import errors
+
+# What models call the token between documents, most usual first.
+_DOCUMENT_TOKENS = (
+  '<|begin_of_text|>',
+  '<|endoftext|>',
+  '<bos>',
+  '<s>',
+  '[BOS]',
+  '<eos>',
+  '</s>',
+  '[EOS]',
+)
+# Texts on which the byte counts of a model are checked when it is loaded.
+_PROBES = ('a', 'The cat, "2 x 3".', 'def f(x):\n  return x\n\n# naïve ☃')
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """Text to token ids and back.
+
+  For every text, `byte_lengths[[document_id, *encode(text)]].sum()` is the
+  number of UTF-8 bytes of `decode(encode(text))`. Models that put a space
+  before each text and take it off when decoding have a document_id of length
+  -1 to make up for it.
+  """
+
+  vocab_size: int  # ids are below it, document_id included
+  document_id: int  # stands before each document; decodes to nothing
+  byte_lengths: np.ndarray  # int32 [vocab_size]
+  fingerprint: str  # equal for equal tokenizers, on every machine
+  encode: Callable[[str], np.ndarray]  # text -> int32 [tokens]
+  decode: Callable[[np.ndarray], str]
+
+
+def make_tokenizer(spec: str) -> Tokenizer:
+  """Makes a tokenizer.
+
+  Args:
+    spec: 'bytes', the path of a SentencePiece model (.model), or the path of a
+      Hugging Face `tokenizers` file (.json).
+
+  Returns:
+    The tokenizer.
+
+  Raises:
+    UserError: The file is missing or damaged, the package that reads it is not
+      installed, or the bytes behind its tokens cannot be counted.
+  """
+  if spec == 'bytes':
+    return _make_bytes()
+  makers = {'.model': _make_sentencepiece, '.json': _make_hugging_face}
+  path = pathlib.Path(spec).expanduser()
+  if path.suffix not in makers:
+    raise errors.UserError(
+      f"data.tokenizer={spec!r} is unknown. Give 'bytes', the path of a "
+      'SentencePiece .model, or of a Hugging Face tokenizers .json.'
+    )
+  try:
+    content = path.read_bytes()
+  except OSError as error:
+    raise errors.UserError(
+      f'data.tokenizer={spec!r} cannot be read ({error.strerror}). Check the '
+      "path, or use 'bytes', which needs no file."
+    ) from error
+  return makers[path.suffix](spec, content)
+
+
+def _make_bytes() -> Tokenizer:
+  """Every byte of UTF-8 is a token; 256 stands before each document."""
+
+  def encode(text):
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+  def decode(ids):
+    ids = np.asarray(ids)
+    return ids[ids < 256].astype(np.uint8).tobytes().decode(errors='replace')
+
+  byte_lengths = np.ones(257, np.int32)
+  byte_lengths[256] = 0
+  return Tokenizer(257, 256, byte_lengths, 'bytes', encode, decode)
+
+
+def _make_sentencepiece(spec: str, content: bytes) -> Tokenizer:
+  try:
+    import sentencepiece
+  except ImportError as error:
+    raise _missing_package(spec, 'sentencepiece') from error
+  try:
+    model = sentencepiece.SentencePieceProcessor(model_proto=content)
+  except Exception as error:  # The package raises RuntimeError for most.
+    raise _damaged(spec, 'SentencePiece model') from error
+
+  def byte_length(i):
+    if model.is_control(i) or model.is_unused(i):
+      return 0
+    if model.is_unknown(i):
+      return len(model.decode([i]).encode())
+    return 1 if model.is_byte(i) else _piece_bytes(model.id_to_piece(i))
+
+  ids = [i for i in (model.bos_id(), model.eos_id()) if i >= 0]
+  return _finish(
+    spec,
+    fingerprint=_fingerprint('sentencepiece', content),
+    byte_lengths=[byte_length(i) for i in range(model.vocab_size())],
+    document_id=ids[0] if ids else None,
+    encode=model.encode,
+    decode=model.decode,
+  )
+
+
+def _make_hugging_face(spec: str, content: bytes) -> Tokenizer:
+  try:
+    import tokenizers
+  except ImportError as error:
+    raise _missing_package(spec, 'tokenizers') from error
+  try:
+    model = tokenizers.Tokenizer.from_str(content.decode())
+  except Exception as error:  # The package raises bare Exception.
+    raise _damaged(spec, 'Hugging Face tokenizers file') from error
+  model.no_padding()
+  model.no_truncation()
+  model.encode_special_tokens = True  # '<s>' in a text is text.
+  decoder = json.dumps(json.loads(model.to_str())['decoder'])
+  byte_level = '"ByteLevel"' in decoder
+  byte_fallback = '"ByteFallback"' in decoder
+  vocabulary = model.get_vocab(with_added_tokens=True)
+  byte_lengths = [0] * (max(vocabulary.values(), default=-1) + 1)
+  for piece, i in vocabulary.items():
+    if byte_fallback and len(piece) == 6 and piece.startswith('<0x'):
+      byte_lengths[i] = 1
+    else:  # A byte-level piece has one character per byte.
+      byte_lengths[i] = len(piece) if byte_level else _piece_bytes(piece)
+  special = {}
+  for i, token in model.get_added_tokens_decoder().items():
+    byte_lengths[i] = 0 if token.special else len(token.content.encode())
+    if token.special:
+      special[token.content] = i
+  names = [name for name in _DOCUMENT_TOKENS if name in special]
+  return _finish(
+    spec,
+    fingerprint=_fingerprint('hugging_face', content),
+    byte_lengths=byte_lengths,
+    document_id=special[names[0]] if names else None,
+    encode=lambda text: model.encode(text, add_special_tokens=False).ids,
+    decode=model.decode,
+  )
+
+
+def _finish(
+  spec: str,
+  *,
+  fingerprint: str,
+  byte_lengths: list[int],
+  document_id: int | None,
+  encode: Callable[[str], list[int]],
+  decode: Callable[[list[int]], str],
+) -> Tokenizer:
+  """Adds what a loaded model may lack, and checks its byte counts."""
+  if document_id is None:
+    document_id = len(byte_lengths)
+    byte_lengths = [*byte_lengths, 0]
+  lengths = np.array(byte_lengths, np.int32)
+
+  def encode_array(text):
+    return np.array(encode(text), np.int32)
+
+  def decode_array(ids):
+    ids = np.asarray(ids)
+    return decode(ids[ids != document_id].tolist())
+
+  surplus = set()
+  for text in _PROBES:
+    ids = encode_array(text)
+    surplus.add(len(decode_array(ids).encode()) - int(lengths[ids].sum()))
+  if len(surplus) > 1:
+    raise errors.UserError(
+      f'data.tokenizer={spec!r} decodes in a way that hides how many bytes '
+      "a token stands for. Use 'bytes', a SentencePiece model, or byte-level "
+      'BPE.'
+    )
+  lengths[document_id] = surplus.pop()
+  return Tokenizer(
+    vocab_size=len(lengths),
+    document_id=document_id,
+    byte_lengths=lengths,
+    fingerprint=fingerprint,
+    encode=encode_array,
+    decode=decode_array,
+  )
+
+
+def _piece_bytes(piece: str) -> int:
+  """Bytes of a piece in which '▁' stands for a space."""
+  return len(piece.replace('▁', ' ').encode())
+
+
+def _fingerprint(kind: str, content: bytes) -> str:
+  return f'{kind}-{hashlib.sha256(content).hexdigest()[:16]}'
+
+
+def _missing_package(spec: str, package: str) -> errors.UserError:
+  return errors.UserError(
+    f'data.tokenizer={spec!r} needs the package {package}. Install it with '
+    '`pip install "nested-learning[tokenizers]"`, or use \'bytes\'.'
+  )
+
+
+def _damaged(spec: str, kind: str) -> errors.UserError:
+  return errors.UserError(
+    f'data.tokenizer={spec!r} is not a {kind}, or is damaged. Export or '
+    "download it again, or use 'bytes'."
+  )
