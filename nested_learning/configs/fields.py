@@ -1,0 +1,95 @@
+"""What the fields of a config class may hold, by their annotations."""
+
+import dataclasses
+import functools
+import types
+import typing
+from typing import Any
+
+from nested_learning import errors
+
+
+def is_config(value: Any) -> bool:
+  """Returns whether the value, or the class, is a config."""
+  return dataclasses.is_dataclass(value)
+
+
+def init_fields(value: Any) -> list[dataclasses.Field]:
+  """Returns the fields that a caller can set."""
+  return [field for field in dataclasses.fields(value) if field.init]
+
+
+@functools.cache
+def annotations(cls: type) -> dict[str, Any]:
+  """Returns the annotation of each field that a caller can set."""
+  hints = typing.get_type_hints(cls)
+  return {field.name: hints[field.name] for field in init_fields(cls)}
+
+
+def options(kind: Any) -> tuple[Any, ...]:
+  """Returns the members of a union, a plain annotation as its only one."""
+  if typing.get_origin(kind) in (typing.Union, types.UnionType):
+    # None and numbers before str, which would take any text.
+    return tuple(sorted(typing.get_args(kind), key=lambda k: k is str))
+  return (kind,)
+
+
+def classes(kind: Any) -> tuple[type, ...]:
+  """Returns the classes that a config in a field of this annotation may be."""
+  if kind is Any:
+    return (object,)
+  return tuple(option for option in options(kind) if isinstance(option, type))
+
+
+def is_tuple(kind: Any) -> bool:
+  """Returns whether an annotation is that of a tuple with typed entries."""
+  return typing.get_origin(kind) is tuple
+
+
+def tuple_kind(kind: Any) -> Any:
+  """Returns the tuple among the options of an annotation."""
+  return next((option for option in options(kind) if is_tuple(option)), tuple)
+
+
+def item_kinds(kind: Any, length: int) -> tuple[Any, ...]:
+  """Returns the annotation of each entry of a tuple of `length` entries."""
+  kinds = typing.get_args(kind)
+  if len(kinds) == 2 and kinds[1] is Ellipsis:
+    return kinds[:1] * length
+  return kinds
+
+
+def make(constructor: Any, values: dict[str, Any], path: str) -> Any:
+  """Makes a dataclass; says where in the config a refusal came from."""
+  try:
+    return constructor(**values)
+  except (TypeError, ValueError) as error:
+    where = f'{path}: ' if path else ''
+    raise errors.UserError(f'{where}{error}') from error
+
+
+def join(path: str, name: str) -> str:
+  """Returns the path of a field inside the config at `path`."""
+  return f'{path}.{name}' if path else name
+
+
+def describe(kind: Any) -> str:
+  """Writes an annotation the way that a user would say it."""
+  if kind is object:
+    return 'a config'
+  if kind is type(None):
+    return 'none'
+  if typing.get_origin(kind) is typing.Literal:
+    return 'one of ' + ', '.join(str(arg) for arg in typing.get_args(kind))
+  if len(options(kind)) > 1:
+    return ' or '.join(describe(option) for option in options(kind))
+  if is_tuple(kind):
+    names = ('...' if a is ... else describe(a) for a in typing.get_args(kind))
+    return f'tuple[{", ".join(names)}]'
+  return getattr(kind, '__name__', str(kind))
+
+
+def short(value: Any) -> str:
+  """Returns a value as an error shows it."""
+  text = type(value).__name__ if is_config(value) else repr(value)
+  return text if len(text) <= 60 else text[:57] + '...'

@@ -1,0 +1,184 @@
+"""Configs as JSON, so that a run can be repeated from its `config.json`."""
+
+from collections.abc import Iterator, Mapping
+import difflib
+import json
+import sys
+import typing
+from typing import Any
+
+from nested_learning import errors
+from nested_learning.configs import fields
+from nested_learning.configs import files
+
+TYPE_KEY = '_type'  # Names the class of a dataclass.
+RUN_KEY = '_run'  # Names the experiment file that has its own `run`.
+
+
+def to_json(config: Any, run: str | None = None) -> str:
+  """Returns the config as JSON that `from_json` turns back into it.
+
+  Args:
+    config: A dataclass.
+    run: Module of the experiment whose own `run` made the run, if it has one.
+
+  Returns:
+    Indented JSON; every dataclass carries its qualified name under `_type`.
+
+  Raises:
+    TypeError: If a field holds something that a config cannot hold.
+  """
+  data = encode(config, '')
+  if run:
+    data[RUN_KEY] = run
+  return json.dumps(data, indent=2) + '\n'
+
+
+def from_json(text: str) -> Any:
+  """Returns the config that `to_json` wrote.
+
+  Fields that the text does not name keep their defaults, so that a config
+  outlives the addition of a field.
+
+  Args:
+    text: JSON of a dataclass of `nested_learning` or of a file under
+      `experiments/`; no other class is made.
+
+  Returns:
+    The config.
+
+  Raises:
+    errors.UserError: If the text is not a config, or does not fit its classes.
+  """
+  data = decode(text)
+  data.pop(RUN_KEY, None)
+  return _from_json(data, object, '')
+
+
+def differences(ours: Any, theirs: Any) -> dict[str, tuple[Any, Any]]:
+  """Returns the fields in which two configs differ.
+
+  Args:
+    ours: A dataclass.
+    theirs: Another, not necessarily of the same class.
+
+  Returns:
+    From each path that differs to both values; a value that one config does
+    not have is '(absent)'.
+  """
+  left, right = (dict(leaves(encode(c, ''), '')) for c in (ours, theirs))
+  absent = '(absent)'
+  return {
+    path: (left.get(path, absent), right.get(path, absent))
+    for path in left | right
+    if left.get(path, absent) != right.get(path, absent)
+  }
+
+
+def encode(value: Any, path: str) -> Any:
+  """Turns a config into what JSON can hold."""
+  if fields.is_config(value):
+    cls = type(value)
+    data = {TYPE_KEY: f'{cls.__module__}.{cls.__qualname__}'}
+    for field in fields.init_fields(value):
+      item = getattr(value, field.name)
+      data[field.name] = encode(item, fields.join(path, field.name))
+    return data
+  if isinstance(value, tuple):
+    return [encode(v, f'{path}.{i}') for i, v in enumerate(value)]
+  if value is None or type(value) in (bool, int, float, str):
+    return value
+  raise TypeError(
+    f'{path} holds {value!r}, a {type(value).__name__}; a config holds '
+    'numbers, strings, None, tuples and dataclasses.'
+  )
+
+
+def decode(text: str) -> dict[str, Any]:
+  """Parses JSON that must be an object."""
+  try:
+    data = json.loads(text)
+  except ValueError as error:
+    raise errors.UserError(
+      f'not a config, or cut short ({error}). Use another --workdir, or the '
+      'experiment file that it was made from.'
+    ) from error
+  if not isinstance(data, dict):
+    raise errors.UserError(f'not a config: {fields.short(data)}.')
+  return data
+
+
+def leaves(
+  data: Any, path: str, inner: bool = False
+) -> Iterator[tuple[str, Any]]:
+  """Yields the paths and values of an encoded config."""
+  if isinstance(data, dict):
+    items = list(data.items())
+  elif isinstance(data, list) and data:
+    items = [(str(i), item) for i, item in enumerate(data)]
+  else:
+    yield path, data
+    return
+  if inner:
+    yield path, data
+  for name, item in items:
+    if not (inner and name == TYPE_KEY):
+      yield from leaves(item, fields.join(path, name), inner)
+
+
+def _from_json(value: Any, kind: Any, path: str) -> Any:
+  """Checks a decoded JSON value against `kind` and makes its dataclasses."""
+  if isinstance(value, Mapping):
+    cls = _find_class(value.get(TYPE_KEY), path)
+    if not any(issubclass(cls, option) for option in fields.classes(kind)):
+      raise errors.UserError(
+        f'{path} is a {cls.__name__}; it must be {fields.describe(kind)}.'
+      )
+    kinds, values = fields.annotations(cls), {}
+    for name, item in value.items():
+      if name in kinds:
+        below = fields.join(path, name)
+        values[name] = _from_json(item, kinds[name], below)
+      elif name != TYPE_KEY:
+        raise errors.UserError(
+          f'{fields.join(path, name)} does not exist; the nearest field is '
+          f'{difflib.get_close_matches(name, kinds, 1, 0)[0]}. '
+          f'{cls.__name__} has: {", ".join(kinds)}.'
+        )
+    return fields.make(cls, values, path)
+  for option in fields.options(kind):
+    if fields.is_tuple(option) and isinstance(value, list):
+      kinds = fields.item_kinds(option, len(value))
+      if len(kinds) == len(value):
+        pairs = enumerate(zip(value, kinds, strict=True))
+        return tuple(_from_json(v, k, f'{path}.{i}') for i, (v, k) in pairs)
+    elif typing.get_origin(option) is typing.Literal:
+      if value in typing.get_args(option):
+        return value
+    elif option is float and type(value) in (int, float):
+      return float(value)
+    elif option in (bool, int, str, type(None)) and type(value) is option:
+      return value
+  raise errors.UserError(
+    f'{path or "The config"} is {fields.describe(kind)}, not {value!r}.'
+  )
+
+
+def _find_class(name: Any, path: str) -> type:
+  """Returns the config class of a qualified name from a JSON file."""
+  module, _, cls = str(name).rpartition('.')
+  found = None
+  if module.split('.')[0] == 'nested_learning':
+    try:
+      __import__(module)
+      found = getattr(sys.modules[module], cls, None)
+    except ImportError:
+      pass
+  elif module.split('.')[0] == 'experiments':
+    found = getattr(files.find(module), cls, None)
+  if not fields.is_config(found) or found.__module__ != module:
+    raise errors.UserError(
+      f'{path or "the config"} has {TYPE_KEY} {name!r}, which is no config '
+      'class of nested_learning or of a file under experiments/.'
+    )
+  return found

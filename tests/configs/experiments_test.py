@@ -1,0 +1,107 @@
+"""Tests of configs read from experiment files and from config.json."""
+
+import os
+import pathlib
+
+from absl.testing import absltest
+from absl.testing import parameterized
+
+from nested_learning import configs
+from nested_learning import errors
+
+_FILE = """
+import dataclasses
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  size: str = 'small'
+
+def get_config(arg=None):
+  return Config(arg) if arg is not None else Config()
+"""
+
+_RUN = """
+def run(config, workdir, mode):
+  return config.size, workdir, mode
+"""
+
+
+class LoadTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = self.create_tempdir()
+    self.name = 'loaded_' + self.id().rsplit('.', 1)[-1]
+    before = os.getcwd()
+    os.chdir(self.folder.full_path)
+    self.addCleanup(os.chdir, before)
+
+  def _write(self, content, name=None):
+    path = f'experiments/{name or self.name}.py'
+    self.folder.create_file(path, content=content)
+    return path
+
+  def test_calls_get_config(self):
+    path = self._write(_FILE)
+    self.assertEqual(configs.load(path).size, 'small')
+    self.assertEqual(configs.load(f'{path}:large').size, 'large')
+    self.assertEqual(configs.load(f'{path}:a:b').size, 'a:b')
+    self.assertEqual(configs.load(f'{path}:').size, '')
+    absolute = pathlib.Path(path).resolve()
+    self.assertEqual(configs.load(str(absolute)), configs.load(path))
+
+  def test_experiment_without_run_is_for_the_trainer(self):
+    experiment = configs.load_experiment(self._write(_FILE))
+    self.assertIsNone(experiment.run)
+    self.assertIsNone(experiment.module)
+
+  def test_run_survives_config_json(self):
+    path = self._write(_FILE + _RUN, 'benchmarks/' + self.name)
+    experiment = configs.load_experiment(f'{path}:large')
+    self.assertEqual(experiment.module, f'experiments.benchmarks.{self.name}')
+    text = configs.to_json(experiment.config, experiment.module)
+    file = self.folder.create_file('runs/a/config.json', content=text)
+    again = configs.load_experiment(file.full_path)
+    self.assertEqual(again.config, experiment.config)
+    self.assertEqual(
+      again.run(again.config, 'w', 'train'), ('large', 'w', 'train')
+    )
+
+  @parameterized.named_parameters(
+    ('syntax', 'def get_config(:\n', 'line 1: SyntaxError'),
+    ('import', 'import nothing_like_it\n', 'line 1: ModuleNotFoundError'),
+    ('raises', 'def get_config():\n  return 1 / 0\n', 'line 2: ZeroDivision'),
+    (
+      'argument',
+      'def get_config():\n  return 1\n',
+      'is not a Config|dataclass',
+    ),
+    ('nothing', 'x = 1\n', r'does not define get_config\(arg=None\)'),
+  )
+  def test_file_that_does_not_work(self, content, message):
+    path = self._write(content)
+    with self.assertRaisesRegex(errors.UserError, message) as caught:
+      configs.load(path)
+    self.assertIn(path, str(caught.exception))
+    self.assertNotIn('\n', str(caught.exception))
+
+  def test_refusal_of_an_argument_passes_through(self):
+    path = self._write(
+      'def get_config(arg=None):\n  raise ValueError(f"{arg=}: not a size.")\n'
+    )
+    with self.assertRaisesRegex(errors.UserError, "arg='xl': not a size"):
+      configs.load(f'{path}:xl')
+
+  def test_missing_file_names_what_is_there(self):
+    self._write(_FILE)
+    with self.assertRaisesRegex(errors.UserError, f'has: {self.name}.py'):
+      configs.load('experiments/quickstrat.py')
+    with self.assertRaisesRegex(errors.UserError, 'no file nowhere/x.py'):
+      configs.load('nowhere/x.py')
+    with self.assertRaisesRegex(errors.UserError, 'Cannot read runs/no.json'):
+      configs.load('runs/no.json')
+    with self.assertRaisesRegex(errors.UserError, 'neither a Python file nor'):
+      configs.load('experiments/quickstart')
+
+
+if __name__ == '__main__':
+  absltest.main()
