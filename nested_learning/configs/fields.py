@@ -82,7 +82,7 @@ def describe(kind: Any) -> str:
   if typing.get_origin(kind) is typing.Literal:
     return 'one of ' + ', '.join(str(arg) for arg in typing.get_args(kind))
   if len(options(kind)) > 1:
-    return ' or '.join(describe(option) for option in options(kind))
+    return ' or '.join(describe(option) for option in typing.get_args(kind))
   if is_tuple(kind):
     names = ('...' if a is ... else describe(a) for a in typing.get_args(kind))
     return f'tuple[{", ".join(names)}]'
