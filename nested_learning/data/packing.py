@@ -71,7 +71,8 @@ def load_corpus(
   """
   key = hashlib.sha256(tokenizer.fingerprint.encode())
   for file in files:
-    key.update(f'\0{file.path.absolute()}\0{file.size}\0{file.mtime}'.encode())
+    key.update(os.fsencode(f'\0{file.path.absolute()}\0'))
+    key.update(f'{file.size}\0{file.mtime}'.encode())
   root = pathlib.Path(cache_dir) if cache_dir else default_cache_dir()
   folder = root.expanduser() / key.hexdigest()[:32]
   try:
@@ -165,7 +166,7 @@ def _write_corpus(
           ids = np.concatenate([[tokenizer.document_id], ids])
         content = ids.astype(dtype).tobytes()
         file.write(content)
-        digest.update(f'{document.name}\0{len(ids)}\0'.encode() + content)
+        digest.update(os.fsencode(f'{document.name}\0{len(ids)}\0') + content)
         lengths.append(len(ids))
       file.seek(0)
       _write_header(file, dtype, sum(lengths))

@@ -120,7 +120,7 @@ def is_validation(names: Sequence[str], fraction: float) -> np.ndarray:
   Returns:
     bool [files], True where a file belongs to the validation split.
   """
-  digests = [hashlib.sha256(name.encode()).digest() for name in names]
+  digests = [hashlib.sha256(os.fsencode(name)).digest() for name in names]
   places = np.array([int.from_bytes(d[:6], 'big') / 2**48 for d in digests])
   chosen = places < fraction
   if fraction and len(names) > 1:
