@@ -116,9 +116,9 @@ def make_iterator(
   reset='never' it is cut into batch_size lanes, and row r of a batch
   continues row r of the batch before.
 
-  Training drops the tokens that do not fill a row. Validation keeps the order
-  of the files and counts every token once: what lies beyond the end is
-  padding, with mask False.
+  Training drops the tokens that do not fill a row and, after num_epochs, the
+  rows that do not fill a batch. Validation keeps the order of the files and
+  counts every token once: what lies beyond the end is padding, mask False.
 
   Args:
     config: The data.
