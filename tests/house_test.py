@@ -1,0 +1,115 @@
+"""Tests of the package as a whole: what it ships, pins and imports."""
+
+import ast
+import configparser
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+from absl.testing import absltest
+from absl.testing import parameterized
+from packaging import requirements
+
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# A room may import its own tier and those above it in this list.
+_TIERS = (
+  ('errors', 'parameters', 'sharding', 'configs', 'data', 'optimizers'),
+  ('memory', 'layers', 'levels'),
+  ('models', 'linen'),
+  ('training', 'inference', 'evaluation'),
+)
+
+
+def _read_setup() -> configparser.ConfigParser:
+  setup = configparser.ConfigParser()
+  setup.read(_ROOT / 'setup.cfg')
+  return setup
+
+
+def _rooms() -> list[str]:
+  package = _ROOT / 'nested_learning'
+  return sorted(
+    path.stem
+    for path in package.iterdir()
+    if (path.suffix == '.py' or (path / '__init__.py').is_file())
+    and path.stem != '__init__'
+  )
+
+
+class HouseTest(parameterized.TestCase):
+  def test_import_is_light(self):
+    code = 'import sys, nested_learning; print("jax" in sys.modules)'
+    output = subprocess.check_output(
+      [sys.executable, '-c', code], text=True, cwd=_ROOT
+    )
+    self.assertEqual(output.strip(), 'False')
+
+  def test_every_room_has_a_tier(self):
+    known = {room for tier in _TIERS for room in tier}
+    self.assertEqual(set(_rooms()) - known, set())
+
+  def test_imports_point_one_way(self):
+    tiers = {room: i for i, tier in enumerate(_TIERS) for room in tier}
+    for path in (_ROOT / 'nested_learning').rglob('*.py'):
+      room = path.relative_to(_ROOT / 'nested_learning').parts[0]
+      room = room.removesuffix('.py')
+      for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom):
+          continue
+        source = (node.module or '').split('.')
+        if source[0] != 'nested_learning' or room == '__init__':
+          continue
+        names = source[1:2] or [alias.name for alias in node.names]
+        for name in names:
+          self.assertLessEqual(
+            tiers[name],
+            tiers[room],
+            f'{path.name} of {room} imports {name}, which is built on it.',
+          )
+
+  def test_pins_are_inside_the_ranges(self):
+    lines = (_ROOT / 'constraints.txt').read_text().splitlines()
+    pins = dict(line.split('==') for line in lines if line[:1] != '#')
+    pins = {re.sub('[-_.]+', '-', k).lower(): v for k, v in pins.items()}
+    setup = _read_setup()
+    extras = setup['options.extras_require']
+    ranges = setup['options']['install_requires'].split('\n')
+    for extra in ('test', 'tokenizers'):
+      ranges += extras[extra].split('\n')
+    for line in filter(None, ranges):
+      requirement = requirements.Requirement(line)
+      name = re.sub('[-_.]+', '-', requirement.name).lower()
+      self.assertIn(name, pins)
+      self.assertIn(pins[name], requirement.specifier)
+
+  def test_wheel_holds_the_package_and_its_type_marker(self):
+    source = pathlib.Path(self.create_tempdir().full_path, 'source')
+    source.mkdir()
+    for name in ('setup.cfg', 'pyproject.toml', 'README.md', 'LICENSE'):
+      shutil.copy(_ROOT / name, source)
+    for name in ('nested_learning', 'launch', 'experiments', 'tests'):
+      shutil.copytree(_ROOT / name, source / name)
+    command = '-m pip wheel --quiet --no-deps --no-build-isolation -w . .'
+    subprocess.run([sys.executable, *command.split()], check=True, cwd=source)
+    (wheel,) = source.glob('*.whl')
+    with zipfile.ZipFile(wheel) as archive:
+      names = set(archive.namelist())
+      (metadata,) = [n for n in names if n.endswith('/METADATA')]
+      metadata = archive.read(metadata).decode()
+    tops = {name.split('/')[0] for name in names}
+    tops -= {name for name in tops if name.endswith('.dist-info')}
+    self.assertEqual(tops, {'nested_learning'})
+    self.assertIn('nested_learning/py.typed', names)
+    package = _ROOT / 'nested_learning'
+    for path in package.rglob('*.py'):
+      self.assertIn(str(path.relative_to(_ROOT)), names)
+    for extra in _read_setup()['options.extras_require']:
+      self.assertIn(f'Provides-Extra: {extra}', metadata)
+
+
+if __name__ == '__main__':
+  absltest.main()

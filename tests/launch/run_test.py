@@ -1,0 +1,173 @@
+"""Tests of the launcher, as a user calls it."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from absl.testing import absltest
+from absl.testing import parameterized
+
+_RUN = pathlib.Path(__file__).resolve().parents[2] / 'launch' / 'run.py'
+
+# Needs no JAX, so that a call takes a tenth of a second.
+_FILE = """
+import dataclasses
+import pathlib
+
+from nested_learning import errors
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+  prompt: str = 'def'
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  size: int = 1
+  fail: str = ''
+  generate: Generate = Generate()
+
+  def __post_init__(self):
+    if self.size < 0:
+      raise ValueError(f'{self.size=} is negative.')
+
+def get_config(arg=None):
+  return Config(size=int(arg or 1))
+
+def run(config, workdir, mode):
+  if config.fail == 'user':
+    raise errors.UserError('The corpus is empty.')
+  if config.fail == 'package':
+    from nested_learning import sharding
+    sharding.MeshConfig(data=0)
+  if config.fail == 'bug':
+    return int('three')
+  if config.fail == 'code':
+    return 7
+  print(mode, config.size, config.generate.prompt)
+"""
+
+
+class RunTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = self.create_tempdir()
+    self.folder.create_file('experiments/toy.py', content=_FILE)
+    self.folder.create_file(
+      'experiments/broken.py', content='def get_config():\n  return undefined\n'
+    )
+    self.workdir = pathlib.Path(self.folder.full_path, 'runs', 'a')
+
+  def _call(self, *args):
+    return subprocess.run(
+      [sys.executable, _RUN, *args],
+      capture_output=True,
+      text=True,
+      cwd=self.folder.full_path,
+      env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'},
+    )
+
+  def _toy(self, *args):
+    return self._call(
+      '--config=experiments/toy.py:5', '--workdir=runs/a', *args
+    )
+
+  def _assert_done(self, result, output):
+    self.assertEqual(result.stderr, '')
+    self.assertEqual(result.stdout.strip(), output)
+    self.assertEqual(result.returncode, 0)
+
+  def _assert_refused(self, result, message):
+    self.assertEqual(result.returncode, 2, result.stderr)
+    self.assertLen(result.stderr.splitlines(), 1)
+    self.assertStartsWith(result.stderr, 'run.py: ')
+    self.assertIn(message, result.stderr)
+
+  def test_config_is_written_and_repeats_the_run(self):
+    self._assert_done(self._toy('--set=size=6'), 'train 6 def')
+    data = json.loads((self.workdir / 'config.json').read_text())
+    self.assertEqual(data['size'], 6)
+    self.assertEqual(os.listdir(self.workdir), ['config.json'])
+    again = self._call('--config=runs/a/config.json', '--workdir=runs/b')
+    self._assert_done(again, 'train 6 def')
+    copy = self.workdir.parent / 'b' / 'config.json'
+    self.assertEqual(json.loads(copy.read_text()), data)
+
+  def test_same_config_resumes_and_another_is_refused(self):
+    self._assert_done(self._toy(), 'train 5 def')
+    before = (self.workdir / 'config.json').read_bytes()
+    self._assert_done(self._toy(), 'train 5 def')
+    self._assert_done(self._call('--workdir=runs/a'), 'train 5 def')
+    refused = self._toy('--set=size=8')
+    self._assert_refused(refused, 'size (5 there, 8 here)')
+    self.assertIn('Use another --workdir', refused.stderr)
+    self.assertEqual((self.workdir / 'config.json').read_bytes(), before)
+
+  def test_generate_reads_the_run_and_changes_nothing_in_it(self):
+    self._toy()
+    before = (self.workdir / 'config.json').read_bytes()
+    mode = '--mode=generate'
+    call = self._call('--workdir=runs/a', mode, '--prompt=a b')
+    self._assert_done(call, 'generate 5 a b')
+    self._assert_done(self._toy(mode, '--prompt=x'), 'generate 5 x')
+    self._assert_refused(
+      self._toy(mode, '--set=size=2'), 'Leave out --config to use'
+    )
+    self.assertEqual((self.workdir / 'config.json').read_bytes(), before)
+
+  def test_describe_needs_no_workdir(self):
+    call = self._call('--config=experiments/toy.py', '--mode=describe')
+    self._assert_done(call, 'describe 1 def')
+
+  @parameterized.parameters(
+    (['--confg=x'], "'confg'. Did you mean: config"),
+    (['--mode=trian'], 'train|eval|generate|describe'),
+    (['train'], "Unexpected argument 'train'"),
+    ([], '--workdir=runs/NAME'),
+    (['--workdir=runs/none'], 'No config (runs/none holds no run)'),
+    (
+      ['--config=experiments/tyo.py', '--workdir=runs/a'],
+      'experiments has: broken.py, toy.py',
+    ),
+    (
+      ['--config=experiments/broken.py', '--workdir=runs/a'],
+      'experiments/broken.py, line 2: NameError',
+    ),
+    (
+      ['--config=experiments/toy.py', '--workdir=experiments/toy.py'],
+      'Cannot write to --workdir=experiments/toy.py',
+    ),
+  )
+  def test_bad_call(self, args, message):
+    self._assert_refused(self._call(*args), message)
+    self.assertFalse(self.workdir.exists())
+
+  @parameterized.parameters(
+    ('sise=3', 'the nearest field is size'),
+    ('size=big', 'size=big does not fit: size is int, now 5'),
+    ('size=-3', 'self.size=-3 is negative'),
+    ('fail=user', 'The corpus is empty.'),
+    ('fail=package', 'mesh self.data=0'),
+  )
+  def test_bad_value(self, assignment, message):
+    self._assert_refused(self._toy(f'--set={assignment}'), message)
+
+  def test_bug_keeps_its_traceback(self):
+    result = self._toy('--set=fail=bug')
+    self.assertEqual(result.returncode, 1)
+    self.assertIn("return int('three')", result.stderr)
+
+  def test_exit_code_of_the_run_is_passed_on(self):
+    self.assertEqual(self._toy('--set=fail=code').returncode, 7)
+
+  def test_config_cut_short_is_refused_and_left(self):
+    self._toy()
+    file = self.workdir / 'config.json'
+    file.write_text(file.read_text()[:20])
+    self._assert_refused(self._toy(), 'runs/a/config.json: not a config')
+    self.assertLen(file.read_text(), 20)
+
+
+if __name__ == '__main__':
+  absltest.main()
