@@ -1,0 +1,245 @@
+"""Delta Gradient Descent: gradient descent that erases before it writes."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import optax
+
+from nested_learning.optimizers import capture
+from nested_learning.optimizers import checks
+
+
+class DgdState(NamedTuple):
+  """Steps taken so far, int32."""
+
+  count: jax.Array
+
+
+def dgd(
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  erase: float = 1.0,
+  maps: Any | Callable[[Any], Any] | None = None,
+  fallback: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Delta Gradient Descent: W forgets what it answers to x, then learns.
+
+  For a linear map W with inputs x_s (N of them) and a loss gradient g,
+
+  .. math::
+    W \leftarrow W - r \left(\text{erase}\; W \tfrac{1}{N} \sum_s x_s x_s^\top
+      + g\right), \qquad
+    r = \frac{\text{lr}}{1 + \text{lr}\; \text{erase}\;
+      \tfrac{1}{N} \sum_s |x_s|^2} .
+
+  With one sample and erase 1 this is the exact minimiser of 1/2 |W x - u|^2 +
+  1/(2 lr) |W - W_t|^2 with u = -dL/dy, for any norm of x. With more samples,
+  the energy (mean of |x|^2) bounds the largest eigenvalue of the mean of
+  x x^T, so no direction of W is ever pulled past zero.
+
+  The gradients passed to `update` hold the sum of both terms, and the extra
+  argument `energy` the mean of |x|^2 of every map: both as `dgd_for_model` and
+  `capture.value_and_delta_grad` give them. With plain gradients, pass the
+  extra argument `projection`, the W x x^T of every map, as well.
+
+  Deviations from print: NL eq. 57 has lr / (1 + lr), which is exact at |x| = 1
+  only; NL 114 prints u with the other sign, and 119-120 the norm of x where its
+  square is meant. Note what the rule minimises: the fixed point of one sample
+  is W x = -dL/dy, so DGD does not stop where the gradient vanishes; it is the
+  loss plus 1/2 |W x|^2 per map, which is a strong regulariser.
+
+  Args:
+    learning_rate: Step size lr, a scalar or an optax schedule (per step).
+    erase: Weight of the erasing term, as given to the capture; 0 is plain
+      gradient descent.
+    maps: Tree of bools, or a function from the parameters to one: which
+      parameters are maps with captured inputs. None: those of rank 2 or more.
+    fallback: Rule for all other parameters. None: `optax.sgd(learning_rate)`,
+      which is DGD without the erasing term.
+
+  Returns:
+    An optax gradient transformation with the extra arguments `energy` (tree
+    like the parameters; leading axes of a leaf are stacked maps) and, if the
+    gradients do not contain it, `projection`.
+
+  Raises:
+    ValueError: If a rate is negative, a parameter is not of a floating type, or
+      `update` is called without `energy`.
+
+  References:
+    Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 56-57, 112-121.
+  """
+  checks.check_rate(learning_rate=learning_rate, erase=erase)
+  if fallback is None:
+    fallback = optax.sgd(learning_rate)
+
+  def labels(params):
+    marks = maps(params) if callable(maps) else maps
+    if marks is None:
+      marks = jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+    return jax.tree.map(lambda mark: 'dgd' if mark else 'fallback', marks)
+
+  partition = optax.partition(
+    {'dgd': _scale_by_dgd(learning_rate, erase), 'fallback': fallback},
+    labels,
+    mask_compatible_extra_args=True,
+  )
+
+  def init_fn(params):
+    checks.check_params(params)
+    return partition.init(params)
+
+  return optax.GradientTransformationExtraArgs(init_fn, partition.update)
+
+
+def _scale_by_dgd(learning_rate, erase):
+  """DGD for parameters that are all maps."""
+
+  def init_fn(params):
+    del params
+    return DgdState(jnp.zeros((), jnp.int32))
+
+  def update_fn(
+    updates, state, params=None, *, energy=None, projection=None, **extra_args
+  ):
+    del params, extra_args
+    if energy is None and jax.tree.leaves(updates):
+      raise ValueError(
+        'dgd needs the extra argument energy=<mean of |x|^2 of every map>: '
+        'take the gradients with optimizers.dgd_for_model and call '
+        'tx.update(gradients, state, params, **extra).'
+      )
+    rate = (
+      learning_rate(state.count) if callable(learning_rate) else (learning_rate)
+    )
+    if projection is not None:
+      updates = jax.tree.map(
+        lambda g, p: g + (erase * p).astype(g.dtype), updates, projection
+      )
+
+    def step(g, e):
+      r = rate / (1 + rate * erase * e)
+      r = jnp.reshape(r, jnp.shape(r) + (1,) * (g.ndim - jnp.ndim(r)))
+      return (-r * g).astype(g.dtype)
+
+    if energy is not None:
+      updates = jax.tree.map(step, updates, energy)
+    return updates, DgdState(optax.safe_increment(state.count))
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def dgd_for_model(
+  loss_fn: Callable[..., Any],
+  model: Any,
+  *args,
+  learning_rate: optax.ScalarOrSchedule,
+  erase: float = 1.0,
+  fallback: optax.GradientTransformation | None = None,
+  num_samples: int | None = None,
+  has_aux: bool = False,
+) -> tuple[Callable[..., Any], optax.GradientTransformationExtraArgs]:
+  """Sets up Delta Gradient Descent for a model, whatever it is written in.
+
+  With parameters (Linen, or any function of a tree):
+
+    value_and_grad, tx = dgd_for_model(loss_fn, params, batch, learning_rate=1.)
+    loss, grads, extra = value_and_grad(params, batch)
+    updates, state = tx.update(grads, state, params, **extra)
+
+  With an NNX module:
+
+    value_and_grad, tx = dgd_for_model(loss_fn, model, batch, learning_rate=1.)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    loss, grads, extra = value_and_grad(model, batch)
+    optimizer.update(model, grads, **extra)
+
+  Args:
+    loss_fn: Scalar function of (params, *args) or (module, *args).
+    model: The parameters (or their shapes), or an NNX module.
+    *args: Example arguments, arrays or shapes; used to find the maps.
+    learning_rate: Step size, a scalar or an optax schedule.
+    erase: Weight of the erasing term; 1 is the paper's.
+    fallback: Rule for parameters that are not maps; see `dgd`.
+    num_samples: See `capture.value_and_delta_grad`.
+    has_aux: Whether loss_fn returns (loss, anything).
+
+  Returns:
+    A function of (model, *args) that gives the loss, gradients and extra
+    arguments, and the optax transformation that takes them.
+
+  Raises:
+    ValueError: If a rate is negative, or loss_fn multiplies data with none of
+      the parameters.
+  """
+  settings = {'erase': erase, 'num_samples': num_samples, 'has_aux': has_aux}
+  if isinstance(model, nnx.Module):
+    value_and_grad = _nnx_value_and_grad(loss_fn, settings)
+    pure, params, rest = _nnx_pure(loss_fn, model, has_aux)
+    args = (rest, *args)
+  else:
+    value_and_grad = capture.value_and_delta_grad(loss_fn, **settings)
+    pure, params = loss_fn, model
+  found = jax.tree.leaves(capture.find_maps(pure, params, *args))
+  if not any(found):
+    raise ValueError(
+      'dgd_for_model: loss_fn multiplies none of the parameters with data, so '
+      'there is nothing to erase; use optax.sgd.'
+    )
+  # Matched by position: NNX wraps leaves in variables at times.
+  maps = lambda tree: jax.tree.unflatten(jax.tree.structure(tree), found)
+  tx = dgd(learning_rate, erase=erase, maps=maps, fallback=fallback)
+  return value_and_grad, tx
+
+
+def dgd_report(
+  loss_fn: Callable[..., Any], model: Any, *args
+) -> dict[str, str]:
+  """Lists which rule of `dgd_for_model` each parameter gets.
+
+  Args:
+    loss_fn: As for `dgd_for_model`.
+    model: As for `dgd_for_model`.
+    *args: As for `dgd_for_model`.
+
+  Returns:
+    'dgd' or 'fallback' by the parameter's path.
+  """
+  if isinstance(model, nnx.Module):
+    loss_fn, model, rest = _nnx_pure(loss_fn, model, False)
+    args = (rest, *args)
+  found = capture.find_maps(loss_fn, model, *args)
+  return {
+    jax.tree_util.keystr(path): 'dgd' if mark else 'fallback'
+    for path, mark in jax.tree_util.tree_leaves_with_path(found)
+  }
+
+
+def _nnx_pure(loss_fn, model, has_aux):
+  """The loss as a function of (params, rest, *args), with params and rest."""
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+  def pure(params, rest, *args):
+    module = nnx.merge(graph, params, rest)
+    outputs = loss_fn(module, *args)
+    value, aux = outputs if has_aux else (outputs, None)
+    return value, (aux, nnx.state(module, nnx.Not(nnx.Param)))
+
+  return pure, params, rest
+
+
+def _nnx_value_and_grad(loss_fn, settings):
+  has_aux = settings['has_aux']
+
+  def value_and_grad(model, *args):
+    pure, params, rest = _nnx_pure(loss_fn, model, has_aux)
+    (value, (aux, rest)), gradients, extra = capture.value_and_delta_grad(
+      pure, **{**settings, 'has_aux': True}
+    )(params, rest, *args)
+    nnx.update(model, rest)
+    return (value, aux) if has_aux else value, gradients, extra
+
+  return value_and_grad

@@ -1,0 +1,341 @@
+"""Delta Gradient Descent against its objective, and its capture of inputs."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+from flax import nnx
+import flax.linen as nn
+from flax.training import train_state
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nested_learning import optimizers
+
+
+def make_mlp():
+  keys = jax.random.split(jax.random.key(0), 4)
+  params = {
+    'first': {
+      'kernel': jax.random.normal(keys[0], (3, 5)),
+      'bias': jnp.ones(5),
+    },
+    'second': {'kernel': jax.random.normal(keys[1], (5, 2))},
+  }
+  x, y = jax.random.normal(keys[2], (7, 3)), jax.random.normal(keys[3], (7, 2))
+  return params, (x, y)
+
+
+def mlp(params, x):
+  hidden = jnp.tanh(x @ params['first']['kernel'] + params['first']['bias'])
+  return hidden @ params['second']['kernel']
+
+
+def mlp_loss(params, batch):
+  return jnp.mean(jnp.sum((mlp(params, batch[0]) - batch[1]) ** 2, -1))
+
+
+def defined_gradient(params, batch, erase):
+  """The gradient of the loss plus 1/2 |W x|^2 per map, x held fixed."""
+  x = batch[0]
+  hidden = jnp.tanh(x @ params['first']['kernel'] + params['first']['bias'])
+
+  def objective(params):
+    first = x @ params['first']['kernel']
+    second = jax.lax.stop_gradient(hidden) @ params['second']['kernel']
+    pull = jnp.sum(first**2) + jnp.sum(second**2)
+    return mlp_loss(params, batch) + erase / 2 * pull / x.shape[0]
+
+  energy = {
+    'first': {'kernel': jnp.sum(x**2) / 7, 'bias': 0.0},
+    'second': {'kernel': jnp.sum(hidden**2) / 7},
+  }
+  return jax.grad(objective)(params), energy
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, tolerance, tolerance),
+    actual,
+    expected,
+  )
+
+
+class Block(nn.Module):
+  @nn.compact
+  def __call__(self, x, _):
+    return x + nn.Dense(4)(nn.gelu(nn.Dense(6)(x))), None
+
+
+class Stack(nn.Module):
+  """Layers stacked by scan, under remat, after a norm."""
+
+  scanned: bool = True
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.LayerNorm()(x)
+    if self.scanned:
+      layers = nn.scan(
+        nn.remat(Block),
+        variable_axes={'params': 0},
+        split_rngs={'params': True},
+        length=3,
+      )
+      x, _ = layers(name='layers')(x, None)
+    else:
+      for i in range(3):
+        x, _ = Block(name=f'layer_{i}')(x, None)
+    return nn.Dense(2, name='head')(x)
+
+
+class Net(nnx.Module):
+  def __init__(self, rngs):
+    self.first = nnx.Linear(3, 5, rngs=rngs)
+    self.norm = nnx.BatchNorm(5, rngs=rngs)
+    self.second = nnx.Linear(5, 2, use_bias=False, rngs=rngs)
+
+  def __call__(self, x):
+    return self.second(nnx.relu(self.norm(self.first(x))))
+
+
+class DgdTest(parameterized.TestCase):
+  @parameterized.product(length=(0.2, 1.0, 5.0), learning_rate=(0.1, 10.0))
+  def test_one_sample_is_the_exact_minimiser(self, length, learning_rate):
+    with jax.enable_x64(True):
+      rng = np.random.default_rng(0)
+      kernel = rng.normal(size=(4, 3))
+      x = rng.normal(size=4)
+      x *= length / np.linalg.norm(x)
+      label = rng.normal(size=3)
+
+      def loss_fn(kernel, x):
+        return jnp.sum(jnp.cos(x @ kernel - label))
+
+      value_and_grad, tx = optimizers.dgd_for_model(
+        loss_fn, jnp.array(kernel), jnp.array(x), learning_rate=learning_rate
+      )
+      _, grad, extra = value_and_grad(jnp.array(kernel), jnp.array(x))
+      updates, _ = tx.update(grad, tx.init(kernel), kernel, **extra)
+
+      # argmin 1/2 |x K - u|^2 + 1/(2 lr) |K - kernel|^2, u = -dL/dy.
+      u = np.sin(x @ kernel - label)
+      minimiser = np.linalg.solve(
+        np.outer(x, x) + np.eye(4) / learning_rate,
+        np.outer(x, u) + kernel / learning_rate,
+      )
+      np.testing.assert_allclose(kernel + updates, minimiser, atol=1e-9)
+
+  @parameterized.parameters(0.0, 0.3, 1.0)
+  def test_capture_adds_the_defined_term(self, erase):
+    params, batch = make_mlp()
+    loss, gradients, extra = jax.jit(
+      optimizers.value_and_delta_grad(mlp_loss, erase=erase)
+    )(params, batch)
+    expected, energy = defined_gradient(params, batch, erase)
+    np.testing.assert_allclose(loss, mlp_loss(params, batch), rtol=1e-6)
+    assert_close(gradients, expected)
+    assert_close(extra['energy'], energy)
+
+  def test_update_is_the_rule(self):
+    params, batch = make_mlp()
+    value_and_grad, tx = optimizers.dgd_for_model(
+      mlp_loss, params, batch, learning_rate=0.5
+    )
+    _, gradients, extra = value_and_grad(params, batch)
+    updates, _ = tx.update(gradients, tx.init(params), params, **extra)
+    expected, energy = defined_gradient(params, batch, 1.0)
+    for name in ('first', 'second'):
+      rate = 0.5 / (1 + 0.5 * energy[name]['kernel'])
+      np.testing.assert_allclose(
+        updates[name]['kernel'], -rate * expected[name]['kernel'], rtol=1e-5
+      )
+    # The bias has no captured input: gradient descent by default.
+    np.testing.assert_allclose(
+      updates['first']['bias'], -0.5 * expected['first']['bias'], rtol=1e-5
+    )
+
+  def test_projection_as_an_extra_argument_gives_the_same(self):
+    params, batch = make_mlp()
+    value_and_grad, tx = optimizers.dgd_for_model(
+      mlp_loss, params, batch, learning_rate=0.5, erase=0.7
+    )
+    _, gradients, extra = value_and_grad(params, batch)
+    folded, _ = tx.update(gradients, tx.init(params), params, **extra)
+    plain = jax.grad(mlp_loss)(params, batch)
+    whole, _ = defined_gradient(params, batch, 1.0)
+    projection = jax.tree.map(jnp.subtract, whole, plain)
+    updates, _ = tx.update(
+      plain, tx.init(params), params, projection=projection, **extra
+    )
+    assert_close(updates, folded)
+
+  def test_step_contracts_however_large_the_rate(self):
+    x = jax.random.normal(jax.random.key(0), (64, 8)) * jnp.arange(1, 9)
+    kernel = jax.random.normal(jax.random.key(1), (8, 4))
+    # A loss that does not depend on the map: only the erasing term acts.
+    loss_fn = lambda kernel, x: 0.0 * jnp.sum(x @ kernel)
+    value_and_grad, tx = optimizers.dgd_for_model(
+      loss_fn, kernel, x, learning_rate=1e6
+    )
+    state = tx.init(kernel)
+    for _ in range(5):
+      _, gradient, extra = value_and_grad(kernel, x)
+      updates, state = tx.update(gradient, state, kernel, **extra)
+      shorter = kernel + updates
+      self.assertLess(jnp.linalg.norm(x @ shorter), jnp.linalg.norm(x @ kernel))
+      # No direction is pulled past zero.
+      self.assertGreater(jnp.sum(shorter * kernel), 0)
+      kernel = shorter
+
+  def test_erase_zero_is_gradient_descent(self):
+    params, batch = make_mlp()
+    value_and_grad, tx = optimizers.dgd_for_model(
+      mlp_loss, params, batch, learning_rate=0.1, erase=0.0
+    )
+    _, gradients, extra = value_and_grad(params, batch)
+    updates, _ = tx.update(gradients, tx.init(params), params, **extra)
+    expected = jax.tree.map(lambda g: -0.1 * g, jax.grad(mlp_loss)(*make_mlp()))
+    assert_close(updates, expected)
+
+  def test_data_in_pieces_counts_as_one_batch(self):
+    params, batch = make_mlp()
+    batch = jax.tree.map(lambda leaf: leaf[:6], batch)
+
+    def in_pieces(params, batch):
+      def body(total, piece):
+        return total + mlp_loss(params, piece) / 3, None
+
+      pieces = jax.tree.map(lambda leaf: leaf.reshape(3, 2, -1), batch)
+      return jax.lax.scan(body, 0.0, pieces)[0]
+
+    expected = optimizers.value_and_delta_grad(mlp_loss)(params, batch)
+    actual = optimizers.value_and_delta_grad(in_pieces)(params, batch)
+    assert_close(actual, expected)
+
+  def test_shared_map_sums_its_uses(self):
+    kernel = jax.random.normal(jax.random.key(0), (3, 3))
+    x = jax.random.normal(jax.random.key(1), (4, 3))
+    twice = lambda kernel, x: jnp.sum(jnp.tanh(x @ kernel) @ kernel) / 4
+    _, gradient, extra = optimizers.value_and_delta_grad(twice)(kernel, x)
+    hidden = jnp.tanh(x @ kernel)
+    gram = (x.T @ x + hidden.T @ hidden) / 4
+    expected = jax.grad(twice)(kernel, x) + gram @ kernel
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+    np.testing.assert_allclose(extra['energy'], jnp.trace(gram), rtol=1e-5)
+
+  def test_linen_stacked_layers_equal_separate_ones(self):
+    x = jax.random.normal(jax.random.key(1), (5, 4))
+    scanned, separate = Stack(True), Stack(False)
+    params = scanned.init(jax.random.key(0), x)['params']
+    unstacked = {name: params[name] for name in ('LayerNorm_0', 'head')}
+    for i in range(3):
+      unstacked[f'layer_{i}'] = jax.tree.map(
+        lambda p, i=i: p[i], params['layers']
+      )
+
+    def make_loss(model):
+      return lambda params, x: jnp.mean(model.apply({'params': params}, x) ** 2)
+
+    outputs = [
+      jax.jit(optimizers.value_and_delta_grad(make_loss(model)))(tree, x)
+      for model, tree in ((scanned, params), (separate, unstacked))
+    ]
+    (_, grads, extra), (_, expected, expected_extra) = outputs
+    energy = extra['energy']['layers']['Dense_1']['kernel']
+    self.assertEqual(energy.shape, (3,))
+    for i in range(3):
+      assert_close(
+        jax.tree.map(lambda leaf, i=i: leaf[i], grads['layers']),
+        expected[f'layer_{i}'],
+      )
+      np.testing.assert_allclose(
+        energy[i],
+        expected_extra['energy'][f'layer_{i}']['Dense_1']['kernel'],
+        rtol=1e-5,
+      )
+    report = optimizers.dgd_report(make_loss(scanned), params, x)
+    self.assertEqual(report["['layers']['Dense_0']['kernel']"], 'dgd')
+    self.assertEqual(report["['layers']['Dense_0']['bias']"], 'fallback')
+    self.assertEqual(report["['LayerNorm_0']['scale']"], 'fallback')
+
+  def test_trains_with_a_linen_train_state(self):
+    model = Stack(True)
+    x = jax.random.normal(jax.random.key(1), (5, 4))
+    params = model.init(jax.random.key(0), x)['params']
+    loss_fn = lambda params, x: jnp.mean(
+      (model.apply({'params': params}, x) - 1) ** 2
+    )
+    value_and_grad, tx = optimizers.dgd_for_model(
+      loss_fn, params, x, learning_rate=0.05
+    )
+    state = train_state.TrainState.create(
+      apply_fn=model.apply, params=params, tx=tx
+    )
+
+    @jax.jit
+    def step(state):
+      loss, grads, extra = value_and_grad(state.params, x)
+      updates, opt_state = tx.update(
+        grads, state.opt_state, state.params, **extra
+      )
+      params = optax.apply_updates(state.params, updates)
+      return state.replace(params=params, opt_state=opt_state), loss
+
+    losses = []
+    for _ in range(10):
+      state, loss = step(state)
+      losses.append(float(loss))
+    self.assertLess(losses[-1], 0.8 * losses[0])
+
+  def test_trains_an_nnx_module(self):
+    model = Net(nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (5, 3))
+    loss_fn = lambda model, x: jnp.mean((model(x) - 1) ** 2)
+    value_and_grad, tx = optimizers.dgd_for_model(
+      loss_fn, model, x, learning_rate=0.05, fallback=optax.adam(1e-2)
+    )
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+      loss, grads, extra = value_and_grad(model, x)
+      optimizer.update(model, grads, **extra)
+      return loss, extra['energy']
+
+    before = model.norm.mean[...]
+    losses = []
+    for _ in range(10):
+      loss, energy = step(model, optimizer, x)
+      losses.append(float(loss))
+    np.testing.assert_allclose(
+      energy['first']['kernel'][...], jnp.sum(x**2) / 5, rtol=1e-5
+    )
+    self.assertLess(losses[-1], 0.8 * losses[0])
+    self.assertGreater(jnp.max(jnp.abs(model.norm.mean[...] - before)), 1e-3)
+    self.assertEqual(
+      list(optimizers.dgd_report(loss_fn, model, x).values()).count('dgd'), 2
+    )
+
+  def test_says_what_is_wrong(self):
+    params, batch = make_mlp()
+    with self.assertRaisesRegex(ValueError, 'learning_rate=-1.0'):
+      optimizers.dgd(-1.0)
+    with self.assertRaisesRegex(ValueError, 'erase=-0.5'):
+      optimizers.dgd(1.0, erase=-0.5)
+    tx = optimizers.dgd(1.0)
+    with self.assertRaisesRegex(ValueError, 'extra argument energy='):
+      tx.update(params, tx.init(params), params)
+    with self.assertRaisesRegex(ValueError, "'n'.*int32"):
+      tx.init({'n': jnp.zeros(2, jnp.int32)})
+    with self.assertRaisesRegex(ValueError, 'nothing to erase'):
+      optimizers.dgd_for_model(
+        lambda params, batch: jnp.sum(params['first']['bias'] ** 2),
+        params,
+        batch,
+        learning_rate=1.0,
+      )
+
+
+if __name__ == '__main__':
+  absltest.main()
