@@ -101,6 +101,13 @@ def _run() -> int | None:
     # Without --config, what --set changes is meant to differ from the run.
     if stored.is_file() and (mode == 'train' or _CONFIG.value is not None):
       _check_same_run(config, stored, mode)
+    if mode == 'train' and (workdir / 'summary.json').is_file():
+      # Written last: this very run, finished.
+      print(
+        f'{workdir} holds this run, finished: see {workdir}/report.md. To run '
+        'it again, use another --workdir.'
+      )
+      return 0
     if mode == 'train':
       _write_config(config, experiment.module, stored)
   if experiment.run is not None:

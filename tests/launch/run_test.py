@@ -104,6 +104,16 @@ class RunTest(parameterized.TestCase):
     self.assertIn('Use another --workdir', refused.stderr)
     self.assertEqual((self.workdir / 'config.json').read_bytes(), before)
 
+  def test_finished_run_is_not_run_again(self):
+    self._toy()
+    (self.workdir / 'summary.json').write_text('{}')
+    result = self._toy()
+    self.assertEqual(result.returncode, 0)
+    self.assertIn('finished: see runs/a/report.md', result.stdout)
+    self.assertNotIn('train 5', result.stdout)
+    self._assert_done(self._toy('--mode=eval'), 'eval 5 def')
+    self._assert_refused(self._toy('--set=size=8'), 'size (5 there, 8 here)')
+
   def test_generate_reads_the_run_and_changes_nothing_in_it(self):
     self._toy()
     before = (self.workdir / 'config.json').read_bytes()
