@@ -1,0 +1,1 @@
+"""Training: the config of an experiment, the trainer, its checkpoints."""

@@ -1,0 +1,111 @@
+"""The config of an experiment: one object says everything about a run."""
+
+import dataclasses
+from typing import Any
+
+from nested_learning import data as data_lib
+from nested_learning import errors
+from nested_learning import evaluation as evaluation_lib
+from nested_learning import inference
+from nested_learning import models
+from nested_learning import sharding
+
+
+def _check(config: Any, name: str, passed: bool, rule: str) -> None:
+  if not passed:
+    raise errors.UserError(
+      f'train.{name}={getattr(config, name)} must be {rule}.'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """How long to train, with which optimiser, and what to keep."""
+
+  num_steps: int = 1000  # optimiser steps, one global batch each
+  learning_rate: float = 1e-3  # at its peak
+  warmup_steps: int = 50  # steps of linear rise to the peak
+  final_fraction: float = 0.1  # of the peak, where the cosine ends
+  weight_decay: float = 0.1  # of matrices, times the learning rate, per update
+  clip_norm: float = 1.0  # longest gradient, over all parameters
+  accumulate: int = 1  # micro-batches that a batch is cut into, one at a time
+  log_every: int = 10  # steps between two lines of metrics
+  evaluate_every: int = 200  # steps between two looks at the validation split
+  checkpoint_every: int = 200  # steps between two checkpoints
+  keep_checkpoints: int = 2  # latest ones, beside the best by bits per byte
+
+  def __post_init__(self):
+    for name in (
+      'num_steps',
+      'accumulate',
+      'log_every',
+      'evaluate_every',
+      'checkpoint_every',
+      'keep_checkpoints',
+    ):
+      _check(self, name, getattr(self, name) >= 1, 'at least 1')
+    for name in ('learning_rate', 'clip_norm'):
+      _check(self, name, getattr(self, name) > 0, 'above 0')
+    for name in ('warmup_steps', 'weight_decay'):
+      _check(self, name, getattr(self, name) >= 0, 'at least 0')
+    in_unit = 0 <= self.final_fraction <= 1
+    _check(self, 'final_fraction', in_unit, 'between 0 and 1')
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+  """Everything that a run depends on, beside the machine."""
+
+  name: str
+  model: models.ModelConfig
+  data: data_lib.DataConfig
+  train: TrainConfig = TrainConfig()
+  evaluation: evaluation_lib.EvaluationConfig = (
+    evaluation_lib.EvaluationConfig()
+  )
+  generate: inference.GenerateConfig = inference.GenerateConfig()
+  mesh: sharding.MeshConfig = sharding.MeshConfig()
+  seed: int = 0  # of the initial parameters
+
+  def __post_init__(self):
+    num_tokens, max_length = self.data.sequence_length, self.model.max_length
+    if num_tokens > max_length:
+      raise errors.UserError(
+        f'data.sequence_length={num_tokens} is longer than model.max_length='
+        f'{max_length}; lower the one or raise the other.'
+      )
+    if self.data.batch_size % self.train.accumulate:
+      raise errors.UserError(
+        f'data.batch_size={self.data.batch_size} is not a multiple of '
+        f'train.accumulate={self.train.accumulate}; choose a divisor.'
+      )
+    for level in self.model.levels:
+      if level.chunk_size is not None and level.chunk_size % self.batch_tokens:
+        above = -(-level.chunk_size // self.batch_tokens) * self.batch_tokens
+        raise errors.UserError(
+          f'level {level.name!r} has chunk_size={level.chunk_size}, which is '
+          f'not a multiple of the {self.batch_tokens} tokens of a step '
+          '(data.batch_size x data.sequence_length); set it to '
+          f'{above}, or to None for an update at every step.'
+        )
+    limit = inference.max_stream_length(self.model)
+    if self.carries_state and limit is not None:
+      longest = num_tokens * max(
+        self.train.num_steps, self.evaluation.num_batches
+      )
+      if longest > limit:
+        raise errors.UserError(
+          f"data.reset='never' makes a stream of {longest} tokens per row, but "
+          f'attention holds model.max_length={limit}; use '
+          "data.reset='document' or a mixer with a state of constant size."
+        )
+
+  @property
+  def batch_tokens(self) -> int:
+    """Tokens that one optimiser step consumes, over all devices."""
+    return self.data.batch_size * self.data.sequence_length
+
+  @property
+  def carries_state(self) -> bool:
+    """Whether a row of a batch goes on where the batch before it stopped."""
+    return self.data.reset == 'never'

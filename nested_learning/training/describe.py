@@ -1,0 +1,134 @@
+"""What an experiment would take, before anything is allocated."""
+
+import math
+from typing import Any
+
+import jax
+from jax import sharding as jsharding
+
+from nested_learning import models
+from nested_learning import parameters
+from nested_learning import sharding
+from nested_learning.training import config as config_lib
+from nested_learning.training import optimizer as optimizer_lib
+from nested_learning.training import step as step_lib
+
+
+def describe(config: config_lib.ExperimentConfig) -> str:
+  """Parameters, levels and memory per device, as Markdown tables.
+
+  Everything is read off shapes, so a model of any size and a mesh of more
+  devices than there are can be described.
+
+  Args:
+    config: The experiment.
+
+  Returns:
+    The text.
+
+  Raises:
+    ValueError: A size does not divide over the mesh.
+  """
+  model = models.make_model(config.model)
+  optimizer = optimizer_lib.make_optimizer(config, model.table)
+  mesh = _mesh(config.mesh)
+  state = step_lib.abstract_state(config, model, optimizer, mesh)
+  streams = step_lib.abstract_stream(
+    model, state.params, config.data.batch_size // config.train.accumulate, mesh
+  )
+  num_params = parameters.count(model.table)
+  sizes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
+  memory = [
+    ('parameters', _bytes(state.params)),
+    ('optimiser state', _bytes(state.optimizer)),
+    ('gradients', _bytes(state.params)),
+    ('state of the streams', _bytes(streams)),
+  ]
+  memory.append(('together', sum(size for _, size in memory)))
+  return '\n\n'.join(
+    [
+      f'# {config.name}',
+      f'{num_params:,} parameters in {config.model.num_layers} layers; '
+      f'{config.batch_tokens:,} tokens per step.',
+      _table(('parameters', 'shape', 'number', 'share'), _groups(model)),
+      _table(
+        ('level', 'chunk size, tokens', 'steps', 'parameters', 'updates'),
+        _levels(config, state.params),
+      ),
+      f'Memory per device on the mesh ({sizes}), without activations:',
+      _table(
+        ('', 'MiB per device'),
+        [(name, f'{size / 2**20:,.1f}') for name, size in memory],
+      ),
+    ]
+  )
+
+
+def _mesh(config: sharding.MeshConfig) -> Any:
+  """The mesh of a config, or its shape where it needs other devices."""
+  data = config.data
+  if data == -1:
+    data = max(jax.device_count() // config.model, 1)
+  return jsharding.AbstractMesh((data, config.model), ('data', 'model'))
+
+
+def _groups(model: models.Model) -> list[tuple[str, ...]]:
+  """One line per parameter, layers stacked."""
+  total = parameters.count(model.table)
+  shapes = jax.tree.leaves_with_path(parameters.abstract(model.table))
+  return [
+    (
+      parameters.path_name(path),
+      ' x '.join(map(str, x.shape)),
+      f'{x.size:,}',
+      f'{x.size / total:.1%}',
+    )
+    for path, x in shapes
+  ]
+
+
+def _levels(
+  config: config_lib.ExperimentConfig, params: Any
+) -> list[tuple[str, ...]]:
+  """One line per clock: what it owns and how often it is updated."""
+  sizes: dict[str, int] = {}
+  labels = models.level_labels(config.model)
+  for label, param in zip(
+    jax.tree.leaves(labels), jax.tree.leaves(params), strict=True
+  ):
+    sizes[label] = sizes.get(label, 0) + param.size
+  chunk_sizes = {level.name: level.chunk_size for level in config.model.levels}
+  rows = []
+  for name in sorted(sizes, key=lambda name: chunk_sizes.get(name) or 0):
+    chunk_size = chunk_sizes.get(name) or config.batch_tokens
+    period = chunk_size // config.batch_tokens
+    rows.append(
+      (
+        name,
+        f'{chunk_size:,}',
+        f'{period:,}',
+        f'{sizes[name]:,}',
+        f'{config.train.num_steps // period:,}',
+      )
+    )
+  return rows
+
+
+def _bytes(tree: Any) -> int:
+  """Bytes of a tree of abstract arrays on one device."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+  """A Markdown table, its columns aligned so that it reads as plain text."""
+  lines = [header, *rows]
+  widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+  text = [
+    '| ' + ' | '.join(c.ljust(w) for c, w in zip(line, widths)) + ' |'
+    for line in lines
+  ]
+  rule = '|' + '|'.join('-' * (width + 2) for width in widths) + '|'
+  return '\n'.join([text[0], rule, *text[1:]])

@@ -1,0 +1,170 @@
+"""Where the numbers of a run go: progress bar, JSON lines, TensorBoard."""
+
+from collections.abc import Mapping
+import json
+import math
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import tensorboardX
+import tqdm
+
+from nested_learning import evaluation
+from nested_learning.training import config as config_lib
+from nested_learning.training import optimizer
+
+
+class RunLog:
+  """Reports a run's numbers, one step late.
+
+  The numbers of a step are fetched when the next step is already under way, so
+  that reporting does not keep the device waiting. Process 0 alone writes.
+
+  Attributes:
+    train_seconds: Time in training steps, without compilation, evaluation and
+      checkpoints; runs that were resumed count from their first step.
+  """
+
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    config: config_lib.ExperimentConfig,
+    *,
+    start: int = 0,
+    train_seconds: float = 0.0,
+  ):
+    self.train_seconds = train_seconds
+    self._config = config
+    self._schedule = optimizer.make_schedule(config.train)
+    self._deferred = None
+    self._tick = time.perf_counter()
+    self._window = (start, train_seconds)  # step and time of the last line
+    self._step = start
+    self._writes = jax.process_index() == 0
+    if self._writes:
+      path = workdir / 'metrics.jsonl'
+      _drop_lines_after(path, start)
+      self._lines = path.open('a', encoding='utf-8')
+      self._board = tensorboardX.SummaryWriter(
+        str(workdir / 'tensorboard'), purge_step=start + 1
+      )
+    self._bar = tqdm.tqdm(
+      total=config.train.num_steps,
+      initial=start,
+      desc=config.name,
+      unit='step',
+      disable=not self._writes,
+      mininterval=0.2 if sys.stderr.isatty() else 10,
+      dynamic_ncols=True,
+    )
+
+  def __enter__(self) -> 'RunLog':
+    return self
+
+  def __exit__(self, *_):
+    self._bar.close()
+    if self._writes:
+      self._lines.close()
+      self._board.close()
+
+  def defer(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+    """Takes the numbers of a step that was just started; reports the last."""
+    self.flush()
+    self._deferred = step, metrics
+
+  def flush(self) -> None:
+    """Waits for the numbers of the step last deferred, and reports them.
+
+    Raises:
+      FloatingPointError: Its loss or gradient is not finite.
+    """
+    if self._deferred is not None:
+      (step, metrics), self._deferred = self._deferred, None
+      metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+      now = time.perf_counter()
+      self.train_seconds += now - self._tick
+      self._tick = now
+      self._report(step, metrics)
+
+  def resume_clock(self) -> None:
+    """Leaves out of the time in training whatever happened since `flush`."""
+    self._tick = time.perf_counter()
+
+  def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Writes one line of metrics."""
+    if self._writes:
+      line = {'step': step, **{k: _finite(v) for k, v in metrics.items()}}
+      self._lines.write(json.dumps(line) + '\n')
+      self._lines.flush()
+      for name, value in metrics.items():
+        self._board.add_scalar(name, value, step)
+
+  def write_evaluation(
+    self, step: int, evaluated: evaluation.Evaluation
+  ) -> None:
+    """Writes and shows what the validation split gave."""
+    self.write(
+      step,
+      {
+        'validation/loss': evaluated.loss,
+        'validation/bits_per_byte': evaluated.bits_per_byte,
+      },
+    )
+    self.say(
+      f'step {step}: {evaluated.bits_per_byte:.4f} bits per byte on '
+      f'{evaluated.num_tokens:,} tokens of validation text'
+    )
+
+  def say(self, text: str) -> None:
+    """Prints a line above the progress bar."""
+    if self._writes:
+      self._bar.write(text, file=sys.stderr)
+
+  def _rate(self, since: tuple[int, float]) -> float:
+    steps, seconds = self._step - since[0], self.train_seconds - since[1]
+    return steps * self._config.batch_tokens / seconds if seconds else 0.0
+
+  def _report(self, step: int, metrics: Mapping[str, float]) -> None:
+    for name in ('loss', 'gradient_norm'):
+      if not math.isfinite(metrics[name]):
+        raise FloatingPointError(f'{name} is {metrics[name]} at step {step}')
+    self._bar.update(step - self._step)
+    self._step = step
+    train = self._config.train
+    if step % train.log_every == 0 or step == train.num_steps:
+      rate = self._rate(self._window)
+      self._window = step, self.train_seconds
+      learning_rate = float(self._schedule(step - 1))
+      self.write(
+        step,
+        {**metrics, 'learning_rate': learning_rate, 'tokens_per_second': rate},
+      )
+      self._bar.set_postfix_str(
+        f'loss {metrics["loss"]:.3f}, {rate:,.0f} tokens/s', refresh=False
+      )
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The lines of a metrics.jsonl, without one that was cut off."""
+  lines = []
+  if path.exists():
+    for line in path.read_text(encoding='utf-8').splitlines():
+      try:
+        lines.append(json.loads(line))
+      except json.JSONDecodeError:
+        continue  # the process died while it was writing this line
+  return lines
+
+
+def _drop_lines_after(path: pathlib.Path, step: int) -> None:
+  """Drops what a run that was cut off wrote after its last checkpoint."""
+  if path.exists():
+    lines = [line for line in read_metrics(path) if line['step'] <= step]
+    path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+
+
+def _finite(value: float) -> float | None:
+  return value if math.isfinite(value) else None

@@ -1,0 +1,118 @@
+"""The optimiser: AdamW for every level, on the level's own clock."""
+
+from typing import Any
+
+import jax
+import optax
+
+from nested_learning import levels
+from nested_learning import models
+from nested_learning import parameters
+from nested_learning.training import config as config_lib
+
+# Second-moment decay 0.95 rather than 0.999: the usual choice for language
+# models, whose gradients change in size faster than 0.999 forgets.
+_BETAS = (0.9, 0.95)
+
+
+def make_schedule(config: config_lib.TrainConfig) -> optax.Schedule:
+  """Linear warm-up to the peak, then a cosine to a fraction of it.
+
+  Step 0 already learns: its rate is peak / warmup_steps.
+
+  Args:
+    config: Peak, warm-up, length and final fraction.
+
+  Returns:
+    A schedule, from steps done to the learning rate of the next step.
+  """
+  warmup_steps = min(config.warmup_steps, config.num_steps)
+  cosine = optax.cosine_decay_schedule(
+    config.learning_rate,
+    max(config.num_steps - warmup_steps, 1),
+    alpha=config.final_fraction,
+  )
+  if not warmup_steps:
+    return cosine
+  first = config.learning_rate / warmup_steps
+  warmup = optax.linear_schedule(
+    first, config.learning_rate, max(warmup_steps - 1, 1)
+  )
+  return optax.join_schedules((warmup, cosine), (warmup_steps,))
+
+
+def make_optimizer(
+  config: config_lib.ExperimentConfig, table: parameters.Table
+) -> optax.GradientTransformation:
+  """Clips the whole gradient, then lets each level step on its own clock.
+
+  A level takes one AdamW step per chunk_size tokens, from the mean gradient of
+  those tokens; parameters outside the chain take one at every step. All follow
+  one schedule in steps of training, which a level reads when it updates.
+
+  Args:
+    config: The experiment.
+    table: The model's parameters.
+
+  Returns:
+    An optax transformation for parameters of that table.
+  """
+  schedule = make_schedule(config.train)
+  decayed = {
+    parameters.path_name(path): is_decayed
+    for path, is_decayed in jax.tree.leaves_with_path(decay_mask(table))
+  }
+
+  def mask(params):  # of one level: the other levels' leaves are not there
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: decayed[parameters.path_name(path)], params
+    )
+
+  def make_level(name: str, chunk_size: int) -> levels.Level:
+    period = chunk_size // config.batch_tokens
+    optimizer = optax.adamw(
+      lambda count: schedule((count + 1) * period - 1),
+      *_BETAS,
+      weight_decay=config.train.weight_decay,
+      mask=mask,
+    )
+    return levels.Level(name, chunk_size, optimizer)
+
+  chain = [
+    make_level(level.name, level.chunk_size)
+    for level in config.model.levels
+    if level.chunk_size is not None
+  ]
+  return optax.chain(
+    optax.clip_by_global_norm(config.train.clip_norm),
+    levels.multi_timescale(
+      [make_level('base', config.batch_tokens), *chain],
+      models.level_labels(config.model),
+      tokens_per_step=config.batch_tokens,
+    ),
+  )
+
+
+def decay_mask(table: parameters.Table) -> Any:
+  """Which parameters weight decay pulls to zero: matrices, by the table.
+
+  Vectors and scalars, norms and biases of any rank, embeddings, and initial
+  memories are left alone: an initial memory is a state, and its size is part of
+  what it says.
+
+  Args:
+    table: The model's parameters.
+
+  Returns:
+    A tree of bools with the table's structure.
+  """
+
+  def leaf(path, param: parameters.Param) -> bool:
+    axes = [axis for axis in param.axes if axis != 'layers']
+    name = parameters.path_name(path)
+    kept = any(word in name for word in ('norm', 'bias', 'memory'))
+    return len(axes) >= 2 and 'vocab' not in axes and not kept
+
+  return jax.tree_util.tree_map_with_path(
+    leaf, table, is_leaf=lambda x: isinstance(x, parameters.Param)
+  )

@@ -1,0 +1,214 @@
+"""The training state, where its parts lie on a mesh, and one step of it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import sharding as jsharding
+import jax.numpy as jnp
+import optax
+
+from nested_learning import errors
+from nested_learning import levels
+from nested_learning import models
+from nested_learning import sharding
+from nested_learning.training import config as config_lib
+
+
+class TrainState(NamedTuple):
+  """What a step takes and gives.
+
+  Attributes:
+    params: The model's parameters.
+    optimizer: State of the optimiser.
+    stream: The model's state between steps, one per micro-batch along a leading
+      axis; None where every batch starts streams of its own.
+  """
+
+  params: Any
+  optimizer: Any
+  stream: Any
+
+
+def make_init(
+  config: config_lib.ExperimentConfig,
+  model: models.Model,
+  optimizer: optax.GradientTransformation,
+) -> Callable[[jax.Array], TrainState]:
+  """Makes `init(key) -> TrainState`."""
+
+  def init(key):
+    params = model.init_params(key)
+    stream = None
+    if config.carries_state:
+      num_micro = config.train.accumulate
+      start = model.init_state(params, config.data.batch_size // num_micro)
+      stream = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (num_micro, *x.shape)), start
+      )
+    return TrainState(params, optimizer.init(params), stream)
+
+  return init
+
+
+def make_step(
+  config: config_lib.ExperimentConfig,
+  model: models.Model,
+  optimizer: optax.GradientTransformation,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+  """Makes `step(state, batch) -> (state, metrics)`.
+
+  The loss is the mean over the targets of the whole batch, however many
+  micro-batches it is cut into. A stream that goes on from step to step carries
+  no gradient across: what came before a step is a constant.
+
+  Args:
+    config: The experiment.
+    model: Its model.
+    optimizer: Its optimiser.
+
+  Returns:
+    A function to be jitted. Batches hold tokens and targets int [b, t], mask
+    and reset bool [b, t]; metrics are float32 scalars.
+  """
+  num_micro = config.train.accumulate
+
+  def split(x):
+    # Row i goes to micro-batch i mod num_micro, so no row changes device.
+    return jnp.swapaxes(x.reshape(-1, num_micro, *x.shape[1:]), 0, 1)
+
+  def step(state, batch):
+    num_targets = jnp.maximum(jnp.sum(batch['mask']), 1)
+
+    def mean_loss(params, stream, micro):
+      logits, stream = model.forward(
+        params, stream, micro['tokens'], reset=micro['reset']
+      )
+      loss = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), micro['targets']
+      )
+      loss = jnp.sum(loss * micro['mask']) / num_targets
+      return loss, stream if config.carries_state else None
+
+    def add_micro(total, stream_and_micro):
+      (loss, stream), gradients = jax.value_and_grad(mean_loss, has_aux=True)(
+        state.params, *stream_and_micro
+      )
+      return jax.tree.map(jnp.add, total, (loss, gradients)), stream
+
+    zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
+    (loss, gradients), stream = jax.lax.scan(
+      add_micro, zero, (state.stream, jax.tree.map(split, batch))
+    )
+    updates, opt_state = optimizer.update(
+      gradients, state.optimizer, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    metrics = {'loss': loss, 'gradient_norm': optax.global_norm(gradients)}
+    for name, value in levels.telemetry(opt_state).items():
+      metrics[f'levels/{name}'] = value.astype(jnp.float32)
+    return TrainState(params, opt_state, stream), metrics
+
+  return step
+
+
+def abstract_state(
+  config: config_lib.ExperimentConfig,
+  model: models.Model,
+  optimizer: optax.GradientTransformation,
+  mesh: Any,
+) -> TrainState:
+  """The training state as shapes, types and shardings; nothing is allocated.
+
+  Parameters are sharded by their table, and whatever the optimiser keeps of a
+  parameter like the parameter. The stream is sharded over its rows.
+
+  Args:
+    config: The experiment.
+    model: Its model.
+    optimizer: Its optimiser.
+    mesh: A mesh, or an abstract one.
+
+  Returns:
+    A `TrainState` of `jax.ShapeDtypeStruct`s.
+
+  Raises:
+    errors.UserError: The rows of a micro-batch do not divide over the mesh.
+  """
+  rows = config.data.batch_size // config.train.accumulate
+  if rows % mesh.shape['data']:
+    raise errors.UserError(
+      f'{rows} rows (data.batch_size={config.data.batch_size} over '
+      f'train.accumulate={config.train.accumulate}) are not a multiple of '
+      f'the {mesh.shape["data"]} devices on the mesh axis data; change '
+      'data.batch_size, train.accumulate or mesh.data.'
+    )
+  init = make_init(config, model, optimizer)
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  param_shardings = sharding.param_shardings(model.table, mesh)
+  shardings = TrainState(
+    params=param_shardings,
+    optimizer=_shard_like_params(
+      shapes.optimizer, shapes.params, param_shardings, mesh
+    ),
+    stream=_shard_rows(model, shapes.params, mesh, stacked=True)
+    if config.carries_state
+    else None,
+  )
+  return _with_shardings(shapes, shardings)
+
+
+def abstract_stream(
+  model: models.Model, params: Any, num_rows: int, mesh: Any
+) -> Any:
+  """The model's state for `num_rows` rows, as shapes and shardings."""
+  shapes = jax.eval_shape(lambda p: model.init_state(p, num_rows), params)
+  return _with_shardings(shapes, _shard_rows(model, params, mesh))
+
+
+def _with_shardings(shapes, shardings):
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    shardings,
+  )
+
+
+def _shard_like_params(tree, params, shardings, mesh):
+  """Shardings of a tree that holds copies of the parameters' own tree."""
+  by_path = {
+    path: (param.shape, leaf)
+    for (path, param), leaf in zip(
+      jax.tree.leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+    )
+  }
+
+  def leaf(path, x):
+    for start in range(len(path)):
+      shape, found = by_path.get(path[start:], (None, None))
+      if shape == x.shape:
+        return found
+    return sharding.replicated(mesh)
+
+  return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _shard_rows(model, params, mesh, *, stacked=False):
+  """Shardings of the model's state over rows, wherever they are counted.
+
+  The axis that counts rows is the one that grows with their number; `stacked`
+  states have one more axis in front.
+  """
+  one, two = (
+    jax.eval_shape(lambda p, size=size: model.init_state(p, size), params)
+    for size in (1, 2)
+  )
+
+  def leaf(a, b):
+    differs = [m != n for m, n in zip(a.shape, b.shape, strict=True)]
+    before = (None,) * (differs.index(True) + stacked)
+    return jsharding.NamedSharding(
+      mesh, jsharding.PartitionSpec(*before, 'data')
+    )
+
+  return jax.tree.map(leaf, one, two)
