@@ -3,3 +3,4 @@
 from nested_learning.layers.attention import AttentionConfig
 from nested_learning.layers.layer import Layer
 from nested_learning.layers.layer import Marks
+from nested_learning.layers.titans import SelfModifyingTitansConfig

@@ -17,6 +17,7 @@ from nested_learning import parameters
 from nested_learning.layers import attention
 from nested_learning.layers import layer
 from nested_learning.layers import norm
+from nested_learning.layers import titans
 from nested_learning.levels import cms
 
 
@@ -27,7 +28,7 @@ class ModelConfig:
   vocab_size: int
   num_layers: int
   embed_dim: int
-  mixer: attention.AttentionConfig
+  mixer: attention.AttentionConfig | titans.SelfModifyingTitansConfig
   levels: tuple[cms.LevelConfig, ...]  # the CMS chain, fastest first
   max_length: int = 4096  # tokens of a row in training and of attention's state
   dtype: str = 'float32'  # of projections and MLPs; or 'bfloat16'
@@ -168,5 +169,9 @@ def _make_mixer(config: ModelConfig, dtype: Any) -> layer.Layer:
         embed_dim=config.embed_dim,
         max_length=config.max_length,
         dtype=dtype,
+      )
+    case titans.SelfModifyingTitansConfig():
+      return titans.make_self_modifying_titans(
+        config.mixer, embed_dim=config.embed_dim, dtype=dtype
       )
   raise ValueError(f'unknown mixer {config.mixer!r}.')

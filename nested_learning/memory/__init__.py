@@ -1,0 +1,17 @@
+"""The memory engine: associative memories that are written while they are read.
+
+Imports jax and the parameter table alone.
+"""
+
+from nested_learning.memory.engine import chunk_scan
+from nested_learning.memory.engine import Feed
+from nested_learning.memory.engine import init_state
+from nested_learning.memory.engine import Result
+from nested_learning.memory.engine import Rule
+from nested_learning.memory.engine import State
+from nested_learning.memory.engine import token_loop
+from nested_learning.memory.networks import make_matrix
+from nested_learning.memory.networks import make_mlp
+from nested_learning.memory.networks import Network
+from nested_learning.memory.objectives import ACTIVATIONS
+from nested_learning.memory.objectives import OBJECTIVES

@@ -1,0 +1,166 @@
+"""The networks that serve as memories: a matrix, and a residual MLP.
+
+A network is written once, as a function of `linear(name, x)`, which applies its
+linear map `name` to x. Reading a memory, back-propagating an error to each map,
+and reading every token's own state inside a chunk are then the same function
+with another `linear`.
+
+Several memories that are written with the same keys (the roles k, v, inner_lr
+and retention of self-modifying Titans) make one network: their input-side maps
+are stacked along the output axis. `num_vectors` roles give d numbers each, with
+a residual connection in the MLP; `num_scalars` give one, with a linear skip.
+
+Axes: b batch, h head, r role, t token, d head dim, f hidden. The token axis is
+always the last but one.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nested_learning import parameters
+from nested_learning.memory import objectives
+
+Linear = Callable[[str, jax.Array], jax.Array]
+
+
+class Outputs(NamedTuple):
+  """What a network gives: vectors [b, h, r, t, d], scalars [b, h, r, t, 1]."""
+
+  vectors: jax.Array
+  scalars: jax.Array
+
+
+class Network(NamedTuple):
+  """A network as a table and a function.
+
+  Attributes:
+    table: The initial memory per map, [h, ..., out, in].
+    apply: `apply(linear, x) -> Outputs` for x [b, h, t, d].
+  """
+
+  table: parameters.Table
+  apply: Callable[[Linear, jax.Array], Outputs]
+
+
+def make_matrix(
+  *, num_heads: int, dim: int, num_vectors: int, num_scalars: int = 0
+) -> Network:
+  """M(x) = W x, initially zero (an empty memory).
+
+  Args:
+    num_heads: Independent memories h.
+    dim: Width d of inputs and vector outputs.
+    num_vectors: Roles with d outputs.
+    num_scalars: Roles with one output.
+
+  Returns:
+    A `Network` with the map 'in' [h, num_vectors d + num_scalars, d].
+  """
+  num_outputs = num_vectors * dim + num_scalars
+  table = {
+    'in': parameters.Param(
+      (num_heads, num_outputs, dim),
+      ('heads', None, None),
+      parameters.constant(0.0),
+    )
+  }
+
+  def apply(linear: Linear, x: jax.Array) -> Outputs:
+    vectors, scalars = jnp.split(linear('in', x), [num_vectors * dim], axis=-1)
+    return Outputs(_split_roles(vectors, num_vectors), _scalar_roles(scalars))
+
+  return Network(table, apply)
+
+
+def make_mlp(
+  *,
+  num_heads: int,
+  dim: int,
+  hidden_dim: int,
+  num_vectors: int,
+  num_scalars: int = 0,
+  activation: objectives.Activation,
+  in_scale: float = 1.0,
+  out_scale: float = 0.1,
+) -> Network:
+  """M(x) = x + W1 activation(W2 x); scalar roles: skip x + W1 activation(W2 x).
+
+  Args:
+    num_heads: Independent memories h.
+    dim: Width d of inputs and vector outputs.
+    hidden_dim: Hidden width f.
+    num_vectors: Roles with d outputs.
+    num_scalars: Roles with one output.
+    activation: Elementwise function.
+    in_scale: Initial size of W2 x for an x of norm one.
+    out_scale: Initial size of W1 h, relative to a hidden h of entries of size
+      one; skip starts at zero.
+
+  Returns:
+    A `Network` with the maps 'in' [h, (num_vectors + num_scalars) f +
+    num_scalars, d], 'vector' [h, num_vectors, d, f] and 'scalar' [h,
+    num_scalars, 1, f], those without a role left out.
+
+  References:
+    Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eqs. 89, 91.
+  """
+  num_hidden = (num_vectors + num_scalars) * hidden_dim
+
+  def init_in(key, shape, dtype):
+    weights = parameters.normal(in_scale)(key, shape, dtype)
+    is_hidden = jnp.arange(shape[1])[:, None] < num_hidden
+    return jnp.where(is_hidden, weights, 0.0)
+
+  def out_param(num_roles, out_dim):
+    return parameters.Param(
+      (num_heads, num_roles, out_dim, hidden_dim),
+      ('heads', None, None, None),
+      parameters.fan_in(hidden_dim * out_dim, out_scale),
+    )
+
+  table = {
+    'in': parameters.Param(
+      (num_heads, num_hidden + num_scalars, dim), ('heads', None, None), init_in
+    )
+  }
+  if num_vectors:
+    table['vector'] = out_param(num_vectors, dim)
+  if num_scalars:
+    table['scalar'] = out_param(num_scalars, 1)
+
+  def apply(linear: Linear, x: jax.Array) -> Outputs:
+    hidden, skip = jnp.split(linear('in', x), [num_hidden], axis=-1)
+    hidden = _split_roles(activation(hidden), num_vectors + num_scalars)
+    for_vectors, for_scalars = jnp.split(hidden, [num_vectors], axis=-3)
+    vectors, scalars = for_vectors, _scalar_roles(skip)
+    if num_vectors:
+      vectors = x[..., None, :, :] + linear('vector', for_vectors)
+    if num_scalars:
+      scalars = scalars + linear('scalar', for_scalars)
+    return Outputs(vectors, scalars)
+
+  return Network(table, apply)
+
+
+def linear_of(memory: Any) -> Linear:
+  """The `linear` of a memory as it stands: y = W x for every token alike."""
+  return lambda name, x: apply_map(memory[name], x)
+
+
+def apply_map(weights: jax.Array, x: jax.Array) -> jax.Array:
+  """W x for weights [..., o, i] and x [..., t, i], giving [..., t, o]."""
+  return jnp.einsum('...oi,...ti->...to', weights, x)
+
+
+def _split_roles(x: jax.Array, num_roles: int) -> jax.Array:
+  """[b, h, t, r d] -> [b, h, r, t, d]."""
+  split = x.reshape(*x.shape[:-1], num_roles, -1 if num_roles else 0)
+  return jnp.moveaxis(split, -2, -3)
+
+
+def _scalar_roles(x: jax.Array) -> jax.Array:
+  """[b, h, t, r] -> [b, h, r, t, 1]."""
+  return jnp.moveaxis(x, -1, -2)[..., None]

@@ -1,0 +1,339 @@
+r"""The update rule of one linear map, token by token and as a chunk.
+
+For a map W [o, i] with inputs x_t and errors delta_t at its output:
+
+.. math::
+   S_t &= momentum_t S_{t-1} + inner\_lr_t \, delta_t x_t^T \\
+   W_t &= W_{ref} + retention_t (W_{t-1} - W_{ref})
+          - erase \, inner\_lr_t (W_{t-1} x_t) x_t^T - S_t                  (1)
+
+W_ref is zero, or the initial memory. With the errors of a whole chunk known,
+(1) is linear in W and solved at once: with g_t the product of retentions up to
+t, G[t, s] = g_t / g_s for s <= t, and K = X X^T, every token's contribution is
+one row of a unit lower triangular system, and the state of any token is
+
+.. math::
+   W_t = g_t W_0 + (1 - g_t) W_{ref} + \sum_{s \le t} G_{ts} u_s x_s^T
+         - c_t S_0 - \sum_{r \le t} w_{tr} inner\_lr_r delta_r x_r^T        (2)
+
+Every array has its token axis last but one; rates are [..., t, 1].
+
+References:
+  Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eqs. 88, 90, 93 (DGD
+  with retention); Titans, arXiv:2501.00663, 2024, eqs. 13-18 (momentum).
+  Yang et al., arXiv:2412.06464, 2024 (the chunked gated delta rule).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nested_learning.memory import networks
+from nested_learning.memory import triangular
+
+_SMALLEST = 1e-12  # retentions and momenta below are taken as this in logs
+
+
+class Rates(NamedTuple):
+  """How each token writes, all [..., t, 1].
+
+  Attributes:
+    inner_lr: Inner learning rate, >= 0.
+    retention: Fraction kept, in [0, 1].
+    momentum: Fraction of the trace kept, in [0, 1], or None for no momentum.
+    write: bool, False makes the token an exact no-op; None writes every token.
+  """
+
+  inner_lr: jax.Array
+  retention: jax.Array
+  momentum: jax.Array | None = None
+  write: jax.Array | None = None
+
+  def masked(self) -> 'Rates':
+    """The rates with those of tokens that do not write made neutral."""
+    if self.write is None:
+      return self
+    neutral = lambda x, value: jnp.where(self.write, x, value)
+    return Rates(
+      inner_lr=neutral(self.inner_lr, 0.0),
+      retention=neutral(self.retention, 1.0),
+      momentum=None if self.momentum is None else neutral(self.momentum, 1.0),
+      write=self.write,
+    )
+
+
+class Carry(NamedTuple):
+  """What a map carries: its weights, and its trace if there is momentum."""
+
+  weights: jax.Array
+  trace: jax.Array | None = None
+
+
+def write_token(
+  carry: Carry,
+  reference: jax.Array | None,
+  x: jax.Array,
+  delta: jax.Array,
+  rates: Rates,
+  *,
+  erase: bool,
+) -> Carry:
+  """Equation (1) for one token: the definition.
+
+  Args:
+    carry: Weights [..., o, i] and trace before the token.
+    reference: W_ref [..., o, i], or None for zero.
+    x: [..., 1, i].
+    delta: [..., 1, o].
+    rates: Each [..., 1, 1].
+    erase: Whether the rule is Delta Gradient Descent.
+
+  Returns:
+    The carry after the token.
+  """
+  rates = rates.masked()
+  weights, trace = carry
+  outer = lambda y: jnp.einsum('...to,...ti->...oi', y, x)
+  kept = rates.retention * weights
+  if reference is not None:
+    kept = kept + (1.0 - rates.retention) * reference
+  if erase:
+    kept = kept - outer(rates.inner_lr * networks.apply_map(weights, x))
+  step = outer(rates.inner_lr * delta)
+  if rates.momentum is None:
+    return Carry(kept - step)
+  trace = rates.momentum * trace + step
+  applied = trace if rates.write is None else jnp.where(rates.write, trace, 0.0)
+  return Carry(kept - applied, trace)
+
+
+class Decays(NamedTuple):
+  """What a chunk's rates come to, shared by all maps; see (2).
+
+  Attributes:
+    kept: g_t, [..., t, 1].
+    kept_before: g_{t-1}, [..., t, 1].
+    between: G, [..., t, t], lower triangular.
+    between_before: G one token earlier, strictly lower triangular.
+    fresh: bool [..., t, 1], True from the chunk's first document border on, or
+      None without borders.
+    trace: The same of the momentum, or None.
+  """
+
+  kept: jax.Array
+  kept_before: jax.Array
+  between: jax.Array
+  between_before: jax.Array
+  fresh: jax.Array | None
+  trace: 'TraceDecays | None'
+
+
+class TraceDecays(NamedTuple):
+  """The momentum's part of `Decays`.
+
+  Attributes:
+    start: c_t, weight of the first trace in W_t, [..., t, 1].
+    start_before: c_{t-1}.
+    between: w, weight of a token's step in a later W_t, [..., t, t].
+    between_before: w one token earlier.
+    last: Weight of each token's step in the last trace, [..., t, 1].
+    last_start: Weight of the first trace in the last one, [..., 1, 1].
+  """
+
+  start: jax.Array
+  start_before: jax.Array
+  between: jax.Array
+  between_before: jax.Array
+  last: jax.Array
+  last_start: jax.Array
+
+
+def make_decays(rates: Rates, reset: jax.Array | None = None) -> Decays:
+  """Computes a chunk's `Decays` from its rates.
+
+  Args:
+    rates: Each [..., t, 1].
+    reset: bool [..., t, 1], True at a document's first token, or None.
+
+  Returns:
+    The `Decays`; a token of one document has no weight in another.
+  """
+  rates = rates.masked()
+  size = rates.retention.shape[-2]
+  lower = jnp.tril(jnp.ones((size, size), bool))
+  fresh, same = None, lower
+  if reset is not None:
+    document = jnp.cumsum(reset, axis=-2)
+    fresh = document > 0
+    same = lower & (document == jnp.swapaxes(document, -1, -2))
+  kept, kept_before, between = _products(rates.retention, reset, same)
+  between_before = _shift_down(between)
+  if reset is not None:  # the shifted row belongs to the document before
+    between_before = jnp.where(same, between_before, 0.0)
+  trace = None
+  if rates.momentum is not None:
+    start, _, passed = _products(rates.momentum, reset, same)
+    if fresh is not None:  # a new document starts with an empty trace
+      start = jnp.where(fresh, 0.0, start)
+    applied = between
+    if rates.write is not None:
+      applied = between * jnp.swapaxes(rates.write, -1, -2)
+    in_weights = jnp.matmul(applied, passed)
+    from_start = jnp.matmul(applied, start)
+    in_before = _shift_down(in_weights)
+    if reset is not None:
+      in_before = jnp.where(same, in_before, 0.0)
+    trace = TraceDecays(
+      start=from_start,
+      start_before=_shift_down(from_start),
+      between=in_weights,
+      between_before=in_before,
+      last=jnp.swapaxes(passed[..., -1:, :], -1, -2),
+      last_start=start[..., -1:, :],
+    )
+    if fresh is not None:
+      trace = trace._replace(
+        start_before=jnp.where(fresh, 0.0, trace.start_before)
+      )
+  return Decays(kept, kept_before, between, between_before, fresh, trace)
+
+
+class Chunk(NamedTuple):
+  """A map's chunk, solved: what `read_chunk` and `end_chunk` need of it."""
+
+  carry: Carry
+  reference: jax.Array | None
+  initial: jax.Array | None
+  x: jax.Array
+  written: jax.Array  # [..., t, o], rows that G weighs
+  step: jax.Array | None  # inner_lr delta, rows that w weighs
+
+
+def solve_chunk(
+  carry: Carry,
+  reference: jax.Array | None,
+  initial: jax.Array | None,
+  x: jax.Array,
+  delta: jax.Array,
+  rates: Rates,
+  decays: Decays,
+  *,
+  erase: bool,
+) -> Chunk:
+  """Solves equation (1) for all tokens of a chunk at once.
+
+  Args:
+    carry: Weights [..., o, i] and trace before the chunk.
+    reference: W_ref, or None for zero.
+    initial: What the weights become at a document border; may be None where
+      `decays.fresh` is.
+    x: [..., t, i].
+    delta: [..., t, o].
+    rates: Each [..., t, 1].
+    decays: From the same rates, broadcastable to x.
+    erase: Whether the rule is Delta Gradient Descent.
+
+  Returns:
+    The solved `Chunk`.
+  """
+  rates = rates.masked()
+  chunk = Chunk(carry, reference, initial, x, x, None)
+  step = rates.inner_lr * delta
+  if not erase:
+    if decays.trace is None:
+      return chunk._replace(written=-step)
+    return chunk._replace(written=jnp.zeros_like(step), step=step)
+  highest = jax.lax.Precision.HIGHEST
+  keys = jnp.einsum('...ti,...si->...ts', x, x, precision=highest)
+  inverse = triangular.unit_lower_inverse(
+    rates.inner_lr * decays.between_before * keys
+  )
+  before = _carried(chunk, x, decays.kept_before, decays.fresh)
+  if decays.trace is None:
+    # Erased and written together: u_t - inner_lr_t delta_t.
+    right = rates.inner_lr * before + step
+    return chunk._replace(
+      written=-jnp.matmul(inverse, right, precision=highest)
+    )
+  trace = decays.trace
+  before = before - trace.start_before * networks.apply_map(carry.trace, x)
+  before = before - jnp.matmul(trace.between_before * keys, step)
+  right = rates.inner_lr * before
+  written = -jnp.matmul(inverse, right, precision=highest)
+  return chunk._replace(written=written, step=step)
+
+
+def read_chunk(chunk: Chunk, decays: Decays, q: jax.Array) -> jax.Array:
+  """W_t q_t for every token t of a solved chunk, after its own write.
+
+  Args:
+    chunk: From `solve_chunk`.
+    decays: The same as there.
+    q: [..., t, i].
+
+  Returns:
+    [..., t, o].
+  """
+  seen = jnp.einsum('...ti,...si->...ts', q, chunk.x)
+  read = _carried(chunk, q, decays.kept, decays.fresh)
+  read = read + jnp.matmul(decays.between * seen, chunk.written)
+  if decays.trace is None:
+    return read
+  trace = decays.trace
+  read = read - trace.start * networks.apply_map(chunk.carry.trace, q)
+  return read - jnp.matmul(trace.between * seen, chunk.step)
+
+
+def end_chunk(chunk: Chunk, decays: Decays) -> Carry:
+  """Weights and trace after the last token of a solved chunk."""
+  kept = decays.kept[..., -1:, :]
+  weights = chunk.carry.weights
+  if decays.fresh is not None:
+    weights = jnp.where(decays.fresh[..., -1:, :], chunk.initial, weights)
+  weights = kept * weights
+  if chunk.reference is not None:
+    weights = weights + (1.0 - kept) * chunk.reference
+  outer = lambda y: jnp.einsum('...to,...ti->...oi', y, chunk.x)
+  last = lambda matrix: jnp.swapaxes(matrix[..., -1:, :], -1, -2)
+  rows = last(decays.between) * chunk.written
+  if decays.trace is None:
+    return Carry(weights + outer(rows))
+  trace, step = decays.trace, chunk.step
+  rows = rows - last(trace.between) * step
+  weights = weights - trace.start[..., -1:, :] * chunk.carry.trace
+  return Carry(
+    weights + outer(rows),
+    trace.last_start * chunk.carry.trace + outer(trace.last * step),
+  )
+
+
+def _carried(
+  chunk: Chunk, q: jax.Array, kept: jax.Array, fresh: jax.Array | None
+) -> jax.Array:
+  """What the weights before the chunk contribute to a read with q."""
+  read = networks.apply_map(chunk.carry.weights, q)
+  if fresh is not None:
+    read = jnp.where(fresh, networks.apply_map(chunk.initial, q), read)
+  if chunk.reference is None:
+    return kept * read
+  return kept * read + (1.0 - kept) * networks.apply_map(chunk.reference, q)
+
+
+def _products(rates, reset, same):
+  """Products up to t, up to t - 1, and from s + 1 to t (where `same`)."""
+  log = jnp.log(jnp.maximum(rates, _SMALLEST))
+  total = jnp.cumsum(log, axis=-2)
+  before = total - log
+  base = 0.0
+  if reset is not None:
+    # Sums never rise, so the latest border's is the smallest so far.
+    base = jax.lax.cummin(jnp.where(reset, before, 0.0), axis=before.ndim - 2)
+  ratio = jnp.where(same, total - jnp.swapaxes(total, -1, -2), -jnp.inf)
+  return jnp.exp(total - base), jnp.exp(before - base), jnp.exp(ratio)
+
+
+def _shift_down(rows: jax.Array) -> jax.Array:
+  """Every row one token later, the first zero."""
+  pad = [(0, 0)] * (rows.ndim - 2) + [(1, 0), (0, 0)]
+  return jnp.pad(rows[..., :-1, :], pad)
