@@ -59,54 +59,92 @@ class _Changes:
 
 def _apply(value: Any, kind: Any, changes: _Changes, path: str, root: Any):
   """Returns `value`, a field of annotation `kind` at `path`, changed."""
+  chosen = _named_class(changes.text, kind)
+  if chosen is not None:
+    return _choose(chosen, changes, path, root)
   if changes.text is not None:
     value = _from_text(changes.text, kind, path, value)
   if not changes.below:
     return value
   if fields.is_config(value):
-    kinds = fields.annotations(type(value))
-    children = {name: getattr(value, name) for name in kinds}
-  elif isinstance(value, tuple):
-    children = {str(i): item for i, item in enumerate(value)}
-    items = fields.item_kinds(fields.tuple_kind(kind), len(value))
-    kinds = dict(zip(children, items, strict=True))
-  else:
-    wanted = fields.join(path, next(iter(changes.below)))
-    raise errors.UserError(
-      f'{wanted} does not exist: {path} is {value!r} and has no fields.'
-    )
+    names = fields.annotations(type(value))
+    children = {name: getattr(value, name) for name in names}
+    replace = functools.partial(dataclasses.replace, value)
+    changed = _apply_below(children, type(value), changes, path, root)
+    return fields.make(replace, changed, path)
+  if isinstance(value, tuple):
+    items = {str(i): item for i, item in enumerate(value)}
+    kinds = fields.item_kinds(fields.tuple_kind(kind), len(value))
+    for name, change in changes.below.items():
+      if name not in items:
+        last = f', 0 to {len(value) - 1}.' if value else '.'
+        raise errors.UserError(
+          f'{fields.join(path, name)} does not exist: {path} has '
+          f'{len(value)} entries{last}'
+        )
+      below = fields.join(path, name)
+      items[name] = _apply(items[name], kinds[int(name)], change, below, root)
+    return tuple(items.values())
+  wanted = fields.join(path, next(iter(changes.below)))
+  raise errors.UserError(
+    f'{wanted} does not exist: {path} is {value!r} and has no fields.'
+  )
+
+
+def _apply_below(
+  children: dict[str, Any], cls: type, changes: _Changes, path: str, root: Any
+) -> dict[str, Any]:
+  """Returns the fields of a `cls` that change, from their values now."""
+  kinds, changed = fields.annotations(cls), {}
   for name, change in changes.below.items():
-    if name not in children:
-      raise errors.UserError(_unknown(value, name, path, root))
-    children[name] = _apply(
-      children[name], kinds[name], change, fields.join(path, name), root
-    )
-  if isinstance(value, tuple):
-    return tuple(children.values())
-  changed = {name: children[name] for name in changes.below}
-  replace = functools.partial(dataclasses.replace, value)
-  return fields.make(replace, changed, path)
+    if name not in kinds:
+      raise errors.UserError(_unknown(cls, name, path, root))
+    below = fields.join(path, name)
+    changed[name] = _apply(children.get(name), kinds[name], change, below, root)
+  return changed
 
 
-def _unknown(value: Any, name: str, path: str, root: Any) -> str:
-  """Says that `value` has no field `name`, and which one was meant."""
-  wanted = fields.join(path, name)
-  if isinstance(value, tuple):
-    return f'{wanted} does not exist: {path} has {len(value)} entries' + (
-      f', 0 to {len(value) - 1}.' if value else '.'
+def _named_class(text: str | None, kind: Any) -> type | None:
+  """Returns the config class that `text` chooses, if it is one."""
+  for option in fields.classes(kind):
+    if fields.is_config(option) and option.__name__ == text:
+      return option
+  return None
+
+
+def _choose(cls: type, changes: _Changes, path: str, root: Any) -> Any:
+  """Makes a `cls` from its defaults and the changes below."""
+  defaults, missing = {}, []
+  for field in fields.init_fields(cls):
+    if field.default is not dataclasses.MISSING:
+      defaults[field.name] = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+      defaults[field.name] = field.default_factory()
+    elif field.name not in changes.below:
+      missing.append(fields.join(path, field.name))
+  changed = _apply_below(defaults, cls, changes, path, root)
+  if missing:
+    raise errors.UserError(
+      f'{path}={cls.__name__} is not complete: set {", ".join(missing)} too.'
     )
+  return fields.make(cls, defaults | changed, path)
+
+
+def _unknown(cls: type, name: str, path: str, root: Any) -> str:
+  """Says that `cls` has no field `name`, and which one was meant."""
   data = serialization.encode(root, '')
   known = [p for p, _ in serialization.leaves(data, '', inner=True) if p]
+  siblings = [field.name for field in fields.init_fields(cls)]
+  known += [fields.join(path, sibling) for sibling in siblings]
 
   def likeness(candidate):
-    same_name = candidate.rsplit('.', 1)[-1] == name
-    return same_name, difflib.SequenceMatcher(a=wanted, b=candidate).ratio()
+    parent, _, leaf = candidate.rpartition('.')
+    ratio = difflib.SequenceMatcher(a=name, b=leaf).ratio()
+    return leaf == name, ratio + 0.2 * (parent == path)
 
-  nearest = max(known, key=likeness)
-  names = ', '.join(field.name for field in fields.init_fields(value))
   return (
-    f'{wanted} does not exist; the nearest field is {nearest}. '
-    f'{type(value).__name__} has: {names}.'
+    f'{fields.join(path, name)} does not exist; the nearest field is '
+    f'{max(known, key=likeness)}. {cls.__name__} has: {", ".join(siblings)}.'
   )
 
 
@@ -138,8 +176,6 @@ def _from_text(text: str, kind: Any, path: str, now: Any) -> Any:
       if len(kinds) == len(items):
         pairs = zip(items, kinds, strict=True)
         return tuple(_from_text(i, k, path, now) for i, k in pairs)
-    elif dataclasses.is_dataclass(option) and text == option.__name__:
-      return fields.make(option, {}, path)
   way_out = ''
   if fields.is_config(now):
     first = fields.init_fields(now)[0].name

@@ -116,6 +116,10 @@ class OverrideTest(parameterized.TestCase):
       Config(), ['model.mixer=Titans', 'model.mixer.chunk_size=8']
     )
     self.assertEqual(changed.model.mixer, Titans(8))
+    changed = configs.override(
+      Config(), ['model.mixer=Rated', 'model.mixer.rate=3']
+    )
+    self.assertEqual(changed.model.mixer, Rated(3.0))
 
   def test_optional_config_is_made_and_dropped(self):
     made = configs.override(Config(), ['extra=Titans'])
@@ -136,6 +140,8 @@ class OverrideTest(parameterized.TestCase):
     ('num_steps=5', r'nearest field is train\.num_steps.*Config has: name'),
     ('train.num_step=5', r'train\.num_step .*nearest .* train\.num_steps\.'),
     ('model.mixr=Titans', r'nearest .* model\.mixer\..*Model has: embed_dim'),
+    ('train.rate=2', r'nearest .* train\.learning_rate\.'),
+    ('model.heads=2', r'nearest .* model\.mixer\.num_heads'),
     ('model.mixer.heads=2', r'nearest .* model\.mixer\.num_heads'),
     ('model.levels.0.chunksize=2', r'nearest .* model\.levels\.0\.chunk_size'),
     ('model.levels.2.chunk_size=2', r'model\.levels has 2 entries, 0 to 1'),
@@ -159,10 +165,11 @@ class OverrideTest(parameterized.TestCase):
     ('train.betas=0.5', r'is tuple\[float, float\]'),
     ('train.limit=x', 'is int or float or none'),
     ('model.mixer=Mamba', 'is Attention or Titans or Rated, now Attention'),
-    ('model.mixer=Rated', "model.mixer: .*'rate'"),
+    ('model.mixer=Rated', r'not complete: set model\.mixer\.rate too'),
     ('model=big', 'Set one of its fields, such as model.embed_dim'),
     ('model.levels=3', r'such as model\.levels\.0\.name'),
-    ('model.levels.0=Level', r'such as model\.levels\.0\.name|missing'),
+    ('model.levels.0=Level', r'not complete: set model\.levels\.0\.name'),
+    ('model.levels.0=slow', r'such as model\.levels\.0\.name'),
   )
   def test_value_of_the_wrong_type(self, assignment, message):
     with self.assertRaisesRegex(errors.UserError, message) as caught:
