@@ -5,3 +5,6 @@ from nested_learning.optimizers.capture import value_and_delta_grad
 from nested_learning.optimizers.dgd import dgd
 from nested_learning.optimizers.dgd import dgd_for_model
 from nested_learning.optimizers.dgd import dgd_report
+from nested_learning.optimizers.m3 import m3
+from nested_learning.optimizers.m3 import scale_by_m3
+from nested_learning.optimizers.newton_schulz import orthogonalize

@@ -1,0 +1,357 @@
+"""Multi-scale Momentum Muon: momenta on several clocks, orthogonalised."""
+
+from collections.abc import Callable, Sequence
+import numbers
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nested_learning.optimizers import checks
+from nested_learning.optimizers import newton_schulz
+
+# RMS that Adam's updates have early in training; a Muon update scaled to it
+# can use the same learning rate (Liu et al., arXiv:2502.16982).
+_UPDATE_RMS = 0.2
+
+# Matrices that are tables, not maps: every row is used alone.
+_TABLES = ('embed', 'lm_head', 'logits', 'vocab')
+
+
+class SlowMomentum(NamedTuple):
+  """One slow clock: its momentum, and that momentum orthogonalised."""
+
+  momentum: Any
+  direction: Any
+
+
+class M3State(NamedTuple):
+  """State of `scale_by_m3`.
+
+  Attributes:
+    count: Steps taken so far, int32.
+    momentum: The fast momentum, in float32 or wider.
+    slow: One `SlowMomentum` per slow clock.
+    second_moment: Mean (form 'ema') or sum of squared gradients; () if unused.
+  """
+
+  count: jax.Array
+  momentum: Any
+  slow: tuple[SlowMomentum, ...]
+  second_moment: Any
+
+
+def scale_by_m3(
+  *,
+  form: str = 'ema',
+  decay: float = 0.95,
+  slow_decay: float = 0.9,
+  second_decay: float | None = 0.95,
+  slow_every: int | Sequence[int] = 16,
+  slow_weight: float | Sequence[float] = 0.5,
+  nesterov: bool = True,
+  coefficients: str | Sequence[float] = 'quintic',
+  num_steps: int = 5,
+  epsilon: float = 1e-8,
+  mesh: jax.sharding.Mesh | None = None,
+) -> optax.GradientTransformation:
+  """The direction of `m3` for trees in which every leaf is a matrix.
+
+  Args:
+    form: See `m3`.
+    decay: See `m3`.
+    slow_decay: See `m3`.
+    second_decay: See `m3`.
+    slow_every: See `m3`.
+    slow_weight: See `m3`.
+    nesterov: See `m3`.
+    coefficients: See `newton_schulz.orthogonalize`.
+    num_steps: See `newton_schulz.orthogonalize`.
+    epsilon: See `m3`.
+    mesh: See `newton_schulz.orthogonalize`.
+
+  Returns:
+    An optax gradient transformation; leaves have shape [..., m, n].
+
+  Raises:
+    ValueError: If a setting is out of its range.
+  """
+  checks.check_choice(('ema', 'paper'), form=form)
+  if isinstance(coefficients, str):
+    checks.check_choice(newton_schulz.COEFFICIENTS, coefficients=coefficients)
+  checks.check_period(num_steps=num_steps)
+  checks.check_decay(
+    decay=decay, slow_decay=slow_decay, second_decay=second_decay
+  )
+  checks.check_rate(epsilon=epsilon)
+  periods, weights = _clocks(slow_every, slow_weight)
+  ema = form == 'ema'
+
+  def orthogonalize(tree):
+    return jax.tree.map(
+      lambda leaf: newton_schulz.orthogonalize(
+        leaf,
+        coefficients=coefficients,
+        num_steps=num_steps,
+        epsilon=epsilon,
+        mesh=mesh,
+      ),
+      tree,
+    )
+
+  def init_fn(params):
+    checks.check_params(params)
+    zeros = jax.tree.map(_zeros, params)
+    return M3State(
+      count=jnp.zeros((), jnp.int32),
+      momentum=zeros,
+      slow=tuple(SlowMomentum(zeros, zeros) for _ in periods),
+      second_moment=() if second_decay is None else zeros,
+    )
+
+  def update_slow(slow, gradients, count, period):
+    # Nobody reads a slow momentum between its updates, so the gradients of a
+    # chunk are added to it one by one, decayed on the first.
+    first = (count % period == 0) & ema
+    keep = jnp.where(first, slow_decay, 1.0)
+    share = (1 - slow_decay) / period if ema else slow_decay
+    momentum = jax.tree.map(
+      lambda m, g: keep.astype(m.dtype) * m + share * g,
+      slow.momentum,
+      gradients,
+    )
+    direction = jax.lax.cond(
+      (count + 1) % period == 0,
+      lambda momentum, direction: orthogonalize(momentum),
+      lambda momentum, direction: direction,
+      momentum,
+      slow.direction,
+    )
+    return SlowMomentum(momentum, direction)
+
+  def update_fn(updates, state, params=None):
+    del params
+    gradients = jax.tree.map(lambda g, m: g.astype(m.dtype), updates, state[1])
+    count = state.count
+    step = (count + 1).astype(jnp.float32)
+    keep, share = (decay, 1 - decay) if ema else (1.0, decay)
+    momentum = jax.tree.map(
+      lambda m, g: keep * m + share * g, state.momentum, gradients
+    )
+    averaged = momentum
+    if ema and nesterov:
+      ahead = decay / (1 - decay ** (step + 1))
+      now = (1 - decay) / (1 - decay**step)
+      averaged = jax.tree.map(
+        lambda m, g: ahead.astype(m.dtype) * m + now.astype(m.dtype) * g,
+        momentum,
+        gradients,
+      )
+    direction = orthogonalize(averaged)
+    total = jnp.ones(())
+    for slow, period, weight in zip(state.slow, periods, weights, strict=True):
+      direction = jax.tree.map(
+        lambda fast, slow, w=weight: fast + w * slow, direction, slow.direction
+      )
+      total = total + weight * (count >= period)
+
+    second_moment = state.second_moment
+    if second_decay is not None:
+      keep, share = (
+        (second_decay, 1 - second_decay) if ema else (1.0, second_decay)
+      )
+      second_moment = jax.tree.map(
+        lambda v, g: keep * v + share * jnp.square(g), second_moment, gradients
+      )
+      correction = 1 - second_decay**step if ema else jnp.ones(())
+      divided = jax.tree.map(
+        lambda d, v: d / (jnp.sqrt(v / correction.astype(v.dtype)) + epsilon),
+        direction,
+        second_moment,
+      )
+      direction = jax.tree.map(_match, divided, direction) if ema else divided
+    if ema:
+      direction = jax.tree.map(
+        lambda d: d * (_scale(d) / total).astype(d.dtype), direction
+      )
+    new_state = M3State(
+      count=optax.safe_increment(count),
+      momentum=momentum,
+      slow=tuple(
+        update_slow(slow, gradients, count, period)
+        for slow, period in zip(state.slow, periods, strict=True)
+      ),
+      second_moment=second_moment,
+    )
+    return optax.tree.cast_like(direction, updates), new_state
+
+  return optax.GradientTransformation(init_fn, update_fn)
+
+
+def m3(
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  form: str = 'ema',
+  decay: float = 0.95,
+  slow_decay: float = 0.9,
+  second_decay: float | None = 0.95,
+  slow_every: int | Sequence[int] = 16,
+  slow_weight: float | Sequence[float] = 0.5,
+  nesterov: bool = True,
+  coefficients: str | Sequence[float] = 'quintic',
+  num_steps: int = 5,
+  epsilon: float = 1e-8,
+  weight_decay: float = 0.0,
+  adam_learning_rate: optax.ScalarOrSchedule | None = None,
+  adam_decays: tuple[float, float] = (0.9, 0.95),
+  matrices: Callable[[str, Any], bool] | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Multi-scale Momentum Muon: momenta on different clocks, orthogonalised.
+
+  Form 'ema', with K = slow_every, NS = Newton-Schulz and t counted from 1:
+
+  .. math::
+    m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+    v_t &= \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+    s_t &= \beta_3 s_{t-1} + (1 - \beta_3) \tfrac1K \sum_{i=t-K+1}^{t} g_i,
+      \quad S = NS(s_t) \quad\text{if } t \equiv 0 \pmod K \\
+    o_t &= (NS(m_t) + \alpha S) / (1 + \alpha) \\
+    W_t &= W_{t-1} - \text{lr}\, \text{match}\left(
+      o_t / (\sqrt{\hat v_t} + \epsilon)\right)
+
+  where S is used from the step after its update on (and left out of o_t before
+  the first), m_t enters with Nesterov's look-ahead as in Muon, and match gives
+  every matrix the RMS of 0.2 sqrt(max(m, n)) o_t back. Several slow clocks add
+  one s, S and weight each. With no slow clock and no second moment this is Muon
+  with consistent_rms=0.2.
+
+  Form 'paper' is Algorithm 1 to the letter: m, s and v are sums (`decay`,
+  `slow_decay` and `second_decay` are the factors beta_1, beta_3 and beta_2 of
+  their terms), W_t = W_{t-1} - lr (NS(m_t) + alpha S) / (sqrt(v_t) + epsilon),
+  and neither look-ahead, correction nor matching. It reads the sum of line 3 as
+  that of the K gradients of the last chunk (print has K + 1). Since an
+  orthogonalised matrix has entries near 1 / sqrt(max(m, n)) whatever the
+  gradient's size, its division by sqrt(v) makes steps that grow as gradients
+  shrink: hence form 'ema'. Eq. 75 disagrees with Algorithm 1 in sign and
+  indices; Algorithm 1 is followed. Print gives no constants.
+
+  Args:
+    learning_rate: Step size, a scalar or an optax schedule (per step).
+    form: 'ema' or 'paper'.
+    decay: Of the fast momentum; NL writes beta_1.
+    slow_decay: Of the slow momenta, per update of them; NL writes beta_3.
+    second_decay: Of the second moment, NL's beta_2; None leaves it out.
+    slow_every: Steps between updates of the slow momentum, NL's f; a sequence
+      makes several slow clocks, an empty one none.
+    slow_weight: Weight of the slow direction, NL's alpha; one for all clocks or
+      one each.
+    nesterov: Whether the fast momentum looks ahead (form 'ema').
+    coefficients: Of Newton-Schulz: 'cubic', 'quintic' or (a, b, c).
+    num_steps: Of Newton-Schulz; NL writes T.
+    epsilon: Added to divisors.
+    weight_decay: Decoupled, on matrices and on all else alike.
+    adam_learning_rate: Step size of all other leaves. None: learning_rate.
+    adam_decays: Their decay rates, as in Adam.
+    matrices: Function of (path, leaf) that says which leaves are matrices or
+      stacks of them ([..., m, n]). None: rank 2 and more, except where the
+      path contains 'embed', 'lm_head', 'logits' or 'vocab'. It is not asked
+      about leaves of lower rank.
+    mesh: Devices to spread stacked matrices over; see
+      `newton_schulz.orthogonalize`.
+
+  Returns:
+    An optax gradient transformation. Under `optax.inject_hyperparams`, form,
+    slow_every, coefficients, num_steps and adam_decays are static arguments.
+
+  Raises:
+    ValueError: If a setting is out of its range, or at `init` if a parameter is
+      not of a floating type.
+
+  References:
+    Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, Algorithm 1.
+  """
+  checks.check_rate(learning_rate=learning_rate, weight_decay=weight_decay)
+  if adam_learning_rate is None:
+    adam_learning_rate = learning_rate
+  checks.check_rate(adam_learning_rate=adam_learning_rate)
+  is_matrix = matrices or _is_matrix
+
+  def label(path, leaf):
+    path = jax.tree_util.keystr(path)
+    return 'm3' if leaf.ndim >= 2 and is_matrix(path, leaf) else 'adam'
+
+  partition = optax.partition(
+    {
+      'm3': optax.chain(
+        scale_by_m3(
+          form=form,
+          decay=decay,
+          slow_decay=slow_decay,
+          second_decay=second_decay,
+          slow_every=slow_every,
+          slow_weight=slow_weight,
+          nesterov=nesterov,
+          coefficients=coefficients,
+          num_steps=num_steps,
+          epsilon=epsilon,
+          mesh=mesh,
+        ),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+      ),
+      'adam': optax.adamw(
+        adam_learning_rate, *adam_decays, weight_decay=weight_decay
+      ),
+    },
+    lambda params: jax.tree_util.tree_map_with_path(label, params),
+  )
+
+  def init_fn(params):
+    checks.check_params(params)
+    return partition.init(params)
+
+  return optax.GradientTransformationExtraArgs(init_fn, partition.update)
+
+
+def _clocks(slow_every, slow_weight):
+  if isinstance(slow_every, numbers.Number):
+    slow_every = (slow_every,)
+  periods = tuple(slow_every)
+  for period in periods:
+    checks.check_period(slow_every=period)
+  if isinstance(slow_weight, Sequence):
+    weights = tuple(slow_weight)
+  else:
+    weights = (slow_weight,) * len(periods)
+  if len(weights) != len(periods):
+    raise ValueError(
+      f'{slow_weight=} has {len(weights)} weights for {len(periods)} slow '
+      f'clocks ({slow_every=}): give one number, or one per clock.'
+    )
+  for weight in weights:
+    checks.check_rate(slow_weight=weight)
+  return periods, weights
+
+
+def _is_matrix(path, leaf):
+  del leaf
+  return not any(name in path.lower() for name in _TABLES)
+
+
+def _zeros(leaf):
+  return jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def _rms(x):
+  return jnp.sqrt(jnp.mean(jnp.square(x), axis=(-2, -1), keepdims=True))
+
+
+def _match(x, y):
+  """x with the RMS that every matrix of y has."""
+  return x * (_rms(y) / jnp.maximum(_rms(x), jnp.finfo(x.dtype).tiny))
+
+
+def _scale(x):
+  return jnp.asarray(_UPDATE_RMS * max(x.shape[-2:]) ** 0.5)
