@@ -1,5 +1,6 @@
 """Generation from a trained model."""
 
+from nested_learning.inference.generate import check_length
 from nested_learning.inference.generate import GenerateConfig
 from nested_learning.inference.generate import Generated
 from nested_learning.inference.generate import make_generate

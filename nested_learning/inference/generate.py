@@ -75,6 +75,28 @@ def max_stream_length(config: models.ModelConfig) -> int | None:
   return None
 
 
+def check_length(
+  config: models.ModelConfig, prompt_length: int, num_tokens: int
+) -> None:
+  """Refuses a prompt that leaves no room for what is to be generated.
+
+  Args:
+    config: The model.
+    prompt_length: Tokens of the prompt.
+    num_tokens: Tokens to generate.
+
+  Raises:
+    errors.UserError: Together they are more than the model's state holds.
+  """
+  limit = max_stream_length(config)
+  if limit is not None and prompt_length + num_tokens > limit:
+    raise errors.UserError(
+      f'a prompt of {prompt_length} tokens and generate.num_tokens='
+      f'{num_tokens} are together more than model.max_length={limit}; shorten '
+      'the prompt, lower generate.num_tokens or raise model.max_length.'
+    )
+
+
 def make_generate(
   model: models.Model,
   *,
@@ -83,6 +105,7 @@ def make_generate(
   top_k: int | None = None,
   top_p: float = 1.0,
   stop_token: int | None = None,
+  vocab_size: int | None = None,
 ) -> Callable[..., Generated]:
   """Makes `generate(params, prompt, key, mask=None) -> Generated`.
 
@@ -98,12 +121,12 @@ def make_generate(
     top_k: See `sampling.sample`.
     top_p: See `sampling.sample`.
     stop_token: The token that ends a row; None for no such token.
+    vocab_size: Tokens from this one on are never drawn; None for the model's.
 
   Returns:
     The function. It raises UserError if the prompt is empty, or if prompt and
     generated tokens are more than the model's state holds.
   """
-  limit = max_stream_length(model.config)
   piece = model.config.max_length
 
   def read_prompt(params, prompt, mask):
@@ -124,7 +147,7 @@ def make_generate(
     def draw(loop: _Loop) -> _Loop:
       token = sampling.sample(
         jax.random.fold_in(key, loop.step),
-        loop.logits,
+        loop.logits[:, :vocab_size],
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -159,12 +182,7 @@ def make_generate(
     length = prompt.shape[1]
     if length < 1:
       raise errors.UserError('the prompt is empty; give at least one token.')
-    if limit is not None and length + num_tokens > limit:
-      raise errors.UserError(
-        f'a prompt of {length} tokens and {num_tokens=} to generate exceed '
-        f'model.max_length={limit}; shorten the prompt, lower '
-        'generate.num_tokens or raise model.max_length.'
-      )
+    check_length(model.config, length, num_tokens)
     mask = jnp.ones(prompt.shape, bool) if mask is None else mask
     return run(params, prompt, key, mask)
 

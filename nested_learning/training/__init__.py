@@ -1,1 +1,14 @@
-"""Training: the config of an experiment, the trainer, its checkpoints."""
+"""Training: an experiment's config, the trainer, and what a run can do."""
+
+from nested_learning.training.config import ExperimentConfig
+from nested_learning.training.config import TrainConfig
+from nested_learning.training.description import describe
+from nested_learning.training.modes import run
+from nested_learning.training.optimizer import decay_mask
+from nested_learning.training.optimizer import make_optimizer
+from nested_learning.training.optimizer import make_schedule
+from nested_learning.training.step import abstract_state
+from nested_learning.training.step import make_init
+from nested_learning.training.step import make_step
+from nested_learning.training.step import TrainState
+from nested_learning.training.trainer import train

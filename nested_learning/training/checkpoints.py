@@ -40,13 +40,14 @@ class Restored(NamedTuple):
 
 
 def open_manager(
-  workdir: pathlib.Path, *, keep: int = 1
+  workdir: pathlib.Path, *, keep: int = 1, read_only: bool = False
 ) -> contextlib.AbstractContextManager[ocp.CheckpointManager]:
   """Opens the checkpoints of a run; leaving waits for the last save.
 
   Args:
     workdir: The run's folder; checkpoints are in `checkpoints` inside.
     keep: Latest checkpoints to keep, beside the best by bits per byte.
+    read_only: Whether the run's folder stays as it is.
 
   Returns:
     A context manager that gives an Orbax manager.
@@ -63,7 +64,9 @@ def open_manager(
     ]
   )
   options = ocp.CheckpointManagerOptions(
-    preservation_policy=policy, cleanup_tmp_directories=True
+    preservation_policy=policy,
+    cleanup_tmp_directories=not read_only,
+    read_only=read_only,
   )
   folder = pathlib.Path(workdir).absolute() / 'checkpoints'
   return contextlib.closing(ocp.CheckpointManager(folder, options=options))

@@ -42,7 +42,7 @@ def describe(config: config_lib.ExperimentConfig) -> str:
     ('parameters', _bytes(state.params)),
     ('optimiser state', _bytes(state.optimizer)),
     ('gradients', _bytes(state.params)),
-    ('state of the streams', _bytes(streams)),
+    ('state of the streams of a micro-batch', _bytes(streams)),
   ]
   memory.append(('together', sum(size for _, size in memory)))
   return '\n\n'.join(
@@ -50,7 +50,7 @@ def describe(config: config_lib.ExperimentConfig) -> str:
       f'# {config.name}',
       f'{num_params:,} parameters in {config.model.num_layers} layers; '
       f'{config.batch_tokens:,} tokens per step.',
-      _table(('parameters', 'shape', 'number', 'share'), _groups(model)),
+      _table(('parameters', 'number', 'share'), _groups(model)),
       _table(
         ('level', 'chunk size, tokens', 'steps', 'parameters', 'updates'),
         _levels(config, state.params),
@@ -73,17 +73,13 @@ def _mesh(config: sharding.MeshConfig) -> Any:
 
 
 def _groups(model: models.Model) -> list[tuple[str, ...]]:
-  """One line per parameter, layers stacked."""
-  total = parameters.count(model.table)
-  shapes = jax.tree.leaves_with_path(parameters.abstract(model.table))
+  """One line per group of parameters: a part of the mixer, a level, ..."""
+  total, sizes = parameters.count(model.table), {}
+  for path, x in jax.tree.leaves_with_path(parameters.abstract(model.table)):
+    group = '/'.join(parameters.path_name(path).split('/')[:3])
+    sizes[group] = sizes.get(group, 0) + x.size
   return [
-    (
-      parameters.path_name(path),
-      ' x '.join(map(str, x.shape)),
-      f'{x.size:,}',
-      f'{x.size / total:.1%}',
-    )
-    for path, x in shapes
+    (group, f'{size:,}', f'{size / total:.1%}') for group, size in sizes.items()
   ]
 
 
@@ -127,7 +123,9 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
   lines = [header, *rows]
   widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
   text = [
-    '| ' + ' | '.join(c.ljust(w) for c, w in zip(line, widths)) + ' |'
+    '| '
+    + ' | '.join(c.ljust(w) for c, w in zip(line, widths, strict=True))
+    + ' |'
     for line in lines
   ]
   rule = '|' + '|'.join('-' * (width + 2) for width in widths) + '|'

@@ -1,0 +1,139 @@
+"""The report of a run: what came out, in one page with plots."""
+
+from collections.abc import Mapping
+import math
+import pathlib
+from typing import Any
+
+from matplotlib import figure as mpl_figure
+
+from nested_learning import configs
+from nested_learning.training import config as config_lib
+from nested_learning.training import metrics as metrics_lib
+
+LOSS_PLOT = 'loss.png'
+POSITION_PLOT = 'loss_by_position.png'
+POSITION_TABLE = 'loss_by_position.csv'
+SAMPLE = 'sample.txt'
+
+
+def write_report(
+  workdir: pathlib.Path,
+  config: config_lib.ExperimentConfig,
+  summary: Mapping[str, Any],
+) -> None:
+  """Writes `report.md` and its plots from what the run left in its folder.
+
+  Args:
+    workdir: The run's folder, with metrics.jsonl, the plot by position and a
+      sample.
+    config: The experiment.
+    summary: The numbers of summary.json.
+  """
+  lines = metrics_lib.read_metrics(workdir / 'metrics.jsonl')
+  _plot_loss(workdir / LOSS_PLOT, lines)
+  sections = [
+    f'# {config.name}',
+    verdict(summary),
+    _table(('', ''), [(k, _text(v)) for k, v in summary.items()]),
+    f'## Loss\n\n![Training and validation loss]({LOSS_PLOT})',
+    '## Loss by position in the context\n\n'
+    'Mean loss of the targets at each position of their document. With writes '
+    'off the memories stay as they were learned, so the difference is what '
+    'they learn while they read.\n\n'
+    f'![Loss by position, writes on and off]({POSITION_PLOT})\n\n'
+    f'The numbers are in [{POSITION_TABLE}]({POSITION_TABLE}).',
+    '## Levels\n\n' + _levels(config, lines),
+  ]
+  sample = workdir / SAMPLE
+  if sample.exists():
+    text = sample.read_text(encoding='utf-8')
+    sections.append(f'## Sample\n\n{_fenced(text)}')
+  sections.append(f'## Config\n\n{_fenced(configs.to_json(config), "json")}')
+  report = '\n\n'.join(sections) + '\n'
+  (workdir / 'report.md').write_text(report, encoding='utf-8')
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+  """One sentence on what the memory's writes are worth."""
+  on, off = summary['bits_per_byte'], summary['bits_per_byte_writes_off']
+  if on == off:
+    return (
+      f'{on:.4f} bits per byte of validation text. Writes on or off makes no '
+      'difference: this model writes no memory.'
+    )
+  better = 'better' if on < off else 'WORSE'
+  return (
+    f'{on:.4f} bits per byte of validation text with memory writes on, '
+    f'{off:.4f} with writes off: writing is {abs(off - on):.4f} bits per byte '
+    f'({abs(off - on) / off:.1%}) {better}.'
+  )
+
+
+def _plot_loss(path: pathlib.Path, lines: list[Mapping[str, Any]]) -> None:
+  """Draws the training loss and, below it, bits per byte."""
+  figure = mpl_figure.Figure(figsize=(7, 5), layout='tight')
+  losses, bits = figure.subplots(2, 1, sharex=True)
+  for axes, name, label in (
+    (losses, 'loss', 'training loss, nats per token'),
+    (bits, 'validation/bits_per_byte', 'validation, bits per byte'),
+  ):
+    points = [
+      (line['step'], line[name]) for line in lines if line.get(name) is not None
+    ]
+    axes.plot(*zip(*points, strict=True), '.-' if axes is bits else '-')
+    axes.set_ylabel(label)
+  bits.set_xlabel('step')
+  figure.savefig(path, dpi=120)
+
+
+def _levels(
+  config: config_lib.ExperimentConfig, lines: list[Mapping[str, Any]]
+) -> str:
+  """What each level's clock did, from the last line that has it."""
+  chunk_sizes = {level.name: level.chunk_size for level in config.model.levels}
+  last: dict[str, Any] = {}
+  for line in lines:
+    last.update({k: v for k, v in line.items() if k.startswith('levels/')})
+  names = dict.fromkeys(key.split('/')[1] for key in last)
+  rows = []
+  for name in names:
+    get = lambda field, name=name: last.get(f'levels/{name}/{field}') or 0.0
+    num_updates = int(get('num_updates'))
+    rows.append(
+      (
+        name,
+        f'{chunk_sizes.get(name) or config.batch_tokens:,}',
+        f'{num_updates:,}' if num_updates else 'none: it never learned',
+        f'{get("gradient_norm"):.3g}',
+        f'{get("update_ratio"):.3g}',
+      )
+    )
+  header = (
+    'level',
+    'tokens per update',
+    'updates',
+    'gradient norm',
+    'update / weights',
+  )
+  return _table(header, rows)
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+  rule = ('---',) * len(header)
+  lines = (header, rule, *rows)
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+
+def _text(value: Any) -> str:
+  if isinstance(value, float) and math.isfinite(value):
+    return f'{value:,.4f}'
+  return f'{value:,}' if isinstance(value, int) else str(value)
+
+
+def _fenced(text: str, language: str = '') -> str:
+  """A code block, whatever backticks the text has."""
+  fence = '```'
+  while fence in text:
+    fence += '`'
+  return f'{fence}{language}\n{text.rstrip()}\n{fence}'
