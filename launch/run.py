@@ -16,6 +16,7 @@ import traceback
 
 from absl import app
 from absl import flags
+from absl import logging
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 if str(_ROOT) not in sys.path:
@@ -50,7 +51,9 @@ _PROMPT = flags.DEFINE_string(
 
 
 def main() -> None:
-  """Runs the console script."""
+  """Parses the flags and runs."""
+  # Orbax and JAX log every step of a save as INFO; --verbosity=0 shows it.
+  flags.FLAGS.set_default('verbosity', logging.WARNING)
   app.run(_main, flags_parser=_parse_flags)
 
 
@@ -70,7 +73,7 @@ def _main(argv: list[str]) -> None:
     if not _is_ours(error):
       raise
     _print_error(error)
-    if flags.FLAGS.verbosity > 0:
+    if logging.level_debug():
       traceback.print_exception(error)
     sys.exit(2)
 

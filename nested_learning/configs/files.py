@@ -41,7 +41,8 @@ def call_get_config(spec: str) -> tuple[types.ModuleType, Any]:
       return module, module.get_config(arg)
     return module, module.get_config()
   except Exception as error:
-    raise _explain(error, path) from error
+    _refuse(error, path)
+    raise
 
 
 def find(name: str) -> types.ModuleType:
@@ -88,7 +89,8 @@ def _load(path: pathlib.Path) -> types.ModuleType:
     spec.loader.exec_module(module)
   except Exception as error:
     del sys.modules[name]
-    raise _explain(error, path) from error
+    _refuse(error, path)
+    raise
   return module
 
 
@@ -110,15 +112,25 @@ def _missing(path: pathlib.Path) -> str:
   return f'There is no file {path}; {folder} has: {", ".join(there)}.'
 
 
-def _explain(error: Exception, path: pathlib.Path) -> errors.UserError:
-  """Says in one line where in the file an exception came from."""
+def _refuse(error: Exception, path: pathlib.Path) -> None:
+  """Says in one line where in the file an exception came from.
+
+  Only returns where a module that the file calls raised something that is no
+  refusal of a value: a bug, which keeps its traceback.
+  """
   resolved = str(path.resolve())
-  frames = traceback.extract_tb(error.__traceback__)
+  frames = [
+    frame
+    for frame in traceback.extract_tb(error.__traceback__)
+    if not frame.filename.startswith('<frozen')  # those of importlib
+  ]
   lines = [frame.lineno for frame in frames if frame.filename == resolved]
   if isinstance(error, SyntaxError) and error.filename == resolved:
     lines.append(error.lineno)
+  elif not isinstance(error, ValueError):
+    if frames[-1].filename not in (resolved, __file__):
+      return
   where = f'{path}, line {lines[-1]}' if lines else str(path)
-  if isinstance(error, errors.UserError):
-    return errors.UserError(f'{where}: {error}')
-  first = (str(error).strip().splitlines() or [''])[0]
-  return errors.UserError(f'{where}: {type(error).__name__}: {first}')
+  kind = '' if isinstance(error, errors.UserError) else type(error).__name__
+  text = ': '.join(filter(None, [kind, str(error).strip().split('\n')[0]]))
+  raise errors.UserError(f'{where}: {text}') from error

@@ -91,6 +91,16 @@ class LoadTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, "arg='xl': not a size"):
       configs.load(f'{path}:xl')
 
+  def test_bug_of_another_module_keeps_its_traceback(self):
+    path = self._write('import ast\ndef get_config():\n  ast.parse(3)\n')
+    with self.assertRaisesRegex(TypeError, 'compile'):
+      configs.load(path)
+
+  def test_get_config_without_an_argument(self):
+    path = self._write('def get_config():\n  return 1\n')
+    with self.assertRaisesRegex(errors.UserError, 'takes 0 positional'):
+      configs.load(f'{path}:large')
+
   def test_missing_file_names_what_is_there(self):
     self._write(_FILE)
     with self.assertRaisesRegex(errors.UserError, f'has: {self.name}.py'):
