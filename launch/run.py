@@ -52,8 +52,6 @@ _PROMPT = flags.DEFINE_string(
 
 def main() -> None:
   """Parses the flags and runs."""
-  # Orbax and JAX log every step of a save as INFO; --verbosity=0 shows it.
-  flags.FLAGS.set_default('verbosity', logging.WARNING)
   app.run(_main, flags_parser=_parse_flags)
 
 
@@ -86,43 +84,56 @@ def _run() -> int | None:
     raise errors.UserError(
       f'--mode={mode} needs a folder for the run: --workdir=runs/NAME.'
     )
-  stored = workdir / 'config.json' if workdir else None
+  experiment = _load(workdir)
+  config, run = experiment.config, experiment.run
+  if workdir is not None and _holds_run(workdir):
+    # Without --config, what --set changes is meant to differ from the run.
+    if mode == 'train' or _CONFIG.value is not None:
+      _check_same_run(config, workdir, mode)
+    if mode == 'train' and (workdir / 'summary.json').is_file():
+      print(  # The summary is what a run writes last of all.
+        f'{workdir} holds this run, finished: see {workdir}/report.md. To run '
+        'it again, use another --workdir.'
+      )
+      return 0
+  elif mode == 'train':
+    _write_config(config, experiment.module, workdir / 'config.json')
+  if run is None:
+    from nested_learning import training
+
+    run = training.run
+  return run(config, workdir and str(workdir), mode)
+
+
+def _load(workdir: pathlib.Path | None) -> configs.Experiment:
+  """Loads the config that the flags name, with the changes of --set."""
   spec = _CONFIG.value
   if spec is None:
-    if stored is None or not stored.is_file():
+    if workdir is None or not (workdir / 'config.json').is_file():
       place = f' ({workdir} holds no run)' if workdir else ''
       raise errors.UserError(
         f'No config{place}: name one, as in --config=experiments/quickstart.py.'
       )
-    spec = str(stored)
+    spec = str(workdir / 'config.json')
   experiment = configs.load_experiment(spec)
   assignments = list(_SET.value)
   if _PROMPT.value is not None:
     assignments.append(f'generate.prompt={_PROMPT.value}')
   config = configs.override(experiment.config, assignments)
-  if workdir is not None:
-    # Without --config, what --set changes is meant to differ from the run.
-    if stored.is_file() and (mode == 'train' or _CONFIG.value is not None):
-      _check_same_run(config, stored, mode)
-    if mode == 'train' and (workdir / 'summary.json').is_file():
-      # Written last: this very run, finished.
-      print(
-        f'{workdir} holds this run, finished: see {workdir}/report.md. To run '
-        'it again, use another --workdir.'
-      )
-      return 0
-    if mode == 'train':
-      _write_config(config, experiment.module, stored)
-  if experiment.run is not None:
-    return experiment.run(config, workdir and str(workdir), mode)
-  from nested_learning import training
-
-  return training.run(config, workdir and str(workdir), mode=mode)
+  return experiment._replace(config=config)
 
 
-def _check_same_run(config, stored: pathlib.Path, mode: str) -> None:
+def _holds_run(workdir: pathlib.Path) -> bool:
+  """Returns whether a run has begun there; a config alone is no run."""
+  if not (workdir / 'config.json').is_file():
+    return False
+  return any(path.name != 'config.json' for path in workdir.iterdir())
+
+
+def _check_same_run(config, workdir: pathlib.Path, mode: str) -> None:
   """Refuses a workdir that holds the run of another config."""
-  changed = configs.differences(config, configs.load(str(stored)))
+  theirs = configs.load(str(workdir / 'config.json'))
+  changed = configs.differences(config, theirs)
   if mode == 'generate':
     changed = {
       path: values
@@ -138,20 +149,17 @@ def _check_same_run(config, stored: pathlib.Path, mode: str) -> None:
   if len(changed) > 5:
     listed.append(f'{len(changed) - 5} more')
   way_out = (
-    'Use another --workdir; or resume that run, by leaving out --config.'
+    'Use another --workdir; or leave out --config and --set to resume that run.'
     if mode == 'train'
     else 'Leave out --config to use the config of that run.'
   )
   raise errors.UserError(
-    f'{stored.parent} holds a run that differs in {", ".join(listed)}. '
-    f'{way_out}'
+    f'{workdir} holds a run that differs in {", ".join(listed)}. {way_out}'
   )
 
 
 def _write_config(config, module: str | None, path: pathlib.Path) -> None:
   """Writes config.json before the run starts: whole, or not at all."""
-  if path.is_file():
-    return
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: the processes of one run write the same file.
@@ -182,10 +190,14 @@ def _is_ours(error: ValueError) -> bool:
 
 def _parse_flags(argv: list[str]) -> list[str]:
   try:
-    return flags.FLAGS(argv)
+    argv = flags.FLAGS(argv)
   except flags.Error as error:
     _print_error(error)
     sys.exit(2)
+  if flags.FLAGS['verbosity'].using_default_value:
+    # Orbax logs every step of a save as INFO; --verbosity=0 shows that.
+    flags.FLAGS.verbosity = logging.WARNING
+  return argv
 
 
 def _print_error(error: Exception | str) -> None:

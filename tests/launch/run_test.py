@@ -45,6 +45,8 @@ def run(config, workdir, mode):
     return int('three')
   if config.fail == 'code':
     return 7
+  if workdir:
+    pathlib.Path(workdir, 'metrics.jsonl').touch()
   print(mode, config.size, config.generate.prompt)
 """
 
@@ -88,7 +90,9 @@ class RunTest(parameterized.TestCase):
     self._assert_done(self._toy('--set=size=6'), 'train 6 def')
     data = json.loads((self.workdir / 'config.json').read_text())
     self.assertEqual(data['size'], 6)
-    self.assertEqual(os.listdir(self.workdir), ['config.json'])
+    self.assertCountEqual(
+      os.listdir(self.workdir), ['config.json', 'metrics.jsonl']
+    )
     again = self._call('--config=runs/a/config.json', '--workdir=runs/b')
     self._assert_done(again, 'train 6 def')
     copy = self.workdir.parent / 'b' / 'config.json'
@@ -103,6 +107,12 @@ class RunTest(parameterized.TestCase):
     self._assert_refused(refused, 'size (5 there, 8 here)')
     self.assertIn('Use another --workdir', refused.stderr)
     self.assertEqual((self.workdir / 'config.json').read_bytes(), before)
+
+  def test_run_that_never_began_does_not_hold_its_workdir(self):
+    self._assert_refused(self._toy('--set=fail=user'), 'The corpus is empty.')
+    self._assert_done(self._toy(), 'train 5 def')
+    data = json.loads((self.workdir / 'config.json').read_text())
+    self.assertEqual(data['fail'], '')
 
   def test_finished_run_is_not_run_again(self):
     self._toy()
