@@ -69,7 +69,9 @@ def open_manager(
     read_only=read_only,
   )
   folder = pathlib.Path(workdir).absolute() / 'checkpoints'
-  return contextlib.closing(ocp.CheckpointManager(folder, options=options))
+  with _quiet():
+    manager = ocp.CheckpointManager(folder, options=options)
+  return contextlib.closing(manager)
 
 
 def save(

@@ -96,9 +96,9 @@ def make_optimizer(
 def decay_mask(table: parameters.Table) -> Any:
   """Which parameters weight decay pulls to zero: matrices, by the table.
 
-  Vectors and scalars, norms and biases of any rank, embeddings, and initial
-  memories are left alone: an initial memory is a state, and its size is part of
-  what it says.
+  Vectors and scalars, norms, biases and convolutions of any rank, embeddings,
+  and initial memories are left alone: an initial memory is a state, and its
+  size is part of what it says.
 
   Args:
     table: The model's parameters.
@@ -110,7 +110,7 @@ def decay_mask(table: parameters.Table) -> Any:
   def leaf(path, param: parameters.Param) -> bool:
     axes = [axis for axis in param.axes if axis != 'layers']
     name = parameters.path_name(path)
-    kept = any(word in name for word in ('norm', 'bias', 'memory'))
+    kept = any(word in name for word in ('norm', 'bias', 'conv', 'memory'))
     return len(axes) >= 2 and 'vocab' not in axes and not kept
 
   return jax.tree_util.tree_map_with_path(

@@ -38,9 +38,9 @@ def write_report(
     _table(('', ''), [(k, _text(v)) for k, v in summary.items()]),
     f'## Loss\n\n![Training and validation loss]({LOSS_PLOT})',
     '## Loss by position in the context\n\n'
-    'Mean loss of the targets at each position of their document. With writes '
-    'off the memories stay as they were learned, so the difference is what '
-    'they learn while they read.\n\n'
+    'Mean loss by the number of tokens of its document that the model has read '
+    'before. With writes off the memories stay as they were learned, so the '
+    'difference is what they learn while they read.\n\n'
     f'![Loss by position, writes on and off]({POSITION_PLOT})\n\n'
     f'The numbers are in [{POSITION_TABLE}]({POSITION_TABLE}).',
     '## Levels\n\n' + _levels(config, lines),

@@ -104,7 +104,7 @@ def make_step(
       gradients, state.optimizer, state.params
     )
     params = optax.apply_updates(state.params, updates)
-    metrics = {'loss': loss, 'gradient_norm': optax.global_norm(gradients)}
+    metrics = {'loss': loss, 'gradient_norm': optax.tree.norm(gradients)}
     for name, value in levels.telemetry(opt_state).items():
       metrics[f'levels/{name}'] = value.astype(jnp.float32)
     return TrainState(params, opt_state, stream), metrics

@@ -1,0 +1,61 @@
+import pathlib
+
+from absl.testing import absltest
+from absl.testing import parameterized
+
+from nested_learning import errors
+from nested_learning import models
+from nested_learning import training
+from tests.training import tiny
+
+
+class ConfigTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ({'num_steps': 0}, 'train.num_steps=0 must be at least 1'),
+    ({'accumulate': 0}, 'train.accumulate=0 must be at least 1'),
+    ({'learning_rate': 0.0}, 'train.learning_rate=0.0 must be above 0'),
+    ({'weight_decay': -1.0}, 'train.weight_decay=-1.0 must be at least 0'),
+    ({'final_fraction': 2.0}, 'train.final_fraction=2.0 must be between'),
+  )
+  def test_refuses_a_number_out_of_range(self, fields, message):
+    with self.assertRaisesRegex(errors.UserError, message):
+      training.TrainConfig(**fields)
+
+  @parameterized.named_parameters(
+    (
+      'too_long',
+      {'data': {'sequence_length': 256}},
+      'data.sequence_length=256 is longer than model.max_length=128',
+    ),
+    (
+      'accumulate',
+      {'train': {'accumulate': 3}},
+      'data.batch_size=8 is not a multiple of train.accumulate=3',
+    ),
+    (
+      'chunk_size',
+      {'data': {'batch_size': 12}},
+      "level 'slow' has chunk_size=512, .* 384 tokens .* set it to 768",
+    ),
+    (
+      'endless_stream',
+      {'data': {'reset': 'never'}},
+      "data.reset='never' makes a stream of 192 tokens per row",
+    ),
+  )
+  def test_refuses_parts_that_do_not_fit(self, changes, message):
+    root = pathlib.Path(self.create_tempdir().full_path)
+    with self.assertRaisesRegex(errors.UserError, message):
+      tiny.experiment(root, **changes)
+
+  def test_a_level_at_every_step_fits_any_batch(self):
+    root = pathlib.Path(self.create_tempdir().full_path)
+    levels = (models.LevelConfig('only', mlp_dim=16),)
+    config = tiny.experiment(
+      root, model={'levels': levels}, data={'batch_size': 12}
+    )
+    self.assertEqual(config.batch_tokens, 12 * 32)
+
+
+if __name__ == '__main__':
+  absltest.main()

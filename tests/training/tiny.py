@@ -1,0 +1,67 @@
+"""A Transformer of two levels and a corpus that train in a second."""
+
+import dataclasses
+import pathlib
+
+from nested_learning import data
+from nested_learning import evaluation
+from nested_learning import inference
+from nested_learning import layers
+from nested_learning import models
+from nested_learning import training
+
+MODEL = models.ModelConfig(
+  vocab_size=260,  # a few more than the tokenizer has
+  num_layers=1,
+  embed_dim=16,
+  mixer=layers.AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8),
+  levels=(
+    models.LevelConfig('fast', mlp_dim=16),
+    models.LevelConfig('slow', mlp_dim=16, chunk_size=512),
+  ),
+  max_length=128,
+)
+
+
+def write_corpus(folder: pathlib.Path) -> str:
+  """Writes eight files of text and returns the folder."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for i in range(8):
+    lines = [f'line {j} of file {i}: {j * i} and {j + i}' for j in range(60)]
+    (folder / f'{i}.txt').write_text('\n'.join(lines))
+  return str(folder)
+
+
+def experiment(root: pathlib.Path, **changes) -> training.ExperimentConfig:
+  """The experiment, with its text below `root`; changes are by dotted name.
+
+  Args:
+    root: A folder of the test's own.
+    **changes: Such as train={'num_steps': 3} or seed=1.
+  """
+  root = pathlib.Path(root)
+  config = training.ExperimentConfig(
+    name='tiny',
+    model=MODEL,
+    data=data.DataConfig(
+      source=write_corpus(root / 'text'),
+      sequence_length=32,
+      batch_size=8,
+      validation_fraction=0.2,
+      cache_dir=str(root / 'cache'),
+    ),
+    train=training.TrainConfig(
+      num_steps=6,
+      learning_rate=1e-2,
+      warmup_steps=2,
+      log_every=1,
+      evaluate_every=100,
+      checkpoint_every=100,
+    ),
+    evaluation=evaluation.EvaluationConfig(num_batches=2),
+    generate=inference.GenerateConfig(prompt='line', num_tokens=8),
+  )
+  for name, value in changes.items():
+    if isinstance(value, dict):
+      changes[name] = dataclasses.replace(getattr(config, name), **value)
+  return dataclasses.replace(config, **changes)
