@@ -3,8 +3,9 @@ r"""Self-modifying Titans: keys, values, rates and retention that learn.
 Per head, with x the head's input and q its query:
 
 .. math::
-   k_t, v_t, inner\_lr_t, retention_t &= M_k(x_t), M_v(x_t), M_{lr}(x_t), M_r(x_t)
-   \\ y_t &= M_{main}(q_t)
+   k_t, v_t &= M_k(x_t), M_v(x_t) \\
+   inner\_lr_t, retention_t &= M_{lr}(x_t), M_r(x_t) \\
+   y_t &= M_{main}(q_t)
 
 and every memory M, main included, is written at k_t towards its own output for
 v_t. Each memory starts from a learned initial memory. Memories are matrices or
@@ -94,16 +95,18 @@ class SelfModifyingTitansConfig:
 
   def network(self, *, num_vectors: int, num_scalars: int) -> memory.Network:
     """The network of memories with these roles."""
-    sizes = dict(
+    if self.kind == 'matrix':
+      return memory.make_matrix(
+        num_heads=self.num_heads,
+        dim=self.head_dim,
+        num_vectors=num_vectors,
+        num_scalars=num_scalars,
+      )
+    return memory.make_mlp(
       num_heads=self.num_heads,
       dim=self.head_dim,
       num_vectors=num_vectors,
       num_scalars=num_scalars,
-    )
-    if self.kind == 'matrix':
-      return memory.make_matrix(**sizes)
-    return memory.make_mlp(
-      **sizes,
       hidden_dim=self.hidden_dim or self.head_dim,
       activation=memory.ACTIVATIONS[self.activation],
     )

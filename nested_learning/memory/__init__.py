@@ -3,15 +3,15 @@
 Imports jax and the parameter table alone.
 """
 
-from nested_learning.memory.engine import chunk_scan
-from nested_learning.memory.engine import Feed
-from nested_learning.memory.engine import init_state
-from nested_learning.memory.engine import Result
-from nested_learning.memory.engine import Rule
-from nested_learning.memory.engine import State
-from nested_learning.memory.engine import token_loop
+from nested_learning.memory.chunk_scan import chunk_scan
+from nested_learning.memory.interface import Feed
+from nested_learning.memory.interface import init_state
+from nested_learning.memory.interface import Result
+from nested_learning.memory.interface import Rule
+from nested_learning.memory.interface import State
 from nested_learning.memory.networks import make_matrix
 from nested_learning.memory.networks import make_mlp
 from nested_learning.memory.networks import Network
 from nested_learning.memory.objectives import ACTIVATIONS
 from nested_learning.memory.objectives import OBJECTIVES
+from nested_learning.memory.token_loop import token_loop

@@ -206,6 +206,7 @@ class Chunk(NamedTuple):
   reference: jax.Array | None
   initial: jax.Array | None
   x: jax.Array
+  decays: Decays
   written: jax.Array  # [..., t, o], rows that G weighs
   step: jax.Array | None  # inner_lr delta, rows that w weighs
 
@@ -238,7 +239,7 @@ def solve_chunk(
     The solved `Chunk`.
   """
   rates = rates.masked()
-  chunk = Chunk(carry, reference, initial, x, x, None)
+  chunk = Chunk(carry, reference, initial, x, decays, x, None)
   step = rates.inner_lr * delta
   if not erase:
     if decays.trace is None:
@@ -249,7 +250,7 @@ def solve_chunk(
   inverse = triangular.unit_lower_inverse(
     rates.inner_lr * decays.between_before * keys
   )
-  before = _carried(chunk, x, decays.kept_before, decays.fresh)
+  before = _carried(chunk, x, decays.kept_before)
   if decays.trace is None:
     # Erased and written together: u_t - inner_lr_t delta_t.
     right = rates.inner_lr * before + step
@@ -264,19 +265,19 @@ def solve_chunk(
   return chunk._replace(written=written, step=step)
 
 
-def read_chunk(chunk: Chunk, decays: Decays, q: jax.Array) -> jax.Array:
+def read_chunk(chunk: Chunk, q: jax.Array) -> jax.Array:
   """W_t q_t for every token t of a solved chunk, after its own write.
 
   Args:
     chunk: From `solve_chunk`.
-    decays: The same as there.
     q: [..., t, i].
 
   Returns:
     [..., t, o].
   """
+  decays = chunk.decays
   seen = jnp.einsum('...ti,...si->...ts', q, chunk.x)
-  read = _carried(chunk, q, decays.kept, decays.fresh)
+  read = _carried(chunk, q, decays.kept)
   read = read + jnp.matmul(decays.between * seen, chunk.written)
   if decays.trace is None:
     return read
@@ -285,8 +286,9 @@ def read_chunk(chunk: Chunk, decays: Decays, q: jax.Array) -> jax.Array:
   return read - jnp.matmul(trace.between * seen, chunk.step)
 
 
-def end_chunk(chunk: Chunk, decays: Decays) -> Carry:
+def end_chunk(chunk: Chunk) -> Carry:
   """Weights and trace after the last token of a solved chunk."""
+  decays = chunk.decays
   kept = decays.kept[..., -1:, :]
   weights = chunk.carry.weights
   if decays.fresh is not None:
@@ -308,11 +310,10 @@ def end_chunk(chunk: Chunk, decays: Decays) -> Carry:
   )
 
 
-def _carried(
-  chunk: Chunk, q: jax.Array, kept: jax.Array, fresh: jax.Array | None
-) -> jax.Array:
+def _carried(chunk: Chunk, q: jax.Array, kept: jax.Array) -> jax.Array:
   """What the weights before the chunk contribute to a read with q."""
   read = networks.apply_map(chunk.carry.weights, q)
+  fresh = chunk.decays.fresh
   if fresh is not None:
     read = jnp.where(fresh, networks.apply_map(chunk.initial, q), read)
   if chunk.reference is None:

@@ -1,0 +1,114 @@
+"""What the engine takes and gives: rules, feeds and states of memories."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nested_learning.memory import networks
+from nested_learning.memory import objectives
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """How a memory is written and read; functions, not their names."""
+
+  chunk_size: int  # tokens that share one anchor; 1 is the token recurrence
+  objective: objectives.Objective = objectives.l2
+  erase: str = 'input'  # maps with the delta rule: none | input | every_map
+  retain_to: str = 'initial'  # what retention decays towards; or 'zero'
+  momentum: bool = False  # whether feeds have a momentum
+  read: str = 'token'  # after each token's write; 'chunk', its anchor; 'none'
+  target: str = 'own'  # the memory's own output for the value; or 'value'
+  normalize_target: Callable[[jax.Array], jax.Array] | None = None
+  max_norm: float | None = None  # of a map's departure from its initial weights
+
+  def __post_init__(self):
+    if self.chunk_size < 1:
+      raise ValueError(f'{self.chunk_size=} must be at least 1 token.')
+    _one_of('erase', self.erase, ('none', 'input', 'every_map'))
+    _one_of('retain_to', self.retain_to, ('zero', 'initial'))
+    _one_of('read', self.read, ('token', 'chunk', 'none'))
+    _one_of('target', self.target, ('own', 'value'))
+
+
+class Feed(NamedTuple):
+  """What tokens write and read with; the token axis is last but one.
+
+  Attributes:
+    key: [b, h, t, d].
+    value: [b, h, t, d].
+    inner_lr: [b, h, t, 1], >= 0.
+    retention: [b, h, t, 1], in [0, 1].
+    momentum: [b, h, t, 1] or None.
+    query: [b, h, t, d], or None where nothing is read.
+  """
+
+  key: jax.Array
+  value: jax.Array
+  inner_lr: jax.Array
+  retention: jax.Array
+  momentum: jax.Array | None = None
+  query: jax.Array | None = None
+
+
+class State(NamedTuple):
+  """A memory between two calls, one row per sequence.
+
+  Attributes:
+    memory: Weights per map, [b, h, ..., out, in].
+    anchor: The weights at the start of the current chunk.
+    trace: The momentum's buffer per map, or None.
+    offset: int32 [b], tokens of the current chunk that were read.
+  """
+
+  memory: Any
+  anchor: Any
+  trace: Any
+  offset: jax.Array
+
+
+class Result(NamedTuple):
+  """What a call gives per token.
+
+  Attributes:
+    read: [b, h, t, d], or None with rule.read 'none'.
+    feed: The `Feed` of every token, as `project` made it.
+    surprise: [b, h, t, 1], Frobenius norm of the inner gradient.
+  """
+
+  read: jax.Array | None
+  feed: Feed
+  surprise: jax.Array
+
+
+# Makes the feed of some tokens from the anchor and the inputs: for a static
+# model the inputs are the feed, for a self-modifying one the anchor makes it.
+Project = Callable[[networks.Linear, Any], Feed]
+
+
+def init_state(
+  initial: Any, batch_size: int, *, momentum: bool = False
+) -> State:
+  """The state at a stream's start: every row holds the initial memory.
+
+  Args:
+    initial: Initial memory per map, [h, ..., out, in].
+    batch_size: Rows b.
+    momentum: Whether the rates have momentum.
+
+  Returns:
+    A `State`.
+  """
+  memory = jax.tree.map(
+    lambda w: jnp.broadcast_to(w, (batch_size, *w.shape)), initial
+  )
+  trace = jax.tree.map(jnp.zeros_like, memory) if momentum else None
+  return State(memory, memory, trace, jnp.zeros((batch_size,), jnp.int32))
+
+
+def _one_of(name, value, known):
+  if value not in known:
+    raise ValueError(f'{name}={value!r} must be one of {", ".join(known)}.')

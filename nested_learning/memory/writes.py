@@ -1,0 +1,144 @@
+"""What a token writes: its feed, its errors, and each map's rates.
+
+The token loop and the chunk scan share everything in this file; they differ
+only in how they solve the update rule.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nested_learning.memory import interface
+from nested_learning.memory import networks
+from nested_learning.memory import rule as rules
+
+
+class Seen(NamedTuple):
+  """Tokens as an anchor sees them."""
+
+  feed: interface.Feed
+  inputs: dict[str, jax.Array]  # of each map, for the key
+  deltas: dict[str, jax.Array]  # error at each map's output
+  read: jax.Array | None  # from the anchor, with rule.read 'chunk'
+  surprise: jax.Array
+
+
+def evaluate(
+  network: networks.Network,
+  rule: interface.Rule,
+  anchor: Any,
+  inputs: Any,
+  project: interface.Project,
+) -> Seen:
+  """What the tokens write and read, and the errors, seen from the anchor.
+
+  Args:
+    network: What the memory is.
+    rule: How it is written and read.
+    anchor: Weights per map, [b, h, ..., out, in] or without b.
+    inputs: What `project` takes, a pytree of [b, h, t, ...].
+    project: Makes the `Feed` of the tokens.
+
+  Returns:
+    The `Seen`; its deltas are the objective's gradient at each map's output.
+  """
+  linear = networks.linear_of(anchor)
+  feed = project(linear, inputs)
+  target = feed.value[:, :, None], feed.value[:, :, None, :, :0]
+  if rule.target == 'own':
+    vectors, scalars = network.apply(linear, feed.value)
+    if rule.normalize_target is not None:
+      vectors = rule.normalize_target(vectors)
+    target = vectors, scalars
+  target = networks.Outputs(*target)
+
+  def loss(bumps):
+    map_inputs = {}
+
+    def bumped(name, x):
+      map_inputs[name] = x
+      y = linear(name, x)
+      return y if bumps is None else y + bumps[name]
+
+    prediction = network.apply(bumped, feed.key)
+    total = sum(
+      jnp.sum(rule.objective(p, t))
+      for p, t in zip(prediction, target, strict=True)
+      if p.size
+    )
+    return total, map_inputs
+
+  _, map_inputs = jax.eval_shape(loss, None)
+  bumps = {
+    name: jnp.zeros((*x.shape[:-1], anchor[name].shape[-2]), x.dtype)
+    for name, x in map_inputs.items()
+  }
+  deltas, map_inputs = jax.grad(loss, has_aux=True)(bumps)
+  read = None
+  if rule.read == 'chunk':
+    read = read_vector(network, linear, feed.query)
+  return Seen(feed, map_inputs, deltas, read, _surprise(map_inputs, deltas))
+
+
+def read_vector(
+  network: networks.Network, linear: networks.Linear, query: jax.Array
+) -> jax.Array:
+  """The vector [b, h, t, d] that a one-vector network gives for a query."""
+  return network.apply(linear, query).vectors[:, :, 0]
+
+
+def map_rates(
+  rule: interface.Rule, name: str, seen: Seen, write: jax.Array | None
+) -> rules.Rates:
+  """The rates of one map: those of hidden maps are scaled by their inputs."""
+  feed = seen.feed
+  rates = rules.Rates(feed.inner_lr, feed.retention, feed.momentum, write)
+  rates = per_map(rates, name)
+  if name == 'in' or rule.erase != 'every_map':
+    return rates
+  # Exact proximal step for inputs of any norm, NL eq. 57.
+  square = jnp.sum(jnp.square(seen.inputs[name]), axis=-1, keepdims=True)
+  return rates._replace(inner_lr=rates.inner_lr / (1 + rates.inner_lr * square))
+
+
+def per_map(tree: Any, name: str) -> Any:
+  """Adds the role axis that hidden maps have: [b, h, ...] -> [b, h, 1, ...]."""
+  if name == 'in':
+    return tree
+  return jax.tree.map(lambda x: x[:, :, None], tree)
+
+
+def erases(rule: interface.Rule, name: str) -> bool:
+  """Whether the delta rule acts on a map."""
+  return rule.erase == 'every_map' or (rule.erase == 'input' and name == 'in')
+
+
+def reference(rule: interface.Rule, initial: jax.Array) -> jax.Array | None:
+  """What retention decays a map towards; None is zero."""
+  return initial if rule.retain_to == 'initial' else None
+
+
+def bound(rule: interface.Rule, initial: Any, memory: Any) -> Any:
+  """Scales back what left the initial memory farther than max_norm."""
+  if rule.max_norm is None:
+    return memory
+
+  def leaf(start, weights):
+    change = weights - start
+    square = jnp.sum(jnp.square(change), axis=(-1, -2), keepdims=True)
+    norm = jnp.sqrt(square + 1e-12)
+    return start + change * jnp.minimum(1.0, rule.max_norm / norm)
+
+  return jax.tree.map(leaf, initial, memory)
+
+
+def _surprise(map_inputs, deltas):
+  """Frobenius norm over all maps of the gradient delta x^T."""
+  square = 0.0
+  for name, x in map_inputs.items():
+    norms = jnp.sum(jnp.square(x), -1) * jnp.sum(jnp.square(deltas[name]), -1)
+    if norms.ndim == 4:  # [b, h, r, t]
+      norms = jnp.sum(norms, axis=2)
+    square = square + norms
+  return jnp.sqrt(square + 1e-12)[..., None]
