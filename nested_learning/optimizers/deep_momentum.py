@@ -1,0 +1,204 @@
+"""Deep Momentum Gradient Descent: the momentum is a small network."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nested_learning.optimizers import checks
+
+
+class DeepMomentumState(NamedTuple):
+  """State of deep momentum for a tree of matrices.
+
+  Attributes:
+    count: Steps taken so far, int32.
+    down: Per matrix [..., m, n], the first layer B, [..., hidden, m].
+    up: The second layer A, [..., n, hidden].
+    mean_square: Running mean of squared gradients, one number per matrix.
+  """
+
+  count: jax.Array
+  down: Any
+  up: Any
+  mean_square: Any
+
+
+def deep_momentum(
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  form: str = 'stable',
+  decay: float = 0.9,
+  state_ratio: float = 0.5,
+  inner_steps: int = 1,
+  fallback: optax.GradientTransformation | None = None,
+  seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Momentum kept by a network that learns gradients in its own inner steps.
+
+  For a kernel W of shape [m, n] the memory is a map from inputs to outputs like
+  W^T itself, :math:`M(x) = A \tanh(B x)` with A of shape [n, h] and B of shape
+  [h, m]. What it adds to W is its answer to the unit vectors,
+  :math:`M(I) = A \tanh(B)`: for a linear memory, the momentum matrix. With
+  G the gradient (transposed to [n, m], over its running RMS) and
+  rate = 1 - decay,
+
+  .. math::
+    E &= M(I) - G \\
+    A &\leftarrow A - \text{rate}\; E \tanh(B)^\top / \lambda_B, \qquad
+    B \leftarrow B - \text{rate}\; (A^\top E \circ \tanh'(B)) / \lambda_A \\
+    W &\leftarrow W - \text{lr} \left(M(I) + \text{rate}\,(G - M(I))\right)^\top
+
+  which are steps on 1/2 |M(I) - G|^2; lambda_A and lambda_B bound the largest
+  eigenvalues of A^T A and tanh(B) tanh(B)^T, so that the rates are those of
+  a normalised step. With a linear memory of full rank, M(I) would be the
+  exponential moving average of gradients. The last term passes on what the
+  memory is too small to hold. h is chosen so that A and B together have at most
+  `state_ratio` times the entries of W (but h is at least 1).
+
+  Form 'paper' is eq. 50 with its own example, the objective <M(u^T), 1> on
+  the raw gradient. For shapes to agree and for a linear M to be momentum, 1
+  must be the identity and the objective a trace: with u_i the i-th column of
+  the gradient,
+
+  .. math::
+    A &\leftarrow \alpha A - \text{lr}\, \tanh(u B^\top) \\
+    B &\leftarrow \alpha B
+      - \text{lr}\, (A \circ \tanh'(u B^\top))^\top u \\
+    W &\leftarrow W + M(I)^\top .
+
+  Nothing in it holds the two layers up: alpha decays B to zero, and the
+  momentum goes with it. Print says W + M(u), whose shape is not that of W.
+
+  Args:
+    learning_rate: Step size, a scalar or an optax schedule (per step).
+    form: 'stable' or 'paper'.
+    decay: Fraction of the momentum kept per step; NL writes alpha.
+    state_ratio: Bound on the size of the state over that of the parameters.
+    inner_steps: Inner steps per gradient (form 'stable').
+    fallback: Rule for leaves of rank below 2; None: `optax.adam` at the same
+      learning rate.
+    seed: Of the first layer's initial value (random and orthogonal).
+
+  Returns:
+    An optax gradient transformation. Leading axes of leaves of higher rank are
+    stacks of matrices.
+
+  Raises:
+    ValueError: If a setting is out of its range, or at `init` if a parameter is
+      not of a floating type.
+
+  References:
+    Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 50.
+  """
+  checks.check_choice(('stable', 'paper'), form=form)
+  checks.check_rate(learning_rate=learning_rate, state_ratio=state_ratio)
+  checks.check_decay(decay=decay)
+  checks.check_period(inner_steps=inner_steps)
+  if fallback is None:
+    fallback = optax.adam(learning_rate)
+
+  def init_deep(params):
+    leaves, structure = jax.tree.flatten(params)
+    layers = [
+      _init_layers(leaf, state_ratio, jax.random.fold_in(key, i))
+      for key in [jax.random.key(seed)]
+      for i, leaf in enumerate(leaves)
+    ]
+    downs, ups, squares = zip(*layers, strict=True) if layers else ((), (), ())
+    return DeepMomentumState(
+      count=jnp.zeros((), jnp.int32),
+      down=structure.unflatten(downs),
+      up=structure.unflatten(ups),
+      mean_square=structure.unflatten(squares),
+    )
+
+  def update_deep(updates, state, params=None):
+    del params
+    rate = (
+      learning_rate(state.count) if callable(learning_rate) else (learning_rate)
+    )
+    step = (state.count + 1).astype(jnp.float32)
+
+    def learn(g, down, up, mean_square):
+      u = jnp.matrix_transpose(g.astype(down.dtype))
+      if form == 'paper':
+        down, up = _literal_step(u, down, up, decay, rate)
+        moved = _matmul(up, jnp.tanh(down))
+      else:
+        square = jnp.mean(jnp.square(u), axis=(-2, -1))
+        mean_square = decay * mean_square + (1 - decay) * square
+        scale = jnp.sqrt(mean_square / (1 - decay**step)) + 1e-12
+        u = u / scale[..., None, None]
+        for _ in range(inner_steps):
+          down, up = _inner_step(u, down, up, 1 - decay)
+        held = _matmul(up, jnp.tanh(down))
+        moved = -rate * (held + (1 - decay) * (u - held))
+      moved = jnp.matrix_transpose(moved).astype(g.dtype)
+      dtype = mean_square.dtype
+      return moved, *(x.astype(dtype) for x in (down, up, mean_square))
+
+    leaves, structure = jax.tree.flatten(updates)
+    memories = [jax.tree.leaves(part) for part in state[1:]]
+    results = [learn(*leaf) for leaf in zip(leaves, *memories, strict=True)]
+    columns = zip(*results, strict=True) if results else ((), (), (), ())
+    updates, *memories = (structure.unflatten(column) for column in columns)
+    count = optax.safe_increment(state.count)
+    return updates, DeepMomentumState(count, *memories)
+
+  partition = optax.partition(
+    {
+      'deep': optax.GradientTransformation(init_deep, update_deep),
+      'fallback': fallback,
+    },
+    lambda params: jax.tree.map(
+      lambda leaf: 'deep' if leaf.ndim >= 2 else 'fallback', params
+    ),
+  )
+
+  def init_fn(params):
+    checks.check_params(params)
+    return partition.init(params)
+
+  return optax.GradientTransformationExtraArgs(init_fn, partition.update)
+
+
+def _init_layers(leaf, state_ratio, key):
+  """The two layers for a leaf, and its mean square."""
+  *stack, m, n = leaf.shape
+  dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+  hidden = min(max(1, int(state_ratio * m * n / (m + n))), m)
+  down = jax.nn.initializers.orthogonal()(key, (hidden, m), dtype)
+  down = jnp.broadcast_to(down, (*stack, hidden, m))
+  return down, jnp.zeros((*stack, n, hidden), dtype), jnp.zeros(stack, dtype)
+
+
+def _inner_step(u, down, up, rate):
+  """A normalised step on 1/2 |up tanh(down) - u|^2."""
+  features = jnp.tanh(down)
+  error = _matmul(up, features) - u
+  slope = 1 - jnp.square(features)
+  up_gradient = _matmul(error, jnp.matrix_transpose(features))
+  down_gradient = _matmul(jnp.matrix_transpose(up), error) * slope
+  new_up = up - rate * up_gradient / _bound(features)
+  return down - rate * down_gradient / _bound(jnp.matrix_transpose(up)), new_up
+
+
+def _literal_step(u, down, up, decay, rate):
+  """A step on the trace of up tanh(down u^T), as printed."""
+  features = jnp.tanh(_matmul(u, jnp.matrix_transpose(down)))
+  slope = 1 - jnp.square(features)
+  down_gradient = _matmul(jnp.matrix_transpose(up * slope), u)
+  return decay * down - rate * down_gradient, decay * up - rate * features
+
+
+def _bound(x):
+  """Bound on the largest eigenvalue of x x^T, above zero."""
+  gram = _matmul(x, jnp.matrix_transpose(x))
+  largest = jnp.max(jnp.sum(jnp.abs(gram), -1), -1)[..., None, None]
+  return jnp.maximum(largest, jnp.finfo(x.dtype).tiny)
+
+
+def _matmul(x, y):
+  return jnp.einsum('...ij,...jk->...ik', x, y)

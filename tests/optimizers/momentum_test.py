@@ -1,0 +1,131 @@
+"""Delta and preconditioned momentum against the objectives they descend."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nested_learning import optimizers
+
+
+def make_gradients(num_steps, shape=(4, 3), scale=1.0):
+  return scale * jax.random.normal(jax.random.key(0), (num_steps, *shape))
+
+
+def run(tx, gradients):
+  """Updates of every step, [step, ...]."""
+
+  def body(state, g):
+    updates, state = tx.update({'w': g}, state)
+    return state, updates['w']
+
+  return jax.lax.scan(body, tx.init({'w': gradients[0]}), gradients)[1]
+
+
+class DeltaMomentumTest(parameterized.TestCase):
+  def test_without_erasing_is_momentum(self):
+    gradients = make_gradients(5)
+    np.testing.assert_allclose(
+      run(optimizers.delta_momentum(0.1, decay=0.8, erase=0.0), gradients),
+      run(optax.sgd(0.1, momentum=0.8), gradients),
+      rtol=1e-5,
+      atol=1e-6,
+    )
+
+  def test_paper_form_descends_its_objective(self):
+    gradients = make_gradients(4, scale=0.3)
+    tx = optimizers.delta_momentum(0.1, form='paper', decay=0.9)
+    history = run(tx, gradients)
+    m, value = jnp.zeros((4, 3)), 0.1 * jnp.eye(3)
+    for g, update in zip(gradients, history, strict=True):
+      # Keys: columns of g; values: -lr times unit vectors (P is the identity).
+      objective = lambda m, g=g: 0.5 * jnp.sum((g.T @ m + value) ** 2)
+      m = 0.9 * m - jax.grad(objective)(m)
+      np.testing.assert_allclose(update, m, rtol=1e-4, atol=1e-6)
+
+  def test_stable_form_is_its_equation(self):
+    gradients = make_gradients(4)
+    tx = optimizers.delta_momentum(0.1, decay=0.9, erase=0.5)
+    m = jnp.zeros((4, 3))
+    for g, update in zip(gradients, run(tx, gradients), strict=True):
+      m = 0.9 * m - 0.5 * g @ g.T @ m / jnp.sum(g**2) + g
+      np.testing.assert_allclose(update, -0.1 * m, rtol=1e-4, atol=1e-6)
+
+  @parameterized.parameters(1e-3, 1.0, 1e3)
+  def test_stable_form_is_bounded_at_every_scale(self, scale):
+    gradients = make_gradients(300, scale=scale)
+    stable = optimizers.delta_momentum(1.0, erase=1.0)
+    steps = jnp.linalg.norm(run(stable, gradients), axis=(1, 2)) / scale
+    self.assertLess(steps.max(), 30)
+    if scale > 1:
+      literal = optimizers.delta_momentum(1.0, form='paper')
+      self.assertFalse(jnp.all(jnp.isfinite(run(literal, gradients))))
+
+  def test_erases_along_the_gradient_only(self):
+    tx = optimizers.delta_momentum(1.0, decay=0.9, erase=0.9)
+    first, second = jnp.array([3.0, 0.0]), jnp.array([0.0, 2.0])
+    again, turned = (
+      run(tx, jnp.stack([first, first])),
+      run(tx, jnp.stack([first, second])),
+    )
+    np.testing.assert_allclose(again[1], -first, atol=1e-6)
+    np.testing.assert_allclose(turned[1], -(0.9 * first + second), atol=1e-6)
+
+  def test_values_come_from_the_preconditioner(self):
+    gradients = make_gradients(3)
+    tx = optimizers.delta_momentum(
+      1.0, decay=0.0, erase=0.0, preconditioner=optax.scale_by_sign()
+    )
+    np.testing.assert_allclose(run(tx, gradients), -jnp.sign(gradients))
+
+  def test_stack_is_kernel_by_kernel(self):
+    gradients = make_gradients(3, (2, 4, 3))
+    tx = optimizers.delta_momentum(0.1)
+    whole = run(tx, gradients)
+    for i in range(2):
+      np.testing.assert_allclose(
+        whole[:, i], run(tx, gradients[:, i]), rtol=1e-5, atol=1e-6
+      )
+
+  def test_says_what_is_wrong(self):
+    with self.assertRaisesRegex(ValueError, 'erase=2.5 is above 1 . decay'):
+      optimizers.delta_momentum(0.1, erase=2.5)
+    with self.assertRaisesRegex(ValueError, 'decay=1'):
+      optimizers.delta_momentum(0.1, decay=1.0)
+    with self.assertRaisesRegex(ValueError, "form='printed'"):
+      optimizers.delta_momentum(0.1, form='printed')
+
+
+class PreconditionedMomentumTest(parameterized.TestCase):
+  def test_preconditioner_descends_its_own_objective(self):
+    gradients = make_gradients(5)
+    tx = optimizers.preconditioned_momentum(
+      0.1, decay=0.8, preconditioner_decay=0.9
+    )
+    m = v = jnp.zeros((4, 3))
+    for t, (g, update) in enumerate(
+      zip(gradients, run(tx, gradients), strict=False), 1
+    ):
+      objective = lambda v, g=g: 0.5 * jnp.sum((v - g**2) ** 2)
+      v = v - 0.1 * jax.grad(objective)(v)
+      m = 0.8 * m + 0.2 * g / jnp.sqrt(v / (1 - 0.9**t))
+      np.testing.assert_allclose(updates[t - 1], -0.1 * m, rtol=1e-4)
+
+  def test_paper_form_forgets_nothing(self):
+    gradients = make_gradients(5)
+    tx = optimizers.preconditioned_momentum(
+      0.1, form='paper', preconditioner=optax.identity()
+    )
+    np.testing.assert_allclose(
+      run(tx, gradients), -0.1 * jnp.cumsum(gradients, 0), rtol=1e-5, atol=1e-6
+    )
+
+  def test_says_what_is_wrong(self):
+    with self.assertRaisesRegex(ValueError, 'preconditioner_decay=2'):
+      optimizers.preconditioned_momentum(0.1, preconditioner_decay=2)
+
+
+if __name__ == '__main__':
+  absltest.main()
