@@ -12,6 +12,7 @@ import zipfile
 from absl.testing import absltest
 from absl.testing import parameterized
 from packaging import requirements
+import pytest
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -85,6 +86,30 @@ class HouseTest(parameterized.TestCase):
       name = re.sub('[-_.]+', '-', requirement.name).lower()
       self.assertIn(name, pins)
       self.assertIn(pins[name], requirement.specifier)
+
+  @parameterized.parameters('README.md', 'WORKSPACE.md')
+  def test_paths_in_the_documents_exist(self, document):
+    text = (_ROOT / document).read_text()
+    rooms = 'nested_learning|experiments|launch|tests'
+    paths = set(re.findall(rf'\b(?:{rooms})/[\w/.]*\w', text))
+    # In the map, files of the library are named from inside the package.
+    paths |= set(re.findall(r'(?<![\w/])\w[\w/]*\.py\b', text))
+    self.assertNotEmpty(paths)
+    for path in paths:
+      found = (_ROOT / path).exists() or list(
+        (_ROOT / 'nested_learning').glob(f'**/{path}')
+      )
+      self.assertTrue(found, f'{document} names {path}.')
+
+  @pytest.mark.slow
+  def test_example_of_the_readme_runs_and_learns(self):
+    (code,) = re.findall(
+      r'```python\n(.*?)```', (_ROOT / 'README.md').read_text(), re.DOTALL
+    )
+    output = subprocess.check_output(
+      [sys.executable, '-c', code], text=True, cwd=_ROOT
+    )
+    self.assertLess(float(output), 1.0)  # from log(257) = 5.5
 
   def test_wheel_holds_the_package_and_its_type_marker(self):
     source = pathlib.Path(self.create_tempdir().full_path, 'source')

@@ -1,0 +1,52 @@
+"""A small Hope language model on the Python standard library's sources.
+
+Command:
+  make demo
+  python launch/run.py --config=experiments/quickstart.py \
+    --workdir=runs/quickstart
+
+`--config=experiments/quickstart.py:transformer` trains the Transformer++ of the
+same width, depth and data instead.
+"""
+
+from nested_learning import data
+from nested_learning import errors
+from nested_learning import inference
+from nested_learning import models
+from nested_learning import training
+from nested_learning.layers import attention
+from nested_learning.layers import titans
+
+_ROWS = 8
+_TOKENS = 512
+
+
+def get_config(arg: str | None = None) -> training.ExperimentConfig:
+  """The experiment; `arg` is the mixer, 'hope' (default) or 'transformer'."""
+  if arg in (None, 'hope'):
+    mixer = titans.SelfModifyingTitansConfig(num_heads=4, head_dim=32)
+    levels = (
+      models.LevelConfig('fast', mlp_dim=192),
+      models.LevelConfig('slow', mlp_dim=192, chunk_size=4 * _ROWS * _TOKENS),
+    )
+  elif arg == 'transformer':
+    mixer = attention.AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32)
+    levels = (models.LevelConfig('mlp', mlp_dim=384),)
+  else:
+    raise errors.UserError(f"{arg!r} must be 'hope' or 'transformer'.")
+  return training.ExperimentConfig(
+    name='quickstart',
+    model=models.ModelConfig(
+      vocab_size=257,  # bytes, and the mark between documents
+      num_layers=3,
+      embed_dim=128,
+      mixer=mixer,
+      levels=levels,
+      max_length=_TOKENS,
+    ),
+    data=data.DataConfig(
+      source='stdlib', sequence_length=_TOKENS, batch_size=_ROWS
+    ),
+    train=training.TrainConfig(num_steps=400, learning_rate=3e-3),
+    generate=inference.GenerateConfig(prompt='def ', num_tokens=400),
+  )
