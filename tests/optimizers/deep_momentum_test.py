@@ -42,7 +42,8 @@ class DeepMomentumTest(parameterized.TestCase):
       errors.append(float(jnp.sum((held - gradient.T / rms) ** 2)))
     self.assertTrue(all(np.diff(errors) < 1e-6))
     self.assertLess(errors[-1], 0.1 * errors[0])
-    np.testing.assert_allclose(updates['w'], -gradient / rms, atol=0.5)
+    difference = jnp.linalg.norm(updates['w'] + gradient / rms)
+    self.assertLess(difference, 0.25 * jnp.linalg.norm(gradient / rms))
 
   def test_inner_step_descends_the_objective(self):
     # One step from a trained memory, against automatic differentiation.

@@ -105,9 +105,8 @@ class PreconditionedMomentumTest(parameterized.TestCase):
       0.1, decay=0.8, preconditioner_decay=0.9
     )
     m = v = jnp.zeros((4, 3))
-    for t, (g, update) in enumerate(
-      zip(gradients, run(tx, gradients), strict=False), 1
-    ):
+    updates = run(tx, gradients)
+    for t, g in enumerate(gradients, 1):
       objective = lambda v, g=g: 0.5 * jnp.sum((v - g**2) ** 2)
       v = v - 0.1 * jax.grad(objective)(v)
       m = 0.8 * m + 0.2 * g / jnp.sqrt(v / (1 - 0.9**t))

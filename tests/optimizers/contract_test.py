@@ -1,0 +1,335 @@
+"""What optax asks of an optimiser, asked of all of ours."""
+
+import functools
+
+from absl.testing import absltest
+from absl.testing import parameterized
+from flax import nnx
+import flax.linen as nn
+from flax.training import train_state
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nested_learning import levels
+from nested_learning import optimizers
+
+
+def timescales(learning_rate):
+  """Two levels, the slow one on every second step."""
+  return levels.multi_timescale(
+    [
+      levels.Level('fast', 1, optax.adam(learning_rate)),
+      levels.Level('slow', 2, optax.adam(learning_rate)),
+    ],
+    lambda params: jax.tree.map(
+      lambda leaf: 'slow' if leaf.ndim == 2 else 'fast', params
+    ),
+  )
+
+
+# Name: factory of a learning rate, a rate that converges, static arguments.
+OPTIMIZERS = {
+  'dgd': (optimizers.dgd, 5e-4, ()),
+  'm3': (
+    functools.partial(optimizers.m3, slow_every=2, num_steps=2),
+    3e-3,
+    ('form', 'slow_every', 'coefficients', 'num_steps', 'adam_decays'),
+  ),
+  'delta_momentum': (optimizers.delta_momentum, 1e-4, ('form',)),
+  'preconditioned_momentum': (
+    optimizers.preconditioned_momentum,
+    1e-3,
+    ('form',),
+  ),
+  'deep_momentum': (
+    optimizers.deep_momentum,
+    1e-3,
+    ('form', 'inner_steps', 'state_ratio', 'seed'),
+  ),
+  'multi_timescale': (timescales, 3e-3, ()),
+}
+NAMES = tuple(OPTIMIZERS)
+# DGD takes the energy of every map's inputs; nothing erased is energy 0.
+NEEDS_ENERGY = ('dgd',)
+
+
+def make(name, learning_rate=None):
+  factory, rate, _ = OPTIMIZERS[name]
+  return factory(rate if learning_rate is None else learning_rate)
+
+
+def extra(name, params):
+  zeros = lambda leaf: jnp.zeros((), jnp.promote_types(leaf.dtype, jnp.float32))
+  return {'energy': jax.tree.map(zeros, params)} if name in NEEDS_ENERGY else {}
+
+
+def make_params(dtype=jnp.float32):
+  return {
+    'kernel': jnp.linspace(-1.0, 1.0, 24, dtype=dtype).reshape(4, 6),
+    'stack': jnp.linspace(1.0, 2.0, 12, dtype=dtype).reshape(2, 2, 3),
+    'bias': jnp.arange(1.0, 4.0, dtype=dtype),
+    'scale': jnp.ones((), dtype),
+  }
+
+
+def make_gradients(params):
+  return jax.tree.map(lambda leaf: jnp.cos(3 * leaf), params)
+
+
+def types(tree):
+  return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      np.asarray(a, np.float64), np.asarray(b, np.float64), tolerance, tolerance
+    ),
+    actual,
+    expected,
+  )
+
+
+class ContractTest(parameterized.TestCase):
+  @parameterized.parameters(*NAMES)
+  def test_converges_on_the_usual_functions(self, name):
+    targets = {
+      'parabola': jnp.array([1.0, -1.0, 1.0]),
+      'rosenbrock': jnp.ones(2),
+      'matrix': jnp.array([[3.0, -2.0], [1.0, 4.0]]),
+      'mixed': (jnp.array([1.0, -1.0, 2.0]), jnp.eye(2) - jnp.eye(2)[::-1]),
+    }
+    params = jax.tree.map(jnp.zeros_like, targets)
+    params['parabola'] = jnp.array([-1.0, 10.0, 1.0])
+
+    def loss(params):
+      squares = jax.tree.map(
+        lambda p, t: jnp.sum((p - t) ** 2), params, targets
+      )
+      x, y = params['rosenbrock']
+      return (
+        squares['parabola']
+        + (1 - x) ** 2
+        + 100 * (y - x**2) ** 2
+        + squares['matrix']
+        + sum(squares['mixed'])
+      )
+
+    # Every optimiser at a fixed rate would have to be tuned; a schedule ends
+    # all of them at rest, and tests schedules.
+    rate = OPTIMIZERS[name][1]
+    tx = make(name, optax.linear_schedule(20 * rate, 0.0, 8_000))
+    if name == 'dgd':
+      tx = make(name, 1e-3)
+
+    def body(carry, _):
+      params, state = carry
+      updates, state = tx.update(
+        jax.grad(loss)(params), state, params, **extra(name, params)
+      )
+      return (optax.apply_updates(params, updates), state), None
+
+    carry, _ = jax.lax.scan(body, (params, tx.init(params)), length=8_000)
+    assert_close(carry[0], targets, 5e-2)
+
+  @parameterized.product(name=NAMES, dtype=('bfloat16', 'float64'))
+  def test_keeps_types_under_jit_and_does_not_recompile(self, name, dtype):
+    with jax.enable_x64(dtype == 'float64'):
+      params = make_params(jnp.dtype(dtype))
+      tx = make(name)
+      state = tx.init(params)
+      gradients = make_gradients(params)
+
+      @jax.jit
+      def step(params, state):
+        updates, state = tx.update(
+          gradients, state, params, **extra(name, params)
+        )
+        return optax.apply_updates(params, updates), state, updates
+
+      new_params, new_state, updates = step(params, state)
+      self.assertEqual(types(new_state), types(state))
+      self.assertEqual(types(updates), types(params))
+      step(new_params, new_state)
+      self.assertEqual(step._cache_size(), 1)
+      if dtype == 'bfloat16':
+        optax.tree.map_params(tx, lambda leaf: leaf, state)
+
+  @parameterized.parameters(*NAMES)
+  def test_works_inside_the_wrappers(self, name):
+    factory, rate, static = OPTIMIZERS[name]
+    params = make_params()
+    gradients, more = make_gradients(params), extra(name, params)
+    tx = make(name)
+    expected, _ = tx.update(gradients, tx.init(params), params, **more)
+
+    with self.subTest('arguments that nobody expects'):
+      updates, _ = tx.update(
+        gradients, tx.init(params), params, unexpected=1, **more
+      )
+      assert_close(updates, expected)
+    with self.subTest('chain'):
+      chained = optax.chain(optax.clip_by_global_norm(1e9), tx)
+      updates, _ = chained.update(
+        gradients, chained.init(params), params, **more
+      )
+      assert_close(updates, expected)
+    with self.subTest('masked and partition'):
+      mask = jax.tree.map(lambda leaf: leaf.ndim != 1, params)
+      parts = optax.partition(
+        {True: tx, False: optax.set_to_zero()},
+        mask,
+        mask_compatible_extra_args=True,
+      )
+      updates, _ = parts.update(gradients, parts.init(params), params, **more)
+      assert_close(updates['kernel'], expected['kernel'])
+      self.assertFalse(jnp.any(updates['bias']))
+    with self.subTest('schedule'):
+      scheduled = make(name, lambda count: rate / (1 + count))
+      updates, _ = scheduled.update(
+        gradients, scheduled.init(params), params, **more
+      )
+      assert_close(updates, expected)
+    if name != 'multi_timescale':  # Its levels are no hyperparameters.
+      with self.subTest('inject_hyperparams'):
+        injected = optax.inject_hyperparams(factory, static)(rate)
+        updates, _ = injected.update(
+          gradients, injected.init(params), params, **more
+        )
+        assert_close(updates, expected)
+
+  @parameterized.parameters(*NAMES)
+  def test_multi_steps(self, name):
+    params = make_params()
+    tx, more = make(name), extra(name, params)
+    gradients = make_gradients(params)
+    expected, _ = jax.jit(tx.update)(gradients, tx.init(params), params, **more)
+    steps = optax.MultiSteps(tx, 2)
+    state = steps.init(params)
+    doubled = jax.tree.map(lambda g: 2 * g, gradients)
+    nothing = jax.tree.map(jnp.zeros_like, gradients)
+    update = jax.jit(steps.update)
+    _, state = update(doubled, state, params, **more)
+    updates, _ = update(nothing, state, params, **more)
+    assert_close(updates, expected)
+
+  @parameterized.parameters(*NAMES)
+  def test_vmap_over_models(self, name):
+    tx = make(name)
+    params = make_params()
+    both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf + 0.5]), params)
+
+    def step(params):
+      return tx.update(
+        make_gradients(params), tx.init(params), params, **extra(name, params)
+      )[0]
+
+    updates = jax.jit(jax.vmap(step))(both)
+    assert_close(
+      jax.tree.map(lambda leaf: leaf[0], updates), step(params), 1e-4
+    )
+
+  @parameterized.parameters(*NAMES)
+  def test_empty_trees_shapes_and_other_numbers(self, name):
+    tx = make(name)
+    updates, _ = tx.update({}, tx.init({}), {})
+    self.assertEqual(updates, {})
+    jax.eval_shape(tx.init, make_params())
+    for dtype in (jnp.int32, jnp.complex64):
+      params = {
+        'w': jnp.ones((2, 2)),
+        'b': jnp.ones(2),
+        'n': jnp.ones(2, dtype),
+      }
+      with self.assertRaisesRegex(ValueError, f"'n'.*{jnp.dtype(dtype)}"):
+        tx.init(params)
+    if name != 'multi_timescale':
+      with self.assertRaisesRegex(ValueError, 'learning_rate=-0.1'):
+        make(name, -0.1)
+
+  @parameterized.parameters(*NAMES)
+  def test_sharded_equals_unsharded(self, name):
+    tx = make(name)
+    params = {'kernel': jnp.linspace(-1.0, 1.0, 128).reshape(8, 16)}
+    gradients, more = make_gradients(params), extra(name, params)
+    params['bias'] = jnp.ones(8)
+    gradients['bias'] = jnp.linspace(-1.0, 1.0, 8)
+    more = extra(name, params)
+    expected, _ = tx.update(gradients, tx.init(params), params, **more)
+    mesh = jax.make_mesh(
+      (2, 4), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    spec = {'kernel': jax.P('data', 'model'), 'bias': jax.P('model')}
+    shardings = {key: jax.NamedSharding(mesh, spec[key]) for key in params}
+    params = jax.device_put(params, shardings)
+    gradients = jax.device_put(gradients, shardings)
+    state = tx.init(params)
+    updates, new_state = jax.jit(tx.update)(gradients, state, params, **more)
+    assert_close(updates, expected)
+    for old, new in zip(
+      jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True
+    ):
+      if old.shape == (8, 16):
+        self.assertEqual(old.sharding.spec, spec['kernel'])
+        self.assertTrue(new.sharding.is_equivalent_to(old.sharding, 2))
+
+
+class Classifier(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(3)(nn.relu(nn.Dense(8)(x)))
+
+
+class NnxClassifier(nnx.Module):
+  def __init__(self, rngs):
+    self.first = nnx.Linear(4, 8, rngs=rngs)
+    self.second = nnx.Linear(8, 3, rngs=rngs)
+
+  def __call__(self, x):
+    return self.second(nnx.relu(self.first(x)))
+
+
+class FlaxTest(parameterized.TestCase):
+  """No argument beyond a gradient: a drop-in (`dgd` is tested beside it)."""
+
+  @parameterized.parameters(*(name for name in NAMES if name != 'dgd'))
+  def test_linen_train_state_and_nnx_optimizer(self, name):
+    x = jax.random.normal(jax.random.key(0), (16, 4))
+    y = jnp.arange(16) % 3
+    loss_of = lambda logits: jnp.mean(
+      optax.softmax_cross_entropy_with_integer_labels(logits, y)
+    )
+    rate = 0.3 if name == 'delta_momentum' else 0.03
+
+    model = Classifier()
+    state = train_state.TrainState.create(
+      apply_fn=model.apply,
+      params=model.init(jax.random.key(1), x)['params'],
+      tx=make(name, rate),
+    )
+    loss_fn = lambda params: loss_of(model.apply({'params': params}, x))
+    step = jax.jit(
+      lambda state: state.apply_gradients(grads=jax.grad(loss_fn)(state.params))
+    )
+    before = loss_fn(state.params)
+    for _ in range(15):
+      state = step(state)
+    self.assertLess(loss_fn(state.params), 0.9 * before)
+
+    module = NnxClassifier(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(module, make(name, rate), wrt=nnx.Param)
+
+    @nnx.jit
+    def nnx_step(module, optimizer):
+      loss, grads = nnx.value_and_grad(lambda m: loss_of(m(x)))(module)
+      optimizer.update(module, grads)
+      return loss
+
+    losses = [float(nnx_step(module, optimizer)) for _ in range(15)]
+    self.assertLess(losses[-1], 0.9 * losses[0])
+
+
+if __name__ == '__main__':
+  absltest.main()
