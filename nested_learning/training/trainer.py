@@ -113,6 +113,8 @@ def train(
         workdir, config, start=start, train_seconds=train_seconds
       ) as log,
     ):
+      if start:
+        log.say(f'Going on from step {start} in {workdir}.')
       for step in range(start + 1, num_steps + 1):
         state, metrics = train_step(state, put(next(batches), mesh))
         log.defer(step, metrics)

@@ -1,7 +1,14 @@
 """A Transformer of two levels and a corpus that train in a second."""
 
+import atexit
 import dataclasses
+import functools
 import pathlib
+import shutil
+import tempfile
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from nested_learning import data
 from nested_learning import evaluation
@@ -65,3 +72,22 @@ def experiment(root: pathlib.Path, **changes) -> training.ExperimentConfig:
     if isinstance(value, dict):
       changes[name] = dataclasses.replace(getattr(config, name), **value)
   return dataclasses.replace(config, **changes)
+
+
+def share_executables(test) -> None:
+  """Lets the runs of all tests of this process share what they compile."""
+  for name, value in (
+    ('jax_compilation_cache_dir', _executables()),
+    ('jax_persistent_cache_min_compile_time_secs', 0.0),
+  ):
+    test.addCleanup(jax.config.update, name, getattr(jax.config, name))
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  test.addCleanup(compilation_cache.reset_cache)
+
+
+@functools.cache
+def _executables() -> str:
+  folder = tempfile.mkdtemp()
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  return folder

@@ -1,0 +1,112 @@
+import math
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nested_learning import errors
+from nested_learning import evaluation
+from nested_learning import models
+from tests.training import tiny
+
+
+class UniformModel:
+  """Predicts a distribution that depends on the token alone."""
+
+  def __init__(self, vocab_size):
+    self.table = jax.random.normal(jax.random.key(0), (vocab_size, vocab_size))
+
+  def forward(self, params, state, tokens, *, reset, write):
+    del params, reset
+    logits = self.table[tokens] * (2.0 if write else 1.0)
+    carried = jnp.zeros(()) if state is None else state
+    return logits + carried * logits, carried + 1.0
+
+
+def make_batch(seed, mask=1.0):
+  keys = jax.random.split(jax.random.key(seed), 3)
+  draw = lambda key: jax.random.randint(key, (2, 6), 0, 5)
+  reset = jnp.zeros((2, 6), bool).at[0, 3].set(True)
+  mask = jax.random.bernoulli(keys[2], mask, (2, 6))
+  return {
+    'tokens': draw(keys[0]),
+    'targets': draw(keys[1]),
+    'mask': mask,
+    'reset': reset,
+  }
+
+
+BYTE_LENGTHS = np.array([1, 2, 3, 4, 0])
+# Row 0 starts a document at its fourth token.
+POSITION = np.array([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
+
+
+class EvaluateTest(parameterized.TestCase):
+  def losses(self, model, batch, scale):
+    log_probs = jax.nn.log_softmax(model.table[batch['tokens']] * scale)
+    picked = jnp.take_along_axis(log_probs, batch['targets'][..., None], -1)
+    return -np.asarray(picked[..., 0], np.float64)
+
+  @parameterized.parameters((True, 2.0), (False, 1.0))
+  def test_counts_bits_bytes_and_positions(self, write, scale):
+    model = UniformModel(5)
+    batches = [make_batch(seed, mask=0.7) for seed in range(3)]
+    evaluate = evaluation.make_evaluate(model, BYTE_LENGTHS, write=write)
+    result = evaluate(None, batches)
+    loss, count, size = np.zeros(6), np.zeros(6), np.zeros(6)
+    for batch in batches:
+      mask = np.asarray(batch['mask'], np.float64)
+      np.add.at(loss, POSITION, self.losses(model, batch, scale) * mask)
+      np.add.at(count, POSITION, mask)
+      np.add.at(size, POSITION, BYTE_LENGTHS[batch['targets']] * mask)
+    np.testing.assert_allclose(result.loss_by_position, loss / count, rtol=1e-5)
+    np.testing.assert_allclose(result.loss, loss.sum() / count.sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+      result.bits_per_byte, loss.sum() / math.log(2) / size.sum(), rtol=1e-5
+    )
+    self.assertEqual(result.num_tokens, count.sum())
+
+  def test_carries_the_state_only_if_asked(self):
+    model = UniformModel(5)
+    batches = [make_batch(0), make_batch(1)]
+    evaluate = evaluation.make_evaluate(model, BYTE_LENGTHS, carry=True)
+    expected = [
+      self.losses(model, batch, scale).mean()
+      for batch, scale in zip(batches, (2.0, 4.0), strict=True)
+    ]
+    np.testing.assert_allclose(
+      evaluate(None, batches).loss, np.mean(expected), rtol=1e-5
+    )
+
+  def test_a_real_model_without_memory_ignores_writes(self):
+    model = models.make_model(tiny.MODEL)
+    params = jax.jit(model.init_params)(jax.random.key(0))
+    lengths = np.ones(tiny.MODEL.vocab_size)
+    on, off = (
+      evaluation.make_evaluate(model, lengths, write=write)(
+        params, [make_batch(0)]
+      )
+      for write in (True, False)
+    )
+    self.assertEqual(on.loss, off.loss)
+    self.assertBetween(on.bits_per_byte, 4, 12)
+
+  def test_refuses_a_text_without_targets(self):
+    evaluate = evaluation.make_evaluate(UniformModel(5), BYTE_LENGTHS)
+    for batches in ([], [make_batch(0, mask=0.0)]):
+      with self.assertRaisesRegex(errors.UserError, 'no target with text'):
+        evaluate(None, batches)
+
+  def test_position_counts_from_the_reset(self):
+    reset = make_batch(0)['reset']
+    np.testing.assert_array_equal(evaluation.context_position(reset), POSITION)
+
+  def test_refuses_no_batches(self):
+    with self.assertRaisesRegex(errors.UserError, 'num_batches=0 must be'):
+      evaluation.EvaluationConfig(num_batches=0)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,123 @@
+import dataclasses
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nested_learning import errors
+from nested_learning import inference
+from nested_learning import layers
+from nested_learning import models
+from tests.training import tiny
+
+_TITANS = dataclasses.replace(
+  tiny.MODEL,
+  mixer=layers.SelfModifyingTitansConfig(
+    num_heads=2, head_dim=8, kind='matrix', chunk_size=4, chunk_size_others=4
+  ),
+)
+_MIXERS = (('attention', tiny.MODEL), ('titans', _TITANS))
+
+
+class GenerateTest(parameterized.TestCase):
+  def make(self, config, **settings):
+    model = models.make_model(config)
+    params = jax.jit(model.init_params)(jax.random.key(1))
+    # Sharper than at initialisation, so that the choice is never a tie.
+    params['embedding'] = params['embedding'] * 4
+    generate = inference.make_generate(model, **settings)
+    return model, params, generate
+
+  def prompt(self, *shape, seed=0):
+    return jax.random.randint(jax.random.key(seed), shape, 0, 256)
+
+  @parameterized.named_parameters(*_MIXERS)
+  def test_greedy_is_the_argmax_of_the_whole(self, config):
+    model, params, generate = self.make(config, num_tokens=6, temperature=0)
+    prompt = self.prompt(2, 7)
+    tokens = generate(params, prompt, jax.random.key(0)).tokens
+    whole = jnp.concatenate([prompt, tokens], axis=1)
+    logits, _ = jax.jit(model.forward)(params, None, whole)
+    np.testing.assert_array_equal(tokens, jnp.argmax(logits[:, 6:-1], axis=-1))
+
+  @parameterized.named_parameters(*_MIXERS)
+  def test_prompts_of_different_lengths(self, config):
+    _, params, generate = self.make(config, num_tokens=5, temperature=0)
+    long, short = self.prompt(1, 6), self.prompt(1, 4, seed=1)
+    key = jax.random.key(0)
+    alone = [generate(params, p, key).tokens[0] for p in (long, short)]
+    padding = jnp.full((1, 2), 77)
+    real, no = jnp.ones((1, 4), bool), jnp.zeros((1, 2), bool)
+    for padded, mask in (
+      ((short, padding), (real, no)),
+      ((padding, short), (no, real)),
+    ):
+      prompts = jnp.concatenate([long, jnp.concatenate(padded, axis=1)])
+      masks = jnp.concatenate(
+        [jnp.ones((1, 6), bool), jnp.concatenate(mask, axis=1)]
+      )
+      together = generate(params, prompts, key, masks).tokens
+      np.testing.assert_array_equal(together, jnp.stack(alone))
+
+  def test_seeds_reproduce(self):
+    _, params, generate = self.make(tiny.MODEL, num_tokens=12)
+    draw = lambda seed: generate(
+      params, self.prompt(1, 3), jax.random.key(seed)
+    ).tokens.tolist()
+    self.assertEqual(draw(0), draw(0))
+    self.assertNotEqual(draw(0), draw(1))
+
+  def test_stops_at_the_stop_token(self):
+    _, params, free = self.make(tiny.MODEL, num_tokens=8, temperature=0)
+    prompt = self.prompt(2, 3)
+    expected = np.asarray(free(params, prompt, jax.random.key(0)).tokens)
+    stop = int(expected[0, 4])
+    first = [row.tolist().index(stop) if stop in row else 8 for row in expected]
+    _, _, generate = self.make(
+      tiny.MODEL, num_tokens=8, temperature=0, stop_token=stop
+    )
+    tokens, lengths = generate(params, prompt, jax.random.key(0))
+    self.assertEqual(lengths.tolist(), first)
+    for row, wanted, length in zip(tokens, expected, first, strict=True):
+      np.testing.assert_array_equal(row[:length], wanted[:length])
+      self.assertTrue(np.all(row[length:] == stop))
+
+  def test_never_draws_beyond_the_vocabulary(self):
+    _, params, generate = self.make(tiny.MODEL, num_tokens=64, vocab_size=9)
+    tokens = generate(params, self.prompt(2, 3), jax.random.key(0)).tokens
+    self.assertLess(int(tokens.max()), 9)
+
+  def test_a_prompt_longer_than_a_call_is_read_in_pieces(self):
+    short_calls = dataclasses.replace(_TITANS, max_length=8)
+    _, params, in_pieces = self.make(short_calls, num_tokens=4, temperature=0)
+    _, _, whole = self.make(_TITANS, num_tokens=4, temperature=0)
+    prompt = self.prompt(1, 21)
+    np.testing.assert_array_equal(
+      in_pieces(params, prompt, jax.random.key(0)).tokens,
+      whole(params, prompt, jax.random.key(0)).tokens,
+    )
+
+  def test_refuses_what_attention_cannot_hold(self):
+    _, params, generate = self.make(tiny.MODEL, num_tokens=8)
+    with self.assertRaisesRegex(
+      errors.UserError, 'prompt of 121 tokens .* model.max_length=128'
+    ):
+      generate(params, self.prompt(1, 121), jax.random.key(0))
+    with self.assertRaisesRegex(errors.UserError, 'the prompt is empty'):
+      generate(params, self.prompt(1, 0), jax.random.key(0))
+
+  @parameterized.parameters(
+    ({'num_tokens': 0}, 'generate.num_tokens=0 must be at least 1'),
+    ({'temperature': -1.0}, 'generate.temperature=-1.0 must be at least 0'),
+    ({'top_k': 0}, 'generate.top_k=0 must be at least 1'),
+    ({'top_p': 0.0}, 'generate.top_p=0.0 must be above 0'),
+  )
+  def test_refuses_settings_out_of_range(self, fields, message):
+    with self.assertRaisesRegex(errors.UserError, message):
+      inference.GenerateConfig(**fields)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,64 @@
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nested_learning import inference
+
+# Probabilities 0.5, 0.3, 0.15, 0.05 in a shuffled order.
+PROBABILITIES = np.array([0.15, 0.5, 0.05, 0.3])
+LOGITS = jnp.log(PROBABILITIES)[None]
+
+
+def kept(logits):
+  return set(np.flatnonzero(np.isfinite(np.asarray(logits)[0])).tolist())
+
+
+class SamplingTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (1, {1}), (2, {1, 3}), (3, {0, 1, 3}), (4, {0, 1, 2, 3}), (9, {0, 1, 2, 3})
+  )
+  def test_top_k(self, k, expected):
+    self.assertEqual(kept(inference.keep_top_k(LOGITS, k)), expected)
+
+  @parameterized.parameters(
+    (0.01, {1}),
+    (0.49, {1}),
+    (0.51, {1, 3}),
+    (0.79, {1, 3}),
+    (0.81, {0, 1, 3}),
+    (0.96, {0, 1, 2, 3}),
+  )
+  def test_top_p(self, p, expected):
+    self.assertEqual(kept(inference.keep_top_p(LOGITS, p)), expected)
+
+  def test_what_is_kept_is_left_as_it_was(self):
+    for filtered in (
+      inference.keep_top_k(LOGITS, 2),
+      inference.keep_top_p(LOGITS, 0.6),
+    ):
+      np.testing.assert_array_equal(filtered[0, [1, 3]], LOGITS[0, [1, 3]])
+
+  def test_greedy_at_temperature_zero(self):
+    token = inference.sample(jax.random.key(0), LOGITS, temperature=0)
+    self.assertEqual(token.tolist(), [1])
+
+  @parameterized.parameters(
+    ({}, PROBABILITIES),
+    ({'temperature': 0.5}, PROBABILITIES**2),
+    ({'top_k': 2}, PROBABILITIES * [0, 1, 0, 1]),
+    ({'top_p': 0.7}, PROBABILITIES * [0, 1, 0, 1]),
+    # At temperature 1/2 the first two make 0.93, and are enough.
+    ({'top_p': 0.9, 'temperature': 0.5}, PROBABILITIES**2 * [0, 1, 0, 1]),
+  )
+  def test_draws_from_the_distribution(self, settings, weights):
+    logits = jnp.broadcast_to(LOGITS, (20_000, 4))
+    tokens = inference.sample(jax.random.key(0), logits, **settings)
+    counts = np.bincount(tokens, minlength=4) / len(tokens)
+    np.testing.assert_allclose(counts, weights / weights.sum(), atol=0.015)
+    self.assertTrue(np.all(counts[weights == 0] == 0))
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,112 @@
+"""What a run leaves in its folder, in every mode."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import pathlib
+
+from absl.testing import absltest
+
+from nested_learning import configs
+from nested_learning import errors
+from nested_learning import layers
+from nested_learning import sharding
+from nested_learning import training
+from tests.training import tiny
+
+_TITANS = layers.SelfModifyingTitansConfig(
+  num_heads=2, head_dim=8, kind='matrix', chunk_size=16, chunk_size_others=16
+)
+
+
+class ModesTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    tiny.share_executables(self)
+    self.root = pathlib.Path(self.create_tempdir().full_path)
+    self.workdir = self.root / 'run'
+    self.config = tiny.experiment(self.root, model={'mixer': _TITANS})
+
+  def run_mode(self, mode, config=None):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+      training.run(config or self.config, self.workdir, mode)
+    return output.getvalue()
+
+  def read(self, name):
+    return json.loads((self.workdir / name).read_text())
+
+  def test_train_evaluate_generate(self):
+    verdict = self.run_mode('train')
+    summary = self.read('summary.json')
+    self.assertEqual(summary['steps'], 6)
+    self.assertEqual(summary['tokens'], 6 * 256)
+    self.assertLess(summary['bits_per_byte'], 9)
+    self.assertNotEqual(
+      summary['bits_per_byte'], summary['bits_per_byte_writes_off']
+    )
+    for value in summary.values():
+      self.assertIsInstance(value, int | float | str)
+    stored = configs.from_json((self.workdir / 'config.json').read_text())
+    self.assertEqual(stored, self.config)
+    report = (self.workdir / 'report.md').read_text()
+    for text in (
+      verdict.strip(),
+      '![Loss by position, writes on and off](loss_by_position.png)',
+      '| slow | 512 | 3 |',
+      (self.workdir / 'sample.txt').read_text().strip(),
+    ):
+      self.assertIn(text, report)
+    for plot in ('loss.png', 'loss_by_position.png'):
+      self.assertEqual((self.workdir / plot).read_bytes()[1:4], b'PNG')
+    table = (self.workdir / 'loss_by_position.csv').read_text().splitlines()
+    self.assertLen(table, 1 + self.config.data.sequence_length)
+
+    # The checkpoint is the model that was trained.
+    self.run_mode('eval')
+    for name, value in self.read('evaluation.json').items():
+      self.assertAlmostEqual(value, summary[name], places=6)
+    self.assertEqual(self.read('summary.json').keys(), summary.keys())
+
+    text = self.run_mode('generate')
+    self.assertEqual(text, (self.workdir / 'sample.txt').read_text() + '\n')
+    self.assertStartsWith(text, 'line')
+    self.assertEqual(text, self.run_mode('generate'))
+    other = dataclasses.replace(self.config.generate, seed=1)
+    config = dataclasses.replace(self.config, generate=other)
+    self.assertNotEqual(text, self.run_mode('generate', config))
+
+  def test_needs_a_checkpoint(self):
+    for mode in ('eval', 'generate'):
+      with self.assertRaisesRegex(errors.UserError, 'holds no checkpoint'):
+        self.run_mode(mode)
+      self.assertFalse(self.workdir.exists())
+
+  def test_a_prompt_that_is_too_long_is_refused_before_training(self):
+    config = tiny.experiment(self.root, generate={'num_tokens': 124})
+    with self.assertRaisesRegex(
+      errors.UserError, 'prompt of 5 tokens .* model.max_length=128'
+    ):
+      self.run_mode('train', config)
+    self.assertFalse(self.workdir.exists())
+
+  def test_describes_a_model_on_more_devices_than_there_are(self):
+    here = training.describe(
+      dataclasses.replace(self.config, mesh=sharding.MeshConfig(1, 1))
+    )
+    there = training.describe(
+      tiny.experiment(
+        self.root, data={'batch_size': 64}, mesh=sharding.MeshConfig(64, 2)
+      )
+    )
+    self.assertIn('mesh (data 64, model 2)', there)
+    # 260 x 16 embedding, two levels of 3 x 16 x 16 + 16, norms and the mixer.
+    self.assertRegex(here, r'\| embedding +\| 4,160 +\|')
+    self.assertRegex(here, r'\| blocks/levels/slow +\| 784 +\|')
+    self.assertRegex(here, r'\| slow +\| 512 +\| 2 +\| 784 +\| 3 +\|')
+    self.assertFalse(self.workdir.exists())
+
+
+if __name__ == '__main__':
+  absltest.main()

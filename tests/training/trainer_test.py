@@ -1,0 +1,210 @@
+"""Whole runs: resumed, interrupted, killed, diverging."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+from unittest import mock
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import numpy as np
+import pytest
+
+from nested_learning import errors
+from nested_learning import training
+from nested_learning.training import checkpoints
+from nested_learning.training import metrics
+from nested_learning.training import trainer
+from tests.training import tiny
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+class TrainerTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.root = pathlib.Path(self.create_tempdir().full_path)
+    tiny.share_executables(self)
+
+  def train(self, name, **changes):
+    workdir = self.root / name
+    workdir.mkdir(exist_ok=True)
+    return training.train(tiny.experiment(self.root, **changes), workdir)
+
+  def losses(self, name):
+    lines = metrics.read_metrics(self.root / name / 'metrics.jsonl')
+    return {line['step']: line['loss'] for line in lines if 'loss' in line}
+
+  def steps(self, name):
+    with checkpoints.open_manager(self.root / name) as manager:
+      return list(manager.all_steps())
+
+  def checksums(self, name):
+    """Of every array of the last checkpoint: parameters, optimiser, stream."""
+    step = max(self.steps(name))
+    folder = self.root / name / 'checkpoints' / str(step)
+    manifest = json.loads((folder / 'manifest' / 'metadata').read_text())
+    return manifest['checksums']
+
+  @contextlib.contextmanager
+  def signal_at(self, number, step):
+    """Sends the process a signal while it puts the batch of a step."""
+    put, calls = trainer.put, []
+
+    def put_and_signal(*args):
+      calls.append(args)
+      if len(calls) == step:
+        signal.raise_signal(number)
+      return put(*args)
+
+    with mock.patch.object(trainer, 'put', put_and_signal):
+      yield
+
+  @parameterized.named_parameters(
+    ('rows', {}),
+    ('stream', {'data': {'reset': 'never', 'sequence_length': 16}}),
+  )
+  def test_resumed_is_uninterrupted_bit_for_bit(self, changes):
+    whole = self.train('straight', **changes)
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+      with self.signal_at(number, 2), self.assertRaises(SystemExit) as end:
+        self.train('cut', **changes)
+      self.assertEqual(end.exception.code, code)
+    self.assertEqual(self.steps('cut'), [2, 4])
+    resumed = self.train('cut', **changes)
+    self.assertEqual(self.losses('straight'), self.losses('cut'))
+    self.assertLen(self.losses('cut'), 6)
+    jax.tree.map(np.testing.assert_array_equal, whole.params, resumed.params)
+    self.assertEqual(self.checksums('straight'), self.checksums('cut'))
+    self.assertEqual(
+      whole.evaluation.bits_per_byte, resumed.evaluation.bits_per_byte
+    )
+
+  def test_keeps_the_last_checkpoints_and_the_best(self):
+    bits = iter((5.0, 3.0, 4.0, 4.5, 4.2, 4.1))
+    kind = trainer.evaluation.Evaluation
+    with mock.patch.object(
+      kind, 'bits_per_byte', property(lambda _: next(bits))
+    ):
+      with mock.patch.object(metrics.RunLog, 'write_evaluation'):
+        self.train('w', train={'evaluate_every': 1, 'keep_checkpoints': 2})
+    self.assertEqual(self.steps('w'), [2, 5, 6])
+
+  def test_a_signal_during_an_evaluation_is_heard(self):
+    batches = trainer.validation_batches
+
+    def signalling(*args):
+      for batch in batches(*args):
+        signal.raise_signal(signal.SIGTERM)
+        yield batch
+
+    with mock.patch.object(trainer, 'validation_batches', signalling):
+      with self.assertRaises(SystemExit):
+        self.train('w', train={'evaluate_every': 3})
+    self.assertEqual(self.steps('w'), [3])
+    lines = metrics.read_metrics(self.root / 'w' / 'metrics.jsonl')
+    self.assertFalse(any('validation/loss' in line for line in lines))
+
+  def test_a_loss_that_is_not_finite_stops_the_run(self):
+    with self.signal_at(signal.SIGTERM, 3), self.assertRaises(SystemExit):
+      self.train('w')
+    make_step = training.make_step
+
+    def make_bad_step(*args):
+      step = make_step(*args)
+
+      def bad_step(state, batch):
+        state, metrics = step(state, batch)
+        return state, metrics | {'loss': metrics['loss'] * np.nan}
+
+      return bad_step
+
+    with mock.patch.object(trainer.step_lib, 'make_step', make_bad_step):
+      with self.assertRaisesRegex(
+        errors.UserError,
+        'loss is nan at step 4; the checkpoint of step 3 stays in .* Lower '
+        'train.learning_rate',
+      ):
+        self.train('w')
+    self.assertEqual(self.steps('w'), [3])
+
+  def test_a_state_that_is_not_finite_is_never_saved(self):
+    with self.assertRaisesRegex(
+      errors.UserError, 'is not finite after step 1; there is no checkpoint yet'
+    ):
+      # The loss of step 1 is still finite: its update is not.
+      self.train(
+        'w',
+        train={
+          'learning_rate': 1e38,
+          'weight_decay': 1e38,
+          'warmup_steps': 0,
+          'checkpoint_every': 1,
+        },
+      )
+    self.assertEqual(self.steps('w'), [])
+
+  def test_refuses_a_run_that_is_longer_than_asked_for(self):
+    with self.signal_at(signal.SIGTERM, 3), self.assertRaises(SystemExit):
+      self.train('w')
+    with self.assertRaisesRegex(errors.UserError, 'step 3, past .*num_steps=2'):
+      self.train('w', train={'num_steps': 2})
+
+  def test_refuses_a_model_without_room_for_the_tokens(self):
+    with self.assertRaisesRegex(
+      errors.UserError, 'model.vocab_size to at .*257'
+    ):
+      self.train('w', model={'vocab_size': 256})
+
+  @pytest.mark.slow
+  def test_killed_in_the_middle_of_a_save(self):
+    script = textwrap.dedent("""
+      import os, pathlib, signal, sys, threading
+      import jax
+      jax.config.update('jax_platforms', 'cpu')
+      jax.config.update('jax_num_cpu_devices', 8)
+      from nested_learning import training
+      from tests.training import tiny
+
+      root, kill = pathlib.Path(sys.argv[1]), sys.argv[2] == 'kill'
+      workdir = root / 'w'
+      workdir.mkdir(exist_ok=True)
+
+      def kill_during_save():
+        folder = workdir / 'checkpoints'
+        while not [p for p in folder.glob('4*') if 'tmp' in p.name]:
+          pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+      if kill:
+        threading.Thread(target=kill_during_save, daemon=True).start()
+      training.train(
+        tiny.experiment(root, train={'checkpoint_every': 2}), workdir
+      )
+    """)
+    command = [sys.executable, '-c', script, str(self.root)]
+    environment = {**os.environ, 'PYTHONPATH': str(_ROOT)}
+    run = lambda what: subprocess.run(
+      [*command, what], cwd=_ROOT, env=environment, capture_output=True
+    )
+    self.assertEqual(run('kill').returncode, -signal.SIGKILL)
+    folder = self.root / 'w' / 'checkpoints'
+    self.assertNotEmpty([p for p in folder.glob('4*') if 'tmp' in p.name])
+    self.assertFalse((folder / '4').exists())
+    self.assertTrue((folder / '2').exists())
+    resumed = run('go on')
+    self.assertEqual(resumed.returncode, 0, resumed.stderr)
+    self.assertIn(b'Going on from step 2', resumed.stderr)
+    self.train('straight', train={'checkpoint_every': 2})
+    self.assertEqual(self.losses('straight'), self.losses('w'))
+    self.assertEqual(self.checksums('straight'), self.checksums('w'))
+
+
+if __name__ == '__main__':
+  absltest.main()
