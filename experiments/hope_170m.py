@@ -1,0 +1,29 @@
+"""Hope of 170 million parameters on 15 billion tokens.
+
+Command:
+  python launch/run.py --config=experiments/hope_170m.py \
+    --workdir=runs/hope_170m --set=data.source=TEXT \
+    --set=data.tokenizer=TOKENIZER.model
+  python launch/run.py --config=experiments/hope_170m.py --mode=describe
+
+Hardware: 64 devices; --set=mesh.data= for another number.
+Result: not trained yet.
+"""
+
+from experiments import hope
+from nested_learning import sharding
+from nested_learning import training
+
+
+def get_config() -> training.ExperimentConfig:
+  """The experiment."""
+  return hope.make_config(
+    'hope_170m',
+    num_layers=12,
+    embed_dim=768,
+    num_heads=16,
+    mlp_dim=1344,
+    learning_rate=3e-3,
+    num_tokens=15e9,
+    mesh=sharding.MeshConfig(data=64),
+  )
