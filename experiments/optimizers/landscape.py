@@ -1,0 +1,136 @@
+"""Eleven optimisers on the oscillating landscape of Nested Learning, eq. 53.
+
+psi(r, theta) = r^2 + k (r - theta + a sin(omega r))^2, from (-3.5, 2): a narrow
+valley that winds around r = theta and falls to 0 at the origin.
+
+Command:
+  python launch/run.py --config=experiments/optimizers/landscape.py \
+    --workdir=runs/landscape
+
+Hardware: two CPU cores, about a minute. Result: landscape.png, and a table.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from matplotlib import figure as mpl_figure
+import numpy as np
+
+from experiments.optimizers import results
+from experiments.optimizers import rules
+
+
+@dataclasses.dataclass(frozen=True)
+class LandscapeConfig:
+  """The landscape and the search; the paper gives the start alone."""
+
+  stiffness: float = 10.0  # k
+  amplitude: float = 0.5  # a
+  frequency: float = 5.0  # omega, radians per unit of r
+  num_steps: int = 300
+  num_rates: int = 31  # learning rates from 1e-4 to 10, evenly in the logarithm
+
+
+def get_config(arg: str | None = None) -> LandscapeConfig:
+  """The experiment; takes no argument."""
+  del arg
+  return LandscapeConfig()
+
+
+def run(config: LandscapeConfig, workdir: str, mode: str) -> None:
+  """Searches the rates, draws the best trajectory of each optimiser."""
+  results.check_mode(mode)
+
+  def height(r, theta):
+    wave = config.amplitude * jnp.sin(config.frequency * r)
+    return r**2 + config.stiffness * (r - theta + wave) ** 2
+
+  def loss_fn(params, x):
+    # The point is a map with the constant input 1, so that rules for matrices
+    # and the one that needs inputs have something to work on.
+    r, theta = (x @ params['point'])[0]
+    return height(r, theta)
+
+  rates = np.logspace(-4, 1, config.num_rates)
+  start = {'point': jnp.array([[[-3.5, 2.0]]])}
+  inputs = jnp.ones((config.num_steps, 1, 1))
+  rows, summary, metrics, paths = [], {}, [], {}
+  for name in rules.NAMES:
+    sweep = rules.sweep(
+      name, loss_fn, start, inputs, rates=rates, keep_path=True
+    )
+    finals = np.array(
+      jax.vmap(lambda p: loss_fn({'point': p}, inputs[0]))(
+        sweep.params['point'][:, 0]
+      )
+    )
+    found = rules.best(finals)
+    path = np.array(sweep.path['point'][found, 0, :, 0])
+    losses = sweep.losses[found, 0]
+    below = np.flatnonzero(losses < 0.1)
+    reached = int(below[0]) if below.size else f'> {config.num_steps}'
+    stable = int(np.sum(np.isfinite(finals) & (finals < losses[0])))
+    paths[name] = path
+    final, rate = float(finals[found]), float(rates[found])
+    rows.append((name, rate, final, reached, stable))
+    summary[f'{results.key(name)}_final'] = final
+    summary[f'{results.key(name)}_rate'] = rate
+    metrics += [
+      {'optimizer': name, 'step': step, 'loss': float(loss)}
+      for step, loss in enumerate(losses)
+    ]
+  folder = pathlib.Path(workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  _draw(folder / 'landscape.png', height, paths, rows)
+  head = (
+    'optimiser', 'best rate', f'psi after {config.num_steps}',
+    'steps to psi < 0.1', f'rates of {config.num_rates} that descend',
+  )  # fmt: skip
+  results.write(
+    workdir,
+    config,
+    module=__name__,
+    summary=summary,
+    metrics=metrics,
+    sections=[
+      '# The oscillating landscape',
+      '![Trajectories over the contours](landscape.png)',
+      results.table(head, sorted(rows, key=lambda row: row[2])),
+      'Every optimiser at the best of the same rates, decayed linearly to '
+      'zero. The point is a 1 x 2 matrix with the input 1. Orthogonalising it '
+      'is normalising it, so Muon and M3 step by one length on any slope. DGD '
+      'erases the answer to that input, which is the point itself, so it is '
+      'also pulled to the origin, where the minimum happens to be.',
+    ],
+  )
+
+
+def _draw(path, height, paths, rows):
+  """One panel per optimiser, the trajectory over the contours."""
+  figure = mpl_figure.Figure(figsize=(13, 9.5), layout='constrained')
+  panels = figure.subplots(3, 4, sharex=True, sharey=True).ravel()
+  r, theta = np.meshgrid(np.linspace(-4.5, 2.5, 300), np.linspace(-4.5, 3, 300))
+  z = np.array(height(r, theta))
+  for axes in panels[len(paths) :]:
+    axes.set_axis_off()
+  for axes, (_name, points), row in zip(
+    panels, paths.items(), rows, strict=False
+  ):
+    axes.contourf(
+      r, theta, np.log10(z + 1e-2), levels=24, cmap='Blues_r', alpha=0.9
+    )
+    axes.plot(*points.T, color='#d1495b', linewidth=1.1)
+    axes.plot(*points.T, '.', color='#d1495b', markersize=2.5)
+    axes.plot(*points[0], 'o', color='white', markeredgecolor='black')
+    axes.plot(
+      0, 0, '*', color='#edae49', markersize=13, markeredgecolor='black'
+    )
+    title = f'{row[0]}\nrate {row[1]:.2g}, end {row[2]:.1e}'
+    axes.set_title(title, fontsize=10)
+    axes.set_xlim(-4.5, 2.5)
+    axes.set_ylim(-4.5, 3)
+  figure.supxlabel('r')
+  figure.supylabel('theta')
+  figure.savefig(path, dpi=110)
