@@ -102,12 +102,12 @@ def scale_by_m3(
 
   def init_fn(params):
     checks.check_params(params)
-    zeros = jax.tree.map(_zeros, params)
+    zeros = lambda: jax.tree.map(_zeros, params)  # Buffers can be donated once.
     return M3State(
       count=jnp.zeros((), jnp.int32),
-      momentum=zeros,
-      slow=tuple(SlowMomentum(zeros, zeros) for _ in periods),
-      second_moment=() if second_decay is None else zeros,
+      momentum=zeros(),
+      slow=tuple(SlowMomentum(zeros(), zeros()) for _ in periods),
+      second_moment=() if second_decay is None else zeros(),
     )
 
   def update_slow(slow, gradients, count, period):
