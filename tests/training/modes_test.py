@@ -16,7 +16,7 @@ from nested_learning import training
 from tests.training import tiny
 
 _TITANS = layers.SelfModifyingTitansConfig(
-  num_heads=2, head_dim=8, kind='matrix', chunk_size=16, chunk_size_others=16
+  num_heads=2, head_dim=8, kind='matrix', adaptive=(), chunk_size=16
 )
 
 
@@ -97,7 +97,9 @@ class ModesTest(absltest.TestCase):
     )
     there = training.describe(
       tiny.experiment(
-        self.root, data={'batch_size': 64}, mesh=sharding.MeshConfig(64, 2)
+        self.root,
+        data={'batch_size': 64, 'sequence_length': 4},
+        mesh=sharding.MeshConfig(64, 2),
       )
     )
     self.assertIn('mesh (data 64, model 2)', there)
