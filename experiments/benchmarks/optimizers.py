@@ -100,7 +100,7 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
   }
   rows = []
   for name in rules.NAMES:
-    _, tx = rules.make_rule(name, loss_fn, params, tokens, 1e-3)
+    tx = rules.make_optimizer(name, 1e-3, loss_fn, params, tokens)
     state = jax.eval_shape(tx.init, params)
     size = sum(
       leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)

@@ -1,16 +1,15 @@
 """The optimisers that the experiments compare, and how each is run and tuned.
 
 Every optimiser gets the same search: one grid of learning rates, the same
-initial parameters and the same batches. All rates of one optimiser run side by
-side, under `jax.vmap`.
+initial parameters and the same batches.
 """
 
 from collections.abc import Callable, Sequence
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -96,63 +95,111 @@ def sweep(
     The losses and parameters.
   """
   num_steps = jax.tree.leaves(batches)[0].shape[0]
-  first = jax.tree.map(lambda leaf: leaf[0], batches)
-  one_seed = jax.tree.map(lambda leaf: leaf[0], params)
+  num_seeds = jax.tree.leaves(params)[0].shape[0]
+  batches = [
+    jax.tree.map(lambda x, i=i: x[i], batches) for i in range(num_steps)
+  ]
+  seeds = [jax.tree.map(lambda x, i=i: x[i], params) for i in range(num_seeds)]
+
+  def make(rate):
+    schedule = optax.linear_schedule(rate, 0.0, num_steps)
+    return make_optimizer(name, schedule, loss_fn, seeds[0], batches[0])
+
+  value_and_grad = compile_gradient(name, loss_fn)
+  init = jax.jit(lambda params: make(0.0).init(params))
+
+  @functools.partial(jax.jit, donate_argnums=2)
+  def update(rate, gradients, state, params, extra):
+    updates, state = make(rate).update(gradients, state, params, **extra)
+    return optax.apply_updates(params, updates), state
 
   def train(rate, params):
-    value_and_grad, tx = make_rule(
-      name,
-      loss_fn,
-      one_seed,
-      first,
-      optax.linear_schedule(rate, 0.0, num_steps),
-    )
-
-    def step(carry, batch):
-      params, state = carry
+    state, losses, path = init(params), [], []
+    for batch in batches:
+      if keep_path:
+        path.append(params)
       loss, gradients, extra = value_and_grad(params, batch)
-      updates, state = tx.update(gradients, state, params, **extra)
-      report = loss, params if keep_path else None
-      return (optax.apply_updates(params, updates), state), report
+      params, state = update(rate, gradients, state, params, extra)
+      losses.append(loss)
+    return np.array(losses), params, _stack(path) if keep_path else None
 
-    carry = params, tx.init(params)
-    (params, _), (losses, path) = jax.lax.scan(step, carry, batches)
-    return losses, params, path
-
-  over_seeds = jax.vmap(train, in_axes=(None, 0))
-  run = jax.jit(jax.vmap(over_seeds, in_axes=(0, None)))
-  losses, params, path = run(jnp.array(rates), params)
-  return Sweep(np.array(rates), np.array(losses), params, path)
+  runs = [_stack([train(rate, seed) for seed in seeds]) for rate in rates]
+  losses, params, path = _stack(runs)
+  return Sweep(np.array(rates), losses, params, path)
 
 
-def make_rule(name, loss_fn, params, batch, rate):
-  """Makes an optimiser and the gradients that it wants.
+def measure(evaluate: Callable[[Any], Any], params: Any) -> Any:
+  """Evaluates what a sweep has trained.
+
+  Args:
+    evaluate: Function from one model's parameters to a tree of numbers,
+      compiled.
+    params: Leaves [rate, seed, ...].
+
+  Returns:
+    The tree, with leaves [rate, seed].
+  """
+  num_rates, num_seeds = jax.tree.leaves(params)[0].shape[:2]
+
+  def at(rate, seed):
+    return evaluate(_at(params, (rate, seed)))
+
+  rows = [[at(i, j) for j in range(num_seeds)] for i in range(num_rates)]
+  return _stack([_stack(row) for row in rows])
+
+
+def _at(tree, index):
+  return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def _stack(trees):
+  return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def compile_gradient(name: str, loss_fn: Callable[[Any, Any], jax.Array]):
+  """Compiles the gradients that an optimiser wants, once for most of them.
 
   Args:
     name: One of `NAMES`.
     loss_fn: Function of (params, batch).
-    params: Example parameters.
-    batch: Example batch.
-    rate: Learning rate or schedule.
 
   Returns:
-    A function from (params, batch) to (loss, gradients, extra arguments), and
-    the optax transformation.
+    A function from (params, batch) to (loss, gradients, extra arguments).
   """
-  if name in DGD:
-    return optimizers.dgd_for_model(
-      loss_fn,
-      params,
-      batch,
-      learning_rate=rate,
-      erase=DGD[name],
-      fallback=optax.adam(_FALLBACK_RATE, 0.9, 0.95),
-    )
+  return _compile_gradient(loss_fn, DGD.get(name))
 
-  def value_and_grad(params, batch):
-    return *jax.value_and_grad(loss_fn)(params, batch), {}
 
-  return value_and_grad, RULES[name](rate)
+@functools.lru_cache(maxsize=4)
+def _compile_gradient(loss_fn, erase):
+  if erase is not None:
+    return jax.jit(optimizers.value_and_delta_grad(loss_fn, erase=erase))
+  plain = jax.value_and_grad(loss_fn)
+  return jax.jit(lambda params, batch: (*plain(params, batch), {}))
+
+
+def make_optimizer(name, rate, loss_fn, params, batch):
+  """Makes an optimiser.
+
+  Args:
+    name: One of `NAMES`.
+    rate: Learning rate or schedule.
+    loss_fn: Function of (params, batch), in which DGD finds the maps.
+    params: Example parameters.
+    batch: Example batch.
+
+  Returns:
+    An optax transformation.
+  """
+  if name not in DGD:
+    return RULES[name](rate)
+  return optimizers.dgd_for_model(
+    loss_fn,
+    params,
+    batch,
+    learning_rate=rate,
+    erase=DGD[name],
+    fallback=optax.adam(_FALLBACK_RATE, 0.9, 0.95),
+  )[1]
 
 
 def best(scores: np.ndarray) -> int:

@@ -1,0 +1,281 @@
+"""Two real trainings under every optimiser, with one learning-rate search.
+
+A Flax classifier of handwritten digits (scikit-learn's bundled set), and the
+quickstart's language model, smaller and shorter. Every optimiser gets the same
+rates, the same initial parameters and the same batches.
+
+Command (needs scikit-learn: pip install nested-learning[experiments]):
+  python launch/run.py --config=experiments/optimizers/compare.py \
+    --workdir=runs/compare
+
+`compare.py:digits` and `compare.py:language` run one of the two. Hardware: two
+CPU cores, about half an hour. Result: a table and plots in report.md.
+"""
+
+import dataclasses
+import math
+import pathlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from matplotlib import figure as mpl_figure
+import numpy as np
+import optax
+
+from experiments import quickstart
+from experiments.optimizers import results
+from experiments.optimizers import rules
+from nested_learning import data as data_lib
+from nested_learning import errors
+from nested_learning import models
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+  """Which trainings, how long, and the search."""
+
+  tasks: tuple[str, ...] = ('digits', 'language')
+  rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+  num_seeds: int = 3  # of the digits' initial parameters
+  digits_steps: int = 300
+  digits_batch: int = 64  # images
+  language_mixer: str = 'hope'  # as the quickstart's argument
+  language_steps: int = 60
+  language_batch: int = 4  # rows
+  language_tokens: int = 128  # per row
+  language_dim: int = 64  # embed_dim; the quickstart has 128
+
+
+def get_config(arg: str | None = None) -> CompareConfig:
+  """The experiment; `arg` is 'digits', 'language', or 'small' for tests."""
+  if arg is None:
+    return CompareConfig()
+  if arg in ('digits', 'language'):
+    return CompareConfig(tasks=(arg,))
+  if arg == 'small':
+    return CompareConfig(
+      rates=(1e-2,), num_seeds=1, digits_steps=5, language_steps=2
+    )
+  raise errors.UserError(f"{arg!r} must be 'digits', 'language' or 'small'.")
+
+
+def run(config: CompareConfig, workdir: str, mode: str) -> None:
+  """Runs every optimiser on every task and writes tables and plots."""
+  results.check_mode(mode)
+  tasks = {'digits': _digits, 'language': _language}
+  unknown = sorted(set(config.tasks) - set(tasks))
+  if unknown:
+    raise errors.UserError(f'tasks {unknown} are not among {sorted(tasks)}.')
+  folder = pathlib.Path(workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  summary, metrics = {}, []
+  sections = [
+    '# Optimisers on two real trainings',
+    f'Every optimiser tries the rates {list(config.rates)}, decayed linearly '
+    'to zero; its best is the one of lowest validation loss. DGD trains '
+    'everything that is not a map (embeddings, norms, biases, convolutions) '
+    'with Adam at 3e-3.',
+  ]
+  for task in config.tasks:
+    loss_fn, params, batches, evaluate, title = tasks[task](config)
+    evaluate = jax.jit(evaluate)
+    rows, curves, scores = [], {}, {}
+    for name in rules.NAMES:
+      sweep = rules.sweep(name, loss_fn, params, batches, rates=config.rates)
+      measured = rules.measure(evaluate, sweep.params)
+      validation = np.mean(measured['validation_loss'], axis=1)
+      found = rules.best(validation)
+      picked = {key: value[found] for key, value in measured.items()}
+      curves[name] = np.mean(sweep.losses[found], axis=0)
+      scores[name] = validation
+      rows.append(
+        (
+          name,
+          f'{config.rates[found]:g}',
+          *(_mean(values) for values in picked.values()),
+        )
+      )
+      for key, values in picked.items():
+        summary[f'{task}_{results.key(name)}_{key}'] = float(np.mean(values))
+      summary[f'{task}_{results.key(name)}_rate'] = float(config.rates[found])
+      metrics += [
+        {'task': task, 'optimizer': name, 'step': i, 'loss': float(loss)}
+        for i, loss in enumerate(curves[name])
+      ]
+      print(f'{task}: {rows[-1]}', flush=True)
+    order = np.argsort(
+      [
+        np.nan_to_num(
+          summary[f'{task}_{results.key(n)}_validation_loss'], nan=9e9
+        )
+        for n in rules.NAMES
+      ]
+    )
+    _plot(folder / f'{task}.png', config, curves, scores)
+    sections += [
+      f'## {title}',
+      results.table(
+        (
+          'optimiser',
+          'best rate',
+          *(key.replace('_', ' ') for key in measured),
+        ),
+        [rows[i] for i in order],
+      ),
+      f'![Training loss, and validation loss by rate]({task}.png)',
+    ]
+    summary[f'{task}_best'] = rules.NAMES[order[0]]
+  results.write(
+    workdir,
+    config,
+    module=__name__,
+    summary=summary,
+    metrics=metrics,
+    sections=sections,
+  )
+
+
+class _Classifier(nn.Module):
+  """Three dense layers, normalised."""
+
+  @nn.compact
+  def __call__(self, x):
+    for _ in range(2):
+      x = nn.relu(nn.LayerNorm()(nn.Dense(128)(x)))
+    return nn.Dense(10)(x)
+
+
+def _digits(config):
+  try:
+    from sklearn import datasets
+  except ImportError as error:
+    raise errors.UserError(
+      'The digits need scikit-learn: pip install scikit-learn, or leave them '
+      'out with --config=experiments/optimizers/compare.py:language.'
+    ) from error
+  images, labels = datasets.load_digits(return_X_y=True)
+  order = np.random.default_rng(0).permutation(len(labels))
+  images, labels = images[order].astype(np.float32) / 16, labels[order]
+  num_train = len(labels) - 500
+  shape = config.digits_steps, config.digits_batch
+  epochs = 1 + math.prod(shape) // num_train
+  shuffles = [
+    np.random.default_rng(1 + epoch).permutation(num_train)
+    for epoch in range(epochs)
+  ]
+  picks = np.concatenate(shuffles)[: math.prod(shape)].reshape(shape)
+  batches = {
+    'image': jnp.array(images[picks]),
+    'label': jnp.array(labels[picks]),
+  }
+  validation = {
+    'image': jnp.array(images[num_train:]),
+    'label': jnp.array(labels[num_train:]),
+  }
+  model = _Classifier()
+  keys = jax.random.split(jax.random.key(0), config.num_seeds)
+  params = jax.vmap(lambda key: model.init(key, batches['image'][0]))(keys)
+
+  def loss_fn(params, batch):
+    logits = model.apply(params, batch['image'])
+    return jnp.mean(
+      optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
+    )
+
+  def evaluate(params):
+    logits = model.apply(params, validation['image'])
+    right = jnp.argmax(logits, -1) == validation['label']
+    return {
+      'validation_loss': loss_fn(params, validation),
+      'accuracy': jnp.mean(right),
+    }
+
+  title = (
+    f'Digits: {num_train} images, {config.digits_steps} steps of '
+    f'{config.digits_batch}, {config.num_seeds} seeds'
+  )
+  return loss_fn, params, batches, evaluate, title
+
+
+def _language(config):
+  experiment = quickstart.get_config(config.language_mixer)
+  model_config = dataclasses.replace(
+    experiment.model,
+    embed_dim=config.language_dim,
+    num_layers=2,
+    max_length=config.language_tokens,
+  )
+  data_config = dataclasses.replace(
+    experiment.data,
+    sequence_length=config.language_tokens,
+    batch_size=config.language_batch,
+  )
+  model = models.make_model(model_config)
+  batches = _read(data_config, 'train', config.language_steps)
+  validation = _read(data_config, 'validation', 16)
+  params = jax.vmap(model.init_params)(jax.random.key(0)[None])
+  byte_lengths = jnp.array(
+    data_lib.make_tokenizer(data_config.tokenizer).byte_lengths
+  )
+
+  def nats(params, batch):
+    logits, _ = model.forward(
+      params, None, batch['tokens'], reset=batch['reset']
+    )
+    loss = optax.softmax_cross_entropy_with_integer_labels(
+      logits, batch['targets']
+    )
+    return jnp.sum(loss * batch['mask'])
+
+  def loss_fn(params, batch):
+    return nats(params, batch) / jnp.maximum(jnp.sum(batch['mask']), 1)
+
+  def evaluate(params):
+    total = jnp.sum(jax.lax.map(lambda batch: nats(params, batch), validation))
+    lengths = byte_lengths[validation['targets']] * validation['mask']
+    return {
+      'validation_loss': total / jnp.sum(validation['mask']),
+      'bits_per_byte': total / jnp.log(2.0) / jnp.sum(lengths),
+    }
+
+  title = (
+    f'Language model: {config.language_mixer}, width {config.language_dim}, '
+    f'{config.language_steps} steps of {config.language_batch} x '
+    f'{config.language_tokens} bytes'
+  )
+  return loss_fn, params, batches, evaluate, title
+
+
+def _read(config, split, num_batches):
+  iterator = data_lib.make_iterator(config, split=split)
+  batches = [next(iterator) for _ in range(num_batches)]
+  keys = ('tokens', 'targets', 'mask', 'reset')
+  return {
+    key: jnp.array(np.stack([batch[key] for batch in batches])) for key in keys
+  }
+
+
+def _mean(values):
+  spread = f' ± {np.std(values):.2g}' if len(values) > 1 else ''
+  return f'{np.mean(values):.4g}{spread}'
+
+
+def _plot(path, config, curves, scores):
+  """Smoothed training loss at the best rate, and what the rate matters."""
+  figure = mpl_figure.Figure(figsize=(12, 4.5), layout='constrained')
+  left, right = figure.subplots(1, 2)
+  styles = ('-', '--')
+  for i, name in enumerate(curves):
+    style = {'color': f'C{i % 10}', 'linestyle': styles[i // 10]}
+    width = max(1, len(curves[name]) // 30)
+    smooth = np.convolve(curves[name], np.ones(width) / width, 'valid')
+    left.plot(np.arange(len(smooth)) + width // 2, smooth, label=name, **style)
+    right.plot(config.rates, scores[name], marker='.', label=name, **style)
+  start = max(curve[0] for curve in curves.values())
+  left.set(xlabel='step', ylabel='training loss', yscale='log')
+  right.set(xlabel='learning rate', ylabel='validation loss', xscale='log')
+  right.set_yscale('log')
+  right.set_ylim(top=2 * start)
+  right.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
+  figure.savefig(path, dpi=110)
