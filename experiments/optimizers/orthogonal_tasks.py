@@ -1,0 +1,120 @@
+"""Two tasks on orthogonal inputs, one after the other: who keeps the first?
+
+One linear map learns task A, then task B, whose inputs are orthogonal to A's
+(NL eq. 45). Nothing about B calls for a change of what the map answers on A,
+and plain gradients make none: whatever is lost, the optimiser lost. It goes on
+from A to B with the state that it has.
+
+Command:
+  python launch/run.py --config=experiments/optimizers/orthogonal_tasks.py \
+    --workdir=runs/orthogonal_tasks
+
+Hardware: two CPU cores, about a minute. Result: orthogonal_tasks.png, a table.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from matplotlib import figure as mpl_figure
+import numpy as np
+
+from experiments.optimizers import results
+from experiments.optimizers import rules
+
+
+@dataclasses.dataclass(frozen=True)
+class OrthogonalTasksConfig:
+  """Sizes and the search."""
+
+  num_inputs: int = 32  # half of them for either task
+  num_outputs: int = 16
+  num_steps: int = 200  # per task
+  num_rates: int = 13  # learning rates from 1e-3 to 10, evenly in the logarithm
+
+
+def get_config(arg: str | None = None) -> OrthogonalTasksConfig:
+  """The experiment; takes no argument."""
+  del arg
+  return OrthogonalTasksConfig()
+
+
+def run(config: OrthogonalTasksConfig, workdir: str, mode: str) -> None:
+  """Trains on A then B at the rate that learns both best, measures A again."""
+  results.check_mode(mode)
+  first, second, start, loss_fn = _make_tasks(config)
+  batches = jnp.stack([first] * config.num_steps + [second] * config.num_steps)
+  rates = np.logspace(-3, 1, config.num_rates)
+  untrained = float(loss_fn(jax.tree.map(lambda x: x[0], start), first))
+  evaluate = jax.jit(lambda p: (loss_fn(p, first), loss_fn(p, second)))
+  rows, curves, summary, metrics = [], {}, {}, []
+  for name in rules.NAMES:
+    sweep = rules.sweep(
+      name, loss_fn, start, batches, rates=rates, keep_path=True
+    )
+    # Chosen by how well each task is learned when it is taught.
+    learned = sweep.losses[:, 0, config.num_steps - 1]
+    found = rules.best(learned + sweep.losses[:, 0, -1])
+    path = sweep.path['kernel'][found, 0]
+    curve = np.array([evaluate({'kernel': kernel}) for kernel in path])
+    curves[name] = curve / untrained
+    after_first, kept = curves[name][config.num_steps, 0], curves[name][-1, 0]
+    row = (name, float(rates[found]), float(after_first), float(kept))
+    rows.append((*row, float(curves[name][-1, 1])))
+    summary[f'{results.key(name)}_first_after_first'] = float(after_first)
+    summary[f'{results.key(name)}_first_after_second'] = float(kept)
+    summary[f'{results.key(name)}_second'] = float(curves[name][-1, 1])
+    metrics += [
+      {'optimizer': name, 'step': i, 'first': float(a), 'second': float(b)}
+      for i, (a, b) in enumerate(curves[name])
+    ]
+  folder = pathlib.Path(workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  _plot(folder / 'orthogonal_tasks.png', config, curves)
+  results.write(
+    workdir,
+    config,
+    module=__name__,
+    summary=summary,
+    metrics=metrics,
+    sections=[
+      '# Orthogonal tasks: who keeps the first one?',
+      'Losses over the loss of the untrained map.',
+      results.table(
+        ('optimiser', 'rate', 'A after A', 'A after B', 'B after B'),
+        sorted(rows, key=lambda row: row[3]),
+      ),
+      '![Loss of the first task](orthogonal_tasks.png)',
+      'A gradient of B is orthogonal to the inputs of A, and so is any sum of '
+      'such gradients. Dividing it entry by entry turns it out of that space. '
+      'Orthogonalising does not, but a momentum that still holds gradients of '
+      'A gives them the weight of those of B, and a slow one goes on doing so.',
+    ],
+  )
+
+
+def _make_tasks(config):
+  rng = np.random.default_rng(0)
+  dim = config.num_inputs
+  axes = np.linalg.qr(rng.normal(size=(dim, dim)))[0] * (dim / 2) ** 0.5
+  first, second = (jnp.array(part, jnp.float32) for part in np.split(axes, 2))
+  target = jnp.array(rng.normal(size=(dim, config.num_outputs)), jnp.float32)
+  start = {'kernel': jnp.zeros((1, dim, config.num_outputs))}
+
+  def loss_fn(params, x):
+    return 0.5 * jnp.mean(jnp.sum((x @ params['kernel'] - x @ target) ** 2, -1))
+
+  return first, second, start, loss_fn
+
+
+def _plot(path, config, curves):
+  figure = mpl_figure.Figure(figsize=(9, 4.5), layout='constrained')
+  axes = figure.subplots()
+  for i, (name, curve) in enumerate(curves.items()):
+    style = {'color': f'C{i % 10}', 'linestyle': ('-', '--')[i // 10]}
+    axes.plot(np.maximum(curve[:, 0], 1e-12), label=name, **style)
+  axes.axvline(config.num_steps, color='black', linewidth=0.8)
+  axes.set(yscale='log', xlabel='step (A, then B)', ylabel='loss of task A')
+  axes.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
+  figure.savefig(path, dpi=110)
