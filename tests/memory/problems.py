@@ -1,0 +1,148 @@
+"""A self-modifying memory of two heads with random tokens, small and float64.
+
+The memory makes its own keys, values, learning rates and retentions (roles 0
+and 1 of its vectors, 0 and 1 of its scalars); reads are of role 0.
+"""
+
+from collections.abc import Mapping, Sequence
+import itertools
+import random
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nested_learning import memory
+from nested_learning import parameters
+from nested_learning.layers import norm
+
+BATCH, HEADS, DIM, HIDDEN = 2, 2, 5, 4
+
+# The settings of the engine, and the values that are tested of each.
+FACTORS: Mapping[str, Sequence[Any]] = {
+  'kind': ('mlp', 'matrix'),
+  'erase': ('none', 'input', 'every_map'),
+  'retain_to': ('zero', 'initial'),
+  'momentum': (False, True),
+  'objective': ('l2', 'dot'),
+  'read': ('token', 'chunk'),
+  'target': ('own', 'value'),
+  'max_norm': (None, 0.5),
+  'chunk_size': (1, 7, 16, 64),
+  'marks': ('none', 'reset', 'reset_and_mask'),
+}
+
+
+class Problem(NamedTuple):
+  """A network, its initial memory, and the tokens it reads."""
+
+  network: memory.Network
+  project: Any
+  initial: Any
+  inputs: dict[str, jax.Array]
+  reset: jax.Array
+  mask: jax.Array
+
+
+def make_problem(
+  kind: str, *, num_tokens: int = 33, momentum: bool = False, seed: int = 0
+) -> Problem:
+  """Draws a problem: values near one, a border or a gap every seventh token."""
+  rng = np.random.default_rng(seed)
+  network = make_network(kind)
+  shape = (BATCH, HEADS, num_tokens)
+  inputs = {name: rng.normal(size=(*shape, DIM)) for name in ('x', 'q')}
+  if momentum:
+    inputs['momentum'] = rng.uniform(size=(*shape, 1))
+  initial = parameters.map_params(
+    lambda p: jnp.asarray(0.5 * rng.normal(size=p.shape)), network.table
+  )
+  return Problem(
+    network=network,
+    project=make_project(network),
+    initial=initial,
+    inputs=jax.tree.map(jnp.asarray, inputs),
+    reset=jnp.asarray(rng.uniform(size=(BATCH, num_tokens)) < 0.15),
+    mask=jnp.asarray(rng.uniform(size=(BATCH, num_tokens)) > 0.15),
+  )
+
+
+def make_network(kind: str, activation=jax.nn.silu) -> memory.Network:
+  """Two vector roles and two scalar ones."""
+  sizes = {'num_heads': HEADS, 'dim': DIM, 'num_vectors': 2, 'num_scalars': 2}
+  if kind == 'matrix':
+    return memory.make_matrix(**sizes)
+  return memory.make_mlp(**sizes, hidden_dim=HIDDEN, activation=activation)
+
+
+def make_project(network: memory.Network, rate=jax.nn.sigmoid):
+  """The memory's feed for its tokens; `rate` maps raw outputs into (0, 1)."""
+
+  def project(linear, inputs):
+    made = network.apply(linear, inputs['x'])
+    return memory.Feed(
+      key=norm.l2_normalize(made.vectors[:, :, 0]),
+      value=norm.l2_normalize(made.vectors[:, :, 1]),
+      inner_lr=0.5 * rate(made.scalars[:, :, 0] - 1.0),
+      retention=rate(made.scalars[:, :, 1] + 2.0),
+      momentum=inputs.get('momentum'),
+      query=inputs['q'],
+    )
+
+  return project
+
+
+def make_rule(kind: str, settings: Mapping[str, Any]) -> memory.Rule:
+  """The rule with some of `FACTORS` set; targets that fit the network."""
+  settings = {k: v for k, v in settings.items() if k not in ('kind', 'marks')}
+  settings['objective'] = memory.OBJECTIVES[settings.get('objective', 'l2')]
+  if settings.get('target') == 'value':
+    settings['objective'] = vectors_only(settings['objective'])
+  return memory.Rule(**settings, normalize_target=norm.l2_normalize)
+
+
+def comparable(state: memory.State) -> memory.State:
+  """The state without anchors that the next token replaces."""
+
+  def leaf(weights, anchor):
+    starts = (state.offset == 0).reshape(-1, *[1] * (anchor.ndim - 1))
+    return jnp.where(starts, weights, anchor)
+
+  return state._replace(anchor=jax.tree.map(leaf, state.memory, state.anchor))
+
+
+def vectors_only(objective):
+  """The objective for vector roles; scalar ones have no target and no error."""
+
+  def restricted(prediction, target):
+    if prediction.shape[-1] != target.shape[-1]:
+      return jnp.zeros(prediction.shape[:-1], prediction.dtype)
+    return objective(prediction, target)
+
+  return restricted
+
+
+def covering(seed: int = 0) -> list[dict[str, Any]]:
+  """Settings such that every pair of values of two factors occurs together."""
+  rng = random.Random(seed)
+  names = list(FACTORS)
+  missing = set()
+  for a, b in itertools.combinations(names, 2):
+    missing |= {(a, x, b, y) for x in FACTORS[a] for y in FACTORS[b]}
+
+  def covers(row):
+    pairs = itertools.combinations(names, 2)
+    return missing & {(a, row[a], b, row[b]) for a, b in pairs}
+
+  rows = []
+  while missing:
+    candidates = []
+    for _ in range(200):
+      row = {name: rng.choice(FACTORS[name]) for name in names}
+      a, x, b, y = min(missing, key=str)
+      candidates.append({**row, a: x, b: y})
+    best = max(candidates, key=lambda row: len(covers(row)))
+    missing -= covers(best)
+    rows.append(best)
+  return rows

@@ -1,0 +1,81 @@
+"""The token loop against the recurrence written out in numpy."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import numpy as np
+
+from nested_learning import memory
+from tests import compiling
+from tests.memory import problems
+from tests.memory import reference
+
+_CASES = (
+  # kind, erase, retain_to, momentum, objective, read, chunk size
+  ('mlp', 'every_map', 'initial', True, 'l2', 'token', 7),
+  ('mlp', 'input', 'zero', False, 'dot', 'chunk', 16),
+  ('mlp', 'none', 'zero', True, 'l2', 'token', 1),
+  ('matrix', 'input', 'initial', True, 'l2', 'token', 7),
+  ('matrix', 'none', 'zero', False, 'dot', 'token', 64),
+  ('matrix', 'every_map', 'zero', True, 'l2', 'chunk', 1),
+)
+
+
+class TokenLoopTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.enterContext(jax.enable_x64(True))
+
+  @parameterized.parameters(*_CASES)
+  def test_equals_the_recurrence(
+    self, kind, erase, retain_to, momentum, objective, read, chunk_size
+  ):
+    problem = problems.make_problem(kind, momentum=momentum)
+    settings = {
+      'erase': erase,
+      'retain_to': retain_to,
+      'momentum': momentum,
+      'objective': objective,
+      'read': read,
+      'chunk_size': chunk_size,
+    }
+    rule = problems.make_rule(kind, settings)
+
+    @compiling.jit
+    def run(initial, inputs, reset, mask):
+      result, state = memory.token_loop(
+        problem.network,
+        rule,
+        initial,
+        memory.init_state(initial, problems.BATCH, momentum=momentum),
+        inputs,
+        project=problem.project,
+        reset=reset,
+        mask=mask,
+      )
+      return result.read, state
+
+    for use_marks in (False, True):
+      mask = problem.mask | (not use_marks)
+      reads, state = run(
+        problem.initial, problem.inputs, problem.reset & use_marks, mask
+      )
+      expected_reads, expected_memory = reference.run(
+        problem, rule, objective=objective, use_marks=use_marks
+      )
+      there = np.asarray(mask)[:, None, :, None]
+      np.testing.assert_allclose(
+        np.where(there, reads, 0.0), expected_reads, rtol=1e-9, atol=1e-9
+      )
+      for name, expected in expected_memory.items():
+        np.testing.assert_allclose(
+          state.memory[name], expected, rtol=1e-9, atol=1e-9
+        )
+      # The check is of a memory that moved, and does read.
+      moved = np.abs(expected_memory['in'] - problem.initial['in'])
+      self.assertGreater(moved.max(), 0.1)
+      self.assertGreater(np.abs(expected_reads).max(), 0.1)
+
+
+if __name__ == '__main__':
+  absltest.main()
