@@ -48,6 +48,7 @@ def scale_by_m3(
   decay: float = 0.95,
   slow_decay: float = 0.9,
   second_decay: float | None = 0.95,
+  damping: float = 1.0,
   slow_every: int | Sequence[int] = 16,
   slow_weight: float | Sequence[float] = 0.5,
   nesterov: bool = True,
@@ -63,6 +64,7 @@ def scale_by_m3(
     decay: See `m3`.
     slow_decay: See `m3`.
     second_decay: See `m3`.
+    damping: See `m3`.
     slow_every: See `m3`.
     slow_weight: See `m3`.
     nesterov: See `m3`.
@@ -84,7 +86,7 @@ def scale_by_m3(
   checks.check_decay(
     decay=decay, slow_decay=slow_decay, second_decay=second_decay
   )
-  checks.check_rate(epsilon=epsilon)
+  checks.check_rate(epsilon=epsilon, damping=damping)
   periods, weights = _clocks(slow_every, slow_weight)
   ema = form == 'ema'
 
@@ -166,7 +168,13 @@ def scale_by_m3(
       )
       correction = 1 - second_decay**step if ema else jnp.ones(())
       divided = jax.tree.map(
-        lambda d, v: d / (jnp.sqrt(v / correction.astype(v.dtype)) + epsilon),
+        lambda d, v: (
+          d
+          / (
+            _root(v / correction.astype(v.dtype), damping if ema else 0.0)
+            + epsilon
+          )
+        ),
         direction,
         second_moment,
       )
@@ -196,6 +204,7 @@ def m3(
   decay: float = 0.95,
   slow_decay: float = 0.9,
   second_decay: float | None = 0.95,
+  damping: float = 1.0,
   slow_every: int | Sequence[int] = 16,
   slow_weight: float | Sequence[float] = 0.5,
   nesterov: bool = True,
@@ -218,14 +227,18 @@ def m3(
     s_t &= \beta_3 s_{t-1} + (1 - \beta_3) \tfrac1K \sum_{i=t-K+1}^{t} g_i,
       \quad S = NS(s_t) \quad\text{if } t \equiv 0 \pmod K \\
     o_t &= (NS(m_t) + \alpha S) / (1 + \alpha) \\
-    W_t &= W_{t-1} - \text{lr}\, \text{match}\left(
-      o_t / (\sqrt{\hat v_t} + \epsilon)\right)
+    d_t &= o_t / \left(\sqrt{\hat v_t}
+      + \text{damping}\, \text{rms}(g)_t + \epsilon\right) \\
+    W_t &= W_{t-1} - \text{lr}\, 0.2 \sqrt{\max(m, n)}\; d_t\;
+      \text{rms}(o_t) / \text{rms}(d_t)
 
-  where S is used from the step after its update on (and left out of o_t before
-  the first), m_t enters with Nesterov's look-ahead as in Muon, and match gives
-  every matrix the RMS of 0.2 sqrt(max(m, n)) o_t back. Several slow clocks add
-  one s, S and weight each. With no slow clock and no second moment this is Muon
-  with consistent_rms=0.2.
+  where rms(g) is the root of the mean of v over the matrix, S is used from the
+  step after its update on (and left out of o_t before the first), and m_t
+  enters with Nesterov's look-ahead as in Muon. Several slow
+  clocks add one s, S and weight each. With no slow clock and no second moment
+  this is Muon with consistent_rms=0.2. Orthogonalising has already made all
+  directions alike, so dividing by the root of v alone goes too far: the update
+  goes to entries whose gradients are almost always zero. Damping bounds that.
 
   Form 'paper' is Algorithm 1 to the letter: m, s and v are sums (`decay`,
   `slow_decay` and `second_decay` are the factors beta_1, beta_3 and beta_2 of
@@ -243,6 +256,8 @@ def m3(
     decay: Of the fast momentum; NL writes beta_1.
     slow_decay: Of the slow momenta, per update of them; NL writes beta_3.
     second_decay: Of the second moment, NL's beta_2; None leaves it out.
+    damping: How much of the gradient's RMS joins its root second moment (form
+      'ema'); 0 is the printed division.
     slow_every: Steps between updates of the slow momentum, NL's f; a sequence
       makes several slow clocks, an empty one none.
     slow_weight: Weight of the slow direction, NL's alpha; one for all clocks or
@@ -290,6 +305,7 @@ def m3(
           decay=decay,
           slow_decay=slow_decay,
           second_decay=second_decay,
+          damping=damping,
           slow_every=slow_every,
           slow_weight=slow_weight,
           nesterov=nesterov,
@@ -346,6 +362,12 @@ def _zeros(leaf):
 
 def _rms(x):
   return jnp.sqrt(jnp.mean(jnp.square(x), axis=(-2, -1), keepdims=True))
+
+
+def _root(v, damping):
+  """Root of a second moment plus a multiple of its RMS over the matrix."""
+  mean = jnp.mean(v, axis=(-2, -1), keepdims=True)
+  return jnp.sqrt(v) + damping * jnp.sqrt(mean)
 
 
 def _match(x, y):

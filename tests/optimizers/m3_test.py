@@ -115,7 +115,8 @@ class M3Test(parameterized.TestCase):
     if not nesterov:  # optax's Muon gives Adam Nesterov's momentum as well.
       assert_close(ours, expected)
 
-  def test_ema_form_is_its_equations(self):
+  @parameterized.parameters(0.0, 1.0)
+  def test_ema_form_is_its_equations(self, damping):
     params = {'w': jnp.ones((6, 4))}
     every, weight, decay, slow_decay, second_decay = 3, 0.5, 0.9, 0.7, 0.8
     tx = optimizers.m3(
@@ -123,22 +124,24 @@ class M3Test(parameterized.TestCase):
       decay=decay,
       slow_decay=slow_decay,
       second_decay=second_decay,
+      damping=damping,
       slow_every=every,
       slow_weight=weight,
       nesterov=False,
     )
-    history = run(tx, params, 8)
+    history = run(tx, params, 7)
     m = v = s = jnp.zeros((6, 4))
     direction, gradients = 0.0, []
-    for t in range(1, 9):
+    for t in range(1, 8):
       g = make_gradients(params, t - 1)['w']
       gradients.append(g)
       m = decay * m + (1 - decay) * g
       v = second_decay * v + (1 - second_decay) * g**2
       total = 1 + weight * (t > every)
       o = (optimizers.orthogonalize(m) + weight * direction) / total
-      divided = o / (jnp.sqrt(v / (1 - second_decay**t)) + 1e-8)
       rms = lambda x: jnp.sqrt(jnp.mean(x**2))
+      root = jnp.sqrt(v / (1 - second_decay**t))
+      divided = o / (root + damping * rms(root) + 1e-8)
       expected = -0.1 * 0.2 * 6**0.5 * divided * rms(o) / rms(divided)
       np.testing.assert_allclose(history[t - 1]['w'], expected, atol=1e-5)
       if t % every == 0:
@@ -190,6 +193,20 @@ class M3Test(parameterized.TestCase):
 
     self.assertBetween(rms_of_step('ema'), 0.1, 0.3)
     self.assertGreater(rms_of_step('paper'), 100)
+
+  def test_damping_keeps_the_update_off_silent_inputs(self):
+    # One input is almost always zero: its gradients are 1e-4 of the others'.
+    params = {'w': jnp.zeros((8, 8))}
+
+    def share_of_silent_input(damping):
+      tx = optimizers.m3(1.0, damping=damping, slow_every=())
+      gradients = make_gradients(params, 0)['w'].at[0].multiply(1e-4)
+      updates, _ = tx.update({'w': gradients}, tx.init(params), params)
+      squares = jnp.sum(updates['w'] ** 2, axis=1)
+      return float(squares[0] / jnp.sum(squares))
+
+    self.assertGreater(share_of_silent_input(0.0), 0.5)
+    self.assertLess(share_of_silent_input(1.0), 0.15)
 
   def test_more_than_two_clocks(self):
     params = {'w': jnp.zeros((4, 4))}
