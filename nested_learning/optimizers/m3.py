@@ -234,8 +234,8 @@ def m3(
 
   where rms(g) is the root of the mean of v over the matrix, S is used from the
   step after its update on (and left out of o_t before the first), and m_t
-  enters with Nesterov's look-ahead as in Muon. Several slow
-  clocks add one s, S and weight each. With no slow clock and no second moment
+  enters with Nesterov's look-ahead as in Muon. Several slow clocks add one s, S
+  and weight each. With no slow clock and no second moment
   this is Muon with consistent_rms=0.2. Orthogonalising has already made all
   directions alike, so dividing by the root of v alone goes too far: the update
   goes to entries whose gradients are almost always zero. Damping bounds that.

@@ -4,6 +4,8 @@ Each test writes down a regression over the gradients seen so far, minimises it
 numerically, and finds a known optimiser in the answer. Read as examples.
 """
 
+import functools
+
 from absl.testing import absltest
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,17 @@ import optax
 
 def minimise(objective, start):
   """Newton's method; every objective here is quadratic."""
-  gradient, hessian = jax.grad(objective)(start), jax.hessian(objective)(start)
-  return start - jnp.linalg.solve(hessian, gradient)
+
+  @jax.jit
+  def newton(x):
+    return x - jnp.linalg.solve(
+      jax.hessian(objective)(x), jax.grad(objective)(x)
+    )
+
+  return newton(start)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def last_update(tx, gradients):
   state = tx.init(gradients[0])
   for g in gradients:

@@ -50,11 +50,11 @@ class DeepMomentumTest(parameterized.TestCase):
     key = jax.random.key(0)
     tx = optimizers.deep_momentum(1.0, decay=0.9, state_ratio=1.0)
     params = {'w': jnp.zeros((6, 4))}
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     for i in range(5):
       g = jax.random.normal(jax.random.fold_in(key, i), (6, 4))
       before = deep_state(state)
-      _, state = tx.update({'w': g}, state)
+      _, state = update({'w': g}, state)
     after = deep_state(state)
     square = 0.9 * before.mean_square['w'] + 0.1 * jnp.mean(g**2)
     u = g.T / jnp.sqrt(square / (1 - 0.9**5))
@@ -80,7 +80,7 @@ class DeepMomentumTest(parameterized.TestCase):
     down, up = memory.down['w'], memory.up['w']
     for i in range(4):
       g = jax.random.normal(jax.random.fold_in(key, i), (5, 3))
-      updates, state = tx.update({'w': g}, state)
+      updates, state = jax.jit(tx.update)({'w': g}, state)
 
       def objective(down, up, g=g):
         memory = lambda u: up @ jnp.tanh(down @ u)

@@ -20,13 +20,10 @@ def make_params():
 
 
 def make_gradients(params, step, scale=1.0):
-  leaves, structure = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.fold_in(jax.random.key(1), step), 9)
-  return structure.unflatten(
-    [
-      scale * jax.random.normal(key, leaf.shape, leaf.dtype)
-      for key, leaf in zip(keys, leaves, strict=False)
-    ]
+  rng = np.random.default_rng(step)
+  return jax.tree.map(
+    lambda leaf: jnp.array(scale * rng.normal(size=leaf.shape), leaf.dtype),
+    params,
   )
 
 
