@@ -19,10 +19,6 @@ def get_config() -> training.ExperimentConfig:
   """The experiment."""
   return hope.make_config(
     'hope_170m',
-    num_layers=12,
-    embed_dim=768,
-    num_heads=16,
-    mlp_dim=1344,
     learning_rate=3e-3,
     num_tokens=15e9,
     mesh=sharding.MeshConfig(data=64),

@@ -19,10 +19,6 @@ def get_config() -> training.ExperimentConfig:
   """The experiment."""
   return hope.make_config(
     'hope_1p3b',
-    num_layers=18,
-    embed_dim=2048,
-    num_heads=8,
-    mlp_dim=2688,
     learning_rate=7e-4,
     num_tokens=100e9,
     mesh=sharding.MeshConfig(data=64, model=4),

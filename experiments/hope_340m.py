@@ -19,10 +19,6 @@ def get_config() -> training.ExperimentConfig:
   """The experiment."""
   return hope.make_config(
     'hope_340m',
-    num_layers=24,
-    embed_dim=1024,
-    num_heads=16,
-    mlp_dim=896,
     learning_rate=1.5e-3,
     num_tokens=15e9,
     mesh=sharding.MeshConfig(data=64),

@@ -19,10 +19,6 @@ def get_config() -> training.ExperimentConfig:
   """The experiment."""
   return hope.make_config(
     'hope_760m',
-    num_layers=24,
-    embed_dim=1536,
-    num_heads=16,
-    mlp_dim=1344,
     learning_rate=1.25e-3,
     num_tokens=30e9,
     mesh=sharding.MeshConfig(data=64),

@@ -68,7 +68,7 @@ def stack(table: Table, num_layers: int) -> Table:
   def stacked(param: Param) -> Param:
     def init(key, shape, dtype):
       keys = jax.random.split(key, shape[0])
-      return jnp.stack([param.init(k, shape[1:], dtype) for k in keys])
+      return jax.vmap(lambda k: param.init(k, shape[1:], dtype))(keys)
 
     return Param((num_layers, *param.shape), ('layers', *param.axes), init)
 

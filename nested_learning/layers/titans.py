@@ -1,21 +1,23 @@
 r"""Self-modifying Titans: keys, values, rates and retention that learn.
 
-Per head, with x the head's input and q its query:
+Per head, with x^k, x^v, x^q static projections of the layer's input:
 
 .. math::
-   k_t, v_t &= M_k(x_t), M_v(x_t) \\
-   inner\_lr_t, retention_t &= M_{lr}(x_t), M_r(x_t) \\
+   k_t, v_t &= M_k(x^k_t), M_v(x^v_t) \\
+   inner\_lr_t, retention_t &= M_{lr}(x^k_t), M_r(x^k_t) \\
    y_t &= M_{main}(q_t)
 
 and every memory M, main included, is written at k_t towards its own output for
-v_t. Each memory starts from a learned initial memory. Memories are matrices or
-two-layer residual MLPs, see `nested_learning.memory.networks`.
+v_t. Each memory starts from a learned initial memory; it is a matrix or a
+two-layer residual MLP, see `nested_learning.memory.networks`. A role that is no
+memory is its projection alone.
 
-What the equations leave open is settled thus: x is projected, convolved over 4
-tokens and normalised per head; q is projected and convolved in the same way; k,
-q, v and the targets are L2-normalised; inner_lr is a bounded sigmoid and
-retention a sigmoid, both with a learned bias per head outside the memories; the
-read is normalised per head, gated and projected.
+What the equations leave open is settled thus: each projection is convolved over
+4 tokens; k, q, v, what their memories read and the targets are L2-normalised;
+inner_lr is a bounded sigmoid and retention a sigmoid, both with a learned bias
+per head outside the memories, one for main and one for the others; the read is
+normalised per head, gated and projected. The paper has one x for all roles;
+with a projection each, a role whose memory never changes is an ordinary one.
 
 References:
   Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eqs. 83-91.
@@ -38,6 +40,9 @@ _VECTORS = ('k', 'v', 'q')
 _SCALARS = ('inner_lr', 'retention')
 ROLES = (*_VECTORS, *_SCALARS)
 _CONV_WIDTH = 4
+# Where inner_lr starts, as a logit: the other memories move slowly at first, so
+# that a key means the same when it is written and when it is read.
+_INNER_LR_BIAS = {'main': -1.0, 'others': -4.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +64,7 @@ class SelfModifyingTitansConfig:
   momentum: bool = False  # Titans' trace, its rate a static projection
   max_inner_lr: float = 0.5  # bound of the inner learning rate
   max_norm: float = 8.0  # bound on a map's departure from its initial memory
+  engine: str = 'chunk'  # 'token' is the definition: slow, for comparison
 
   def __post_init__(self):
     unknown = set(self.adaptive) - set(ROLES)
@@ -71,6 +77,7 @@ class SelfModifyingTitansConfig:
       ('objective', memory.OBJECTIVES),
       ('activation', memory.ACTIVATIONS),
       ('kind', ('mlp', 'matrix')),
+      ('engine', ('chunk', 'token')),
     ):
       if getattr(self, name) not in table:
         raise ValueError(
@@ -143,7 +150,6 @@ def make_self_modifying_titans(
   heads, dim = c.num_heads, c.head_dim
   vectors = [r for r in _VECTORS if r in c.adaptive]
   scalars = [r for r in _SCALARS if r in c.adaptive]
-  streams = ['x', *(r for r in _VECTORS if r not in c.adaptive)]
   rates = [r for r in _SCALARS if r not in c.adaptive]
   rates += ['momentum'] if c.momentum else []
   networks = {'main': c.network(num_vectors=1, num_scalars=0)}
@@ -152,22 +158,27 @@ def make_self_modifying_titans(
       num_vectors=len(vectors), num_scalars=len(scalars)
     )
   wide = jnp.promote_types(dtype, jnp.float32)
-  channels = len(streams) * heads * dim
+  channels = len(_VECTORS) * heads * dim
 
-  def head_param(init):
-    return parameters.Param((heads,), ('heads',), init)
+  def bias_table(name):
+    param = lambda init: parameters.Param((heads,), ('heads',), init)
+    forgotten = lambda: jnp.geomspace(0.02, 0.001, heads)
+    biases = {
+      'inner_lr': param(parameters.constant(_INNER_LR_BIAS[name])),
+      'retention': param(parameters.values(lambda: _logits(forgotten()))),
+    }
+    if c.momentum:
+      biases['momentum'] = param(parameters.constant(0.0))
+    return biases
 
   table = {
     'in': parameters.Param(
-      (embed_dim, len(streams), heads, dim),
+      (embed_dim, len(_VECTORS), heads, dim),
       ('embed', None, 'heads', None),
       parameters.fan_in(embed_dim),
     ),
     'conv': convolution.table(_CONV_WIDTH, channels, None),
-    'inner_lr_bias': head_param(parameters.constant(-1.0)),
-    'retention_bias': head_param(
-      parameters.values(lambda: _logits(jnp.geomspace(0.02, 0.001, heads)))
-    ),
+    'bias': {name: bias_table(name) for name in networks},
     'memory': {name: net.table for name, net in networks.items()},
     'norm': norm.scale_param(dim, None),
     'gate': parameters.Param(
@@ -181,15 +192,12 @@ def make_self_modifying_titans(
       parameters.fan_in(heads * dim),
     ),
   }
-
   if rates:  # those that are no memory
     table['rates'] = parameters.Param(
       (embed_dim, len(rates), heads),
       ('embed', None, 'heads'),
       parameters.fan_in(embed_dim, 0.1),
     )
-  if c.momentum:
-    table['momentum_bias'] = head_param(parameters.constant(0.0))
 
   def init_state(params, batch_size):
     start = {
@@ -199,35 +207,51 @@ def make_self_modifying_titans(
     conv = convolution.init_state(_CONV_WIDTH, channels, batch_size, dtype)
     return TitansState(conv, start.get('others'), start['main'])
 
-  def project(params, linear, inputs):
+  def project(linear, inputs):
     """The tokens' feed, made by the memories' own anchor; NL eq. 79-84."""
     made, raw = dict(inputs[0]), dict(inputs[1])
     if 'others' in networks:
-      outputs = networks['others'].apply(linear, made['x'])
+      read = functools.partial(networks['others'].apply, linear)
+      outputs = {r: read(made[r]) for r in dict.fromkeys(['k', *vectors])}
       for i, role in enumerate(vectors):
-        made[role] = outputs.vectors[:, :, i]
+        made[role] = outputs[role].vectors[:, :, i]
       for i, role in enumerate(scalars):
-        raw[role] = outputs.scalars[:, :, i]
-
-    def rate(role):
-      return jax.nn.sigmoid(raw[role] + params[f'{role}_bias'][:, None, None])
-
+        raw[role] = outputs['k'].scalars[:, :, i]
     return memory.Feed(
       key=norm.l2_normalize(made['k']),
       value=norm.l2_normalize(made['v']),
       query=norm.l2_normalize(made['q']),
+      inner_lr=None,
+      retention=None,
+      extra=raw,
+    )
+
+  def set_rates(params, name, feed):
+    """The feed with the rates at which one group of memories writes."""
+    raw = feed.extra
+
+    def rate(role):
+      bias = params['bias'][name][role]
+      return jax.nn.sigmoid(raw[role] + bias[:, None, None])
+
+    return feed._replace(
       inner_lr=c.max_inner_lr * rate('inner_lr'),
       retention=rate('retention'),
       momentum=rate('momentum') if c.momentum else None,
     )
 
   def run(name, params, state, inputs, marks, project):
-    one_token = state is not None and jax.tree.leaves(inputs)[0].shape[2] == 1
-    engine = memory.token_loop if one_token else memory.chunk_scan
+    first = jax.tree.leaves(inputs)[0]
+    initial = params['memory'][name]
+    engine = memory.chunk_scan
+    if c.engine == 'token' or (state is not None and first.shape[2] == 1):
+      engine = memory.token_loop
+      if state is None:
+        state = memory.init_state(initial, first.shape[0], momentum=c.momentum)
     return engine(
       networks[name],
       c.rule(name),
-      params['memory'][name],
+      initial,
       state,
       inputs,
       project=project,
@@ -247,24 +271,26 @@ def make_self_modifying_titans(
       reset=marks.reset,
       mask=marks.mask,
     )
-    x = jax.nn.silu(x).reshape(*x.shape[:2], len(streams), heads, dim)
-    x = jnp.einsum('btshd->sbhtd', x.astype(wide))
-    x = dict(zip(streams, x, strict=True))
+    x = jax.nn.silu(x).reshape(*x.shape[:2], len(_VECTORS), heads, dim)
+    x = norm.l2_normalize(jnp.einsum('btshd->sbhtd', x.astype(wide)))
     raw = {}
     if rates:
       raw = jnp.einsum('bte,erh->rbht', inputs, weights('rates')).astype(wide)
       raw = dict(zip(rates, raw[..., None], strict=True))
-    feed_inputs = {**x, 'x': norm.l2_normalize(x['x'])}, raw
+    feed_inputs = dict(zip(_VECTORS, x, strict=True)), raw
 
     others = None
-    make_feed = functools.partial(project, params)
     if 'others' in networks:
+      make_feed = lambda linear, inputs: set_rates(
+        params, 'others', project(linear, inputs)
+      )
       result, others = run(
         'others', params, start.others, feed_inputs, marks, make_feed
       )
       feed = result.feed
     else:
-      feed = make_feed(None, feed_inputs)
+      feed = project(None, feed_inputs)
+    feed = set_rates(params, 'main', feed)
     static = lambda linear, feed: feed
     result, main = run('main', params, start.main, feed, marks, static)
 

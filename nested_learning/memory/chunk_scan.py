@@ -178,7 +178,7 @@ def _chunk(network, rule, initial, project, write, state, chunk):
         anchor,
       )
     state = interface.State(memory, anchor, trace, jnp.where(ends, 0, offset))
-  return state, interface.Result(read, seen.feed, seen.surprise)
+  return state, writes.result(rule, read, seen)
 
 
 def _scan_groups(body, state, chunks):

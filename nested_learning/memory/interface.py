@@ -44,6 +44,8 @@ class Feed(NamedTuple):
     retention: [b, h, t, 1], in [0, 1].
     momentum: [b, h, t, 1] or None.
     query: [b, h, t, d], or None where nothing is read.
+    extra: Whatever else `project` makes of the tokens, a pytree of
+      [b, h, t, ...] that is handed through to the result.
   """
 
   key: jax.Array
@@ -52,6 +54,7 @@ class Feed(NamedTuple):
   retention: jax.Array
   momentum: jax.Array | None = None
   query: jax.Array | None = None
+  extra: Any = None
 
 
 class State(NamedTuple):
@@ -75,13 +78,12 @@ class Result(NamedTuple):
 
   Attributes:
     read: [b, h, t, d], or None with rule.read 'none'.
-    feed: The `Feed` of every token, as `project` made it.
-    surprise: [b, h, t, 1], Frobenius norm of the inner gradient.
+    feed: With rule.read 'none', the `Feed` of every token as `project` made it;
+      else None.
   """
 
   read: jax.Array | None
-  feed: Feed
-  surprise: jax.Array
+  feed: Feed | None
 
 
 # Makes the feed of some tokens from the anchor and the inputs: for a static

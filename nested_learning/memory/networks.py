@@ -48,7 +48,7 @@ class Network(NamedTuple):
 def make_matrix(
   *, num_heads: int, dim: int, num_vectors: int, num_scalars: int = 0
 ) -> Network:
-  """M(x) = W x, initially zero (an empty memory).
+  """M(x) = W x; a vector role is initially the identity, a scalar one zero.
 
   Args:
     num_heads: Independent memories h.
@@ -60,11 +60,14 @@ def make_matrix(
     A `Network` with the map 'in' [h, num_vectors d + num_scalars, d].
   """
   num_outputs = num_vectors * dim + num_scalars
+  identity = lambda: jnp.concatenate(
+    [jnp.eye(dim)] * num_vectors + [jnp.zeros((num_scalars, dim))]
+  )
   table = {
     'in': parameters.Param(
       (num_heads, num_outputs, dim),
       ('heads', None, None),
-      parameters.constant(0.0),
+      parameters.values(identity),
     )
   }
 

@@ -86,7 +86,7 @@ def token_loop(
     ends = offset == rule.chunk_size
     memory = rows.where(ends, writes.bound(rule, initial, memory), memory)
     state = interface.State(memory, anchor, trace, jnp.where(ends, 0, offset))
-    return state, interface.Result(read, seen.feed, seen.surprise)
+    return state, writes.result(rule, read, seen)
 
   tokens = (
     jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), inputs),

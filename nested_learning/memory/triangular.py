@@ -3,9 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-# Below this size rows are substituted one after the other: each is a single
-# vectorised step over all matrices of the batch.
-_SMALL = 8
+# Up to this size it is cheaper to multiply whole matrices than to cut them up.
+_SMALL = 16
 
 
 @jax.custom_jvp
@@ -28,7 +27,7 @@ def unit_lower_inverse(strictly_lower: jax.Array) -> jax.Array:
   """
   size = strictly_lower.shape[-1]
   if size <= _SMALL:
-    return _substitute(strictly_lower)
+    return _ladder(strictly_lower)
   half = (size + 1) // 2
   first = strictly_lower[..., :half, :half]
   second = strictly_lower[..., half:, half:]
@@ -56,16 +55,19 @@ def _unit_lower_inverse_jvp(primals, tangents):
   return inverse, -change
 
 
-def _substitute(strictly_lower: jax.Array) -> jax.Array:
+def _ladder(strictly_lower: jax.Array) -> jax.Array:
+  """The same for small matrices, all pairs of blocks of a size at once."""
   size = strictly_lower.shape[-1]
-  identity = jnp.eye(size, dtype=strictly_lower.dtype)
-  rows = []
-  for t in range(size):
-    row = jnp.broadcast_to(identity[t], strictly_lower[..., 0, :].shape)
-    for s in range(t):
-      row = row - strictly_lower[..., t, s, None] * rows[s]
-    rows.append(row)
-  return jnp.stack(rows, axis=-2)
+  index = jnp.arange(size)
+  inverse = jnp.eye(size, dtype=strictly_lower.dtype)
+  width = 1
+  while width < size:
+    block = index // width
+    is_below = (block[:, None] == block + 1) & (block % 2 == 0)
+    below = jnp.where(is_below, strictly_lower, 0.0)
+    inverse = inverse - _matmul(inverse, _matmul(below, inverse))
+    width *= 2
+  return inverse
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:

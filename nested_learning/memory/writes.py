@@ -21,7 +21,6 @@ class Seen(NamedTuple):
   inputs: dict[str, jax.Array]  # of each map, for the key
   deltas: dict[str, jax.Array]  # error at each map's output
   read: jax.Array | None  # from the anchor, with rule.read 'chunk'
-  surprise: jax.Array
 
 
 def evaluate(
@@ -78,7 +77,7 @@ def evaluate(
   read = None
   if rule.read == 'chunk':
     read = read_vector(network, linear, feed.query)
-  return Seen(feed, map_inputs, deltas, read, _surprise(map_inputs, deltas))
+  return Seen(feed, map_inputs, deltas, read)
 
 
 def read_vector(
@@ -133,12 +132,8 @@ def bound(rule: interface.Rule, initial: Any, memory: Any) -> Any:
   return jax.tree.map(leaf, initial, memory)
 
 
-def _surprise(map_inputs, deltas):
-  """Frobenius norm over all maps of the gradient delta x^T."""
-  square = 0.0
-  for name, x in map_inputs.items():
-    norms = jnp.sum(jnp.square(x), -1) * jnp.sum(jnp.square(deltas[name]), -1)
-    if norms.ndim == 4:  # [b, h, r, t]
-      norms = jnp.sum(norms, axis=2)
-    square = square + norms
-  return jnp.sqrt(square + 1e-12)[..., None]
+def result(
+  rule: interface.Rule, read: jax.Array | None, seen: Seen
+) -> interface.Result:
+  """What the tokens give: their read, or their feed where nothing is read."""
+  return interface.Result(read, seen.feed if rule.read == 'none' else None)

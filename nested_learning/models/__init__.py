@@ -1,6 +1,7 @@
 """Models, and the zoo of named sizes."""
 
 from nested_learning.levels.cms import LevelConfig
+from nested_learning.models import zoo
 from nested_learning.models.language_model import level_labels
 from nested_learning.models.language_model import make_model
 from nested_learning.models.language_model import Model

@@ -70,7 +70,6 @@ class _Comparison(parameterized.TestCase):
       state = problems.comparable(state)
       seen = jnp.where(weights != 0, result.read, 0.0)
       total = jnp.sum(weights * seen)
-      total += jnp.sum(jnp.square(weights[..., :1]) * result.surprise)
       for leaf in jax.tree.leaves((state.memory, state.anchor, state.trace)):
         total += jnp.sum(jnp.sin(leaf))
       return total, (seen, state)

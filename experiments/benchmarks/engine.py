@@ -1,0 +1,293 @@
+"""How fast the memory engine is: ratios of one run on one machine.
+
+Command:
+  python launch/run.py --config=experiments/benchmarks/engine.py \
+    --workdir=runs/engine
+
+Hardware: two CPU cores and 12 GB, about ten minutes. Writes summary.json:
+chunk_over_token_loop (forward and backward of one layer), hope_over_transformer
+(a whole training step, equal parameter count), hope_flop_ceiling (what the
+operation counts of the two would allow), share_of_matmul_rate, flatness_1k_32k
+(training time per token of a 32K row over that of 1K rows) and
+decode_flatness_1k_100k (generation time per token, the same way).
+"""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from experiments.optimizers import results
+from nested_learning import costs
+from nested_learning import data
+from nested_learning import errors
+from nested_learning import models
+from nested_learning import parameters
+from nested_learning import training
+from nested_learning.layers import attention
+from nested_learning.layers import layer
+from nested_learning.layers import titans
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkConfig:
+  """Sizes of the models and lengths of the streams."""
+
+  num_layers: int = 4
+  embed_dim: int = 256
+  num_heads: int = 4
+  mlp_dim: int = 640  # of Hope's levels together
+  batch_size: int = 4  # rows of a training step
+  num_tokens: int = 1024  # of a row
+  chunk_sizes: tuple[int, ...] = (16, 64, 128)  # tokens
+  long_row: int = 32_768  # tokens
+  long_context: int = 100_000  # tokens read before generating
+  decode_steps: int = 64  # tokens generated
+  repeats: int = 3  # the fastest of so many counts
+
+
+def get_config(arg: str | None = None) -> BenchmarkConfig:
+  """The benchmark; `arg` 'small' is the one that tests run."""
+  if arg == 'small':
+    return BenchmarkConfig(
+      num_layers=1,
+      embed_dim=16,
+      num_heads=2,
+      mlp_dim=16,
+      batch_size=1,
+      num_tokens=32,
+      chunk_sizes=(16,),
+      long_row=64,
+      long_context=64,
+      decode_steps=4,
+      repeats=1,
+    )
+  if arg is not None:
+    raise errors.UserError(f"{arg!r} must be 'small', or nothing.")
+  return BenchmarkConfig()
+
+
+def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
+  """Times everything in turn and writes the ratios."""
+  results.check_mode(mode)
+  parts = (_layers, _training_steps, _long_rows, _decoding)
+  matmul_rate = _matmul_rate()
+  summary = {'matmul_flops_per_second': matmul_rate}
+  for part in tqdm.tqdm(parts, desc='benchmark'):
+    summary |= part(config, matmul_rate)
+  rows = [(name, value) for name, value in summary.items()]
+  results.write(
+    workdir,
+    config,
+    module=__name__,
+    summary=summary,
+    metrics=[{'name': name, 'value': value} for name, value in rows],
+    sections=[
+      '# The memory engine',
+      'Ratios of one run on one machine; rates are tokens per second.',
+      results.table(('', ''), rows),
+    ],
+  )
+  for name, value in rows:
+    print(f'{name}: {value:.4g}')
+
+
+def _layers(config: BenchmarkConfig, matmul_rate: float) -> dict[str, float]:
+  """Forward and backward of one layer: the token loop, and chunk sizes."""
+  del matmul_rate
+  shape = (config.batch_size, config.num_tokens, config.embed_dim)
+  inputs = jax.random.normal(jax.random.key(1), shape)
+  num_tokens = config.batch_size * config.num_tokens
+  mixers = {'token_loop': _mixer(config, engine='token')}
+  for size in config.chunk_sizes:
+    mixers[f'chunk_{size}'] = _mixer(
+      config, chunk_size=size, chunk_size_others=size
+    )
+  functions = {}
+  for name, mixer in mixers.items():
+    made = titans.make_self_modifying_titans(
+      mixer, embed_dim=config.embed_dim, dtype=jnp.float32
+    )
+    params = parameters.init(jax.random.key(0), made.table)
+
+    def loss(params, inputs, made=made):
+      return jnp.sum(made.apply(params, None, inputs, layer.Marks())[0] ** 2)
+
+    functions[name] = jax.jit(jax.grad(loss, argnums=(0, 1))), params, inputs
+  seconds = _time_all(functions, config.repeats)
+  rates = {name: num_tokens / value for name, value in seconds.items()}
+  default = titans.SelfModifyingTitansConfig(1, 1).chunk_size
+  chosen = f'chunk_{default}' if f'chunk_{default}' in rates else min(rates)
+  return {
+    'chunk_over_token_loop': rates[chosen] / rates['token_loop'],
+    **{f'tokens_per_second_{name}': rate for name, rate in rates.items()},
+  }
+
+
+def _training_steps(config: BenchmarkConfig, rate: float) -> dict[str, float]:
+  """A whole training step of Hope and of a Transformer++ as large."""
+  hope = _hope(config, config.num_tokens)
+  transformer = _transformer_as_large(hope)
+  num_tokens = config.batch_size * config.num_tokens
+  functions, flops, counts = {}, {}, {}
+  for name, model_config in {'hope': hope, 'transformer': transformer}.items():
+    experiment = training.ExperimentConfig(
+      name=name,
+      model=model_config,
+      data=data.DataConfig(
+        batch_size=config.batch_size, sequence_length=config.num_tokens
+      ),
+      train=training.TrainConfig(),
+    )
+    model = models.make_model(model_config)
+    optimizer = training.make_optimizer(experiment, model.table)
+    init = training.make_init(experiment, model, optimizer)
+    step = training.make_step(experiment, model, optimizer)
+    state = init(jax.random.key(0))
+    tokens = _tokens(config.batch_size, config.num_tokens)
+    batch = {
+      'tokens': tokens,
+      'targets': tokens,
+      'mask': jnp.ones(tokens.shape, bool),
+      'reset': jnp.zeros(tokens.shape, bool),
+    }
+    functions[name] = jax.jit(step), state, batch
+    flops[name] = costs.matmul_flops(step, state, batch)
+    counts[name] = parameters.count(model.table)
+  seconds = _time_all(functions, config.repeats)
+  return {
+    'hope_over_transformer': seconds['transformer'] / seconds['hope'],
+    'hope_flop_ceiling': flops['transformer'] / flops['hope'],
+    'share_of_matmul_rate': flops['hope'] / seconds['hope'] / rate,
+    'share_of_matmul_rate_transformer': (
+      flops['transformer'] / seconds['transformer'] / rate
+    ),
+    'tokens_per_second_hope': num_tokens / seconds['hope'],
+    'tokens_per_second_transformer': num_tokens / seconds['transformer'],
+    'parameters_hope': counts['hope'],
+    'parameters_transformer': counts['transformer'],
+  }
+
+
+def _long_rows(config: BenchmarkConfig, matmul_rate: float) -> dict[str, float]:
+  """Forward and backward per token, at the usual length and a long one."""
+  del matmul_rate
+  functions = {}
+  for length in (config.num_tokens, config.long_row):
+    model = models.make_model(_hope(config, length))
+
+    def loss(params, tokens, model=model):
+      return jnp.mean(model.forward(params, None, tokens)[0] ** 2)
+
+    params = model.init_params(jax.random.key(0))
+    functions[length] = jax.jit(jax.grad(loss)), params, _tokens(1, length)
+  seconds = _time_all(functions, config.repeats)
+  per_token = {length: value / length for length, value in seconds.items()}
+  return {
+    'flatness_1k_32k': (
+      per_token[config.long_row] / per_token[config.num_tokens]
+    ),
+    'tokens_per_second_long_row': 1 / per_token[config.long_row],
+  }
+
+
+def _decoding(config: BenchmarkConfig, matmul_rate: float) -> dict[str, float]:
+  """Generation time per token and state size, after little and much text."""
+  del matmul_rate
+  piece = config.num_tokens
+  model = models.make_model(_hope(config, piece))
+  params = model.init_params(jax.random.key(0))
+  forward = jax.jit(model.forward)
+  state = model.init_state(params, 1)
+
+  def decode(state):
+    token = jnp.zeros((1, 1), jnp.int32)
+    for _ in range(config.decode_steps):
+      logits, state = forward(params, state, token)
+      token = jnp.argmax(logits[:, -1:], axis=-1)
+    return token
+
+  states, read = {}, 0
+  while read < config.long_context:
+    _, state = forward(params, state, _tokens(1, piece))
+    read += piece
+    states.setdefault('near', state)
+  states['far'] = state
+  seconds = _time_all(
+    {name: (decode, state) for name, state in states.items()}, config.repeats
+  )
+  size = {
+    name: sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    for name, state in states.items()
+  }
+  return {
+    'decode_flatness_1k_100k': seconds['far'] / seconds['near'],
+    'state_bytes_100k_over_1k': size['far'] / size['near'],
+    'state_bytes': size['far'],
+    'decode_seconds_per_token': seconds['far'] / config.decode_steps,
+  }
+
+
+def _hope(config: BenchmarkConfig, max_length: int) -> models.ModelConfig:
+  half = config.mlp_dim // 2
+  return models.ModelConfig(
+    vocab_size=257,
+    num_layers=config.num_layers,
+    embed_dim=config.embed_dim,
+    mixer=_mixer(config),
+    levels=(models.LevelConfig('fast', half), models.LevelConfig('slow', half)),
+    max_length=max_length,
+  )
+
+
+def _mixer(config: BenchmarkConfig, **changes):
+  head_dim = config.embed_dim // config.num_heads
+  return titans.SelfModifyingTitansConfig(config.num_heads, head_dim, **changes)
+
+
+def _transformer_as_large(hope: models.ModelConfig) -> models.ModelConfig:
+  """Transformer++ of the same width and depth, its MLP filling the count."""
+  mixer = attention.AttentionConfig(
+    hope.mixer.num_heads, hope.mixer.num_heads, hope.mixer.head_dim
+  )
+
+  def with_mlp(mlp_dim):
+    levels = (models.LevelConfig('mlp', mlp_dim),)
+    return dataclasses.replace(hope, mixer=mixer, levels=levels)
+
+  count = lambda c: parameters.count(models.make_model(c).table)
+  missing = count(hope) - count(with_mlp(1))
+  return with_mlp(1 + missing // (3 * hope.embed_dim * hope.num_layers))
+
+
+def _tokens(batch_size: int, num_tokens: int) -> jax.Array:
+  return jax.random.randint(jax.random.key(2), (batch_size, num_tokens), 0, 256)
+
+
+def _matmul_rate() -> float:
+  """FLOPs per second of a chain of large float32 matmuls."""
+  size, chain = 1024, 4
+  a = jnp.eye(size)
+
+  def multiply(a):
+    for _ in range(chain):
+      a = a @ a
+    return a
+
+  seconds = _time_all({'matmul': (jax.jit(multiply), a)}, 5)['matmul']
+  return 2 * chain * size**3 / seconds
+
+
+def _time_all(functions, repeats: int) -> dict:
+  """Fastest seconds of each function, their repeats taken in turn."""
+  seconds = {name: [] for name in functions}
+  for repeat in range(repeats + 1):
+    for name, (function, *args) in functions.items():
+      start = time.perf_counter()
+      jax.block_until_ready(function(*args))
+      if repeat:  # the first call compiles
+        seconds[name].append(time.perf_counter() - start)
+  return {name: float(np.min(values)) for name, values in seconds.items()}
