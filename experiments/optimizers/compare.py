@@ -4,12 +4,30 @@ A Flax classifier of handwritten digits (scikit-learn's bundled set), and the
 quickstart's language model, smaller and shorter. Every optimiser gets the same
 rates, the same initial parameters and the same batches.
 
-Command (needs scikit-learn: pip install nested-learning[experiments]):
+Command (needs scikit-learn: pip install scikit-learn):
   python launch/run.py --config=experiments/optimizers/compare.py \
     --workdir=runs/compare
 
-`compare.py:digits` and `compare.py:language` run one of the two. Hardware: two
-CPU cores, about half an hour. Result: a table and plots in report.md.
+`compare.py:digits` (a minute) and `compare.py:language` (20 minutes on two CPU
+cores) run one of the two. Result (report.md, with plots):
+
+                             digits, loss       language, bits per byte
+  Adam                       0.024 +- 0.004     3.61
+  M3                         0.029 +- 0.014     3.55
+  preconditioned momentum    0.030 +- 0.002     3.59
+  M3, no second moment       0.034 +- 0.010     3.55
+  Muon                       0.034 +- 0.011     3.52
+  momentum                   0.040 +- 0.003     3.73
+  delta momentum             0.041 +- 0.007     3.72
+  deep momentum              0.041 +- 0.007     3.62
+  gradient descent           0.055 +- 0.003     3.95
+  DGD, erase 0.01            0.088 +- 0.006     4.28
+  DGD                        1.087 +- 0.034     7.02
+
+M3 is level with Muon within the noise of the seeds (three; one for language);
+neither beats Adam on the digits.
+DGD as printed loses everywhere: erasing what a map answers is a regulariser too
+strong for a batch of data that it will see again.
 """
 
 import dataclasses

@@ -7,7 +7,11 @@ Command:
   python launch/run.py --config=experiments/optimizers/least_squares.py \
     --workdir=runs/least_squares
 
-Hardware: two CPU cores, about two minutes. Result: least_squares.png, a table.
+Hardware: two CPU cores, a minute. Result (least_squares.png, and a table): at
+condition 1000 the loss has fallen to 6e-7 of its start with Muon, 3e-5 with
+Adam, 5e-5 with preconditioned momentum, 1e-4 with momentum, delta momentum and
+M3, 4e-4 with deep momentum, 1e-3 with gradient descent; DGD stays at 1/4. At
+condition 1, gradient descent wins and M3 is behind all others but DGD.
 """
 
 import dataclasses

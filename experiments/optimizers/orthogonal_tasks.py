@@ -9,7 +9,12 @@ Command:
   python launch/run.py --config=experiments/optimizers/orthogonal_tasks.py \
     --workdir=runs/orthogonal_tasks
 
-Hardware: two CPU cores, about a minute. Result: orthogonal_tasks.png, a table.
+Hardware: two CPU cores, half a minute. Result (orthogonal_tasks.png, and a
+table): loss of A after B, over that of an untrained map: gradient descent
+6e-14, delta momentum 9e-10, momentum 8e-8, DGD at erase 0.01 1e-4 (what it was
+before B, to four digits), Muon 3e-3, deep momentum 0.13, Adam 0.47, M3 without
+second moment 0.54, M3 6.6. M3's slow momentum, meant to keep old tasks, goes on
+pushing along A's gradients with full weight long after A was learned.
 """
 
 import dataclasses

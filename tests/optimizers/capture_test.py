@@ -1,0 +1,110 @@
+"""The capture of inputs, through every transformation that it looks into."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nested_learning import optimizers
+
+
+def apply_plainly(kernel, x):
+  return x @ kernel
+
+
+def apply_jitted(kernel, x):
+  return jax.jit(lambda w, x: jnp.einsum('bi,io->bo', x, w))(kernel, x)
+
+
+def apply_rematerialised(kernel, x):
+  return jax.checkpoint(lambda w, x: x @ w)(kernel, x)
+
+
+def apply_in_a_branch(kernel, x):
+  return jax.lax.cond(
+    x[0, 0] < 99, lambda w: x @ w, lambda w: 0 * (x @ w), kernel
+  )
+
+
+def apply_transposed(kernel, x):
+  return jnp.einsum('oi,bi->bo', kernel.T, x)
+
+
+def apply_reshaped(kernel, x):
+  heads = kernel.reshape(4, 3, 2)
+  return jnp.einsum('bi,ihd->bhd', x, heads).reshape(x.shape[0], 6)
+
+
+def apply_in_half_precision_types(kernel, x):
+  return x.astype(jnp.float32) @ kernel.astype(jnp.float32)
+
+
+def apply_in_a_loop(kernel, x):
+  step = lambda carry, row: (carry, row @ kernel)
+  return jax.lax.scan(step, 0.0, x[:, None])[1][:, 0]
+
+
+class CaptureTest(parameterized.TestCase):
+  @parameterized.parameters(
+    apply_plainly,
+    apply_jitted,
+    apply_rematerialised,
+    apply_in_a_branch,
+    apply_transposed,
+    apply_reshaped,
+    apply_in_half_precision_types,
+    apply_in_a_loop,
+  )
+  def test_finds_the_map(self, apply):
+    kernel = jax.random.normal(jax.random.key(0), (4, 6))
+    x = jax.random.normal(jax.random.key(1), (5, 4))
+    loss_fn = lambda kernel, x: jnp.sum(jnp.sin(apply(kernel, x))) / 5
+    loss, gradient, extra = jax.jit(
+      optimizers.value_and_delta_grad(loss_fn, erase=0.5)
+    )(kernel, x)
+    expected = jax.grad(loss_fn)(kernel, x) + 0.5 * x.T @ x @ kernel / 5
+    np.testing.assert_allclose(loss, loss_fn(kernel, x), rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(extra['energy'], jnp.sum(x**2) / 5, rtol=1e-5)
+
+  def test_gradient_upstream_is_untouched(self):
+    # The term holds x fixed: what made x must not feel it.
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+      'scale': jax.random.normal(keys[0], (4,)),
+      'kernel': jax.random.normal(keys[1], (4, 6)),
+    }
+    x = jax.random.normal(keys[2], (5, 4))
+    loss_fn = lambda p, x: jnp.mean(jnp.sin((x * p['scale']) @ p['kernel']))
+    _, gradients, extra = optimizers.value_and_delta_grad(loss_fn)(params, x)
+    expected = jax.grad(loss_fn)(params, x)
+    np.testing.assert_allclose(
+      gradients['scale'], expected['scale'], rtol=1e-5, atol=1e-6
+    )
+    self.assertEqual(extra['energy']['scale'], 0)
+    self.assertEqual(
+      optimizers.find_maps(loss_fn, params, x), {'scale': False, 'kernel': True}
+    )
+
+  def test_number_of_samples_can_be_given(self):
+    kernel = jnp.ones((2, 3))
+    x = jax.random.normal(jax.random.key(0), (4, 5, 2))  # 4 samples of 5 tokens
+    loss_fn = lambda kernel, x: jnp.sum(jnp.sin(x @ kernel)) / 4
+    grad = optimizers.value_and_delta_grad(loss_fn, num_samples=4)
+    _, gradient, extra = grad(kernel, x)
+    gram = jnp.einsum('bti,btj->ij', x, x) / 4
+    expected = jax.grad(loss_fn)(kernel, x) + gram @ kernel
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+    np.testing.assert_allclose(extra['energy'], jnp.trace(gram), rtol=1e-5)
+
+  def test_auxiliary_outputs_pass(self):
+    loss_fn = lambda kernel, x: (jnp.sum(x @ kernel), {'x': x})
+    grad = optimizers.value_and_delta_grad(loss_fn, has_aux=True)
+    (loss, aux), _, _ = grad(jnp.ones((2, 3)), jnp.ones((4, 2)))
+    self.assertEqual(loss, 24)
+    np.testing.assert_array_equal(aux['x'], 1)
+
+
+if __name__ == '__main__':
+  absltest.main()

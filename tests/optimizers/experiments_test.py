@@ -1,0 +1,77 @@
+"""The optimiser experiments run, and leave what a run leaves."""
+
+import json
+import pathlib
+
+from absl.testing import absltest
+import pytest
+
+from experiments.benchmarks import optimizers as benchmark
+from experiments.optimizers import compare
+from experiments.optimizers import landscape
+from experiments.optimizers import least_squares
+from experiments.optimizers import orthogonal_tasks
+from experiments.optimizers import results
+from experiments.optimizers import rules
+from nested_learning import errors
+
+LEFT = ('config.json', 'metrics.jsonl', 'report.md', 'summary.json')
+
+
+class ExperimentsTest(absltest.TestCase):
+  def check(self, run, config, plots=()):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    run(config, str(folder), 'train')
+    for name in (*LEFT, *plots):
+      self.assertTrue((folder / name).stat().st_size, name)
+    with open(folder / 'summary.json', encoding='utf-8') as file:
+      return json.load(file)
+
+  def test_orthogonal_tasks(self):
+    summary = self.check(
+      orthogonal_tasks.run,
+      orthogonal_tasks.OrthogonalTasksConfig(
+        num_inputs=8, num_outputs=2, num_steps=20, num_rates=2
+      ),
+      ['orthogonal_tasks.png'],
+    )
+    self.assertIn('m3_first_after_second', summary)
+    # Gradients of the second task do not move the map on the first one.
+    self.assertAlmostEqual(
+      summary['gradient_descent_first_after_first'],
+      summary['gradient_descent_first_after_second'],
+      places=3,
+    )
+
+  @pytest.mark.slow
+  def test_landscape_and_least_squares(self):
+    summary = self.check(
+      landscape.run,
+      landscape.LandscapeConfig(num_steps=10, num_rates=3),
+      ['landscape.png'],
+    )
+    self.assertLen(summary, 2 * len(rules.NAMES))
+    config = least_squares.LeastSquaresConfig(
+      num_inputs=6, num_outputs=2, conditions=(10.0,), num_steps=10, num_rates=2
+    )
+    summary = self.check(least_squares.run, config, ['least_squares.png'])
+    self.assertLess(summary['adam_condition_10'], 1)
+
+  @pytest.mark.slow
+  def test_benchmark(self):
+    summary = self.check(benchmark.run, benchmark.get_config('small'))
+    for name in ('m3_over_muon', 'm3_over_adamw', 'dgd_overhead'):
+      self.assertIsInstance(summary[name], float)
+    self.assertAlmostEqual(
+      summary['state_bytes_per_parameter_adam'], 8, places=2
+    )
+
+  def test_says_what_is_wrong(self):
+    with self.assertRaisesRegex(errors.UserError, '--mode=eval'):
+      results.check_mode('eval')
+    with self.assertRaisesRegex(errors.UserError, "'cifar' must be"):
+      compare.get_config('cifar')
+
+
+if __name__ == '__main__':
+  absltest.main()
