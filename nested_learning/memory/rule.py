@@ -324,14 +324,14 @@ def _carried(chunk: Chunk, q: jax.Array, kept: jax.Array) -> jax.Array:
 def _products(rates, reset, same):
   """Products up to t, up to t - 1, and from s + 1 to t (where `same`)."""
   log = jnp.log(jnp.maximum(rates, _SMALLEST))
-  total = jnp.cumsum(log, axis=-2)
-  before = total - log
-  base = 0.0
-  if reset is not None:
-    # Sums never rise, so the latest border's is the smallest so far.
-    base = jax.lax.cummin(jnp.where(reset, before, 0.0), axis=before.ndim - 2)
+  if reset is None:
+    total = jnp.cumsum(log, axis=-2)
+  else:  # sums within a document: no bit of another one enters
+    total = jnp.matmul(
+      same.astype(log.dtype), log, precision=jax.lax.Precision.HIGHEST
+    )
   ratio = jnp.where(same, total - jnp.swapaxes(total, -1, -2), -jnp.inf)
-  return jnp.exp(total - base), jnp.exp(before - base), jnp.exp(ratio)
+  return jnp.exp(total), jnp.exp(total - log), jnp.exp(ratio)
 
 
 def _shift_down(rows: jax.Array) -> jax.Array:
