@@ -1,0 +1,125 @@
+"""Attention against a softmax in numpy, whole and from its cache."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nested_learning import layers
+from nested_learning import parameters
+from nested_learning.layers import attention
+from tests import compiling
+
+_EMBED, _LENGTH = 6, 24
+
+
+def make(num_heads=4, num_kv_heads=2):
+  config = layers.AttentionConfig(num_heads, num_kv_heads, head_dim=4)
+  return attention.make_attention(
+    config, embed_dim=_EMBED, max_length=_LENGTH, dtype=jnp.float32
+  )
+
+
+def rotate_by_hand(x, position, theta=10_000.0):
+  """[h, d] turned pair by pair, as complex numbers."""
+  half = x.shape[-1] // 2
+  turn = np.exp(1j * position * theta ** (-np.arange(half) / half))
+  turned = (x[:, :half] + 1j * x[:, half:]) * turn
+  return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def attend_by_hand(params, x, reset):
+  """One row of tokens [t, e], all there."""
+  params = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
+  project = lambda name: np.einsum('te,ehd->thd', x, params[name])
+  query, key, value = (project(name) for name in ('query', 'key', 'value'))
+  query = np.stack([rotate_by_hand(q, t) for t, q in enumerate(query)])
+  key = np.stack([rotate_by_hand(k, t) for t, k in enumerate(key)])
+  group = query.shape[1] // key.shape[1]
+  out = np.zeros_like(query)
+  start = 0
+  for t in range(len(x)):
+    start = t if reset[t] else start
+    for head in range(query.shape[1]):
+      seen = key[start : t + 1, head // group]
+      scores = seen @ query[t, head] / query.shape[-1] ** 0.5
+      weights = np.exp(scores - scores.max())
+      weights /= weights.sum()
+      out[t, head] = weights @ value[start : t + 1, head // group]
+  return np.einsum('thd,hde->te', out, params['out'])
+
+
+class AttentionTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    rng = np.random.default_rng(0)
+    self.x = rng.normal(size=(2, 17, _EMBED)).astype(np.float32)
+    self.reset = rng.uniform(size=(2, 17)) < 0.15
+    self.mask = rng.uniform(size=(2, 17)) < 0.7
+
+  def parts(self, **changes):
+    layer = make(**changes)
+    params = parameters.init(jax.random.key(0), layer.table)
+    return layer, params, compiling.jit(layer.apply)
+
+  @parameterized.parameters((4, 4), (4, 2), (4, 1))
+  def test_equals_a_softmax_by_hand(self, num_heads, num_kv_heads):
+    _, params, apply = self.parts(
+      num_heads=num_heads, num_kv_heads=num_kv_heads
+    )
+    out, _ = apply(params, None, self.x, layers.Marks(self.reset))
+    masked, _ = apply(params, None, self.x, layers.Marks(self.reset, self.mask))
+    for row in range(2):
+      expected = attend_by_hand(params, self.x[row], self.reset[row])
+      np.testing.assert_allclose(out[row], expected, atol=1e-5)
+      there = self.mask[row]
+      expected = attend_by_hand(
+        params, self.x[row, there], self.reset[row, there]
+      )
+      np.testing.assert_allclose(masked[row, there], expected, atol=1e-5)
+
+  @parameterized.product(
+    lengths=((5, 12), (16, 1), (1, 1, 15)), marked=(False, True)
+  )
+  def test_any_split_gives_the_same(self, lengths, marked):
+    layer, params, apply = self.parts()
+    marks = (self.reset, self.mask) if marked else (None, None)
+    whole, last = apply(params, None, self.x, layers.Marks(*marks))
+    state, pieces, t = layer.init_state(params, 2), [], 0
+    for n in lengths:
+      piece = [None if m is None else m[:, t : t + n] for m in marks]
+      out, state = apply(
+        params, state, self.x[:, t : t + n], layers.Marks(*piece)
+      )
+      pieces.append(out)
+      t += n
+    there = self.mask[..., None] if marked else True
+    np.testing.assert_allclose(
+      np.where(there, np.concatenate(pieces, 1), 0),
+      np.where(there, whole, 0),
+      atol=1e-5,
+    )
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state, last
+    )
+
+  def test_padding_leaves_the_state(self):
+    layer, params, apply = self.parts()
+    _, state = apply(
+      params, None, self.x[:, :9], layers.Marks(self.reset[:, :9])
+    )
+    none = layers.Marks(self.reset, np.zeros((2, 17), bool))
+    _, after = apply(params, state, self.x, none)
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+    del layer
+
+  def test_bad_sizes_name_the_value(self):
+    with self.assertRaisesRegex(ValueError, 'num_heads=4 is not a multiple'):
+      layers.AttentionConfig(num_heads=4, num_kv_heads=3, head_dim=4)
+    with self.assertRaisesRegex(ValueError, 'head_dim=5 must be even'):
+      layers.AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=5)
+
+
+if __name__ == '__main__':
+  absltest.main()

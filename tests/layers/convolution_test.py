@@ -1,0 +1,88 @@
+"""The causal convolution against a loop, whole and in pieces."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import numpy as np
+
+from nested_learning import parameters
+from nested_learning.layers import convolution
+from tests import compiling
+
+_WIDTH, _CHANNELS = 4, 3
+
+
+def convolve_by_loop(kernel, x, reset):
+  """One row: sums over the taps that lie in the token's document."""
+  out = np.zeros_like(x)
+  start = 0
+  for t in range(len(x)):
+    start = t if reset[t] else start
+    for back in range(len(kernel)):
+      if t - back >= start:
+        out[t] += kernel[-1 - back] * x[t - back]
+  return out
+
+
+class ConvolutionTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    rng = np.random.default_rng(0)
+    table = convolution.table(_WIDTH, _CHANNELS, None)
+    self.params = parameters.init(jax.random.key(0), table)
+    self.x = rng.normal(size=(2, 19, _CHANNELS)).astype(np.float32)
+    self.reset = rng.uniform(size=(2, 19)) < 0.2
+    self.mask = rng.uniform(size=(2, 19)) < 0.7
+    self.apply = compiling.jit(convolution.apply)
+
+  def test_equals_a_loop(self):
+    out, _ = self.apply(self.params, None, self.x, reset=self.reset)
+    for row in range(2):
+      expected = convolve_by_loop(
+        self.params['kernel'], self.x[row], self.reset[row]
+      )
+      np.testing.assert_allclose(out[row], expected, atol=1e-5)
+
+  def test_tokens_that_are_not_there_are_skipped(self):
+    out, _ = self.apply(
+      self.params, None, self.x, reset=self.reset, mask=self.mask
+    )
+    for row in range(2):
+      there = self.mask[row]
+      expected = convolve_by_loop(
+        self.params['kernel'], self.x[row, there], self.reset[row, there]
+      )
+      np.testing.assert_allclose(out[row, there], expected, atol=1e-5)
+
+  @parameterized.product(
+    lengths=((5, 14), (1, 1, 1, 16), (18, 1), (2, 3, 14)),
+    marked=(False, True),
+  )
+  def test_any_split_gives_the_same(self, lengths, marked):
+    marks = {'reset': self.reset, 'mask': self.mask} if marked else {}
+    whole, last = self.apply(self.params, None, self.x, **marks)
+    state = convolution.init_state(_WIDTH, _CHANNELS, 2, np.float32)
+    pieces, t = [], 0
+    for n in lengths:
+      piece = {k: v[:, t : t + n] for k, v in marks.items()}
+      out, state = self.apply(self.params, state, self.x[:, t : t + n], **piece)
+      pieces.append(out)
+      t += n
+    there = self.mask[..., None] if marked else True
+    np.testing.assert_allclose(
+      np.where(there, np.concatenate(pieces, 1), 0),
+      np.where(there, whole, 0),
+      atol=1e-6,
+    )
+    np.testing.assert_allclose(state, last)
+
+  def test_padding_leaves_the_state(self):
+    state = self.x[:, :3]
+    _, after = self.apply(
+      self.params, state, self.x, mask=np.zeros((2, 19), bool)
+    )
+    np.testing.assert_array_equal(after, state)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,190 @@
+"""The contract of self-modifying Titans, whatever its settings."""
+
+import dataclasses
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nested_learning import layers
+from nested_learning import parameters
+from nested_learning.layers import titans
+from tests import compiling
+
+_BATCH, _LENGTH, _EMBED = 2, 21, 6
+_HOPE = layers.SelfModifyingTitansConfig(
+  num_heads=2, head_dim=4, hidden_dim=6, chunk_size=8, chunk_size_others=5
+)
+_CONFIGS = {
+  'hope': _HOPE,
+  'all_memories': dataclasses.replace(
+    _HOPE, adaptive=titans.ROLES, momentum=True, read='chunk'
+  ),
+  'matrix': dataclasses.replace(_HOPE, kind='matrix', retain_to='zero'),
+  'static': dataclasses.replace(_HOPE, adaptive=(), erase='input'),
+}
+
+
+def make(config, dtype=jnp.float32):
+  return titans.make_self_modifying_titans(
+    config, embed_dim=_EMBED, dtype=jnp.dtype(dtype)
+  )
+
+
+def init(layer):
+  """Random values near the initial ones, so that nothing is exactly zero."""
+  params = parameters.init(jax.random.key(0), layer.table)
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  return jax.tree.unflatten(
+    tree,
+    [
+      x + 0.2 * jax.random.normal(k, x.shape)
+      for x, k in zip(leaves, keys, strict=True)
+    ],
+  )
+
+
+class TitansTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    rng = np.random.default_rng(0)
+    shape = (_BATCH, _LENGTH)
+    self.x = rng.normal(size=(*shape, _EMBED)).astype(np.float32)
+    self.reset = rng.uniform(size=shape) < 0.1
+    self.all = np.ones(shape, bool)
+
+  @parameterized.parameters(*_CONFIGS)
+  def test_stream_contract(self, name):
+    layer = make(_CONFIGS[name])
+    params = init(layer)
+    start = layer.init_state(params, _BATCH)
+
+    @compiling.jit
+    def apply(state, x, reset, mask):
+      return layer.apply(params, state, x, layers.Marks(reset, mask))
+
+    whole, last = apply(start, self.x, self.reset, self.all)
+    with self.subTest('shapes and types'):
+      self.assertEqual(whole.shape, self.x.shape)
+      self.assertEqual(whole.dtype, jnp.float32)
+      self.assertEqual(
+        jax.tree.map(jnp.shape, last), jax.tree.map(jnp.shape, start)
+      )
+      for leaf in jax.tree.leaves((last.main.memory, last.others)):
+        self.assertIn(leaf.dtype, (jnp.float32, jnp.int32))
+
+    with self.subTest('a token changes what comes after it, and nothing else'):
+      for t in (3, 11):
+        changed = self.x.copy()
+        changed[:, t] += 1.0
+        none = np.zeros_like(self.reset)
+        before, _ = apply(start, self.x, none, self.all)
+        after, _ = apply(start, changed, none, self.all)
+        np.testing.assert_array_equal(after[:, :t], before[:, :t])
+        differs = np.abs(after - before).max(axis=(0, 2))
+        self.assertTrue(np.all(differs[t:] > 0))
+
+    with self.subTest('any split gives the same, rows cut on their own'):
+      rng = np.random.default_rng(1)
+      for num_calls in (2, 4, _LENGTH):
+        call = np.sort(rng.integers(num_calls, size=(_BATCH, _LENGTH)), axis=1)
+        state, total = start, 0.0
+        for i in range(num_calls):
+          out, state = apply(state, self.x, self.reset, call == i)
+          total += np.where((call == i)[..., None], out, 0.0)
+        np.testing.assert_allclose(total, whole, rtol=1e-5, atol=1e-5)
+        jax.tree.map(
+          lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-5),
+          state.main.memory,
+          last.main.memory,
+        )
+
+    with self.subTest('padding is no token, wherever it stands'):
+      poison = np.where(self.all[..., None], self.x, 0.0)
+      mask = self.all.copy()
+      mask[:, ::4] = False
+      poison[:, ::4] = 1e6
+      out, state = apply(start, self.x, self.reset, mask)
+      again, same = apply(start, poison, self.reset, mask)
+      there = mask[..., None]
+      np.testing.assert_array_equal(
+        np.where(there, out, 0), np.where(there, again, 0)
+      )
+      jax.tree.map(np.testing.assert_array_equal, state, same)
+
+    with self.subTest('a document is alone'):
+      border = 10
+      reset = np.zeros_like(self.reset)
+      reset[:, border] = True
+      other = self.x.copy()
+      other[:, :border] *= -1.0
+      out, _ = apply(start, self.x, reset, self.all)
+      again, _ = apply(start, other, reset, self.all)
+      np.testing.assert_array_equal(out[:, border:], again[:, border:])
+      self.assertGreater(np.abs(out - again)[:, :border].max(), 1e-3)
+
+  @parameterized.parameters(*_CONFIGS)
+  def test_training_form(self, name):
+    layer = make(_CONFIGS[name])
+    half = make(_CONFIGS[name], jnp.bfloat16)
+    params = init(layer)
+
+    def loss(params, write):
+      marks = layers.Marks(self.reset, write=write)
+      out, _ = layer.apply(params, None, self.x, marks)
+      return jnp.sum(jnp.sin(3.0 * out)), out
+
+    @compiling.jit
+    def run(params):
+      start = layer.init_state(params, _BATCH)
+      return (
+        jax.grad(loss, has_aux=True)(params, True),
+        loss(params, False)[1],
+        layer.apply(params, start, self.x, layers.Marks(self.reset))[0],
+        half.apply(
+          params, None, self.x.astype(jnp.bfloat16), layers.Marks(self.reset)
+        ),
+      )
+
+    (grads, out), unwritten, carried, (low, low_state) = run(params)
+    np.testing.assert_allclose(out, carried, rtol=1e-5, atol=1e-5)
+    self.assertGreater(np.abs(out - unwritten).max(), 1e-3)
+    self.assertEqual(low.dtype, jnp.bfloat16)
+    self.assertEqual(low_state.main.memory['in'].dtype, jnp.float32)
+    scale = np.abs(out).max()
+    error = np.abs(np.asarray(low, np.float32) - out)
+    self.assertLess(np.sqrt(np.mean(error**2)), 2e-2 * scale)
+
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+      self.assertTrue(np.all(np.isfinite(grad)))
+      self.assertGreater(np.abs(grad).max(), 1e-6, parameters.path_name(path))
+    if 'others' in grads['memory']:  # every role's own memory learns
+      roles = (
+        [
+          *jnp.unstack(grads['memory']['others'].get('vector', 0), axis=1),
+          *jnp.unstack(grads['memory']['others']['scalar'], axis=1),
+        ]
+        if name != 'matrix'
+        else jnp.unstack(grads['memory']['others']['in'], axis=1)
+      )
+      for role in roles:
+        self.assertGreater(np.abs(role).max(), 1e-6)
+
+  @parameterized.parameters(
+    ({'adaptive': ('k', 'w')}, "names \\['w'\\]; known roles are k, v"),
+    ({'objective': 'l1'}, "objective='l1' must be one of l2, dot"),
+    ({'kind': 'tensor'}, "kind='tensor' must be one of mlp, matrix"),
+    ({'activation': 'tan'}, "activation='tan' must be one of gelu"),
+    ({'erase': 'some'}, "erase='some' must be one of none"),
+    ({'chunk_size_others': 0}, 'chunk_size=0'),
+  )
+  def test_bad_settings_name_the_value(self, changes, message):
+    with self.assertRaisesRegex(ValueError, message):
+      dataclasses.replace(_HOPE, **changes)
+
+
+if __name__ == '__main__':
+  absltest.main()

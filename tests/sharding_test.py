@@ -1,0 +1,60 @@
+"""Meshes of the eight test devices, and shardings from a table."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+
+from nested_learning import parameters
+from nested_learning import sharding
+
+_TABLE = {
+  'w': parameters.Param((6, 8), ('embed', 'heads'), parameters.constant(0.0)),
+  'scale': parameters.Param((6,), ('embed',), parameters.constant(0.0)),
+}
+
+
+class ShardingTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ((-1, 1), (8, 1)), ((-1, 4), (2, 4)), ((1, 8), (1, 8))
+  )
+  def test_mesh_takes_all_devices(self, config, shape):
+    mesh = sharding.make_mesh(sharding.MeshConfig(*config))
+    self.assertEqual((mesh.shape['data'], mesh.shape['model']), shape)
+
+  def test_mesh_of_one_device(self):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    self.assertEqual(dict(mesh.shape), {'data': 1, 'model': 1})
+
+  @parameterized.parameters((3, 1), (-1, 3), (-1, 16))
+  def test_mesh_that_does_not_fit(self, data, model):
+    config = sharding.MeshConfig(data=data, model=model)
+    with self.assertRaisesRegex(ValueError, f'model={model} .* 8 devices'):
+      sharding.make_mesh(config)
+
+  @parameterized.parameters((0, 1), (-2, 1), (1, 0))
+  def test_mesh_sizes_are_positive(self, data, model):
+    with self.assertRaisesRegex(ValueError, f'data={data}.*model={model}'):
+      sharding.MeshConfig(data, model)
+
+  def test_shardings_follow_the_rules(self):
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, model=4))
+    shardings = sharding.param_shardings(_TABLE, mesh)
+    self.assertEqual(shardings['w'].shard_shape((6, 8)), (6, 2))
+    self.assertEqual(shardings['scale'].shard_shape((6,)), (6,))
+    self.assertEqual(sharding.batch_sharding(mesh).shard_shape((4, 3)), (2, 3))
+    self.assertTrue(sharding.replicated(mesh).is_fully_replicated)
+    shapes = parameters.abstract(_TABLE, jnp.float32)
+    self.assertEqual(
+      sharding.bytes_per_device(shapes, shardings), 4 * (6 * 2 + 6)
+    )
+
+  def test_axis_that_does_not_divide(self):
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, model=4))
+    table = {'w': parameters.Param((6,), ('heads',), parameters.constant(0.0))}
+    with self.assertRaisesRegex(ValueError, "'heads' of size 6 .* size 4"):
+      sharding.param_shardings(table, mesh)
+
+
+if __name__ == '__main__':
+  absltest.main()
