@@ -67,7 +67,7 @@ def _ladder(strictly_lower: jax.Array) -> jax.Array:
     below = jnp.where(is_below, strictly_lower, 0.0)
     inverse = inverse - _matmul(inverse, _matmul(below, inverse))
     width *= 2
-  return inverse
+  return jnp.broadcast_to(inverse, strictly_lower.shape)  # for a size of one
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
