@@ -17,7 +17,7 @@ from nested_learning import training
 from nested_learning.layers import attention
 from nested_learning.layers import titans
 
-_ROWS = 8
+_ROWS = 4
 _TOKENS = 512
 
 
@@ -27,7 +27,7 @@ def get_config(arg: str | None = None) -> training.ExperimentConfig:
     mixer = titans.SelfModifyingTitansConfig(num_heads=4, head_dim=32)
     levels = (
       models.LevelConfig('fast', mlp_dim=192),
-      models.LevelConfig('slow', mlp_dim=192, chunk_size=4 * _ROWS * _TOKENS),
+      models.LevelConfig('slow', mlp_dim=192, chunk_size=2 * _ROWS * _TOKENS),
     )
   elif arg == 'transformer':
     mixer = attention.AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32)
@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> training.ExperimentConfig:
     name='quickstart',
     model=models.ModelConfig(
       vocab_size=257,  # bytes, and the mark between documents
-      num_layers=3,
+      num_layers=2,
       embed_dim=128,
       mixer=mixer,
       levels=levels,
@@ -47,6 +47,11 @@ def get_config(arg: str | None = None) -> training.ExperimentConfig:
     data=data.DataConfig(
       source='stdlib', sequence_length=_TOKENS, batch_size=_ROWS
     ),
-    train=training.TrainConfig(num_steps=400, learning_rate=3e-3),
+    train=training.TrainConfig(
+      num_steps=600,
+      learning_rate=4e-3,
+      evaluate_every=200,
+      checkpoint_every=200,
+    ),
     generate=inference.GenerateConfig(prompt='def ', num_tokens=400),
   )

@@ -18,7 +18,15 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # A room may import its own tier and those above it in this list.
 _TIERS = (
-  ('errors', 'parameters', 'sharding', 'configs', 'data', 'optimizers'),
+  (
+    'errors',
+    'parameters',
+    'sharding',
+    'costs',
+    'configs',
+    'data',
+    'optimizers',
+  ),
   ('memory', 'layers', 'levels'),
   ('models', 'linen'),
   ('training', 'inference', 'evaluation'),

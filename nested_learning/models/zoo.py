@@ -35,10 +35,10 @@ class Size:
 SIZES = {
   'tiny': Size(2, 32, 2, 48, vocab_size=257, max_length=256),
   'small': Size(3, 128, 4, 384, vocab_size=257, max_length=1024),
-  '170m': Size(12, 768, 16, 4032),
-  '340m': Size(24, 1024, 16, 2688),
-  '760m': Size(24, 1536, 16, 4032),
-  '1p3b': Size(18, 2048, 8, 8064),
+  '170m': Size(12, 768, 16, 3840),
+  '340m': Size(24, 1024, 16, 2304),
+  '760m': Size(24, 1536, 16, 3600),
+  '1p3b': Size(18, 2048, 8, 7104),
 }
 
 # Tokens between updates of the three levels of a CMS, fastest first, at half a
