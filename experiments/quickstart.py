@@ -48,10 +48,10 @@ def get_config(arg: str | None = None) -> training.ExperimentConfig:
       source='stdlib', sequence_length=_TOKENS, batch_size=_ROWS
     ),
     train=training.TrainConfig(
-      num_steps=600,
+      num_steps=500,
       learning_rate=4e-3,
-      evaluate_every=200,
-      checkpoint_every=200,
+      evaluate_every=250,
+      checkpoint_every=250,
     ),
     generate=inference.GenerateConfig(prompt='def ', num_tokens=400),
   )
