@@ -5,6 +5,10 @@ Command:
   python launch/run.py --config=experiments/quickstart.py \
     --workdir=runs/quickstart
 
+Hardware: two CPU cores, five minutes of training (3,556 tokens/s), six in all.
+Result, one seed: 2.133 bits per byte of held-out files, 2.689 with memory
+writes off.
+
 `--config=experiments/quickstart.py:transformer` trains the Transformer++ of the
 same width, depth and data instead.
 """

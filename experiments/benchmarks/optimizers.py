@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.optimizers import results
+from experiments import results
 from experiments.optimizers import rules
 from nested_learning import optimizers
 

@@ -42,7 +42,7 @@ import numpy as np
 import optax
 
 from experiments import quickstart
-from experiments.optimizers import results
+from experiments import results
 from experiments.optimizers import rules
 from nested_learning import data as data_lib
 from nested_learning import errors

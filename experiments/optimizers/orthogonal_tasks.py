@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from matplotlib import figure as mpl_figure
 import numpy as np
 
-from experiments.optimizers import results
+from experiments import results
 from experiments.optimizers import rules
 
 

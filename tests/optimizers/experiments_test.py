@@ -6,12 +6,12 @@ import pathlib
 from absl.testing import absltest
 import pytest
 
+from experiments import results
 from experiments.benchmarks import optimizers as benchmark
 from experiments.optimizers import compare
 from experiments.optimizers import landscape
 from experiments.optimizers import least_squares
 from experiments.optimizers import orthogonal_tasks
-from experiments.optimizers import results
 from experiments.optimizers import rules
 from nested_learning import errors
 

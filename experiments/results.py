@@ -1,4 +1,4 @@
-"""What an optimiser experiment leaves in its folder."""
+"""What an experiment that is no training run leaves in its folder."""
 
 from collections.abc import Mapping, Sequence
 import json
@@ -22,8 +22,8 @@ def check_mode(mode: str) -> None:
   """
   if mode != 'train':
     raise errors.UserError(
-      f'--mode={mode} means nothing here: this experiment compares optimisers; '
-      'use --mode=train.'
+      f'--mode={mode} needs one trained language model, which this experiment '
+      'does not leave; use --mode=train.'
     )
 
 
