@@ -10,7 +10,9 @@ Result, one seed: 2.133 bits per byte of held-out files, 2.689 with memory
 writes off.
 
 `--config=experiments/quickstart.py:transformer` trains the Transformer++ of the
-same width, depth and data instead.
+same width, depth and data instead: 2.262 bits per byte after the same tokens,
+in 88 seconds. On more devices than four there must be more rows, for instance
+--set=data.batch_size=8.
 """
 
 from nested_learning import data
