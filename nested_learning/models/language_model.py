@@ -83,47 +83,21 @@ def make_model(config: ModelConfig) -> Model:
     A `Model`.
   """
   dtype = jnp.dtype(config.dtype)
-  mixer = _make_mixer(config, dtype)
-  block_table = {
-    'norm': norm.scale_param(config.embed_dim),
-    'mixer': mixer.table,
-    'levels': cms.table(config.levels, embed_dim=config.embed_dim),
-  }
+  trunk = make_trunk(config)
   table = {
     'embedding': parameters.Param(
       (config.vocab_size, config.embed_dim),
       ('vocab', 'embed'),
       parameters.fan_in(config.embed_dim),
     ),
-    'blocks': parameters.stack(block_table, config.num_layers),
-    'norm': norm.scale_param(config.embed_dim),
+    **trunk.table,
   }
 
-  def init_state(params, batch_size):
-    return jax.vmap(lambda p: mixer.init_state(p, batch_size))(
-      params['blocks']['mixer']
-    )
-
   def forward(params, state, tokens, *, reset=None, mask=None, write=True):
-    if tokens.shape[1] > config.max_length:
-      raise ValueError(
-        f'{tokens.shape[1]} tokens in a call, but model.max_length='
-        f'{config.max_length}; raise it or feed the stream in pieces.'
-      )
-    marks = layer.Marks(reset, mask, write)
-
-    def block(x, layer_params_and_state):
-      params, state = layer_params_and_state
-      normed = norm.rms_norm(params['norm'], x)
-      mixed, state = mixer.apply(params['mixer'], state, normed, marks)
-      return cms.apply(config.levels, params['levels'], x + mixed), state
-
-    if config.remat == 'layer':
-      block = jax.checkpoint(block)
     scale = config.embed_dim**0.5
     x = params['embedding'][tokens].astype(dtype) * scale
-    x, state = jax.lax.scan(block, x, (params['blocks'], state))
-    x = norm.rms_norm(params['norm'], x)
+    marks = layer.Marks(reset, mask, write)
+    x, state = trunk.apply(params, state, x, marks)
     logits = jnp.einsum(
       'bte,ve->btv',
       x,
@@ -136,9 +110,57 @@ def make_model(config: ModelConfig) -> Model:
     config=config,
     table=table,
     init_params=lambda key: parameters.init(key, table),
-    init_state=init_state,
+    init_state=trunk.init_state,
     forward=forward,
   )
+
+
+def make_trunk(config: ModelConfig) -> layer.Layer:
+  """Makes what is between embedding and logits, for inputs of any kind.
+
+  Args:
+    config: Sizes, mixer and levels; the trunk has no use for vocab_size.
+
+  Returns:
+    A `Layer` with the parameters 'blocks' and 'norm': x [b, t, e] through every
+    block and the final norm. It may be given a model's parameters, among which
+    it finds its own.
+  """
+  mixer = _make_mixer(config, jnp.dtype(config.dtype))
+  block_table = {
+    'norm': norm.scale_param(config.embed_dim),
+    'mixer': mixer.table,
+    'levels': cms.table(config.levels, embed_dim=config.embed_dim),
+  }
+  table = {
+    'blocks': parameters.stack(block_table, config.num_layers),
+    'norm': norm.scale_param(config.embed_dim),
+  }
+
+  def init_state(params, batch_size):
+    return jax.vmap(lambda p: mixer.init_state(p, batch_size))(
+      params['blocks']['mixer']
+    )
+
+  def apply(params, state, x, marks):
+    if x.shape[1] > config.max_length:
+      raise ValueError(
+        f'{x.shape[1]} tokens in a call, but model.max_length='
+        f'{config.max_length}; raise it or feed the stream in pieces.'
+      )
+
+    def block(x, layer_params_and_state):
+      params, state = layer_params_and_state
+      normed = norm.rms_norm(params['norm'], x)
+      mixed, state = mixer.apply(params['mixer'], state, normed, marks)
+      return cms.apply(config.levels, params['levels'], x + mixed), state
+
+    if config.remat == 'layer':
+      block = jax.checkpoint(block)
+    x, state = jax.lax.scan(block, x, (params['blocks'], state))
+    return norm.rms_norm(params['norm'], x), state
+
+  return layer.Layer(table, init_state, apply)
 
 
 def level_labels(config: ModelConfig) -> Any:

@@ -210,6 +210,28 @@ class LanguageModelTest(parameterized.TestCase):
     others = {**labels, 'blocks': {**labels['blocks'], 'levels': {}}}
     self.assertEqual(set(jax.tree.leaves(others)), {'base'})
 
+  def test_the_trunk_takes_inputs_of_any_kind(self):
+    model, params = self.parts('transformer')
+    trunk = models.make_trunk(_TRANSFORMER)
+    self.assertEqual(set(trunk.table), {'blocks', 'norm'})
+    x = np.random.default_rng(2).normal(size=(_BATCH, 7, 8)).astype(np.float32)
+    marks = layers.Marks(self.reset[:, :7])
+    own = {name: params[name] for name in trunk.table}
+    run = compiling.jit(trunk.apply)
+    out, state = run(own, None, x, marks)
+    self.assertEqual(out.shape, x.shape)
+    embedded = params['embedding'][self.tokens[:, :7]] * 8**0.5
+    out, state = run(params, None, embedded, marks)
+    logits, last = compiling.jit(model.forward)(
+      params, None, self.tokens[:, :7], reset=self.reset[:, :7]
+    )
+    np.testing.assert_allclose(
+      out @ params['embedding'].T, logits, rtol=1e-5, atol=1e-5
+    )
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, last
+    )
+
   def test_parameter_count_of_a_transformer(self):
     # embedding, final norm, and per layer: four projections, three MLP
     # matrices, two norms.
