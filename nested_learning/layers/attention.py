@@ -1,7 +1,12 @@
 """Softmax attention with rotary positions; its keys and values are its state.
 
+With a window, a query sees no more than the last tokens, and the state has a
+constant size: see `nested_learning.layers.sliding_window`.
+
 References:
   Su et al., RoFormer, arXiv:2104.09864, 2021, eq. 34 (rotary positions).
+  Behrouz et al., Titans, arXiv:2501.00663, 2024, section 3.3 (persistent
+  memory).
   Ainslie et al., GQA, arXiv:2305.13245, 2023 (grouped keys and values).
 """
 
@@ -12,7 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from nested_learning import parameters
+from nested_learning.layers import dot_product
 from nested_learning.layers import layer
+from nested_learning.layers import rotary
+from nested_learning.layers import sliding_window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +31,16 @@ class AttentionConfig:
   num_kv_heads: int  # heads of keys and values; divides num_heads
   head_dim: int  # even, for the rotary pairs
   rope_theta: float = 10_000.0  # longest rotary wavelength / 2 pi, in tokens
+  window: int | None = None  # tokens a query sees, itself included; None is all
+  num_persistent: int = 0  # learned keys and values that every query sees
 
   def __post_init__(self):
+    if self.window is not None and self.window < 1:
+      raise ValueError(
+        f'{self.window=} must be at least 1 token, or None for all tokens.'
+      )
+    if self.num_persistent < 0:
+      raise ValueError(f'{self.num_persistent=} must be at least 0.')
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f'{self.num_heads=} is not a multiple of {self.num_kv_heads=}.'
@@ -34,7 +50,7 @@ class AttentionConfig:
 
 
 class AttentionState(NamedTuple):
-  """What attention carries; s is the longest stream that the model allows.
+  """What attention to all tokens carries; s is the longest stream allowed.
 
   Attributes:
     key: [b, s, kv heads, d], rotated.
@@ -59,7 +75,8 @@ def make_attention(
   Args:
     config: Its settings.
     embed_dim: Width e of inputs and outputs.
-    max_length: Tokens that a stream may have; the size of the state.
+    max_length: Tokens that a stream may have; the size of the state. With a
+      window, a stream has any number and the state is the window's.
     dtype: Type of the arithmetic; softmax is in float32.
 
   Returns:
@@ -77,83 +94,122 @@ def make_attention(
     ),
   }
 
+  if c.num_persistent:
+    table['persistent_memory'] = {
+      name: parameters.Param(
+        (c.num_persistent, c.num_kv_heads, c.head_dim),
+        (None, 'heads', None),
+        parameters.normal(1.0),  # as a token's projection
+      )
+      for name in ('key', 'value')
+    }
+
   def init_state(params, batch_size):
     del params
-    shape = (batch_size, max_length, c.num_kv_heads, c.head_dim)
-    return AttentionState(
-      key=jnp.zeros(shape, dtype),
-      value=jnp.zeros(shape, dtype),
-      document=jnp.full((batch_size, max_length), -1, jnp.int32),
-      position=jnp.zeros((batch_size,), jnp.int32),
-      current=jnp.zeros((batch_size,), jnp.int32),
-    )
+    key_shape = c.num_kv_heads, c.head_dim
+    if c.window is not None:
+      return sliding_window.init_state(c.window, key_shape, batch_size, dtype)
+    return _init_state(max_length, key_shape, batch_size, dtype)
 
   def apply(params, state, inputs, marks):
-    batch_size, num_tokens = inputs.shape[:2]
-    start = init_state(params, batch_size) if state is None else state
-    read = (
-      jnp.ones(inputs.shape[:2], bool) if marks.mask is None else marks.mask
-    )
-    position = start.position[:, None] + jnp.cumsum(read, axis=1) - 1
-    document = jnp.broadcast_to(start.current[:, None], position.shape)
-    if marks.reset is not None:
-      document = document + jnp.cumsum(marks.reset & read, axis=1)
-
     project = lambda w: jnp.einsum('bte,ehd->bthd', inputs, w.astype(dtype))
-    query = rotate(project(params['query']), position, c.rope_theta)
-    key = rotate(project(params['key']), position, c.rope_theta)
-    value = project(params['value'])
-
-    rows = jnp.arange(batch_size)[:, None]
-    slots = jnp.where(read, position, max_length)  # padding falls off the end
-    put = lambda into, x: into.at[rows, slots].set(x, mode='drop')
-    state_out = AttentionState(
-      key=put(start.key, key),
-      value=put(start.value, value),
-      document=put(start.document, document),
-      position=start.position + jnp.sum(read, axis=1),
-      current=document[:, -1],
-    )
-    if state is None:  # nothing before these tokens: attend among them alone
-      visible = (position[:, :, None] >= position[:, None, :]) & (
-        document[:, :, None] == document[:, None, :]
+    query, key, value = (project(params[n]) for n in ('query', 'key', 'value'))
+    persistent = None
+    if c.num_persistent:
+      learned = params['persistent_memory']
+      persistent = learned['key'], learned['value']
+    if c.window is not None:
+      outputs, state = sliding_window.attend(
+        state,
+        query,
+        key,
+        value,
+        window=c.window,
+        theta=c.rope_theta,
+        reset=marks.reset,
+        mask=marks.mask,
+        persistent=persistent,
       )
-      visible &= read[:, None, :]
-      causal = jnp.tril(jnp.ones((num_tokens, num_tokens), bool))
-      keys, values, visible = key, value, visible & causal
     else:
-      slot_position = jnp.arange(max_length)[None, None, :]
-      visible = (slot_position <= position[:, :, None]) & (
-        document[:, :, None] == state_out.document[:, None, :]
+      start = init_state(params, inputs.shape[0])
+      outputs, state = _attend(
+        start if state is None else state,
+        query,
+        key,
+        value,
+        theta=c.rope_theta,
+        marks=marks,
+        is_start=state is None,
+        persistent=persistent,
       )
-      keys, values = state_out.key, state_out.value
-    outputs = jax.nn.dot_product_attention(
-      query, keys, values, mask=visible[:, None]
-    )
     out = jnp.einsum('bthd,hde->bte', outputs, params['out'].astype(dtype))
-    return out, state_out
+    return out, state
 
   return layer.Layer(table, init_state, apply)
 
 
-def rotate(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
-  """Rotary position embedding.
+def _init_state(max_length, key_shape, batch_size, dtype) -> AttentionState:
+  shape = (batch_size, max_length, *key_shape)
+  return AttentionState(
+    key=jnp.zeros(shape, dtype),
+    value=jnp.zeros(shape, dtype),
+    document=jnp.full((batch_size, max_length), -1, jnp.int32),
+    position=jnp.zeros((batch_size,), jnp.int32),
+    current=jnp.zeros((batch_size,), jnp.int32),
+  )
 
-  Args:
-    x: [b, t, h, d]; the first and second half of d are the pairs.
-    position: int [b, t].
-    theta: Base of the wavelengths.
 
-  Returns:
-    An array like x.
-  """
-  half = x.shape[-1] // 2
-  frequency = theta ** (-jnp.arange(half) / half)
-  angle = position[..., None, None] * frequency
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
-  first, second = x[..., :half], x[..., half:]
-  rotated = (first * cos - second * sin, second * cos + first * sin)
-  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+def _attend(
+  start: AttentionState,
+  query,
+  key,
+  value,
+  *,
+  theta,
+  marks,
+  is_start,
+  persistent,
+) -> tuple[jax.Array, AttentionState]:
+  """Attends to every token of the document so far: [b, t, h, d] each."""
+  (batch_size, num_tokens), max_length = query.shape[:2], start.key.shape[1]
+  read = jnp.ones(query.shape[:2], bool) if marks.mask is None else marks.mask
+  count = jnp.cumsum(read, axis=1, dtype=jnp.int32)
+  position = start.position[:, None] + count - 1
+  document = jnp.broadcast_to(start.current[:, None], position.shape)
+  if marks.reset is not None:
+    document += jnp.cumsum(marks.reset & read, axis=1, dtype=jnp.int32)
+  unplaced = query
+  query = rotary.rotate(query, position, theta)
+  key = rotary.rotate(key, position, theta)
+
+  rows = jnp.arange(batch_size)[:, None]
+  slots = jnp.where(read, position, max_length)  # padding falls off the end
+  put = lambda into, x: into.at[rows, slots].set(x, mode='drop')
+  state = AttentionState(
+    key=put(start.key, key),
+    value=put(start.value, value),
+    document=put(start.document, document),
+    position=start.position + count[:, -1],
+    current=document[:, -1],
+  )
+  if is_start:  # nothing before these tokens: attend among them alone
+    visible = (position[:, :, None] >= position[:, None, :]) & (
+      document[:, :, None] == document[:, None, :]
+    )
+    causal = jnp.tril(jnp.ones((num_tokens, num_tokens), bool))
+    visible &= read[:, None, :] & causal
+  else:
+    slot_position = jnp.arange(max_length)[None, None, :]
+    visible = (slot_position <= position[:, :, None]) & (
+      document[:, :, None] == state.document[:, None, :]
+    )
+    key, value = state.key, state.value
+  if persistent is not None:
+    persistent = dot_product.Persistent(unplaced, *persistent)
+  outputs = dot_product.attend(
+    query, key, value, visible, persistent=persistent
+  )
+  return outputs, state
 
 
 def _projection(embed_dim: int, num_heads: int, head_dim: int):

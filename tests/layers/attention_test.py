@@ -1,5 +1,7 @@
 """Attention against a softmax in numpy, whole and from its cache."""
 
+import dataclasses
+
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
@@ -103,6 +105,22 @@ class AttentionTest(parameterized.TestCase):
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state, last
     )
+
+  def test_persistent_tokens_have_no_place(self):
+    config = layers.AttentionConfig(4, 2, head_dim=4, num_persistent=3)
+    sizes = {'embed_dim': _EMBED, 'max_length': _LENGTH, 'dtype': jnp.float32}
+    full = attention.make_attention(config, **sizes)
+    wide = attention.make_attention(
+      dataclasses.replace(config, window=17), **sizes
+    )
+    params = parameters.init(jax.random.key(0), full.table)
+    marks = layers.Marks(self.reset)
+    out, _ = compiling.jit(full.apply)(params, None, self.x, marks)
+    expected, _ = compiling.jit(wide.apply)(params, None, self.x, marks)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    state = full.init_state(params, 2)
+    again, _ = compiling.jit(full.apply)(params, state, self.x, marks)
+    np.testing.assert_allclose(again, expected, atol=1e-5)
 
   def test_padding_leaves_the_state(self):
     layer, params, apply = self.parts()

@@ -1,0 +1,181 @@
+"""Attention of every token to the last `window` tokens, itself included.
+
+The state is a ring of `window` keys and values, so a stream has no end. Keys
+lie in it as they were projected: positions are counted anew in every block of
+queries, and stay as exact after ten million tokens as they are at the start.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nested_learning.layers import dot_product
+from nested_learning.layers import rotary
+
+
+class WindowState(NamedTuple):
+  """The last w tokens, a ring.
+
+  Attributes:
+    key: [b, w, kv heads, d], not rotated.
+    value: [b, w, kv heads, d].
+    document: int32 [b, w], which document a slot belongs to; -1 is empty.
+    slot: int32 [b], the slot of the next token; it holds the oldest one.
+    current: int32 [b], the document that is being read.
+  """
+
+  key: jax.Array
+  value: jax.Array
+  document: jax.Array
+  slot: jax.Array
+  current: jax.Array
+
+
+def init_state(
+  window: int, key_shape: tuple[int, int], batch_size: int, dtype
+) -> WindowState:
+  """The state at a stream's start: every slot is empty.
+
+  Args:
+    window: Tokens that a query sees, w.
+    key_shape: Heads and width of keys.
+    batch_size: Rows b.
+    dtype: Type of keys and values.
+
+  Returns:
+    A `WindowState`.
+  """
+  return WindowState(
+    key=jnp.zeros((batch_size, window, *key_shape), dtype),
+    value=jnp.zeros((batch_size, window, *key_shape), dtype),
+    document=jnp.full((batch_size, window), -1, jnp.int32),
+    slot=jnp.zeros((batch_size,), jnp.int32),
+    current=jnp.zeros((batch_size,), jnp.int32),
+  )
+
+
+def attend(
+  state: WindowState | None,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  *,
+  window: int,
+  theta: float,
+  reset: jax.Array | None = None,
+  mask: jax.Array | None = None,
+  persistent: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, WindowState]:
+  """Attends within the window, in blocks: O(t w) operations.
+
+  A block of w queries sees the keys of its own block and of the one before.
+
+  Args:
+    state: From `init_state` or an earlier call; None at a stream's start.
+    query: [b, t, h, d].
+    key: [b, t, kv heads, d].
+    value: [b, t, kv heads, d].
+    window: Tokens that a query sees, itself included, w.
+    theta: Base of the rotary wavelengths.
+    reset: bool [b, t], True at a document's first token, or None.
+    mask: bool [b, t], False for tokens that are not there, or None. What those
+      tokens get is undefined.
+    persistent: Keys and values [n, kv heads, d] that every query sees, wherever
+      it is, or None.
+
+  Returns:
+    [b, t, h, d], and the state after the tokens.
+  """
+  batch_size, num_tokens = query.shape[:2]
+  start = state
+  if state is None:
+    start = init_state(window, key.shape[2:], batch_size, key.dtype)
+  rank = None
+  count = jnp.full((batch_size,), num_tokens, jnp.int32)
+  if mask is not None:  # tokens that are there move to the front
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    rank = jnp.argsort(order, axis=1)
+    query, key, value = (_take(x, order) for x in (query, key, value))
+    reset = None if reset is None else _take(reset & mask, order)
+    count = jnp.sum(mask, axis=1, dtype=jnp.int32)
+  document = jnp.broadcast_to(start.current[:, None], (batch_size, num_tokens))
+  if reset is not None:
+    document = document + jnp.cumsum(reset, axis=1, dtype=jnp.int32)
+  new = key, value, document
+
+  size = min(window, num_tokens)  # of a block
+  before = start.key, start.value, start.document
+  if state is None and size == num_tokens:  # one block, and nothing before it
+    spans = jax.tree.map(lambda x: x[:, None], new)
+  else:
+    oldest_first = (start.slot[:, None] + jnp.arange(window)) % window
+    before = jax.tree.map(lambda x: _take(x, oldest_first), before)
+    spans = jax.tree.map(lambda a, b: _spans(a, b, size), before, new)
+  out = _attend_blocks(
+    _blocks(query, size),
+    _blocks(document, size),
+    spans,
+    window,
+    theta,
+    persistent,
+  )
+  out = out.reshape(batch_size, -1, *out.shape[2:])[:, :num_tokens]
+  if rank is not None:
+    out = _take(out, rank)
+
+  index = jnp.arange(num_tokens)
+  kept = (index < count[:, None]) & (index >= count[:, None] - window)
+  slots = (start.slot[:, None] + index) % window
+  slots = jnp.where(kept, slots, window)  # the others fall off the end
+  rows = jnp.arange(batch_size)[:, None]
+  put = lambda into, x: into.at[rows, slots].set(x, mode='drop')
+  return out, WindowState(
+    key=put(start.key, key),
+    value=put(start.value, value),
+    document=put(start.document, document),
+    slot=(start.slot + count) % window,
+    current=document[:, -1],
+  )
+
+
+def _attend_blocks(query, document, spans, window, theta, persistent):
+  """Blocks of queries [b, n, c, h, d] among the keys of their spans."""
+  key, value, key_document = spans
+  (batch_size, num_blocks, size), length = query.shape[:3], key.shape[2]
+  position = jnp.arange(length)
+  age = position[-size:, None] - position
+  visible = (age >= 0) & (age < window)
+  visible &= document[..., None] == key_document[:, :, None]
+  query, key, value, visible = (
+    x.reshape(batch_size * num_blocks, *x.shape[2:])
+    for x in (query, key, value, visible)
+  )
+  if persistent is not None:
+    persistent = dot_product.Persistent(query, *persistent)
+  query = rotary.rotate(query, position[-size:], theta)
+  key = rotary.rotate(key, position, theta)
+  return dot_product.attend(query, key, value, visible, persistent=persistent)
+
+
+def _blocks(x, size):
+  """Cuts tokens [b, t, ...] into blocks [b, n, size, ...], zeros at the end."""
+  pads = [(0, 0)] * x.ndim
+  pads[1] = (0, -x.shape[1] % size)
+  x = jnp.pad(x, pads)
+  return x.reshape(x.shape[0], -1, size, *x.shape[2:])
+
+
+def _spans(before, new, size):
+  """The keys of each block: the w tokens before it, and its own."""
+  window = before.shape[1]
+  if new.shape[1] == size:
+    return jnp.concatenate([before, new], axis=1)[:, None]
+  blocks = _blocks(jnp.concatenate([before, new], axis=1), window)
+  return jnp.concatenate([blocks[:, :-1], blocks[:, 1:]], axis=2)
+
+
+def _take(x, index):
+  """x[b, index[b, :], ...]."""
+  index = index.reshape(*index.shape, *[1] * (x.ndim - 2))
+  return jnp.take_along_axis(x, index, axis=1)
