@@ -5,6 +5,7 @@ from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
 
+from nested_learning import errors
 from nested_learning import parameters
 from nested_learning import sharding
 
@@ -31,6 +32,51 @@ class ShardingTest(parameterized.TestCase):
     config = sharding.MeshConfig(data=data, model=model)
     with self.assertRaisesRegex(ValueError, f'model={model} .* 8 devices'):
       sharding.make_mesh(config)
+
+  @parameterized.parameters(
+    # rows, mesh.model, devices, processes -> devices along data
+    (4, 1, 8, 1, 4),
+    (6, 1, 8, 1, 6),
+    (7, 1, 8, 1, 7),
+    (9, 1, 8, 1, 3),
+    (6, 2, 8, 1, 3),
+    (64, 1, 8, 1, 8),
+    (4, 1, 8, 4, 4),  # one of the two devices of each process
+    (8, 1, 8, 4, 8),
+    (12, 1, 8, 2, 6),
+    (2, 4, 8, 4, 2),  # a group spans two processes
+  )
+  def test_rows_decide_how_many_devices_work(
+    self, num_rows, model, num_devices, num_processes, data
+  ):
+    shape = sharding.mesh_shape(
+      sharding.MeshConfig(model=model),
+      num_devices=num_devices,
+      num_processes=num_processes,
+      num_rows=num_rows,
+    )
+    self.assertEqual(shape, (data, model))
+
+  @parameterized.parameters(
+    (6, (-1, 1), 4, '6 rows .* the 4 processes; .* multiple of 4 times'),
+    (6, (4, 2), 1, '6 rows .* 4 devices on the mesh axis data; .* mesh.data'),
+    (3, (-1, 4), 4, '3 rows .* the 2 devices'),
+  )
+  def test_rows_that_do_not_divide(self, num_rows, config, processes, message):
+    with self.assertRaisesRegex(errors.UserError, message):
+      sharding.mesh_shape(
+        sharding.MeshConfig(*config),
+        num_devices=8,
+        num_processes=processes,
+        num_rows=num_rows,
+      )
+
+  def test_idle_devices_are_left_out(self):
+    mesh = sharding.make_mesh(num_rows=6)
+    self.assertEqual(mesh.size, 6)
+    rows = jax.device_put(jnp.arange(6), sharding.batch_sharding(mesh))
+    self.assertLen(rows.sharding.device_set, 6)
+    self.assertEqual(sharding.process_slice(mesh), (0, 1))
 
   @parameterized.parameters((0, 1), (-2, 1), (1, 0))
   def test_mesh_sizes_are_positive(self, data, model):

@@ -106,6 +106,11 @@ class ExperimentConfig:
     return self.data.batch_size * self.data.sequence_length
 
   @property
+  def micro_batch_size(self) -> int:
+    """Rows that are worked on at a time, over all devices."""
+    return self.data.batch_size // self.train.accumulate
+
+  @property
   def carries_state(self) -> bool:
     """Whether a row of a batch goes on where the batch before it stopped."""
     return self.data.reset == 'never'

@@ -31,7 +31,7 @@ def describe(config: config_lib.ExperimentConfig) -> str:
   """
   model = models.make_model(config.model)
   optimizer = optimizer_lib.make_optimizer(config, model.table)
-  mesh = _mesh(config.mesh)
+  mesh = _mesh(config)
   state = step_lib.abstract_state(config, model, optimizer, mesh)
   streams = step_lib.abstract_stream(
     model, state.params, config.data.batch_size // config.train.accumulate, mesh
@@ -64,12 +64,16 @@ def describe(config: config_lib.ExperimentConfig) -> str:
   )
 
 
-def _mesh(config: sharding.MeshConfig) -> Any:
+def _mesh(config: config_lib.ExperimentConfig) -> Any:
   """The mesh of a config, or its shape where it needs other devices."""
-  data = config.data
-  if data == -1:
-    data = max(jax.device_count() // config.model, 1)
-  return jsharding.AbstractMesh((data, config.model), ('data', 'model'))
+  shape = config.mesh.data, config.mesh.model
+  if config.mesh.data == -1:
+    shape = sharding.mesh_shape(
+      config.mesh,
+      num_devices=max(jax.device_count(), config.mesh.model),
+      num_rows=config.micro_batch_size,
+    )
+  return jsharding.AbstractMesh(shape, ('data', 'model'))
 
 
 def _groups(model: models.Model) -> list[tuple[str, ...]]:

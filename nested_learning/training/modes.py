@@ -20,6 +20,7 @@ from nested_learning import sharding
 from nested_learning.training import checkpoints
 from nested_learning.training import config as config_lib
 from nested_learning.training import description
+from nested_learning.training import interrupts
 from nested_learning.training import metrics as metrics_lib
 from nested_learning.training import report
 from nested_learning.training import trainer
@@ -75,7 +76,7 @@ def restore_params(
       '--workdir of a run.'
     )
   table = models.make_model(config.model).table
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = trainer.make_mesh(config)
   abstract = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     parameters.abstract(table),
@@ -118,7 +119,7 @@ def generate_text(
     vocab_size=tokenizer.vocab_size,
   )
   prompt = jnp.asarray(encode_prompt(config, tokenizer))
-  with jax.set_mesh(sharding.make_mesh(config.mesh)):
+  with jax.set_mesh(trainer.make_mesh(config)):
     generated = generate(params, prompt, jax.random.key(settings.seed))
   tokens = np.asarray(generated.tokens)[0, : int(generated.lengths[0])]
   return settings.prompt + tokenizer.decode(tokens)
@@ -130,6 +131,12 @@ def _train(config, workdir, tokenizer):
   if jax.process_index() == 0 and not config_path.exists():
     config_path.write_text(configs.to_json(config), encoding='utf-8')
   outcome = trainer.train(config, workdir)
+  with interrupts.ending(trainer.trained_message(config, workdir)):
+    _finish(config, workdir, tokenizer, outcome)
+
+
+def _finish(config, workdir, tokenizer, outcome):
+  """Evaluates, samples and reports; the summary is written last of all."""
   table = models.make_model(config.model).table
   num_tokens = config.train.num_steps * config.batch_tokens
   lines = metrics_lib.read_metrics(workdir / 'metrics.jsonl')
@@ -181,7 +188,7 @@ def _generate(config, workdir, tokenizer):
 def _evaluate_params(config, workdir, tokenizer, params, writes_on=None):
   """Evaluates with writes on and off; leaves table and plot by position."""
   model = models.make_model(config.model)
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = trainer.make_mesh(config)
   lengths = trainer.byte_lengths(config, tokenizer)
 
   def evaluate(write):

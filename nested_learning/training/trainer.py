@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 import itertools
 import pathlib
-import signal
 import time
 from typing import Any, NamedTuple
 
@@ -74,14 +73,14 @@ def train(
   evaluate = evaluation.make_evaluate(
     model, byte_lengths(config, tokenizer), carry=config.carries_state
   )
-  batches = make_batches(config, 'train')
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = make_mesh(config)
+  batches = make_batches(config, 'train', mesh)
   with (
+    interrupts.deferred() as stop,
     jax.set_mesh(mesh),
     checkpoints.open_manager(
       workdir, keep=config.train.keep_checkpoints
     ) as manager,
-    interrupts.deferred() as signals,
   ):
     abstract = step_lib.abstract_state(config, model, optimizer, mesh)
     if manager.latest_step() is None:
@@ -115,11 +114,17 @@ def train(
     ):
       if start:
         log.say(f'Going on from step {start} in {workdir}.')
+      if mesh.size < jax.device_count():
+        log.say(
+          f'Using {mesh.size} of {jax.device_count()} devices: '
+          f'{config.micro_batch_size} rows (data.batch_size over '
+          'train.accumulate) divide over no more.'
+        )
       for step in range(start + 1, num_steps + 1):
         state, metrics = train_step(state, put(next(batches), mesh))
         log.defer(step, metrics)
         evaluated = None
-        stopping = bool(signals) or manager.reached_preemption(step)
+        stopping = stop.requested()
         evaluating = (
           step == num_steps or step % config.train.evaluate_every == 0
         )
@@ -132,7 +137,7 @@ def train(
           try:
             evaluated = evaluate(
               state.params,
-              interrupts.until(signals, validation_batches(config, mesh)),
+              interrupts.until(stop, validation_batches(config, mesh)),
             )
             log.write_evaluation(step, evaluated)
           except interrupts.Interrupted:
@@ -149,16 +154,33 @@ def train(
         )
         if stopping:
           manager.wait_until_finished()
-          received = signals[0] if signals else signal.SIGTERM
           log.say(
-            f'{received.name}: saved step {step} in {workdir}; run the same '
+            f'{stop.signal.name}: saved step {step} in {workdir}; run the same '
             'command again to go on from there.'
           )
-          raise SystemExit(128 + received)
+          raise SystemExit(128 + stop.signal)
         log.resume_clock()
     if evaluated is None:  # there was no step left to take
-      evaluated = evaluate(state.params, validation_batches(config, mesh))
+      with interrupts.ending(trained_message(config, workdir)):
+        evaluated = evaluate(state.params, validation_batches(config, mesh))
+  if stop.requested():
+    interrupts.end(stop.signal, trained_message(config, workdir))
   return Outcome(state.params, evaluated, log.train_seconds, compile_seconds)
+
+
+def trained_message(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path
+) -> str:
+  """What a run says that is ended after its last step."""
+  return (
+    f'the last step, {config.train.num_steps}, is saved in {workdir}; run the '
+    'same command again for the evaluation and the report.'
+  )
+
+
+def make_mesh(config: config_lib.ExperimentConfig) -> Any:
+  """The mesh of an experiment on the devices there are."""
+  return sharding.make_mesh(config.mesh, num_rows=config.micro_batch_size)
 
 
 def make_tokenizer(config: config_lib.ExperimentConfig) -> data_lib.Tokenizer:
@@ -182,14 +204,12 @@ def byte_lengths(
 
 
 def make_batches(
-  config: config_lib.ExperimentConfig, split: str
+  config: config_lib.ExperimentConfig, split: str, mesh: Any
 ) -> data_lib.Batches:
   """This process's rows of every batch of a split."""
+  index, count = sharding.process_slice(mesh)
   return data_lib.make_iterator(
-    config.data,
-    split=split,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    config.data, split=split, process_index=index, process_count=count
   )
 
 
@@ -197,7 +217,7 @@ def validation_batches(
   config: config_lib.ExperimentConfig, mesh: Any
 ) -> Iterator[dict[str, jax.Array]]:
   """The first batches of the validation split, always the same, on the mesh."""
-  batches = make_batches(config, 'validation')
+  batches = make_batches(config, 'validation', mesh)
   for batch in itertools.islice(batches, config.evaluation.num_batches):
     yield put(batch, mesh)
 
