@@ -1,0 +1,277 @@
+r"""Text that a model writes after a context, until a string appears.
+
+    write = make_write(model, tokenizer, batch_size=8)
+    texts = write(params, ['1, 2, 3, '], WriteConfig(until=('\n',)))
+
+Strings that end the text are looked for in the text, not among the tokens, so
+that they end it wherever tokens begin and end.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from nested_learning import data as data_lib
+from nested_learning import errors
+from nested_learning import inference
+from nested_learning import models
+from nested_learning import sharding
+from nested_learning.evaluation import requests as requests_lib
+
+_BLOCK = 16  # tokens between two looks at the text
+# Names of the limit in tasks, the one that counts first.
+_MAX_TOKENS = (
+  'max_gen_toks',
+  'max_new_tokens',
+  'max_tokens',
+  'max_completion_tokens',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteConfig:
+  """When a text ends, and how its tokens are drawn."""
+
+  until: tuple[str, ...] = ()  # the first of these ends the text, unseen
+  max_tokens: int = 256  # tokens at most
+  temperature: float = 0.0  # divides the logits; 0 is greedy
+  top_k: int | None = None  # draw among the k most likely; None is all
+  top_p: float = 1.0  # draw among this probability mass; 1 is all
+
+  def __post_init__(self):
+    if self.max_tokens < 1:
+      raise errors.UserError(
+        f'max_tokens={self.max_tokens} must be at least 1.'
+      )
+    inference.GenerateConfig(  # has the same rules
+      temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
+    )
+
+
+def parse_settings(settings: Mapping[str, Any]) -> WriteConfig:
+  """Reads the settings of generation that a task of the harness gives.
+
+  Args:
+    settings: `until` (a string or several), `max_gen_toks` or another name of
+      it, `do_sample`, `temperature`, `top_k`, `top_p`. Without `do_sample`, a
+      temperature above 0 samples; with it and no temperature, that is 1.
+
+  Returns:
+    The config. Settings that are not known here are named in a warning.
+  """
+  known = {'until', 'do_sample', 'temperature', 'top_k', 'top_p', *_MAX_TOKENS}
+  unknown = sorted(set(settings) - known)
+  if unknown:
+    logging.log_first_n(
+      logging.WARNING, 'Settings %s of a task are ignored.', 1, unknown
+    )
+  until = settings.get('until') or ()
+  given = [settings[k] for k in _MAX_TOKENS if settings.get(k) is not None]
+  temperature = settings.get('temperature')
+  do_sample = settings.get('do_sample')
+  if do_sample is None:
+    do_sample = bool(temperature)
+  if temperature is None:
+    temperature = 1.0
+  top_k, top_p = settings.get('top_k'), settings.get('top_p')
+  return WriteConfig(
+    until=(until,) if isinstance(until, str) else tuple(filter(None, until)),
+    max_tokens=int(given[0]) if given else WriteConfig.max_tokens,
+    temperature=float(temperature) if do_sample else 0.0,
+    top_k=int(top_k) if top_k and top_k > 0 else None,
+    top_p=1.0 if top_p is None else float(top_p),
+  )
+
+
+def make_write(
+  model: models.Model,
+  tokenizer: data_lib.Tokenizer,
+  *,
+  batch_size: int = 8,
+  max_length: int | None = None,
+  seed: int = 0,
+  mesh: Any = None,
+) -> Callable[..., list[str]]:
+  """Makes `write(params, contexts, config, *, description=None) -> [str]`.
+
+  It returns the texts in the order of the contexts, and shows a progress bar
+  where there is a description. What is drawn for a context depends on the seed
+  and on its place among the contexts, not on the batch that it is in. Of a
+  context that leaves no room for max_tokens in a model's longest stream, the
+  beginning is left out.
+
+  Args:
+    model: From `models.make_model`.
+    tokenizer: Of the texts.
+    batch_size: Texts that are written together.
+    max_length: Tokens of one call; the longest stream of a model that has a
+      longest. None for model.max_length.
+    seed: Of what is drawn.
+    mesh: Devices to spread the rows over, with the parameters on it; None for
+      where the parameters are.
+
+  Returns:
+    The function.
+
+  Raises:
+    errors.UserError: If batch_size or max_length cannot be; the function, if
+      max_tokens fill the longest stream.
+  """
+  limits = requests_lib.limits(model.config, max_length)
+  rows = requests_lib.num_rows(batch_size, mesh)
+  read, make_draw = _programs(model, tokenizer.vocab_size, mesh)
+
+  def read_contexts(params, contexts):
+    padded = requests_lib.pad(contexts, rows, limits.piece)
+    state = None
+    logits = np.zeros((rows, model.config.vocab_size), np.float32)
+    logits = requests_lib.put(logits, mesh)
+    for part in requests_lib.pieces(padded.shape[1], limits.piece):
+      tokens = requests_lib.put(padded[:, part], mesh)
+      logits, state = read(params, state, logits, tokens)
+    return logits, state
+
+  def write_batch(params, contexts, keys, config):
+    draw = make_draw(config.temperature, config.top_k, config.top_p)
+    logits, state = read_contexts(params, contexts)
+    drawn = np.zeros((rows, 0), np.int32)
+    texts = [None] * len(contexts)
+    while any(text is None for text in texts):
+      start = drawn.shape[1]
+      block, logits, state = draw(params, state, logits, keys, start)
+      drawn = np.concatenate([drawn, jax.device_get(block)], axis=1)
+      for i, context in enumerate(contexts):
+        if texts[i] is None:
+          texts[i] = finished_text(tokenizer, context[-1], drawn[i], config)
+    return texts
+
+  def write(params, contexts, config, *, description=None):
+    tokens = [requests_lib.encode_context(tokenizer, c) for c in contexts]
+    tokens = _make_room(tokens, config.max_tokens, limits.stream)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(
+      jax.random.key(seed), np.arange(max(len(tokens), 1))
+    )
+    texts = [''] * len(tokens)
+    with tqdm.tqdm(
+      total=len(tokens),
+      desc=description,
+      disable=description is None or jax.process_index() > 0,
+    ) as bar:
+      for places in requests_lib.batches([len(t) for t in tokens], rows):
+        padded = [*places, *[places[0]] * (rows - len(places))]
+        batch = [tokens[place] for place in places]
+        written = write_batch(params, batch, keys[np.array(padded)], config)
+        for place, text in zip(places, written, strict=True):
+          texts[place] = text
+        bar.update(len(places))
+    return texts
+
+  return write
+
+
+def finished_text(
+  tokenizer: data_lib.Tokenizer,
+  last: int,
+  drawn: np.ndarray,
+  config: WriteConfig,
+) -> str | None:
+  """The text of tokens, if it has ended; otherwise None.
+
+  It ends before the mark of the next document, after max_tokens, and before the
+  first string of `until`.
+
+  Args:
+    tokenizer: The tokenizer.
+    last: The token before them, beside which they are decoded: the first token
+      of a text may lose its space.
+    drawn: int32 [t].
+    config: When it ends.
+
+  Returns:
+    The text, or None.
+  """
+  ends = np.flatnonzero(drawn == tokenizer.document_id)
+  length = min(int(ends[0]) if len(ends) else len(drawn), config.max_tokens)
+  before = tokenizer.decode(np.array([last]))
+  text = tokenizer.decode(np.array([last, *drawn[:length]]))[len(before) :]
+  places = [text.find(string) for string in config.until]
+  places = [place for place in places if place >= 0]
+  if places:
+    return text[: min(places)]
+  has_ended = len(ends) > 0 or len(drawn) >= config.max_tokens
+  return text if has_ended else None
+
+
+def _programs(model: models.Model, vocab_size: int, mesh: Any):
+  """The compiled parts: reading a piece of the contexts, drawing a block."""
+  whole = None if mesh is None else sharding.replicated(mesh)
+
+  @jax.jit
+  def read(params, state, logits, tokens):
+    mask = tokens >= 0
+    all_logits, state = model.forward(
+      params, state, jnp.maximum(tokens, 0), mask=mask
+    )
+    last = jnp.maximum(jnp.sum(mask, axis=1) - 1, 0)
+    here = jnp.take_along_axis(all_logits, last[:, None, None], axis=1)[:, 0]
+    return jnp.where(mask.any(axis=1)[:, None], here, logits), state
+
+  @functools.cache
+  def make_draw(temperature, top_k, top_p):
+    sample = functools.partial(
+      inference.sample, temperature=temperature, top_k=top_k, top_p=top_p
+    )
+
+    def draw_token(key, logits):
+      return sample(key, logits[None, :vocab_size])[0]
+
+    @jax.jit(out_shardings=(whole, None, None))
+    def draw(params, state, logits, keys, start):
+      def body(carry, step):
+        state, logits = carry
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+        tokens = jax.vmap(draw_token)(step_keys, logits)
+        logits, state = model.forward(params, state, tokens[:, None])
+        return (state, logits[:, 0]), tokens
+
+      (state, logits), tokens = jax.lax.scan(
+        body, (state, logits), start + jnp.arange(_BLOCK)
+      )
+      return tokens.T, logits, state
+
+    return draw
+
+  return read, make_draw
+
+
+def _make_room(
+  contexts: Sequence[np.ndarray], num_tokens: int, limit: int | None
+) -> list[np.ndarray]:
+  """The contexts, cut on the left to leave room for what is written."""
+  if limit is None:
+    return list(contexts)
+  room = limit - num_tokens
+  if room < 1:
+    raise errors.UserError(
+      f'{num_tokens} tokens to write leave no room for a context among the '
+      f'{limit} that attention holds; lower max_gen_toks of the task or raise '
+      'model.max_length.'
+    )
+  num_cut = sum(len(context) > room for context in contexts)
+  if num_cut:
+    logging.warning(
+      '%d of %d contexts are longer than the %d tokens that attention holds '
+      'beside %d to write: their beginning is left out.',
+      num_cut,
+      len(contexts),
+      room,
+      num_tokens,
+    )
+  return [context[-room:] for context in contexts]
