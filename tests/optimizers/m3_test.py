@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from nested_learning import optimizers
+from nested_learning.optimizers import newton_schulz
 
 
 def make_params():
@@ -70,6 +71,29 @@ class NewtonSchulzTest(parameterized.TestCase):
         np.testing.assert_allclose(
           y[i, j], optimizers.orthogonalize(x[i, j]), atol=1e-5
         )
+
+  @parameterized.product(
+    coefficients=('cubic', 'quintic'), num_steps=(1, 3, 5), condition=(1e1, 1e5)
+  )
+  def test_long_matrices_take_the_same_steps(
+    self, coefficients, num_steps, condition
+  ):
+    # Their steps are taken on Gram matrices; the definition, one by one.
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.normal(size=(n, 8)))[0] for n in (8, 32))
+    x = u * np.geomspace(1, 1 / condition, 8) @ v.T
+    a, b, c = newton_schulz.COEFFICIENTS[coefficients]
+    expected = x / np.linalg.norm(x)
+    for _ in range(num_steps):
+      gram = expected @ expected.T
+      expected = a * expected + (b * gram + c * gram @ gram) @ expected
+    for long, result in ((x, expected), (x.T, expected.T)):
+      actual = optimizers.orthogonalize(
+        jnp.array(long, jnp.float32),
+        coefficients=coefficients,
+        num_steps=num_steps,
+      )
+      np.testing.assert_allclose(actual, result, atol=1e-5)
 
   def test_zero_stays_zero(self):
     np.testing.assert_array_equal(
