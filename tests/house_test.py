@@ -20,16 +20,18 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _TIERS = (
   (
     'errors',
+    'distributed',
     'parameters',
     'sharding',
     'costs',
     'configs',
     'data',
     'optimizers',
+    'tasks',
   ),
   ('memory', 'layers', 'levels'),
   ('models', 'linen'),
-  ('training', 'inference', 'evaluation'),
+  ('training', 'inference', 'evaluation', 'sweeps'),
 )
 
 
