@@ -14,7 +14,6 @@ import numpy as np
 
 from nested_learning import data as data_lib
 from nested_learning import errors
-from nested_learning import inference
 from nested_learning import models
 from nested_learning import sharding
 
@@ -99,7 +98,7 @@ def limits(config: models.ModelConfig, max_length: int | None = None) -> Limits:
       f'model.max_length={config.max_length}; leave it out for the latter.'
     )
   piece = config.max_length if max_length is None else max_length
-  stream = inference.max_stream_length(config)
+  stream = models.max_stream_length(config)
   return Limits(piece, None if stream is None else min(piece, stream))
 
 

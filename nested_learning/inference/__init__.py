@@ -4,7 +4,6 @@ from nested_learning.inference.generate import check_length
 from nested_learning.inference.generate import GenerateConfig
 from nested_learning.inference.generate import Generated
 from nested_learning.inference.generate import make_generate
-from nested_learning.inference.generate import max_stream_length
 from nested_learning.inference.sampling import keep_top_k
 from nested_learning.inference.sampling import keep_top_p
 from nested_learning.inference.sampling import sample

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from nested_learning import errors
 from nested_learning import models
 from nested_learning.inference import sampling
-from nested_learning.layers import attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +67,6 @@ class _Loop(NamedTuple):
   running: jax.Array  # bool [b]
 
 
-def max_stream_length(config: models.ModelConfig) -> int | None:
-  """Tokens that one stream may have; None where the state holds any number."""
-  if isinstance(config.mixer, attention.AttentionConfig):
-    return config.max_length
-  return None
-
-
 def check_length(
   config: models.ModelConfig, prompt_length: int, num_tokens: int
 ) -> None:
@@ -88,7 +80,7 @@ def check_length(
   Raises:
     errors.UserError: Together they are more than the model's state holds.
   """
-  limit = max_stream_length(config)
+  limit = models.max_stream_length(config)
   if limit is not None and prompt_length + num_tokens > limit:
     raise errors.UserError(
       f'a prompt of {prompt_length} tokens and generate.num_tokens='

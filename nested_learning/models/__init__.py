@@ -5,5 +5,6 @@ from nested_learning.models import zoo
 from nested_learning.models.language_model import level_labels
 from nested_learning.models.language_model import make_model
 from nested_learning.models.language_model import make_trunk
+from nested_learning.models.language_model import max_stream_length
 from nested_learning.models.language_model import Model
 from nested_learning.models.language_model import ModelConfig

@@ -6,7 +6,7 @@ trains, evaluates and generates. Feeding a stream whole, in pieces cut anywhere
 or token by token gives the same logits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -14,23 +14,28 @@ import jax
 import jax.numpy as jnp
 
 from nested_learning import parameters
-from nested_learning.layers import attention
 from nested_learning.layers import layer
 from nested_learning.layers import norm
-from nested_learning.layers import titans
 from nested_learning.levels import cms
+from nested_learning.models import mixers
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder of equal blocks: a mixer across tokens, then the levels."""
+  """A decoder of blocks: a mixer across tokens, then the levels.
+
+  Blocks are equal, or repeat the pattern of a tuple of mixers: with (memory,
+  attention) every second block is one of attention.
+  """
 
   vocab_size: int
   num_layers: int
   embed_dim: int
-  mixer: attention.AttentionConfig | titans.SelfModifyingTitansConfig
+  mixer: mixers.MixerConfig | tuple[mixers.MixerConfig, ...]  # or a pattern
   levels: tuple[cms.LevelConfig, ...]  # the CMS chain, fastest first
-  max_length: int = 4096  # tokens of a row in training and of attention's state
+  max_length: int = (
+    4096  # tokens of a call, and of the state of attention to all
+  )
   dtype: str = 'float32'  # of projections and MLPs; or 'bfloat16'
   remat: str = 'none'  # 'layer' recomputes each block in the backward pass
 
@@ -41,12 +46,24 @@ class ModelConfig:
         f"level names {names} must be unique and not 'base', which labels the "
         'parameters outside the chain.'
       )
+    if not self.pattern:
+      raise ValueError('model.mixer=() has no mixer; name at least one.')
+    if self.num_layers % len(self.pattern):
+      raise ValueError(
+        f'model.num_layers={self.num_layers} is not a multiple of the '
+        f'{len(self.pattern)} mixers of the pattern; repeat all of it.'
+      )
     if self.dtype not in ('float32', 'bfloat16', 'float64'):
       raise ValueError(
         f"model.dtype={self.dtype!r} must be 'float32' or 'bfloat16'."
       )
     if self.remat not in ('none', 'layer'):
       raise ValueError(f"model.remat={self.remat!r} must be 'none' or 'layer'.")
+
+  @property
+  def pattern(self) -> tuple[mixers.MixerConfig, ...]:
+    """The mixers that blocks repeat; a single one where all are equal."""
+    return self.mixer if isinstance(self.mixer, tuple) else (self.mixer,)
 
 
 class Model(NamedTuple):
@@ -126,21 +143,18 @@ def make_trunk(config: ModelConfig) -> layer.Layer:
     block and the final norm. It may be given a model's parameters, among which
     it finds its own.
   """
-  mixer = _make_mixer(config, jnp.dtype(config.dtype))
-  block_table = {
-    'norm': norm.scale_param(config.embed_dim),
-    'mixer': mixer.table,
-    'levels': cms.table(config.levels, embed_dim=config.embed_dim),
-  }
+  if isinstance(config.mixer, tuple):
+    group = _make_group([_make_block(config, mixer) for mixer in config.mixer])
+  else:
+    group = _make_block(config, config.mixer)
+  num_groups = config.num_layers // len(config.pattern)
   table = {
-    'blocks': parameters.stack(block_table, config.num_layers),
+    'blocks': parameters.stack(group.table, num_groups),
     'norm': norm.scale_param(config.embed_dim),
   }
 
   def init_state(params, batch_size):
-    return jax.vmap(lambda p: mixer.init_state(p, batch_size))(
-      params['blocks']['mixer']
-    )
+    return jax.vmap(lambda p: group.init_state(p, batch_size))(params['blocks'])
 
   def apply(params, state, x, marks):
     if x.shape[1] > config.max_length:
@@ -149,18 +163,20 @@ def make_trunk(config: ModelConfig) -> layer.Layer:
         f'{config.max_length}; raise it or feed the stream in pieces.'
       )
 
-    def block(x, layer_params_and_state):
-      params, state = layer_params_and_state
-      normed = norm.rms_norm(params['norm'], x)
-      mixed, state = mixer.apply(params['mixer'], state, normed, marks)
-      return cms.apply(config.levels, params['levels'], x + mixed), state
+    def body(x, params_and_state):
+      return group.apply(*params_and_state, x, marks)
 
-    if config.remat == 'layer':
-      block = jax.checkpoint(block)
-    x, state = jax.lax.scan(block, x, (params['blocks'], state))
+    x, state = jax.lax.scan(body, x, (params['blocks'], state))
     return norm.rms_norm(params['norm'], x), state
 
   return layer.Layer(table, init_state, apply)
+
+
+def max_stream_length(config: ModelConfig) -> int | None:
+  """Tokens that one stream may have; None where the state holds any number."""
+  if all(mixers.holds_any_length(mixer) for mixer in config.pattern):
+    return None
+  return config.max_length
 
 
 def level_labels(config: ModelConfig) -> Any:
@@ -175,7 +191,8 @@ def level_labels(config: ModelConfig) -> Any:
 
   def label(path, _):
     names = parameters.path_name(path).split('/')
-    return labels[names[2]] if names[1:2] == ['levels'] else 'base'
+    in_block = names[2:] if isinstance(config.mixer, tuple) else names[1:]
+    return labels[in_block[1]] if in_block[:1] == ['levels'] else 'base'
 
   table = make_model(config).table
   return jax.tree_util.tree_map_with_path(
@@ -183,17 +200,54 @@ def level_labels(config: ModelConfig) -> Any:
   )
 
 
-def _make_mixer(config: ModelConfig, dtype: Any) -> layer.Layer:
-  match config.mixer:
-    case attention.AttentionConfig():
-      return attention.make_attention(
-        config.mixer,
-        embed_dim=config.embed_dim,
-        max_length=config.max_length,
-        dtype=dtype,
-      )
-    case titans.SelfModifyingTitansConfig():
-      return titans.make_self_modifying_titans(
-        config.mixer, embed_dim=config.embed_dim, dtype=dtype
-      )
-  raise ValueError(f'unknown mixer {config.mixer!r}.')
+def _make_block(
+  config: ModelConfig, mixer_config: mixers.MixerConfig
+) -> layer.Layer:
+  """One mixer and the levels after it, with their residual connections."""
+  mixer = mixers.make_mixer(
+    mixer_config,
+    embed_dim=config.embed_dim,
+    max_length=config.max_length,
+    dtype=jnp.dtype(config.dtype),
+  )
+  table = {
+    'norm': norm.scale_param(config.embed_dim),
+    'mixer': mixer.table,
+    'levels': cms.table(config.levels, embed_dim=config.embed_dim),
+  }
+
+  def init_state(params, batch_size):
+    return mixer.init_state(params['mixer'], batch_size)
+
+  def apply(params, state, x, marks):
+    def block(params, state, x):
+      normed = norm.rms_norm(params['norm'], x)
+      mixed, state = mixer.apply(params['mixer'], state, normed, marks)
+      return cms.apply(config.levels, params['levels'], x + mixed), state
+
+    if config.remat == 'layer':
+      block = jax.checkpoint(block)
+    return block(params, state, x)
+
+  return layer.Layer(table, init_state, apply)
+
+
+def _make_group(blocks: Sequence[layer.Layer]) -> layer.Layer:
+  """Blocks one after the other, as one layer; parameters by their index."""
+  named = {str(i): block for i, block in enumerate(blocks)}
+
+  def init_state(params, batch_size):
+    return {
+      name: block.init_state(params[name], batch_size)
+      for name, block in named.items()
+    }
+
+  def apply(params, state, x, marks):
+    states = {}
+    for name, block in named.items():
+      start = None if state is None else state[name]
+      x, states[name] = block.apply(params[name], start, x, marks)
+    return x, states
+
+  table = {name: block.table for name, block in named.items()}
+  return layer.Layer(table, init_state, apply)

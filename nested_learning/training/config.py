@@ -88,7 +88,7 @@ class ExperimentConfig:
           '(data.batch_size x data.sequence_length); set it to '
           f'{above}, or to None for an update at every step.'
         )
-    limit = inference.max_stream_length(self.model)
+    limit = models.max_stream_length(self.model)
     if self.carries_state and limit is not None:
       longest = num_tokens * max(
         self.train.num_steps, self.evaluation.num_batches

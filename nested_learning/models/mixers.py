@@ -1,0 +1,59 @@
+"""Every layer that mixes tokens, by its config."""
+
+from typing import Any
+
+from nested_learning.layers import attention
+from nested_learning.layers import hybrids
+from nested_learning.layers import layer
+from nested_learning.layers import memory_as_context
+from nested_learning.layers import titans
+
+MixerConfig = (
+  attention.AttentionConfig
+  | titans.SelfModifyingTitansConfig
+  | hybrids.MemoryAsLayerConfig
+  | hybrids.MemoryAsGateConfig
+  | memory_as_context.MemoryAsContextConfig
+)
+
+
+def make_mixer(
+  config: MixerConfig, *, embed_dim: int, max_length: int, dtype: Any
+) -> layer.Layer:
+  """Makes the layer of a config.
+
+  Args:
+    config: Its settings.
+    embed_dim: Width e of inputs and outputs.
+    max_length: Tokens that a stream may have, where `holds_any_length` is
+      False.
+    dtype: Type of the projections.
+
+  Returns:
+    A `Layer`.
+  """
+  sizes = {'embed_dim': embed_dim, 'dtype': dtype}
+  match config:
+    case attention.AttentionConfig():
+      return attention.make_attention(config, max_length=max_length, **sizes)
+    case titans.SelfModifyingTitansConfig():
+      return titans.make_self_modifying_titans(config, **sizes)
+    case hybrids.MemoryAsLayerConfig():
+      return hybrids.make_memory_as_layer(
+        config, max_length=max_length, **sizes
+      )
+    case hybrids.MemoryAsGateConfig():
+      return hybrids.make_memory_as_gate(config, max_length=max_length, **sizes)
+    case memory_as_context.MemoryAsContextConfig():
+      return memory_as_context.make_memory_as_context(config, **sizes)
+  raise ValueError(f'unknown mixer {config!r}.')
+
+
+def holds_any_length(config: MixerConfig) -> bool:
+  """Whether the mixer's state has a size that no stream outgrows."""
+  match config:
+    case attention.AttentionConfig():
+      return config.window is not None
+    case hybrids.MemoryAsLayerConfig() | hybrids.MemoryAsGateConfig():
+      return config.attention.window is not None
+  return True
