@@ -1,0 +1,23 @@
+"""Generated tasks that tell good memories from bad ones."""
+
+from nested_learning.tasks.compression import CompressionConfig
+from nested_learning.tasks.formal_languages import FormalLanguageConfig
+from nested_learning.tasks.groups import WordProblemConfig
+from nested_learning.tasks.mad import MemorizationConfig
+from nested_learning.tasks.mad import SelectiveCopyingConfig
+from nested_learning.tasks.mqar import MqarConfig
+from nested_learning.tasks.needles import NeedleConfig
+from nested_learning.tasks.recall import FuzzyRecallConfig
+from nested_learning.tasks.recall import RecallConfig
+from nested_learning.tasks.registry import make_config
+from nested_learning.tasks.registry import TaskConfig
+from nested_learning.tasks.registry import TASKS
+from nested_learning.tasks.regression import RegressionConfig
+from nested_learning.tasks.ruler import RulerConfig
+from nested_learning.tasks.stories import StoryConfig
+from nested_learning.tasks.stream import make_iterator
+from nested_learning.tasks.stream import make_row
+from nested_learning.tasks.stream import TaskDataConfig
+from nested_learning.tasks.task import Row
+from nested_learning.tasks.task import Task
+from nested_learning.tasks.task import TextTask

@@ -1,0 +1,102 @@
+"""Multi-query associative recall, with keys that may be written again.
+
+References:
+  Arora et al., Zoology, arXiv:2312.04927, 2023, section 3 and appendix (the
+    task and the law of the queries' places).
+  Arora et al., Based, arXiv:2402.18668, 2024 (the mixture of lengths).
+"""
+
+import dataclasses
+
+import numpy as np
+
+from nested_learning.tasks import task
+
+
+@dataclasses.dataclass(frozen=True)
+class MqarConfig:
+  """Pairs of key and value first, then keys whose values are asked for.
+
+  A row is `num_pairs + num_rewrites` pairs, then slots of two tokens. Every key
+  is asked for once, at the first token of a slot drawn without replacement with
+  probability proportional to i^(power - 1): queries crowd behind the pairs. The
+  answer is the key's last value, and it is not written into the row. The
+  remaining tokens are 0, or random.
+  """
+
+  vocab_size: int = 8192  # keys 1 to V/2 - 1, values V/2 to V - 1, 0 is blank
+  num_tokens: int = 64  # of a row; even
+  num_pairs: int = 4  # keys, all different
+  num_rewrites: int = 0  # pairs that replace a key's value
+  power: float = 0.01  # of the law of the queries' places
+  random_filler: bool = True  # tokens between queries; False leaves them 0
+
+  def __post_init__(self):
+    task.check_at_least(self, 1, 'num_pairs')
+    task.check_at_least(self, 0, 'num_rewrites')
+    task.check(self, 'power', self.power > 0, 'above 0')
+    num_keys, num_values = self.vocab_size // 2 - 1, self.vocab_size // 2
+    task.check(
+      self,
+      'num_pairs',
+      self.num_pairs <= num_keys,
+      f'at most the {num_keys} keys that vocab_size={self.vocab_size} has',
+    )
+    task.check(
+      self,
+      'num_rewrites',
+      self.num_writes <= num_values,
+      f'at most {num_values - self.num_pairs}: every pair has its own of the '
+      f'{num_values} values that vocab_size={self.vocab_size} has',
+    )
+    needed = 2 * (self.num_writes + self.num_pairs)
+    task.check(
+      self,
+      'num_tokens',
+      self.num_tokens >= needed and self.num_tokens % 2 == 0,
+      f'even and at least {needed}: two tokens for each of {self.num_writes} '
+      f'pairs and {self.num_pairs} queries',
+    )
+
+  @property
+  def num_writes(self) -> int:
+    """Pairs that a row begins with."""
+    return self.num_pairs + self.num_rewrites
+
+  def make_row(self, rng, *, evaluating=False):
+    """See `task.Task`."""
+    del evaluating
+    num_keys, half = self.num_pairs, self.vocab_size // 2
+    keys = 1 + rng.choice(half - 1, num_keys, replace=False)
+    values = half + rng.choice(half, self.num_writes, replace=False)
+    written = np.arange(self.num_writes)  # which key a pair writes
+    if self.num_rewrites:
+      written[num_keys:] = rng.integers(num_keys, size=self.num_rewrites)
+      rng.shuffle(written)
+    answers = np.zeros(num_keys, np.int64)
+    answers[written] = values  # NumPy keeps the last of equal indices
+
+    num_context = 2 * self.num_writes
+    num_slots = (self.num_tokens - num_context) // 2
+    # The n largest of log p + Gumbel noise, in order, are a draw without
+    # replacement with probabilities p (Efraimidis and Spirakis, 2006).
+    noise = rng.gumbel(size=num_slots)
+    noise += (self.power - 1) * np.log(np.arange(1, num_slots + 1))
+    slots = np.argsort(-noise)[:num_keys]
+    queries = num_context + 2 * slots
+
+    tokens = np.zeros(self.num_tokens, np.int32)
+    if self.random_filler:
+      tokens[:] = rng.integers(self.vocab_size, size=self.num_tokens)
+    tokens[0:num_context:2] = keys[written]
+    tokens[1:num_context:2] = values
+    tokens[queries] = keys
+    targets = np.zeros(self.num_tokens, np.int32)
+    targets[queries] = answers
+    mask = np.zeros(self.num_tokens, bool)
+    mask[queries] = True
+    return task.Row(tokens, targets, mask)
+
+  def stretched(self, factor):
+    """More slots; as many pairs and queries."""
+    return dataclasses.replace(self, num_tokens=factor * self.num_tokens)

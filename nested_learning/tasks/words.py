@@ -1,0 +1,125 @@
+"""Words that needles and stories are made of, and hay from text files."""
+
+import ast
+import functools
+import re
+import uuid
+
+import numpy as np
+
+from nested_learning import errors
+from nested_learning.data import sources
+
+ADJECTIVES = tuple(
+  'able amber ample ancient bitter blue bold brave brief bright brisk broad '
+  'calm careful cheap chilly clean clever cloudy coarse cold crisp curly damp '
+  'dark deep dim distant dry dull eager early easy empty even faint fair false '
+  'famous fancy fast fierce fine firm flat fond fresh full gentle giant glad '
+  'golden grand grave gray green grim happy harsh hasty heavy hidden hollow '
+  'honest humble icy idle inner jolly keen kind large late lazy lean light '
+  'little lively lonely long loose loud loyal lucky mellow mild modest narrow '
+  'neat noble odd old open pale patient plain polite proud pure quick quiet '
+  'rapid rare raw red rich ripe rough round royal rusty sad salty sharp shiny '
+  'short shy silent silver simple sleepy slim slow smart smooth soft solid '
+  'sour spare stable steady steep stiff strange strict strong sudden sunny '
+  'sweet swift tall tame tender thick thin tidy tiny tired tough true vague '
+  'vast violet vivid warm weak weary wet white whole wide wild wise wooden '
+  'yellow young'.split()
+)
+NOUNS = tuple(
+  'acorn anchor apple arrow badge badger ball barrel basin basket beach bean '
+  'bell bench berry bird blanket boat bottle bowl branch bread brick bridge '
+  'broom brush bucket button cabin cable cake camel candle canoe canvas '
+  'carpet carrot castle cave chain chair chalk cherry chest circle clock '
+  'cloud coast coat coin comb copper coral corner cotton crane crow crown cup '
+  'curtain dagger daisy deer desk dish donkey door dove dragon drawer drum '
+  'duck eagle engine fabric falcon farm feather fence fern field finch flag '
+  'flame flask flower flute forest fork fountain fox frog garden gate glass '
+  'glove goat grape hammer harbor harp hawk hedge helmet heron hill hook horn '
+  'horse house island ivory jacket jar jungle kettle key kite ladder lake '
+  'lamp lantern leaf lemon lens lily lion lizard lock magnet maple marble '
+  'mask meadow melon mirror monkey moon moose moss mountain needle nest '
+  'nickel oak ocean olive onion orange orchid otter owl paddle palace panda '
+  'paper peach pearl pebble pencil pepper piano pillow pine pipe plum pocket '
+  'pond pony pumpkin quilt rabbit raft raven ribbon ring river robin rocket '
+  'root rope rose saddle sail salmon scarf seal shell shield ship shovel silk '
+  'sleeve spider spoon squirrel star statue stone stool stove sugar swan '
+  'table tent thorn thread tiger toad torch tower train tree trumpet tulip '
+  'tunnel turtle valley vase velvet village violin wagon wall walnut wave '
+  'well whale wheel whistle willow window wolf wool wren'.split()
+)
+_LONGEST_HAY = 400_000  # characters that are read of a source
+
+
+def draw_word(rng: np.random.Generator, kind: str) -> str:
+  """A value or key of a needle.
+
+  Args:
+    rng: Random numbers.
+    kind: 'numbers' (seven digits), 'words' (adjective-noun) or 'uuids'.
+
+  Returns:
+    The text.
+  """
+  if kind == 'numbers':
+    return str(rng.integers(10**6, 10**7))
+  if kind == 'words':
+    adjective = ADJECTIVES[rng.integers(len(ADJECTIVES))]
+    return f'{adjective}-{NOUNS[rng.integers(len(NOUNS))]}'
+  return str(uuid.UUID(bytes=rng.bytes(16)))
+
+
+@functools.cache
+def load_sentences(source: str) -> tuple[str, ...]:
+  """The sentences of a source, white space made single.
+
+  Args:
+    source: 'stdlib', the prose of the docstrings of the Python standard
+      library; or a folder, a file or a glob pattern of text files.
+
+  Returns:
+    Its sentences in order, as many as there are in about 400,000 characters.
+
+  Raises:
+    errors.UserError: The source cannot be used.
+  """
+  sentences, length = [], 0
+  for file in sources.find_files(source):
+    text = sources.read_text(file.path)
+    if source == 'stdlib':
+      text = '\n\n'.join(_docstrings(text))
+    for part in _split(text):
+      sentences.append(part)
+      length += len(part)
+    if length > _LONGEST_HAY:
+      break
+  if len(sentences) < 2:
+    raise errors.UserError(
+      f'source={source!r} has no sentences to make a haystack of; give a '
+      "folder of text files, or 'stdlib'."
+    )
+  return tuple(sentences)
+
+
+def _docstrings(code):
+  """What a module and its public parts say about themselves."""
+  kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+  for node in ast.walk(ast.parse(code)):
+    if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+      # Paragraphs of words; tables and examples are no prose.
+      for paragraph in text.split('\n\n'):
+        words = paragraph.split()
+        plain = sum(word.strip('.,;:()\'"').isalpha() for word in words)
+        if (
+          len(words) > 5 and plain > 0.9 * len(words) and '>>>' not in paragraph
+        ):
+          yield paragraph
+
+
+def _split(text):
+  """Sentences: up to a full stop and a space before a capital."""
+  for paragraph in re.split(r'\n\s*\n', text):
+    flat = ' '.join(paragraph.split())
+    for sentence in re.split(r'(?<=[.!?]) (?=[A-Z"\'(])', flat):
+      if sentence:
+        yield sentence
