@@ -232,7 +232,7 @@ def _programs(model: models.Model, vocab_size: int, mesh: Any):
     def draw_token(key, logits):
       return sample(key, logits[None, :vocab_size])[0]
 
-    @jax.jit(out_shardings=(whole, None, None))
+    @functools.partial(jax.jit, out_shardings=(whole, None, None))
     def draw(params, state, logits, keys, start):
       def body(carry, step):
         state, logits = carry

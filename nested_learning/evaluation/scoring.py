@@ -9,6 +9,7 @@ tokens before the last of the continuation.
 """
 
 from collections.abc import Callable, Sequence
+import functools
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -83,7 +84,7 @@ def make_score(
   rows = requests_lib.num_rows(batch_size, mesh)
   whole = None if mesh is None else sharding.replicated(mesh)
 
-  @jax.jit(out_shardings=(whole, whole, None))
+  @functools.partial(jax.jit, out_shardings=(whole, whole, None))
   def read(params, state, tokens, targets):
     # No mask: padding is on the right, where nothing that counts sees it.
     logits, state = model.forward(params, state, tokens)

@@ -5,8 +5,8 @@ from absl import logging
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
-import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from nested_learning import errors
 from nested_learning import layers
@@ -14,9 +14,10 @@ from nested_learning import models
 from nested_learning import sharding
 from nested_learning.evaluation import requests as requests_lib
 from nested_learning.evaluation import scoring
+from tests import compiling
 from tests.training import tiny
 
-_ATTENTION = dataclasses.replace(tiny.MODEL, max_length=64)
+_ATTENTION = dataclasses.replace(tiny.MODEL, max_length=32)
 _TITANS = dataclasses.replace(
   _ATTENTION,
   mixer=layers.SelfModifyingTitansConfig(
@@ -41,8 +42,15 @@ def init_params(config):
 
 @functools.cache
 def make_score(config, **settings):
-  score = scoring.make_score(models.make_model(config), **settings)
+  model = models.make_model(config)
+  with compiling.quickly():
+    score = scoring.make_score(model, **{'batch_size': 2, **settings})
   return functools.partial(score, init_params(config))
+
+
+@functools.cache
+def make_step(config):
+  return compiling.jit(models.make_model(config).forward)
 
 
 def request(num_context, num_continuation, seed=0):
@@ -52,15 +60,18 @@ def request(num_context, num_continuation, seed=0):
 
 
 def reference(config, request):
-  """One forward over the whole, alone and without padding."""
+  """Token by token, alone and without padding."""
+  params, step = init_params(config), make_step(config)
+  state = models.make_model(config).init_state(params, 1)
+  total, greedy = 0.0, True
   tokens = np.concatenate(request)
-  model = models.make_model(config)
-  logits, _ = model.forward(init_params(config), None, tokens[None, :-1])
-  logs = jax.nn.log_softmax(logits[0], axis=-1)
-  rows = np.arange(len(request.context) - 1, len(tokens) - 1)
-  found = logs[rows, request.continuation]
-  greedy = jnp.argmax(logs[rows], axis=-1) == request.continuation
-  return float(found.sum()), bool(greedy.all())
+  for i, token in enumerate(tokens[:-1]):
+    logits, state = step(params, state, token[None, None])
+    if i >= len(request.context) - 1:
+      logs = np.asarray(jax.nn.log_softmax(logits[0, 0]))
+      total += float(logs[tokens[i + 1]])
+      greedy &= int(logs.argmax()) == tokens[i + 1]
+  return total, greedy
 
 
 class ScoreTest(parameterized.TestCase):
@@ -72,20 +83,18 @@ class ScoreTest(parameterized.TestCase):
     )
 
   @parameterized.named_parameters(*_MODELS)
-  def test_equals_the_plain_forward(self, config):
-    requests = [request(5, 9), request(1, 3), request(40, 25)]
+  def test_equals_decoding_token_by_token(self, config):
+    requests = [request(5, 9), request(1, 3), request(20, 12)]
     self.assert_scores(
-      make_score(config, batch_size=2)(requests),
-      [reference(config, r) for r in requests],
+      make_score(config)(requests), [reference(config, r) for r in requests]
     )
 
   @parameterized.named_parameters(*_MODELS)
   def test_chain_rule(self, config):
-    x, y, z = np.split(np.concatenate(request(30, 34)), [20, 33])
-    yz = np.concatenate([y, z])
-    both, first, second = make_score(config, batch_size=2)(
+    x, y, z = np.split(np.concatenate(request(20, 13)), [12, 25])
+    both, first, second = make_score(config)(
       [
-        requests_lib.Request(x, yz),
+        requests_lib.Request(x, np.concatenate([y, z])),
         requests_lib.Request(x, y),
         requests_lib.Request(np.concatenate([x, y]), z),
       ]
@@ -99,67 +108,70 @@ class ScoreTest(parameterized.TestCase):
 
   @parameterized.named_parameters(*_MODELS)
   def test_neither_batch_nor_order_nor_padding_matters(self, config):
-    lengths = [(3, 4), (40, 20), (1, 1), (10, 30), (33, 2), (2, 9), (20, 20)]
+    score = make_score(config)
+    lengths = [(3, 4), (20, 12), (1, 1), (10, 20), (30, 2), (2, 9), (8, 8)]
     requests = [request(*x, seed=i) for i, x in enumerate(lengths)]
-    wanted = make_score(config, batch_size=1)(requests)
+    wanted = [score([request])[0] for request in requests]
     order = np.random.default_rng(0).permutation(len(requests))
-    found = make_score(config, batch_size=2)([requests[i] for i in order])
+    found = score([requests[i] for i in order])
     self.assert_scores(found, [wanted[i] for i in order])
 
-  @parameterized.named_parameters(
-    ('titans', _TITANS, (8, 20)), ('hope', _HOPE, (24,))
-  )
-  def test_pieces_and_token_by_token_equal_the_whole(self, config, pieces):
-    requests = [request(30, 27), request(2, 9, seed=1), request(50, 14, seed=2)]
-    whole = make_score(config, batch_size=3)(requests)
-    for piece in pieces:
-      found = make_score(config, batch_size=3, max_length=piece)(requests)
-      self.assert_scores(found, whole)
-    tokens = np.concatenate(requests[0])
-    model = models.make_model(config)
-    step = jax.jit(model.forward)
-    params = init_params(config)
-    state, total = model.init_state(params, 1), 0.0
-    for i, token in enumerate(tokens[:-1]):
-      logits, state = step(params, state, token[None, None])
-      if i >= len(requests[0].context) - 1:
-        total += jax.nn.log_softmax(logits[0, 0])[tokens[i + 1]]
-    self.assertAlmostEqual(total, whole[0].log_likelihood, delta=1e-4)
-
-  def test_a_recurrent_model_reads_more_than_its_max_length(self):
-    long = request(150, 20)
-    longer_calls = dataclasses.replace(_TITANS, max_length=256)
-    wanted = reference(longer_calls, long)
+  def assert_reads_on(self, config):
+    """A recurrent model reads more than model.max_length, and all of it."""
+    requests = [request(60, 20), request(2, 9), request(28, 3)]
     with self.assertNoLogs(logging.get_absl_logger(), 'WARNING'):
-      found = make_score(_TITANS, batch_size=2)([long])
-    self.assert_scores(found, [wanted])
-    forgetful = make_score(_TITANS, batch_size=2)(
-      [requests_lib.Request(long.context[-44:], long.continuation)]
-    )
-    self.assertNotAlmostEqual(forgetful[0][0], wanted[0], delta=1e-3)
+      found = make_score(config)(requests)
+    self.assert_scores(found, [reference(config, r) for r in requests])
+    tail = requests_lib.Request(requests[0][0][-10:], requests[0][1])
+    (forgetful,) = make_score(config)([tail])
+    self.assertNotAlmostEqual(forgetful[0], found[0][0], delta=1e-3)
+
+  def test_titans_reads_more_than_its_max_length(self):
+    self.assert_reads_on(_TITANS)
+
+  @pytest.mark.slow
+  def test_hope_reads_more_than_its_max_length(self):
+    self.assert_reads_on(_HOPE)
+
+  def test_pieces_of_any_length_are_the_same(self):
+    requests = [request(60, 20), request(2, 9)]
+    whole = make_score(_TITANS)(requests)
+    self.assert_scores(make_score(_TITANS, max_length=7)(requests), whole)
 
   def test_attention_reads_what_it_holds_and_says_so(self):
-    score = make_score(_ATTENTION, batch_size=2)
-    requests = [request(150, 20), request(3, 3), request(80, 5)]
+    requests = [request(70, 9), request(3, 3), request(30, 5)]
     with self.assertLogs(logging.get_absl_logger(), 'WARNING') as logs:
-      found = score(requests)
+      found = make_score(_ATTENTION)(requests)
     self.assertLen(logs.output, 1)
-    self.assertIn('2 of 3 texts are longer than the 64', logs.output[0])
-    # 64 tokens are read to predict the last; the first 20 are continued.
+    self.assertIn('2 of 3 texts are longer than the 32', logs.output[0])
+    # 32 tokens are read to predict the last, of which others are predicted.
     tails = [
-      requests_lib.Request(r.context[-(65 - len(r.continuation)) :], r[1])
-      for r in requests
+      requests_lib.Request(context[-(33 - len(rest)) :], rest)
+      for context, rest in requests
     ]
     self.assert_scores(found, [reference(_ATTENTION, r) for r in tails])
 
   def test_a_long_text_is_the_sum_of_its_windows(self):
-    text = request(1, 150)
-    (found,) = make_score(_ATTENTION, batch_size=2)([text])
+    text = request(1, 75)
+    (found,) = make_score(_ATTENTION)([text])
     tokens = np.concatenate(text)
     wanted = sum(
       reference(_ATTENTION, requests_lib.Request(tokens[a:b], tokens[b:c]))[0]
-      for a, b, c in ((0, 1, 65), (64, 65, 129), (86, 129, 151))
+      for a, b, c in ((0, 1, 33), (32, 33, 65), (43, 65, 76))
     )
+    self.assertAlmostEqual(found.log_likelihood, wanted, delta=1e-3)
+
+  def test_the_text_of_a_recurrent_model_is_one_stream(self):
+    text = request(1, 75)
+    (found,) = make_score(_TITANS)([text])
+    tokens = np.concatenate(text)
+    parts = make_score(_TITANS)(
+      [
+        requests_lib.Request(tokens[:a], tokens[a:b])
+        for a, b in ((1, 33), (33, 65), (65, 76))
+      ]
+    )
+    wanted = sum(part.log_likelihood for part in parts)
     self.assertAlmostEqual(found.log_likelihood, wanted, delta=1e-3)
 
   def test_windows(self):
@@ -177,17 +189,19 @@ class ScoreTest(parameterized.TestCase):
     self.assertEqual((len(tokens), num_scored), (11, 10))
 
   def test_nothing_is_certain(self):
-    score = make_score(_ATTENTION, batch_size=2)
+    score = make_score(_ATTENTION)
     self.assertEqual(score([request(5, 0)]), [scoring.Score(0.0, True)])
     self.assertEqual(score([]), [])
 
   def test_greedy_is_the_likeliest_of_the_vocabulary(self):
-    prompt = request(6, 0).context
-    model = models.make_model(_ATTENTION)
-    logits, _ = model.forward(init_params(_ATTENTION), None, prompt[None])
-    last = np.asarray(logits[0, -1])
+    prompt = request(1, 0).context
+    model, params = models.make_model(_ATTENTION), init_params(_ATTENTION)
+    logits, _ = make_step(_ATTENTION)(
+      params, model.init_state(params, 1), prompt[None]
+    )
+    last = np.asarray(logits[0, 0])
     best = int(last.argmax())
-    score = make_score(_ATTENTION, batch_size=2)
+    score = make_score(_ATTENTION)
     other = int(last.argmin())
     self.assertEqual(
       [
@@ -199,7 +213,7 @@ class ScoreTest(parameterized.TestCase):
       [True, False],
     )
     below = int(last[:best].argmax())
-    (found,) = make_score(_ATTENTION, batch_size=2, vocab_size=best)(
+    (found,) = make_score(_ATTENTION, vocab_size=best)(
       [requests_lib.Request(prompt, np.array([below]))]
     )
     self.assertTrue(found.is_greedy)
@@ -210,17 +224,17 @@ class ScoreTest(parameterized.TestCase):
     params = jax.device_put(
       init_params(_ATTENTION), sharding.param_shardings(model.table, mesh)
     )
-    requests = [request(30, 5, seed=i) for i in range(5)]
+    requests = [request(20, 5, seed=i) for i in range(5)]
     with jax.set_mesh(mesh):
       score = scoring.make_score(model, batch_size=3, mesh=mesh)
       found = score(params, requests)
-    self.assert_scores(found, make_score(_ATTENTION, batch_size=2)(requests))
+    self.assert_scores(found, make_score(_ATTENTION)(requests))
 
   def test_refuses_settings_out_of_range(self):
     with self.assertRaisesRegex(errors.UserError, 'batch_size=0'):
       make_score(_ATTENTION, batch_size=0)
-    with self.assertRaisesRegex(errors.UserError, 'max_length=65'):
-      make_score(_ATTENTION, max_length=65)
+    with self.assertRaisesRegex(errors.UserError, 'max_length=33'):
+      make_score(_ATTENTION, max_length=33)
 
 
 if __name__ == '__main__':
