@@ -1,0 +1,38 @@
+"""How many levels, with the chain as wide and each half as often as the last.
+
+Command:
+  python launch/sweep.py --config=experiments/ablations/levels.py \
+    --workdir=runs/levels --seeds=3
+
+Hardware: two CPU cores, a few minutes for each of the 15 runs.
+Result: not run to its end yet.
+
+One level is a Transformer's MLP. The last row has two levels that both learn
+at every step: what clocks alone are worth is the row `levels_2` against it.
+"""
+
+from experiments.ablations import small
+from nested_learning import errors
+from nested_learning import sweeps
+from nested_learning import training
+
+_MOST = 4
+
+
+def get_config(arg: str | None = None) -> training.ExperimentConfig:
+  """The experiment; `arg` is the number of levels, 2 if left out."""
+  choices = [str(n) for n in range(1, _MOST + 1)]
+  if arg is not None and arg not in choices:
+    raise errors.UserError(f'{arg!r} must be one of {", ".join(choices)}.')
+  return small.make_config('levels', num_levels=int(arg or 2))
+
+
+def get_sweep() -> sweeps.Sweep:
+  """One to four levels, and two without clocks."""
+  return sweeps.Sweep(
+    rows=(
+      *(sweeps.Row(f'levels_{n}', arg=str(n)) for n in range(1, _MOST + 1)),
+      sweeps.Row('levels_2_one_clock', ('model.levels.1.chunk_size=none',)),
+    ),
+    metrics=small.METRICS,
+  )

@@ -1,0 +1,315 @@
+"""Runs an experiment many times, with other settings and seeds, into a table.
+
+    python launch/sweep.py --config=experiments/quickstart.py \
+      --grid model.mixer.chunk_size=16,64 --grid train.learning_rate=1e-3,4e-3 \
+      --seeds=3 --jobs=1 --workdir=runs/chunks
+    python launch/sweep.py --config=experiments/ablations/components.py \
+      --seeds=3 --workdir=runs/abl
+    python launch/sweep.py --workdir=runs/abl --collect
+
+A cell is a choice of settings; every cell and seed is a run of launch/run.py in
+--workdir/cells/NAME/seed_0. The same command again, or --workdir alone, runs
+what is not finished: runs that were interrupted resume, and so do those that
+failed. Rows, values and seeds can be added to a sweep; everything else needs
+another --workdir. The finished runs make README.md, results.csv, summary.json
+and plots; --collect makes these at any time.
+
+Exits with 0 when all is done, with 1 and a line for each failed run, with 2 and
+one line on stderr when a flag or a config is wrong.
+"""
+
+import dataclasses
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+
+from absl import app
+from absl import flags
+
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+if str(_ROOT) not in sys.path:
+  sys.path.insert(0, str(_ROOT))  # A checkout runs without being installed.
+
+from nested_learning import configs  # noqa: E402
+from nested_learning import errors  # noqa: E402
+from nested_learning import sweeps  # noqa: E402
+
+_CONFIG = flags.DEFINE_string(
+  'config',
+  None,
+  'Experiment file, optionally with an argument; its get_sweep(), if it has '
+  'one, names the cells. May be left out where --workdir holds a sweep.',
+)
+_GRID = flags.DEFINE_multi_string(
+  'grid',
+  [],
+  'A field and its values, as in --grid model.mixer.chunk_size=16,64. A value '
+  'with commas of its own stands in brackets or quotes, as in (k,v),(k,). '
+  'Repeatable: the cells are all combinations.',
+)
+_SET = flags.DEFINE_multi_string(
+  'set', [], 'A field to change in all cells, as for launch/run.py. Repeatable.'
+)
+_SEEDS = flags.DEFINE_integer(
+  'seeds', None, 'Runs of each cell, with the seeds 0, 1, ...', lower_bound=1
+)
+_METRICS = flags.DEFINE_list(
+  'metrics',
+  [],
+  'Keys of summary.json to show, as in loss,score:max; the end says which is '
+  'best where the name does not.',
+)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the sweep.')
+_TARGET = flags.DEFINE_enum(
+  'target',
+  'local',
+  ['local', 'slurm', 'tpu-vm'],
+  'Where: processes on this machine; an array of Slurm with a task for each '
+  'run; or a list of commands with a TPU job for each run.',
+)
+_JOBS = flags.DEFINE_integer(
+  'jobs',
+  None,
+  'Runs at a time: 1 on this machine, as many as Slurm allows there.',
+  lower_bound=1,
+)
+_SBATCH = flags.DEFINE_multi_string(
+  'sbatch',
+  [],
+  'An option of sbatch, as in --sbatch=--time=4:00:00. Repeatable.',
+)
+_ONLY = flags.DEFINE_string(
+  'only', '*', "Run these cells or runs alone; a pattern such as 'heads=*'."
+)
+_DRY_RUN = flags.DEFINE_bool(
+  'dry_run', False, 'Print what would run, and write nothing.'
+)
+_COLLECT = flags.DEFINE_bool(
+  'collect', False, 'Only make the tables and plots of what is finished.'
+)
+
+
+def main() -> None:
+  """Parses the flags and runs."""
+  app.run(_main, flags_parser=_parse_flags)
+
+
+def _main(argv: list[str]) -> None:
+  try:
+    if len(argv) > 1:
+      raise errors.UserError(
+        f'Unexpected argument {argv[1]!r}; flags begin with --, as in '
+        '--config=experiments/quickstart.py.'
+      )
+    if _WORKDIR.value is None:
+      raise errors.UserError('A sweep needs a folder: --workdir=runs/NAME.')
+    sys.exit(_run(pathlib.Path(_WORKDIR.value)))
+  except KeyboardInterrupt:
+    _print_error('interrupted.')
+    sys.exit(130)
+  except errors.UserError as error:
+    _print_error(error)
+    sys.exit(2)
+
+
+def _run(workdir: pathlib.Path) -> int:
+  """Plans the sweep, runs what is left of it and collects."""
+  stored = sweeps.load(workdir)
+  if _COLLECT.value:
+    if stored is None:
+      raise errors.UserError(f'{workdir} holds no sweep to collect.')
+    if _METRICS.value:
+      stored = dataclasses.replace(stored, metrics=tuple(_METRICS.value))
+    return _collect(stored, workdir)
+  record = _plan(stored)
+  runs = sweeps.list_runs(record, workdir, only=_ONLY.value)
+  left = [run for run in runs if not run.finished]
+  if _DRY_RUN.value:
+    _show(runs, left, workdir)
+    return 0
+  if left and _ONLY.value == '*':
+    commits = dict.fromkeys((*record.commits, *_commit()))
+    record = dataclasses.replace(record, commits=tuple(commits))
+  if record != stored:
+    sweeps.save(record, workdir)
+  if left and _TARGET.value == 'slurm':
+    return _submit(left, workdir)
+  if left and _TARGET.value == 'tpu-vm':
+    return _write_commands(left, workdir)
+  outcome = sweeps.run_all(
+    runs,
+    lambda run: [sys.executable, *_arguments(run)],
+    num_jobs=_JOBS.value or 1,
+    # The runs of a cell differ in the seed alone and share what they compile.
+    environment={
+      'JAX_COMPILATION_CACHE_DIR': str(workdir.resolve() / '.compiled'),
+      **os.environ,
+    },
+  )
+  code = _collect(record, workdir)
+  return _report(outcome, workdir) or code
+
+
+def _plan(stored: sweeps.Record | None) -> sweeps.Record:
+  """The sweep that the flags name, with what its folder holds already."""
+  spec, assignments = _CONFIG.value, tuple(_SET.value)
+  metrics = tuple(_METRICS.value)
+  if spec is None:
+    if stored is None:
+      raise errors.UserError(
+        f'No config, and {_WORKDIR.value} holds no sweep: name one, as in '
+        '--config=experiments/ablations/components.py.'
+      )
+    if _GRID.value or assignments:
+      raise errors.UserError('--grid and --set need the --config of the sweep.')
+    record = dataclasses.replace(
+      stored,
+      base=_make_base(stored.spec, stored.assignments),
+      num_seeds=_SEEDS.value or stored.num_seeds,
+      metrics=metrics or stored.metrics,
+    )
+    return sweeps.update(record, stored)
+  sweep = sweeps.load_sweep(spec)
+  sweep = dataclasses.replace(
+    sweep,
+    grid=(*sweep.grid, *_GRID.value),
+    metrics=metrics or sweep.metrics,
+  )
+  record = sweeps.Record(
+    spec=spec,
+    assignments=assignments,
+    base=_make_base(spec, assignments),
+    fields=tuple(sweeps.parse_grid(text)[0] for text in sweep.grid),
+    cells=sweeps.make_cells(spec, sweep, assignments=assignments),
+    num_seeds=_SEEDS.value or (stored.num_seeds if stored else 1),
+    seed_fields=sweep.seed_fields,
+    metrics=sweep.metrics,
+    printed=sweep.printed,
+    commands=(shlex.join(['python', 'launch/sweep.py', *sys.argv[1:]]),),
+  )
+  return sweeps.update(record, stored)
+
+
+def _make_base(spec, assignments):
+  return configs.override(configs.load(spec), assignments)
+
+
+def _arguments(run: sweeps.Run) -> list[str]:
+  """The command of a run, without the Python in front."""
+  path = _ROOT / 'launch' / 'run.py'
+  if pathlib.Path.cwd() == _ROOT:
+    path = path.relative_to(_ROOT)
+  return [
+    str(path),
+    f'--config={run.cell.spec}',
+    f'--workdir={run.folder}',
+    *(f'--set={assignment}' for assignment in run.assignments),
+  ]
+
+
+def _show(runs, left, workdir) -> None:
+  """Prints what would run."""
+  if _TARGET.value == 'slurm' and left:
+    print(_make_script(left, workdir), end='')
+  else:
+    for run in left:
+      print(_format_command(run))
+  finished = len(runs) - len(left)
+  print(f'# {len(left)} runs; {finished} more are finished.', file=sys.stderr)
+
+
+def _format_command(run: sweeps.Run) -> str:
+  target = ['--target=tpu-vm'] if _TARGET.value == 'tpu-vm' else []
+  return shlex.join(['python', *_arguments(run), *target])
+
+
+def _write_commands(left, workdir) -> int:
+  """Writes the commands that start a TPU job for each run."""
+  path = workdir / 'commands.sh'
+  path.write_text(''.join(f'{_format_command(run)}\n' for run in left))
+  print(f'{path} has {len(left)} commands, each of which starts a TPU job.')
+  return 0
+
+
+def _make_script(left, workdir) -> str:
+  return sweeps.make_array_script(
+    [run.name for run in left],
+    [
+      sys.executable,
+      str(pathlib.Path(__file__).resolve()),
+      f'--workdir={workdir}',
+    ],
+    folder=os.getcwd(),
+    logs=str(workdir / 'slurm'),
+    options=_SBATCH.value,
+    num_jobs=_JOBS.value,
+  )
+
+
+def _submit(left, workdir) -> int:
+  """Writes the script of the array and hands it to Slurm."""
+  path = workdir / 'slurm.sh'
+  path.write_text(_make_script(left, workdir), encoding='utf-8')
+  (workdir / 'slurm').mkdir(exist_ok=True)  # for the logs of the tasks
+  if shutil.which('sbatch') is None:
+    raise errors.UserError(
+      f'There is no sbatch here to start {len(left)} runs; where there is one: '
+      f'sbatch {shlex.quote(str(path))}.'
+    )
+  return subprocess.run(['sbatch', str(path)], check=False).returncode
+
+
+def _collect(record: sweeps.Record, workdir: pathlib.Path) -> int:
+  """Writes the tables; says where, and what they lack."""
+  for warning in sweeps.collect(record, workdir):
+    _print_error(warning)
+  print(f'{workdir}/README.md has the results.')
+  return 0
+
+
+def _report(outcome: sweeps.Outcome, workdir: pathlib.Path) -> int:
+  """Says what did not finish; returns the exit code."""
+  if outcome.failures:
+    _print_error(
+      f'{len(outcome.failures)} runs did not finish; the same command runs '
+      'these again:'
+    )
+    for name, reason in outcome.failures.items():
+      print(f'  {workdir}/cells/{name}: {reason}', file=sys.stderr)
+  if outcome.received is not None:
+    again = shlex.join(['python', 'launch/sweep.py', f'--workdir={workdir}'])
+    _print_error(
+      f'{outcome.received.name}: stopped {outcome.num_stopped} runs, and '
+      f'{outcome.num_waiting} have not begun; to go on from there: {again}'
+    )
+    return 128 + outcome.received
+  return 1 if outcome.failures else 0
+
+
+def _commit() -> tuple[str, ...]:
+  """The commit of the code, where that can be told."""
+  command = ['git', '-C', str(_ROOT), 'describe', '--always', '--dirty']
+  try:
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+  except (OSError, subprocess.CalledProcessError):
+    return ()
+  return (result.stdout.strip(),)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    _print_error(error)
+    sys.exit(2)
+
+
+def _print_error(error: Exception | str) -> None:
+  print(f'sweep.py: {" ".join(str(error).split())}', file=sys.stderr)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,208 @@
+"""What a sweep's folder says about itself, and what may be added to it."""
+
+from collections.abc import Sequence
+import dataclasses
+import fnmatch
+import os
+import pathlib
+import tempfile
+from typing import Any, NamedTuple
+
+from nested_learning import configs
+from nested_learning import errors
+from nested_learning.sweeps import cells as cells_lib
+
+_FILE = 'sweep.json'
+SUMMARY = 'summary.json'
+ERROR = 'error.txt'
+LOG = 'log.txt'
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """A sweep as its folder keeps it, in sweep.json."""
+
+  spec: str  # --config
+  assignments: tuple[str, ...]  # --set, of all cells
+  base: Any  # the config that the cells start from
+  fields: tuple[str, ...]  # of the grid
+  cells: tuple[cells_lib.Cell, ...]
+  num_seeds: int = 1
+  seed_fields: tuple[str, ...] = ()
+  metrics: tuple[str, ...] = ()
+  printed: str = ''
+  commands: tuple[str, ...] = ()  # that made it what it is
+  commits: tuple[str, ...] = ()  # of the code at which runs were started
+
+
+class Run(NamedTuple):
+  """One cell with one seed.
+
+  Attributes:
+    name: `cell/seed_0`.
+    folder: Where the run writes.
+    cell: Its cell.
+    seed: From 0.
+    assignments: All changes to the config, as for --set.
+    config: The config that the run has to have.
+  """
+
+  name: str
+  folder: pathlib.Path
+  cell: cells_lib.Cell
+  seed: int
+  assignments: tuple[str, ...]
+  config: Any
+
+  @property
+  def finished(self) -> bool:
+    """Whether the file is there that a run writes last of all."""
+    return (self.folder / SUMMARY).is_file()
+
+
+def load(workdir: pathlib.Path) -> Record | None:
+  """Returns the sweep that a folder holds; None if it holds nothing.
+
+  Raises:
+    errors.UserError: The folder holds something else.
+  """
+  if (workdir / _FILE).is_file():
+    record = configs.load(str(workdir / _FILE))
+    if isinstance(record, Record):
+      return record
+  elif not workdir.is_dir() or not any(workdir.iterdir()):
+    return None
+  raise errors.UserError(
+    f'{workdir} holds no sweep but other files; use another --workdir.'
+  )
+
+
+def save(record: Record, workdir: pathlib.Path) -> None:
+  """Writes sweep.json, whole or not at all."""
+  write_file(workdir / _FILE, configs.to_json(record).encode())
+
+
+def update(record: Record, stored: Record | None) -> Record:
+  """Adds a sweep to the one that a folder holds.
+
+  The folder keeps one sweep: one experiment, one config that all cells start
+  from, one set of fields in the grid. To these, rows, values and seeds can be
+  added; none is taken away by a call that does not name it.
+
+  Args:
+    record: The sweep that is asked for.
+    stored: What the folder holds, if anything.
+
+  Returns:
+    Both together; metrics are those that are asked for.
+
+  Raises:
+    errors.UserError: They are not one sweep.
+  """
+  if stored is None:
+    return record
+  for what, ours, theirs in (
+    ('of', os.path.normpath(record.spec), os.path.normpath(stored.spec)),
+    ('over', _listed(record.fields), _listed(stored.fields)),
+    ('with seeds in', _listed(record.seed_fields), _listed(stored.seed_fields)),
+  ):
+    if ours != theirs:
+      raise _refuse(f'{what} {theirs}, and this one is {what} {ours}')
+  changed = configs.differences(record.base, stored.base)
+  for path, (ours, theirs) in changed.items():
+    more = f' and {len(changed) - 1} more' if len(changed) > 1 else ''
+    raise _refuse(f'with {path}={theirs!r}{more}, and here it is {ours!r}')
+  together = {cell.name: cell for cell in stored.cells}
+  for cell in record.cells:
+    old = together.get(cell.name, cell)
+    if (old.spec, old.assignments) != (cell.spec, cell.assignments):
+      raise _refuse(
+        f'whose cell {cell.name} is {_cell(old)}, and here it is {_cell(cell)}'
+      )
+    together[cell.name] = cell
+  return dataclasses.replace(
+    record,
+    cells=tuple(together.values()),
+    num_seeds=max(record.num_seeds, stored.num_seeds),
+    commands=tuple(dict.fromkeys((*stored.commands, *record.commands))),
+    commits=tuple(dict.fromkeys((*stored.commits, *record.commits))),
+  )
+
+
+def list_runs(
+  record: Record, workdir: pathlib.Path, *, only: str = '*'
+) -> list[Run]:
+  """Lists a sweep's runs, every cell before the next seed.
+
+  Args:
+    record: The sweep.
+    workdir: Its folder.
+    only: Pattern that the name of a cell, or of a run, has to match.
+
+  Returns:
+    The runs, finished ones too.
+
+  Raises:
+    errors.UserError: A config is wrong, a folder holds a run of another config,
+      or nothing matches.
+  """
+  loaded = cells_lib.load_cells(
+    record.cells, num_seeds=record.num_seeds, seed_fields=record.seed_fields
+  )
+  runs = []
+  for seed in range(record.num_seeds):
+    for cell in record.cells:
+      name = f'{cell.name}/seed_{seed}'
+      assignments, config = loaded[cell.name, seed]
+      folder = workdir / 'cells' / name
+      if any(fnmatch.fnmatchcase(n, only) for n in (cell.name, name)):
+        runs.append(Run(name, folder, cell, seed, assignments, config))
+  if not runs:
+    raise errors.UserError(
+      f'No cell is called {only!r}; there are '
+      f'{", ".join(cell.name for cell in record.cells)}.'
+    )
+  for run in runs:
+    _check_same(run)
+  return runs
+
+
+def write_file(path: pathlib.Path, content: bytes) -> None:
+  """Writes a file whole or not at all, also beside others who write it."""
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix='.writing')
+    with open(handle, 'wb') as file:
+      file.write(content)
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+  except OSError as error:
+    raise errors.UserError(f'Cannot write {path}: {error.strerror}.') from error
+
+
+def _check_same(run: Run) -> None:
+  """Refuses a run's folder that holds a run of another config."""
+  path = run.folder / 'config.json'
+  if not path.is_file():
+    return
+  changed = configs.differences(run.config, configs.load(str(path)))
+  for field, (ours, theirs) in changed.items():
+    raise errors.UserError(
+      f'{run.folder} holds a run with {field}={theirs!r}, and here it is '
+      f'{ours!r}; use another --workdir, or remove that folder to run it anew.'
+    )
+
+
+def _refuse(difference: str) -> errors.UserError:
+  return errors.UserError(
+    f'The --workdir holds a sweep {difference}. Use another --workdir; only '
+    'rows, values and seeds can be added to a sweep.'
+  )
+
+
+def _listed(names: Sequence[str]) -> str:
+  return ', '.join(names) or 'no field'
+
+
+def _cell(cell: cells_lib.Cell) -> str:
+  return ' '.join((cell.spec, *cell.assignments))
