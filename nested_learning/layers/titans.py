@@ -24,7 +24,6 @@ References:
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +36,8 @@ from nested_learning.layers import layer
 from nested_learning.layers import norm
 
 _VECTORS = ('k', 'v', 'q')
+# Of the memories that make them: 'k' beside the scalars, which read as it does.
+_STACKED = ('v', 'q', 'k')
 _SCALARS = ('inner_lr', 'retention')
 ROLES = (*_VECTORS, *_SCALARS)
 _CONV_WIDTH = 4
@@ -148,7 +149,7 @@ def make_self_modifying_titans(
   """
   c = config
   heads, dim = c.num_heads, c.head_dim
-  vectors = [r for r in _VECTORS if r in c.adaptive]
+  vectors = [r for r in _STACKED if r in c.adaptive]
   scalars = [r for r in _SCALARS if r in c.adaptive]
   rates = [r for r in _SCALARS if r not in c.adaptive]
   rates += ['momentum'] if c.momentum else []
@@ -207,16 +208,21 @@ def make_self_modifying_titans(
     conv = convolution.init_state(_CONV_WIDTH, channels, batch_size, dtype)
     return TitansState(conv, start.get('others'), start['main'])
 
-  def project(linear, inputs):
+  def project(weights, inputs):
     """The tokens' feed, made by the memories' own anchor; NL eq. 79-84."""
     made, raw = dict(inputs[0]), dict(inputs[1])
-    if 'others' in networks:
-      read = functools.partial(networks['others'].apply, linear)
-      outputs = {r: read(made[r]) for r in dict.fromkeys(['k', *vectors])}
-      for i, role in enumerate(vectors):
-        made[role] = outputs[role].vectors[:, :, i]
-      for i, role in enumerate(scalars):
-        raw[role] = outputs['k'].scalars[:, :, i]
+    for role in dict.fromkeys([*vectors, 'k'] if scalars else vectors):
+      i = vectors.index(role) if role in vectors else 0
+      outputs = networks['others'].read(
+        weights,
+        made[role],
+        (i, i + (role in vectors)),
+        (0, len(scalars) if role == 'k' else 0),
+      )
+      if role in vectors:
+        made[role] = outputs.vectors[:, :, 0]
+      for j, scalar in enumerate(scalars if role == 'k' else ()):
+        raw[scalar] = outputs.scalars[:, :, j]
     return memory.Feed(
       key=norm.l2_normalize(made['k']),
       value=norm.l2_normalize(made['v']),
@@ -281,8 +287,8 @@ def make_self_modifying_titans(
 
     others = None
     if 'others' in networks:
-      make_feed = lambda linear, inputs: set_rates(
-        params, 'others', project(linear, inputs)
+      make_feed = lambda weights, inputs: set_rates(
+        params, 'others', project(weights, inputs)
       )
       result, others = run(
         'others', params, start.others, feed_inputs, marks, make_feed
@@ -291,8 +297,7 @@ def make_self_modifying_titans(
     else:
       feed = project(None, feed_inputs)
     feed = set_rates(params, 'main', feed)
-    static = lambda linear, feed: feed
-    result, main = run('main', params, start.main, feed, marks, static)
+    result, main = run('main', params, start.main, feed, marks, None)
 
     read = jnp.einsum('bhtd->bthd', result.read)
     read = norm.rms_norm(params['norm'], read).astype(dtype)

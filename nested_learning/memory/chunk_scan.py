@@ -13,6 +13,8 @@ from nested_learning.memory import rows
 from nested_learning.memory import rule as rules
 from nested_learning.memory import writes
 
+_KEPT_CHUNKS = 32  # up to which the backward pass keeps every chunk's memory
+
 
 def chunk_scan(
   network: networks.Network,
@@ -38,7 +40,8 @@ def chunk_scan(
     state: Where the stream stands. None is a stream's start, and spares the
       bookkeeping of a call in the middle of a chunk.
     inputs: What `project` takes, a pytree of [b, h, t, ...].
-    project: Makes the `Feed` of the tokens.
+    project: Makes the `Feed` of the tokens from the memory itself; None where
+      the inputs are the `Feed`.
     reset: bool [b, t], True at a document's first token.
     mask: bool [b, t], False for tokens that are not there.
     write: False reads the memory and leaves it as it is.
@@ -55,7 +58,13 @@ def chunk_scan(
   chunks, restore = lay_out(
     rule.chunk_size, start.offset, inputs, reset=reset, mask=mask
   )
-  body = functools.partial(_chunk, network, rule, initial, project, write)
+  if project is None:
+    chunks = chunks._replace(
+      keys=_make_keys(rule, chunks.inputs, chunks, write)
+    )
+  # A reference per row: the scan's backward pass then sums over no rows.
+  reference = rows.broadcast(initial, start.memory)
+  body = functools.partial(_chunk, network, rule, reference, project, write)
   if chunks.mask is not None:
     state, result = _scan_groups(body, start, chunks)
   else:  # chunks are whole: a memory at their end is the next one's anchor
@@ -71,6 +80,39 @@ class _Chunks(NamedTuple):
   reset: jax.Array | None  # bool [n, b, c]
   mask: jax.Array | None  # bool [n, b, c], None when every slot is filled
   has_border: jax.Array | None  # bool [n], whether any row has a reset
+  keys: '_ChunkKeys | None' = None  # of a static memory, known beforehand
+
+  def marks(self, write: bool) -> tuple[jax.Array | None, jax.Array | None]:
+    """Resets, and which tokens write, each [(n,) b, 1, c, 1]."""
+    column = lambda x: None if x is None else x[..., None, :, None]
+    does_write = None
+    if self.mask is not None:
+      does_write = self.mask & write
+    elif not write:
+      does_write = jnp.zeros(jax.tree.leaves(self.inputs)[0].shape[-2], bool)
+    return column(self.reset), column(does_write)
+
+
+class _ChunkKeys(NamedTuple):
+  """What of a chunk depends on its feed alone."""
+
+  keys: rules.Keys
+  scores: jax.Array | None  # with rule.read 'token'
+
+
+def _make_keys(rule, feed, chunk, write):
+  reset, does_write = chunk.marks(write)
+  rates = writes.feed_rates(feed, does_write)
+  keys = rules.make_keys(
+    feed.key,
+    rates,
+    rules.make_decays(rates, reset),
+    erase=writes.erases(rule, 'in'),
+  )
+  scores = None
+  if rule.read == 'token':
+    scores = rules.make_scores(keys, feed.query)
+  return _ChunkKeys(keys, scores)
 
 
 def _lay_out_aligned(size, offset, inputs, *, reset, mask):
@@ -120,46 +162,51 @@ def _join(x):  # [n, b, h, c, ...] -> [b, h, n c, ...]
 
 
 def _chunk(network, rule, initial, project, write, state, chunk):
-  """One chunk: the body of the scan."""
+  """One chunk: the body of the scan; `initial` has a copy per row."""
   anchor = state.memory
   if chunk.mask is not None:
     anchor = rows.where(state.offset == 0, state.memory, state.anchor)
   seen = writes.evaluate(network, rule, anchor, chunk.inputs, project)
-  reset = does_write = None
-  if chunk.mask is not None:
-    does_write = (chunk.mask & write)[:, None, :, None]
-  elif not write:
-    does_write = jnp.zeros((1, 1, rule.chunk_size, 1), bool)
-  if chunk.reset is not None:  # after a border the initial memory is the anchor
-    reset = chunk.reset[:, None, :, None]
-    fresh = jnp.cumsum(reset, axis=2) > 0
+  reset, does_write = chunk.marks(write)
+  if reset is not None:  # after a border the initial memory is the anchor
     seen = jax.lax.cond(
       chunk.has_border,
       lambda: rows.where_tokens(
-        fresh,
+        jnp.cumsum(reset, axis=2) > 0,
         writes.evaluate(network, rule, initial, chunk.inputs, project),
         seen,
       ),
       lambda: seen,
     )
-  decays = rules.make_decays(
-    writes.map_rates(rule, 'in', seen, does_write), reset
-  )
+  first = chunk.keys or _make_keys(rule, seen.feed, chunk, write)
   solved = {}
   for name, weights in state.memory.items():
+    rates = writes.map_rates(rule, name, seen, does_write)
+    keys = first.keys
+    if name != 'in':
+      keys = rules.make_keys(
+        seen.inputs[name],
+        rates,
+        writes.per_map(keys.decays, name),
+        erase=writes.erases(rule, name),
+      )
     solved[name] = rules.solve_chunk(
       rules.Carry(weights, state.trace and state.trace[name]),
       writes.reference(rule, initial[name]),
       initial[name],
-      seen.inputs[name],
+      keys,
       seen.deltas[name],
-      writes.map_rates(rule, name, seen, does_write),
-      writes.per_map(decays, name),
-      erase=writes.erases(rule, name),
+      rates,
+      # The anchor is the memory where chunks are whole.
+      read=seen.outputs[name] if chunk.mask is None else None,
     )
   read = seen.read
   if rule.read == 'token':
-    linear = lambda name, q: rules.read_chunk(solved[name], q)
+
+    def linear(name, q):
+      scores = first.scores if name == 'in' else None
+      return rules.read_chunk(solved[name], q, scores)
+
     read = writes.read_vector(network, linear, seen.feed.query)
   ended = {name: rules.end_chunk(chunk) for name, chunk in solved.items()}
   memory = {name: carry.weights for name, carry in ended.items()}
@@ -182,8 +229,15 @@ def _chunk(network, rule, initial, project, write, state, chunk):
 
 
 def _scan_groups(body, state, chunks):
-  """Scans in groups of about sqrt(n) chunks that the backward pass redoes."""
+  """Scans with a backward pass that keeps memories of about 2 sqrt(n) chunks.
+
+  Of each chunk only the memory at its start is kept, and the rest computed
+  again; with more than `_KEPT_CHUNKS`, first those of a group of chunks.
+  """
+  body = jax.checkpoint(body, prevent_cse=False)
   num_chunks = jax.tree.leaves(chunks)[0].shape[0]
+  if num_chunks <= _KEPT_CHUNKS:
+    return jax.lax.scan(body, state, chunks)
   group = math.isqrt(num_chunks)
   whole = num_chunks - num_chunks % group
   scan = jax.checkpoint(

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nested_learning.memory import networks
 from nested_learning.memory import objectives
 
 
@@ -86,9 +85,9 @@ class Result(NamedTuple):
   feed: Feed | None
 
 
-# Makes the feed of some tokens from the anchor and the inputs: for a static
-# model the inputs are the feed, for a self-modifying one the anchor makes it.
-Project = Callable[[networks.Linear, Any], Feed]
+# Makes the feed of some tokens from the weights of the anchor and the inputs of
+# a self-modifying memory; None for a static one, whose inputs are its feed.
+Project = Callable[[Any, Any], Feed] | None
 
 
 def init_state(

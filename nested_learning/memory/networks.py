@@ -14,7 +14,7 @@ Axes: b batch, h head, r role, t token, d head dim, f hidden. The token axis is
 always the last but one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,15 +34,21 @@ class Outputs(NamedTuple):
 
 
 class Network(NamedTuple):
-  """A network as a table and a function.
+  """A network as a table and functions.
+
+  The map 'in' reads the network's own input and no other map does; every other
+  map has a role axis.
 
   Attributes:
     table: The initial memory per map, [h, ..., out, in].
     apply: `apply(linear, x) -> Outputs` for x [b, h, t, d].
+    read: `read(memory, x, vectors, scalars) -> Outputs` of some roles alone, at
+      the cost of these roles; vectors and scalars are pairs (first, last + 1).
   """
 
   table: parameters.Table
   apply: Callable[[Linear, jax.Array], Outputs]
+  read: Callable[[Any, jax.Array, tuple[int, int], tuple[int, int]], Outputs]
 
 
 def make_matrix(
@@ -75,7 +81,20 @@ def make_matrix(
     vectors, scalars = jnp.split(linear('in', x), [num_vectors * dim], axis=-1)
     return Outputs(_split_roles(vectors, num_vectors), _scalar_roles(scalars))
 
-  return Network(table, apply)
+  def read(memory, x, vectors, scalars):
+    part = make_matrix(
+      num_heads=num_heads,
+      dim=dim,
+      num_vectors=vectors[1] - vectors[0],
+      num_scalars=scalars[1] - scalars[0],
+    )
+    cuts = [
+      (vectors[0] * dim, vectors[1] * dim),
+      (num_vectors * dim + scalars[0], num_vectors * dim + scalars[1]),
+    ]
+    return part.apply(linear_of({'in': _rows(memory['in'], cuts)}), x)
+
+  return Network(table, apply, read)
 
 
 def make_mlp(
@@ -145,7 +164,28 @@ def make_mlp(
       scalars = scalars + linear('scalar', for_scalars)
     return Outputs(vectors, scalars)
 
-  return Network(table, apply)
+  def read(memory, x, vectors, scalars):
+    part = make_mlp(
+      num_heads=num_heads,
+      dim=dim,
+      hidden_dim=hidden_dim,
+      num_vectors=vectors[1] - vectors[0],
+      num_scalars=scalars[1] - scalars[0],
+      activation=activation,
+    )
+    after = num_vectors + scalars[0], num_vectors + scalars[1]
+    cuts = [
+      (vectors[0] * hidden_dim, vectors[1] * hidden_dim),
+      (after[0] * hidden_dim, after[1] * hidden_dim),
+      (num_hidden + scalars[0], num_hidden + scalars[1]),
+    ]
+    weights = {'in': _rows(memory['in'], cuts)}
+    for name, (start, stop) in (('vector', vectors), ('scalar', scalars)):
+      if stop > start:
+        weights[name] = memory[name][..., start:stop, :, :]
+    return part.apply(linear_of(weights), x)
+
+  return Network(table, apply, read)
 
 
 def linear_of(memory: Any) -> Linear:
@@ -156,6 +196,17 @@ def linear_of(memory: Any) -> Linear:
 def apply_map(weights: jax.Array, x: jax.Array) -> jax.Array:
   """W x for weights [..., o, i] and x [..., t, i], giving [..., t, o]."""
   return jnp.einsum('...oi,...ti->...to', weights, x)
+
+
+def _rows(weights: jax.Array, cuts: Sequence[tuple[int, int]]) -> jax.Array:
+  """Some of the outputs of a map [..., o, i]; neighbouring cuts are one."""
+  merged = []
+  for start, stop in [cut for cut in cuts if cut[1] > cut[0]]:
+    if merged and merged[-1][1] == start:
+      start = merged.pop()[0]
+    merged.append((start, stop))
+  parts = [weights[..., start:stop, :] for start, stop in merged]
+  return jnp.concatenate(parts, axis=-2)
 
 
 def _split_roles(x: jax.Array, num_roles: int) -> jax.Array:

@@ -199,14 +199,56 @@ def make_decays(rates: Rates, reset: jax.Array | None = None) -> Decays:
   return Decays(kept, kept_before, between, between_before, fresh, trace)
 
 
+class Keys(NamedTuple):
+  """What a chunk's inputs come to, whatever the weights; see (2).
+
+  Attributes:
+    x: [..., t, i].
+    decays: Of the chunk, broadcastable to x.
+    inverse: Of the unit lower triangular system, [..., t, t]; None without
+      erase.
+    gram: K, where the momentum needs it, [..., t, t]; else None.
+  """
+
+  x: jax.Array
+  decays: Decays
+  inverse: jax.Array | None
+  gram: jax.Array | None
+
+
+def make_keys(
+  x: jax.Array, rates: Rates, decays: Decays, *, erase: bool
+) -> Keys:
+  """Computes a chunk's `Keys`.
+
+  Args:
+    x: Inputs of the map, [..., t, i].
+    rates: Each [..., t, 1].
+    decays: From the same rates, broadcastable to x.
+    erase: Whether the rule is Delta Gradient Descent.
+
+  Returns:
+    The `Keys`.
+  """
+  if not erase:
+    return Keys(x, decays, None, None)
+  gram = jnp.einsum(
+    '...ti,...si->...ts', x, x, precision=jax.lax.Precision.HIGHEST
+  )
+  inner_lr = rates.masked().inner_lr
+  inverse = triangular.unit_lower_inverse(
+    inner_lr * decays.between_before * gram
+  )
+  return Keys(x, decays, inverse, None if decays.trace is None else gram)
+
+
 class Chunk(NamedTuple):
   """A map's chunk, solved: what `read_chunk` and `end_chunk` need of it."""
 
   carry: Carry
   reference: jax.Array | None
   initial: jax.Array | None
-  x: jax.Array
-  decays: Decays
+  keys: Keys
   written: jax.Array  # [..., t, o], rows that G weighs
   step: jax.Array | None  # inner_lr delta, rows that w weighs
 
@@ -215,12 +257,11 @@ def solve_chunk(
   carry: Carry,
   reference: jax.Array | None,
   initial: jax.Array | None,
-  x: jax.Array,
+  keys: Keys,
   delta: jax.Array,
   rates: Rates,
-  decays: Decays,
   *,
-  erase: bool,
+  read: jax.Array | None = None,
 ) -> Chunk:
   """Solves equation (1) for all tokens of a chunk at once.
 
@@ -229,58 +270,75 @@ def solve_chunk(
     reference: W_ref, or None for zero.
     initial: What the weights become at a document border; may be None where
       `decays.fresh` is.
-    x: [..., t, i].
+    keys: From `make_keys` of the same rates; with its inverse the rule is
+      Delta Gradient Descent.
     delta: [..., t, o].
     rates: Each [..., t, 1].
-    decays: From the same rates, broadcastable to x.
-    erase: Whether the rule is Delta Gradient Descent.
+    read: What the weights before the chunk (initial after a border) give for
+      each input, [..., t, o], if that is known already.
 
   Returns:
     The solved `Chunk`.
   """
   rates = rates.masked()
-  chunk = Chunk(carry, reference, initial, x, decays, x, None)
+  trace = keys.decays.trace
   step = rates.inner_lr * delta
-  if not erase:
-    if decays.trace is None:
-      return chunk._replace(written=-step)
+  chunk = Chunk(carry, reference, initial, keys, -step, None)
+  if keys.inverse is None:
+    if trace is None:
+      return chunk
     return chunk._replace(written=jnp.zeros_like(step), step=step)
-  highest = jax.lax.Precision.HIGHEST
-  keys = jnp.einsum('...ti,...si->...ts', x, x, precision=highest)
-  inverse = triangular.unit_lower_inverse(
-    rates.inner_lr * decays.between_before * keys
-  )
-  before = _carried(chunk, x, decays.kept_before)
-  if decays.trace is None:
-    # Erased and written together: u_t - inner_lr_t delta_t.
-    right = rates.inner_lr * before + step
-    return chunk._replace(
-      written=-jnp.matmul(inverse, right, precision=highest)
+  if read is None:
+    read = _carried_read(chunk, keys.x)
+  before = _carried(chunk, keys.x, keys.decays.kept_before, read)
+  # Without a trace, erased and written together: u_t - inner_lr_t delta_t.
+  right = rates.inner_lr * before + step
+  if trace is not None:
+    before = before - trace.start_before * networks.apply_map(
+      carry.trace, keys.x
     )
-  trace = decays.trace
-  before = before - trace.start_before * networks.apply_map(carry.trace, x)
-  before = before - jnp.matmul(trace.between_before * keys, step)
-  right = rates.inner_lr * before
-  written = -jnp.matmul(inverse, right, precision=highest)
-  return chunk._replace(written=written, step=step)
+    before = before - jnp.matmul(trace.between_before * keys.gram, step)
+    right = rates.inner_lr * before
+  written = -jnp.matmul(
+    keys.inverse, right, precision=jax.lax.Precision.HIGHEST
+  )
+  return chunk._replace(written=written, step=None if trace is None else step)
 
 
-def read_chunk(chunk: Chunk, q: jax.Array) -> jax.Array:
+def make_scores(keys: Keys, q: jax.Array) -> jax.Array:
+  """How much of each token's write the query of a later one sees, G o Q K^T.
+
+  Args:
+    keys: From `make_keys`.
+    q: [..., t, i].
+
+  Returns:
+    [..., t, t], without the momentum's share.
+  """
+  return keys.decays.between * jnp.einsum('...ti,...si->...ts', q, keys.x)
+
+
+def read_chunk(
+  chunk: Chunk, q: jax.Array, scores: jax.Array | None = None
+) -> jax.Array:
   """W_t q_t for every token t of a solved chunk, after its own write.
 
   Args:
     chunk: From `solve_chunk`.
     q: [..., t, i].
+    scores: From `make_scores`, if they are known already.
 
   Returns:
     [..., t, o].
   """
-  decays = chunk.decays
-  seen = jnp.einsum('...ti,...si->...ts', q, chunk.x)
-  read = _carried(chunk, q, decays.kept)
-  read = read + jnp.matmul(decays.between * seen, chunk.written)
+  decays = chunk.keys.decays
+  read = _carried(chunk, q, decays.kept, _carried_read(chunk, q))
+  if scores is None:
+    scores = make_scores(chunk.keys, q)
+  read = read + jnp.matmul(scores, chunk.written)
   if decays.trace is None:
     return read
+  seen = jnp.einsum('...ti,...si->...ts', q, chunk.keys.x)
   trace = decays.trace
   read = read - trace.start * networks.apply_map(chunk.carry.trace, q)
   return read - jnp.matmul(trace.between * seen, chunk.step)
@@ -288,7 +346,7 @@ def read_chunk(chunk: Chunk, q: jax.Array) -> jax.Array:
 
 def end_chunk(chunk: Chunk) -> Carry:
   """Weights and trace after the last token of a solved chunk."""
-  decays = chunk.decays
+  decays = chunk.keys.decays
   kept = decays.kept[..., -1:, :]
   weights = chunk.carry.weights
   if decays.fresh is not None:
@@ -296,7 +354,7 @@ def end_chunk(chunk: Chunk) -> Carry:
   weights = kept * weights
   if chunk.reference is not None:
     weights = weights + (1.0 - kept) * chunk.reference
-  outer = lambda y: jnp.einsum('...to,...ti->...oi', y, chunk.x)
+  outer = lambda y: jnp.einsum('...to,...ti->...oi', y, chunk.keys.x)
   last = lambda matrix: jnp.swapaxes(matrix[..., -1:, :], -1, -2)
   rows = last(decays.between) * chunk.written
   if decays.trace is None:
@@ -310,12 +368,19 @@ def end_chunk(chunk: Chunk) -> Carry:
   )
 
 
-def _carried(chunk: Chunk, q: jax.Array, kept: jax.Array) -> jax.Array:
-  """What the weights before the chunk contribute to a read with q."""
+def _carried_read(chunk: Chunk, q: jax.Array) -> jax.Array:
+  """What the weights before the chunk, or after a border, give for q."""
   read = networks.apply_map(chunk.carry.weights, q)
-  fresh = chunk.decays.fresh
-  if fresh is not None:
-    read = jnp.where(fresh, networks.apply_map(chunk.initial, q), read)
+  fresh = chunk.keys.decays.fresh
+  if fresh is None:
+    return read
+  return jnp.where(fresh, networks.apply_map(chunk.initial, q), read)
+
+
+def _carried(
+  chunk: Chunk, q: jax.Array, kept: jax.Array, read: jax.Array
+) -> jax.Array:
+  """What of that is left at each token, retention having moved it."""
   if chunk.reference is None:
     return kept * read
   return kept * read + (1.0 - kept) * networks.apply_map(chunk.reference, q)

@@ -42,7 +42,8 @@ def token_loop(
     initial: Initial memory per map, [h, ..., out, in].
     state: Where the stream stands, from `init_state` or an earlier call.
     inputs: What `project` takes, a pytree of [b, h, t, ...].
-    project: Makes the `Feed` of the tokens.
+    project: Makes the `Feed` of the tokens from the memory itself; None where
+      the inputs are the `Feed`.
     reset: bool [b, t], True at a document's first token.
     mask: bool [b, t], False for tokens that are not there.
     write: False reads the memory and leaves it as it is.

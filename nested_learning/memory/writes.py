@@ -19,6 +19,7 @@ class Seen(NamedTuple):
 
   feed: interface.Feed
   inputs: dict[str, jax.Array]  # of each map, for the key
+  outputs: dict[str, jax.Array]  # of each map, for the key
   deltas: dict[str, jax.Array]  # error at each map's output
   read: jax.Array | None  # from the anchor, with rule.read 'chunk'
 
@@ -37,13 +38,13 @@ def evaluate(
     rule: How it is written and read.
     anchor: Weights per map, [b, h, ..., out, in] or without b.
     inputs: What `project` takes, a pytree of [b, h, t, ...].
-    project: Makes the `Feed` of the tokens.
+    project: Makes the `Feed` of the tokens, or None where the inputs are it.
 
   Returns:
     The `Seen`; its deltas are the objective's gradient at each map's output.
   """
   linear = networks.linear_of(anchor)
-  feed = project(linear, inputs)
+  feed = inputs if project is None else project(anchor, inputs)
   target = feed.value[:, :, None], feed.value[:, :, None, :, :0]
   if rule.target == 'own':
     vectors, scalars = network.apply(linear, feed.value)
@@ -53,11 +54,11 @@ def evaluate(
   target = networks.Outputs(*target)
 
   def loss(bumps):
-    map_inputs = {}
+    maps = {}
 
     def bumped(name, x):
-      map_inputs[name] = x
       y = linear(name, x)
+      maps[name] = x, y
       return y if bumps is None else y + bumps[name]
 
     prediction = network.apply(bumped, feed.key)
@@ -66,18 +67,17 @@ def evaluate(
       for p, t in zip(prediction, target, strict=True)
       if p.size
     )
-    return total, map_inputs
+    return total, maps
 
-  _, map_inputs = jax.eval_shape(loss, None)
-  bumps = {
-    name: jnp.zeros((*x.shape[:-1], anchor[name].shape[-2]), x.dtype)
-    for name, x in map_inputs.items()
-  }
-  deltas, map_inputs = jax.grad(loss, has_aux=True)(bumps)
+  _, maps = jax.eval_shape(loss, None)
+  bumps = {name: jnp.zeros(y.shape, y.dtype) for name, (_, y) in maps.items()}
+  deltas, maps = jax.grad(loss, has_aux=True)(bumps)
+  map_inputs = {name: x for name, (x, _) in maps.items()}
+  map_outputs = {name: y for name, (_, y) in maps.items()}
   read = None
   if rule.read == 'chunk':
     read = read_vector(network, linear, feed.query)
-  return Seen(feed, map_inputs, deltas, read)
+  return Seen(feed, map_inputs, map_outputs, deltas, read)
 
 
 def read_vector(
@@ -87,13 +87,16 @@ def read_vector(
   return network.apply(linear, query).vectors[:, :, 0]
 
 
+def feed_rates(feed: interface.Feed, write: jax.Array | None) -> rules.Rates:
+  """The rates at which tokens write the map that reads the key."""
+  return rules.Rates(feed.inner_lr, feed.retention, feed.momentum, write)
+
+
 def map_rates(
   rule: interface.Rule, name: str, seen: Seen, write: jax.Array | None
 ) -> rules.Rates:
   """The rates of one map: those of hidden maps are scaled by their inputs."""
-  feed = seen.feed
-  rates = rules.Rates(feed.inner_lr, feed.retention, feed.momentum, write)
-  rates = per_map(rates, name)
+  rates = per_map(feed_rates(seen.feed, write), name)
   if name == 'in' or rule.erase != 'every_map':
     return rates
   # Exact proximal step for inputs of any norm, NL eq. 57.

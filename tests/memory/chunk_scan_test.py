@@ -55,6 +55,9 @@ class _Comparison(parameterized.TestCase):
 
     def loss(values, engine, marks):
       initial, inputs = values
+      project = problem.project
+      if settings['feed'] == 'given':  # as the initial memory would make it
+        inputs, project = project(initial, inputs), None
       state = memory.init_state(initial, problems.BATCH, momentum=momentum)
       if engine is memory.chunk_scan and 'mask' not in marks:
         state = None
@@ -64,7 +67,7 @@ class _Comparison(parameterized.TestCase):
         initial,
         state,
         inputs,
-        project=problem.project,
+        project=project,
         **marks,
       )
       state = problems.comparable(state)

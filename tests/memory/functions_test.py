@@ -41,8 +41,8 @@ class FunctionsTest(parameterized.TestCase):
     def l2_by_hand(p, t):
       return jnp.sum(p**2 + t**2 - 2 * p * t, axis=-1) / 2
 
-    def scaled(linear, inputs):
-      feed = problem.project(linear, inputs)
+    def scaled(weights, inputs):
+      feed = problem.project(weights, inputs)
       return feed._replace(inner_lr=feed.inner_lr * 0.5)
 
     @compiling.jit
@@ -190,8 +190,8 @@ class _LongStream(parameterized.TestCase):
     retention = jnp.array([1.0, 1.0, 1e-6, 1e-6])
     momentum = jnp.array([0.0, 0.999, 0.0, 0.999])
 
-    def project(linear, inputs):
-      made = network.apply(linear, inputs['x'])
+    def project(weights, inputs):
+      made = network.read(weights, inputs['x'], (0, 2), (0, 0))
       full = lambda rates: jnp.broadcast_to(
         rates[:, None, None], (*inputs['x'].shape[:3], 1)
       )

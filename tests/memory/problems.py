@@ -31,6 +31,7 @@ FACTORS: Mapping[str, Sequence[Any]] = {
   'max_norm': (None, 0.5),
   'chunk_size': (1, 7, 16, 64),
   'marks': ('none', 'reset', 'reset_and_mask'),
+  'feed': ('made', 'given'),
 }
 
 
@@ -79,11 +80,12 @@ def make_network(kind: str, activation=jax.nn.silu) -> memory.Network:
 def make_project(network: memory.Network, rate=jax.nn.sigmoid):
   """The memory's feed for its tokens; `rate` maps raw outputs into (0, 1)."""
 
-  def project(linear, inputs):
-    made = network.apply(linear, inputs['x'])
+  def project(weights, inputs):
+    made = network.read(weights, inputs['x'], (0, 1), (0, 2))
+    value = network.read(weights, inputs['x'], (1, 2), (0, 0))
     return memory.Feed(
       key=norm.l2_normalize(made.vectors[:, :, 0]),
-      value=norm.l2_normalize(made.vectors[:, :, 1]),
+      value=norm.l2_normalize(value.vectors[:, :, 0]),
       inner_lr=0.5 * rate(made.scalars[:, :, 0] - 1.0),
       retention=rate(made.scalars[:, :, 1] + 2.0),
       momentum=inputs.get('momentum'),
@@ -95,7 +97,8 @@ def make_project(network: memory.Network, rate=jax.nn.sigmoid):
 
 def make_rule(kind: str, settings: Mapping[str, Any]) -> memory.Rule:
   """The rule with some of `FACTORS` set; targets that fit the network."""
-  settings = {k: v for k, v in settings.items() if k not in ('kind', 'marks')}
+  others = ('kind', 'marks', 'feed')
+  settings = {k: v for k, v in settings.items() if k not in others}
   settings['objective'] = memory.OBJECTIVES[settings.get('objective', 'l2')]
   if settings.get('target') == 'value':
     settings['objective'] = vectors_only(settings['objective'])
