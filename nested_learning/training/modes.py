@@ -137,31 +137,33 @@ def _train(config, workdir, tokenizer):
 
 def _finish(config, workdir, tokenizer, outcome):
   """Evaluates, samples and reports; the summary is written last of all."""
-  table = models.make_model(config.model).table
+  numbers = _evaluate_params(
+    config, workdir, tokenizer, outcome.params, outcome.evaluation
+  )
+  sample = generate_text(config, outcome.params, tokenizer)
+  if jax.process_index() != 0:
+    return
   num_tokens = config.train.num_steps * config.batch_tokens
   lines = metrics_lib.read_metrics(workdir / 'metrics.jsonl')
   summary = {
     'name': config.name,
     'steps': config.train.num_steps,
     'tokens': num_tokens,
-    'num_parameters': parameters.count(table),
+    'num_parameters': parameters.count(models.make_model(config.model).table),
     'loss': [line['loss'] for line in lines if 'loss' in line][-1],
-    **_evaluate_params(
-      config, workdir, tokenizer, outcome.params, outcome.evaluation
-    ),
+    **numbers,
     'tokens_per_second': num_tokens / outcome.train_seconds,
     'train_seconds': outcome.train_seconds,
     'compile_seconds': outcome.compile_seconds,
     'device': jax.devices()[0].device_kind,
-    'num_devices': jax.device_count(),
+    'num_devices': trainer.make_mesh(config).size,
+    'num_processes': jax.process_count(),
     'dtype': config.model.dtype,
   }
-  sample = generate_text(config, outcome.params, tokenizer)
-  if jax.process_index() == 0:
-    (workdir / report.SAMPLE).write_text(sample, encoding='utf-8')
-    report.write_report(workdir, config, summary)
-    _write_json(workdir / 'summary.json', summary)
-    print(report.verdict(summary))
+  (workdir / report.SAMPLE).write_text(sample, encoding='utf-8')
+  report.write_report(workdir, config, summary)
+  _write_json(workdir / 'summary.json', summary)
+  print(report.verdict(summary))
 
 
 def _evaluate(config, workdir, tokenizer):
