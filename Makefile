@@ -3,9 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+HARNESS := .venv/installed-lm-eval
 TEST_FLAGS ?= -n 2
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow harness test-harness lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python launch/run.py --config=experiments/quickstart.py \
@@ -16,6 +17,13 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest $(TEST_FLAGS) -m 'slow and not gpu and not network'
+
+# lm-evaluation-harness: half a gigabyte, so that only what needs it installs it.
+harness: $(HARNESS)
+
+test-harness: $(HARNESS)
+	$(BIN)/python -m pytest tests/evaluation/harness_test.py \
+	  tests/experiments/lm_eval_test.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -42,4 +50,10 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt Makefile
 	  -c constraints.txt setuptools
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  -c constraints.txt --no-build-isolation -e '.[test,tokenizers]'
+	@touch $@
+
+$(HARNESS): $(INSTALLED)
+	@echo 'Installing lm-evaluation-harness into .venv (once).'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints.txt --no-build-isolation -e '.[lm-eval]'
 	@touch $@
