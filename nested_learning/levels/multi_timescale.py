@@ -7,16 +7,13 @@ transformation of its own, and a clock that counts tokens.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-# Phases are searched among the last so many steps of a period. Only residues
-# modulo the other periods matter, so more candidates would bring nothing.
-_NUM_PHASES = 4096
+from nested_learning.levels import clocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +40,8 @@ class LevelState(NamedTuple):
     inner: State of the level's own optimiser.
     accumulated: Sum of the gradients since the last update, in float32 or
       wider; () where the level updates on every step.
+    accumulated_extra: The same of the extra arguments that are accumulated, by
+      name; empty where there are none.
     num_accumulated: Steps in that sum, int32.
     num_updates: Updates so far, int32.
     gradient_norm: Norm of the gradient that the last update saw.
@@ -53,6 +52,7 @@ class LevelState(NamedTuple):
 
   inner: Any
   accumulated: Any
+  accumulated_extra: Mapping[str, Any]
   num_accumulated: jax.Array
   num_updates: jax.Array
   gradient_norm: jax.Array
@@ -74,6 +74,7 @@ def multi_timescale(
   tokens_per_step: int | None = None,
   reduce: str = 'mean',
   phases: str = 'staggered',
+  accumulate: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Gives every level of a model its own optimiser on its own clock.
 
@@ -114,36 +115,37 @@ def multi_timescale(
       are given in steps.
     reduce: 'mean' or 'sum' of the gradients of a chunk.
     phases: 'staggered' or 'aligned'.
+    accumulate: Extra arguments that belong to the gradients and are summed or
+      averaged with them, by name: trees like the parameters, of arrays or
+      shapes. For `dgd`, whose step depends on the energy of all inputs since
+      the last update: `jax.eval_shape(value_and_grad, params, batch)[2]`.
 
   Returns:
-    An optax gradient transformation. Extra arguments reach every level's
-    optimiser as they are on the update step; those with the structure of the
-    parameters are cut to the level's own.
+    An optax gradient transformation. Extra arguments with the structure of the
+    parameters are cut to the level's own; those not accumulated reach its
+    optimiser as they are on the update step.
 
   Raises:
     ValueError: On construction, if a chunk_size is no multiple of
       tokens_per_step or a setting is unknown; at `init`, if a level matches no
       parameter, a label names no level, or a parameter is not of a floating
-      type.
+      type; at `update`, if an extra argument is missing, or shaped like the
+      parameters and not accumulated though a level needs more than one step.
 
   References:
     Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 71.
   """
   levels = tuple(levels)
-  periods = _periods(levels, tokens_per_step)
+  periods = clocks.make_periods(levels, tokens_per_step)
   if reduce not in ('mean', 'sum'):
     raise ValueError(f"reduce={reduce!r} is not one of 'mean', 'sum'.")
-  if phases == 'staggered':
-    offsets = _staggered_phases(tuple(periods.values()))
-  elif phases == 'aligned':
-    offsets = tuple(period - 1 for period in periods.values())
-  else:
-    raise ValueError(f"phases={phases!r} is not one of 'staggered', 'aligned'.")
+  offsets = clocks.make_phases(tuple(periods.values()), phases)
   offsets = dict(zip(periods, offsets, strict=True))
   optimizers = {
     level.name: optax.with_extra_args_support(level.optimizer)
     for level in levels
   }
+  accumulate = dict(accumulate or {})
 
   def labels_of(tree):
     labels = label_fn(tree) if callable(label_fn) else label_fn
@@ -162,6 +164,11 @@ def multi_timescale(
       states[name] = LevelState(
         inner=optimizers[name].init(own),
         accumulated=jax.tree.map(_zeros, own) if period > 1 else (),
+        accumulated_extra={
+          key: _init_extra(example, params, labels, name)
+          for key, example in accumulate.items()
+          if period > 1
+        },
         num_accumulated=jnp.zeros((), jnp.int32),
         num_updates=jnp.zeros((), jnp.int32),
         gradient_norm=jnp.zeros((), jnp.float32),
@@ -172,6 +179,7 @@ def multi_timescale(
 
   def update_fn(updates, state, params=None, **extra_args):
     labels = labels_of(updates)
+    _check_extra_args(extra_args, accumulate, updates, periods)
     new_updates, new_states = [], {}
     for name, period in periods.items():
       arguments = (
@@ -246,21 +254,23 @@ def _update_if_due(
   optimizer, due, reduce, gradients, state, params, extra_args
 ):
   """Adds a gradient to a level's chunk and, on the last one, updates."""
-  accumulated = jax.tree.map(
-    lambda total, g: total + g.astype(total.dtype), state.accumulated, gradients
-  )
+  own_extra = {key: extra_args[key] for key in state.accumulated_extra}
   state = state._replace(
-    accumulated=accumulated, num_accumulated=state.num_accumulated + 1
+    accumulated=_add(state.accumulated, gradients),
+    accumulated_extra=_add(state.accumulated_extra, own_extra),
+    num_accumulated=state.num_accumulated + 1,
   )
 
   def update(state):
     divisor = state.num_accumulated if reduce == 'mean' else 1
-    reduced = jax.tree.map(
+    reduced, reduced_extra = jax.tree.map(
       lambda total, g: (total / divisor).astype(g.dtype),
-      state.accumulated,
-      gradients,
+      (state.accumulated, state.accumulated_extra),
+      (gradients, own_extra),
     )
-    updates, new_state = _update(optimizer, reduced, state, params, extra_args)
+    updates, new_state = _update(
+      optimizer, reduced, state, params, {**extra_args, **reduced_extra}
+    )
     # The branches of a cond agree in type: a state that is a weakly typed or
     # narrower scalar before its first update stays what it was.
     inner = jax.tree.map(
@@ -271,6 +281,7 @@ def _update_if_due(
     return updates, new_state._replace(
       inner=inner,
       accumulated=jax.tree.map(jnp.zeros_like, state.accumulated),
+      accumulated_extra=jax.tree.map(jnp.zeros_like, state.accumulated_extra),
       num_accumulated=jnp.zeros_like(state.num_accumulated),
     )
 
@@ -305,6 +316,48 @@ def _select_extra_args(extra_args, updates, labels, name):
   }
 
 
+def _init_extra(example, params, labels, name):
+  """Zeros for the part of an extra argument that goes to a level."""
+  # By position: NNX wraps parameters in variables here, and not in `update`.
+  leaves, structure = jax.tree.leaves(example), jax.tree.structure(params)
+  if not structure.num_leaves:
+    return jnp.zeros(())  # The placeholder of optax.tree.map_params again.
+  if len(leaves) != structure.num_leaves:
+    raise ValueError(
+      f'accumulate has a tree of {len(leaves)} leaves for '
+      f'{structure.num_leaves} parameters: give one array or shape for each.'
+    )
+  tree = structure.unflatten(leaves)
+  return jax.tree.map(_zeros, _select(tree, labels, name))
+
+
+def _check_extra_args(extra_args, accumulate, updates, periods):
+  missing = sorted(set(accumulate) - set(extra_args))
+  if missing:
+    raise ValueError(
+      f'multi_timescale accumulates the extra arguments {missing}, which '
+      'update was not given: call update(..., **extra).'
+    )
+  structure = jax.tree.structure(updates)
+  slowest = max(periods, key=periods.get)
+  if periods[slowest] == 1 or structure.num_leaves < 2:
+    return
+  for key, value in extra_args.items():
+    if key not in accumulate and jax.tree.structure(value) == structure:
+      raise ValueError(
+        f'The extra argument {key} has a value per parameter, and level '
+        f'{slowest!r} updates every {periods[slowest]} steps, so it would see '
+        f'the last value alone: give multi_timescale accumulate='
+        f'{{{key!r}: shapes}}.'
+      )
+
+
+def _add(totals, tree):
+  return jax.tree.map(
+    lambda total, leaf: total + leaf.astype(total.dtype), totals, tree
+  )
+
+
 def _zeros(leaf):
   return jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32))
 
@@ -315,60 +368,6 @@ def _norm(tree):
     for leaf in jax.tree.leaves(tree)
   ]
   return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
-
-
-def _staggered_phases(periods: Sequence[int]) -> tuple[int, ...]:
-  """Chooses the update step of every period; see `multi_timescale`."""
-  chosen = []  # (period, phase)
-  for period in periods:
-    others = [(p, phase) for p, phase in chosen if p > 1]
-    candidates = range(period - 1, max(-1, period - 1 - _NUM_PHASES), -1)
-    shares = {
-      phase: _share_of_meetings(period, phase, others) for phase in candidates
-    }
-    chosen.append((period, min(shares, key=shares.get)))
-  return tuple(phase for _, phase in chosen)
-
-
-def _share_of_meetings(period, phase, others) -> float:
-  """Share of a level's updates that fall on updates of other levels."""
-  # phase + m period and phase' + n period' meet iff the phases agree modulo
-  # the greatest common divisor; one update in period' / gcd then does.
-  divisors = [math.gcd(period, p) for p, _ in others]
-  return sum(
-    divisor / p
-    for divisor, (p, other_phase) in zip(divisors, others, strict=True)
-    if (phase - other_phase) % divisor == 0
-  )
-
-
-def _periods(levels, tokens_per_step) -> dict[str, int]:
-  """Steps between two updates of each level, by name."""
-  if not levels:
-    raise ValueError('levels is empty: give at least one Level.')
-  if tokens_per_step is not None and tokens_per_step < 1:
-    raise ValueError(
-      f'{tokens_per_step=} must be at least 1, or None to count in steps.'
-    )
-  periods = {}
-  for level in levels:
-    name, chunk_size = level.name, level.chunk_size
-    if name in periods:
-      raise ValueError(f'Two levels are named {name!r}: rename or join them.')
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-      raise ValueError(
-        f'Level {name!r}: {chunk_size=} must be a whole number of at least 1.'
-      )
-    unit = tokens_per_step or 1
-    if chunk_size % unit:
-      lower = max(unit, chunk_size // unit * unit)
-      raise ValueError(
-        f'Level {name!r}: {chunk_size=} is not a multiple of '
-        f'{tokens_per_step=}; set chunk_size to {lower} or {lower + unit}, or '
-        'change the tokens per step (batch size x sequence length).'
-      )
-    periods[name] = chunk_size // unit
-  return periods
 
 
 def _check_params(params):

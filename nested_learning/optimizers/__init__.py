@@ -4,8 +4,6 @@ from nested_learning.optimizers.capture import find_maps
 from nested_learning.optimizers.capture import value_and_delta_grad
 from nested_learning.optimizers.deep_momentum import deep_momentum
 from nested_learning.optimizers.dgd import dgd
-from nested_learning.optimizers.dgd import dgd_for_model
-from nested_learning.optimizers.dgd import dgd_report
 from nested_learning.optimizers.m3 import m3
 from nested_learning.optimizers.m3 import scale_by_m3
 from nested_learning.optimizers.momentum import delta_momentum

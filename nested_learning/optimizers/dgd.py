@@ -1,6 +1,7 @@
 """Delta Gradient Descent: gradient descent that erases before it writes."""
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -18,121 +19,7 @@ class DgdState(NamedTuple):
   count: jax.Array
 
 
-def dgd(
-  learning_rate: optax.ScalarOrSchedule,
-  *,
-  erase: float = 1.0,
-  maps: Any | Callable[[Any], Any] | None = None,
-  fallback: optax.GradientTransformation | None = None,
-) -> optax.GradientTransformationExtraArgs:
-  r"""Delta Gradient Descent: W forgets what it answers to x, then learns.
-
-  For a linear map W with inputs x_s (N of them) and a loss gradient g,
-
-  .. math::
-    W \leftarrow W - r \left(\text{erase}\; W \tfrac{1}{N} \sum_s x_s x_s^\top
-      + g\right), \qquad
-    r = \frac{\text{lr}}{1 + \text{lr}\; \text{erase}\;
-      \tfrac{1}{N} \sum_s |x_s|^2} .
-
-  With one sample and erase 1 this is the exact minimiser of 1/2 |W x - u|^2 +
-  1/(2 lr) |W - W_t|^2 with u = -dL/dy, for any norm of x. With more samples,
-  the energy (mean of |x|^2) bounds the largest eigenvalue of the mean of
-  x x^T, so no direction of W is ever pulled past zero.
-
-  The gradients passed to `update` hold the sum of both terms, and the extra
-  argument `energy` the mean of |x|^2 of every map: both as `dgd_for_model` and
-  `capture.value_and_delta_grad` give them. With plain gradients, pass the
-  extra argument `projection`, the W x x^T of every map, as well.
-
-  Deviations from print: NL eq. 57 has lr / (1 + lr), which is exact at |x| = 1
-  only; NL 114 prints u with the other sign, and 119-120 the norm of x where its
-  square is meant. Note what the rule minimises: the fixed point of one sample
-  is W x = -dL/dy, so DGD does not stop where the gradient vanishes; it is the
-  loss plus 1/2 |W x|^2 per map, which is a strong regulariser.
-
-  Args:
-    learning_rate: Step size lr, a scalar or an optax schedule (per step).
-    erase: Weight of the erasing term, as given to the capture; 0 is plain
-      gradient descent.
-    maps: Tree of bools, or a function from the parameters to one: which
-      parameters are maps with captured inputs. None: those of rank 2 or more.
-    fallback: Rule for all other parameters. None: `optax.sgd(learning_rate)`,
-      which is DGD without the erasing term.
-
-  Returns:
-    An optax gradient transformation with the extra arguments `energy` (tree
-    like the parameters; leading axes of a leaf are stacked maps) and, if the
-    gradients do not contain it, `projection`.
-
-  Raises:
-    ValueError: If a rate is negative, a parameter is not of a floating type, or
-      `update` is called without `energy`.
-
-  References:
-    Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 56-57, 112-121.
-  """
-  checks.check_rate(learning_rate=learning_rate, erase=erase)
-  if fallback is None:
-    fallback = optax.sgd(learning_rate)
-
-  def labels(params):
-    marks = maps(params) if callable(maps) else maps
-    if marks is None:
-      marks = jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
-    return jax.tree.map(lambda mark: 'dgd' if mark else 'fallback', marks)
-
-  partition = optax.partition(
-    {'dgd': _scale_by_dgd(learning_rate, erase), 'fallback': fallback},
-    labels,
-    mask_compatible_extra_args=True,
-  )
-
-  def init_fn(params):
-    checks.check_params(params)
-    return partition.init(params)
-
-  return optax.GradientTransformationExtraArgs(init_fn, partition.update)
-
-
-def _scale_by_dgd(learning_rate, erase):
-  """DGD for parameters that are all maps."""
-
-  def init_fn(params):
-    del params
-    return DgdState(jnp.zeros((), jnp.int32))
-
-  def update_fn(
-    updates, state, params=None, *, energy=None, projection=None, **extra_args
-  ):
-    del params, extra_args
-    if energy is None and jax.tree.leaves(updates):
-      raise ValueError(
-        'dgd needs the extra argument energy=<mean of |x|^2 of every map>: '
-        'take the gradients with optimizers.dgd_for_model and call '
-        'tx.update(gradients, state, params, **extra).'
-      )
-    rate = (
-      learning_rate(state.count) if callable(learning_rate) else (learning_rate)
-    )
-    if projection is not None:
-      updates = jax.tree.map(
-        lambda g, p: g + (erase * p).astype(g.dtype), updates, projection
-      )
-
-    def step(g, e):
-      r = rate / (1 + rate * erase * e)
-      r = jnp.reshape(r, jnp.shape(r) + (1,) * (g.ndim - jnp.ndim(r)))
-      return (-r * g).astype(g.dtype)
-
-    if energy is not None:
-      updates = jax.tree.map(step, updates, energy)
-    return updates, DgdState(optax.safe_increment(state.count))
-
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def dgd_for_model(
+def for_model(
   loss_fn: Callable[..., Any],
   model: Any,
   *args,
@@ -144,15 +31,22 @@ def dgd_for_model(
 ) -> tuple[Callable[..., Any], optax.GradientTransformationExtraArgs]:
   """Sets up Delta Gradient Descent for a model, whatever it is written in.
 
-  With parameters (Linen, or any function of a tree):
+  With any function of a tree of parameters:
 
-    value_and_grad, tx = dgd_for_model(loss_fn, params, batch, learning_rate=1.)
+    value_and_grad, tx = dgd.for_model(loss_fn, params, batch, learning_rate=1.)
     loss, grads, extra = value_and_grad(params, batch)
     updates, state = tx.update(grads, state, params, **extra)
 
+  With Linen's TrainState, whose own method passes no extra arguments:
+
+    value_and_grad, tx = dgd.for_model(loss_fn, params, batch, learning_rate=1.)
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    loss, grads, extra = value_and_grad(state.params, batch)
+    state = dgd.apply_gradients(state, grads, extra)
+
   With an NNX module:
 
-    value_and_grad, tx = dgd_for_model(loss_fn, model, batch, learning_rate=1.)
+    value_and_grad, tx = dgd.for_model(loss_fn, model, batch, learning_rate=1.)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     loss, grads, extra = value_and_grad(model, batch)
     optimizer.update(model, grads, **extra)
@@ -183,27 +77,56 @@ def dgd_for_model(
   else:
     value_and_grad = capture.value_and_delta_grad(loss_fn, **settings)
     pure, params = loss_fn, model
-  found = jax.tree.leaves(capture.find_maps(pure, params, *args))
-  if not any(found):
+  found = capture.find_maps(pure, params, *args)
+  if not any(jax.tree.leaves(found)):
     raise ValueError(
-      'dgd_for_model: loss_fn multiplies none of the parameters with data, so '
+      'dgd.for_model: loss_fn multiplies none of the parameters with data, so '
       'there is nothing to erase; use optax.sgd.'
     )
-  # Matched by position: NNX wraps leaves in variables at times.
-  maps = lambda tree: jax.tree.unflatten(jax.tree.structure(tree), found)
+  # By path, so that a part of the parameters has its rules as well.
+  known = {
+    _name(path): mark
+    for path, mark in jax.tree_util.tree_leaves_with_path(found)
+  }
+
+  def is_map(path, _):
+    if _name(path) not in known:
+      raise ValueError(
+        f'dgd.for_model was not shown the parameter {_name(path)}, but '
+        f'{sorted(known)}: give it the tree that is trained.'
+      )
+    return known[_name(path)]
+
+  maps = functools.partial(jax.tree_util.tree_map_with_path, is_map)
   tx = dgd(learning_rate, erase=erase, maps=maps, fallback=fallback)
   return value_and_grad, tx
 
 
-def dgd_report(
-  loss_fn: Callable[..., Any], model: Any, *args
-) -> dict[str, str]:
-  """Lists which rule of `dgd_for_model` each parameter gets.
+def apply_gradients(state: Any, gradients: Any, extra: Any, **changes) -> Any:
+  """`TrainState.apply_gradients`, for a rule that takes extra arguments.
 
   Args:
-    loss_fn: As for `dgd_for_model`.
-    model: As for `dgd_for_model`.
-    *args: As for `dgd_for_model`.
+    state: A `flax.training.train_state.TrainState`, or one derived from it.
+    gradients: As for its `apply_gradients`.
+    extra: The extra arguments of its `tx`, by name.
+    **changes: Further attributes to replace, as for its `apply_gradients`.
+
+  Returns:
+    The next state.
+  """
+  tx = state.tx
+  update = functools.partial(tx.update, **extra)
+  bound = state.replace(tx=optax.GradientTransformation(tx.init, update))
+  return bound.apply_gradients(grads=gradients, **changes).replace(tx=tx)
+
+
+def report(loss_fn: Callable[..., Any], model: Any, *args) -> dict[str, str]:
+  """Lists which rule of `dgd.for_model` each parameter gets.
+
+  Args:
+    loss_fn: As for `dgd.for_model`.
+    model: As for `dgd.for_model`.
+    *args: As for `dgd.for_model`.
 
   Returns:
     'dgd' or 'fallback' by the parameter's path.
@@ -216,6 +139,144 @@ def dgd_report(
     jax.tree_util.keystr(path): 'dgd' if mark else 'fallback'
     for path, mark in jax.tree_util.tree_leaves_with_path(found)
   }
+
+
+class _Dgd:
+  """`dgd(...)` makes the rule; what goes with it is found beside it."""
+
+  for_model = staticmethod(for_model)
+  apply_gradients = staticmethod(apply_gradients)
+  report = staticmethod(report)
+
+  def __call__(
+    self,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    erase: float = 1.0,
+    maps: Any | Callable[[Any], Any] | None = None,
+    fallback: optax.GradientTransformation | None = None,
+  ) -> optax.GradientTransformationExtraArgs:
+    r"""Delta Gradient Descent: W forgets what it answers to x, then learns.
+
+    For a linear map W with inputs x_s (N of them) and a loss gradient g,
+
+    .. math::
+      W \leftarrow W - r \left(\text{erase}\; W \tfrac{1}{N} \sum_s x_s x_s^\top
+        + g\right), \qquad
+      r = \frac{\text{lr}}{1 + \text{lr}\; \text{erase}\;
+        \tfrac{1}{N} \sum_s |x_s|^2} .
+
+    With one sample and erase 1 this is the exact minimiser of 1/2 |W x - u|^2 +
+    1/(2 lr) |W - W_t|^2 with u = -dL/dy, for any norm of x. With more samples,
+    the energy (mean of |x|^2) bounds the largest eigenvalue of the mean of
+    x x^T, so no direction of W is ever pulled past zero.
+
+    The gradients passed to `update` hold the sum of both terms, and the extra
+    argument `energy` the mean of |x|^2 of every map: both as `dgd.for_model`
+    and `capture.value_and_delta_grad` give them. With plain gradients, pass the
+    extra argument `projection`, the W x x^T of every map, as well. Gradients
+    may be averaged over batches, if the extra arguments are too: see
+    `accumulate` of `levels.multi_timescale` (`optax.MultiSteps` hands on those
+    of the last batch alone).
+
+    Deviations from print: NL eq. 57 has lr / (1 + lr), which is exact at
+    |x| = 1 only; NL 114 prints u with the other sign, and 119-120 the norm of x
+    where its square is meant. Note what the rule minimises: the fixed point of
+    one sample is W x = -dL/dy, so DGD does not stop where the gradient
+    vanishes; it is the loss plus 1/2 |W x|^2 per map, which is a strong
+    regulariser.
+
+    Args:
+      learning_rate: Step size lr, a scalar or an optax schedule (per step).
+      erase: Weight of the erasing term, as given to the capture; 0 is plain
+        gradient descent.
+      maps: Tree of bools, or a function from the parameters to one: which
+        parameters are maps with captured inputs. None: those of rank 2 or more.
+      fallback: Rule for all other parameters. None: `optax.sgd(learning_rate)`,
+        which is DGD without the erasing term.
+
+    Returns:
+      An optax gradient transformation with the extra arguments `energy` (tree
+      like the parameters; leading axes of a leaf are stacked maps) and, if the
+      gradients do not contain it, `projection`.
+
+    Raises:
+      ValueError: If a rate is negative, a parameter is not of a floating type,
+        or `update` is called without `energy`.
+
+    References:
+      Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 56-57 and
+      112-121.
+    """
+    checks.check_rate(learning_rate=learning_rate, erase=erase)
+    if fallback is None:
+      fallback = optax.sgd(learning_rate)
+
+    def labels(params):
+      marks = maps(params) if callable(maps) else maps
+      if marks is None:
+        marks = jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+      return jax.tree.map(lambda mark: 'dgd' if mark else 'fallback', marks)
+
+    partition = optax.partition(
+      {'dgd': _scale_by_dgd(learning_rate, erase), 'fallback': fallback},
+      labels,
+      mask_compatible_extra_args=True,
+    )
+
+    def init_fn(params):
+      checks.check_params(params)
+      return partition.init(params)
+
+    return optax.GradientTransformationExtraArgs(init_fn, partition.update)
+
+
+dgd = _Dgd()
+
+
+def _name(path):
+  """A parameter's path, the same with and without the variables of NNX."""
+  if path and path[-1] == jax.tree_util.GetAttrKey('value'):
+    path = path[:-1]
+  return jax.tree_util.keystr(path)
+
+
+def _scale_by_dgd(learning_rate, erase):
+  """DGD for parameters that are all maps."""
+
+  def init_fn(params):
+    del params
+    return DgdState(jnp.zeros((), jnp.int32))
+
+  def update_fn(
+    updates, state, params=None, *, energy=None, projection=None, **extra_args
+  ):
+    del params, extra_args
+    if energy is None and jax.tree.leaves(updates):
+      raise ValueError(
+        'dgd needs the extra argument energy=<mean of |x|^2 of every map>: '
+        'take (loss, gradients, extra) from the value_and_grad of '
+        'dgd.for_model and call tx.update(gradients, state, params, **extra), '
+        'or dgd.apply_gradients(train_state, gradients, extra).'
+      )
+    rate = (
+      learning_rate(state.count) if callable(learning_rate) else (learning_rate)
+    )
+    if projection is not None:
+      updates = jax.tree.map(
+        lambda g, p: g + (erase * p).astype(g.dtype), updates, projection
+      )
+
+    def step(g, e):
+      r = rate / (1 + rate * erase * e)
+      r = jnp.reshape(r, jnp.shape(r) + (1,) * (g.ndim - jnp.ndim(r)))
+      return (-r * g).astype(g.dtype)
+
+    if energy is not None:
+      updates = jax.tree.map(step, updates, energy)
+    return updates, DgdState(optax.safe_increment(state.count))
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _nnx_pure(loss_fn, model, has_aux):

@@ -14,9 +14,9 @@ COEFFICIENTS = {
 }
 
 # Steps taken on one Gram matrix before it is made anew: what is nearly zero in
-# it grows up to twelvefold per step, and its rounding too. At condition 1e4 the
-# quintic's five steps in float32 are off by 5e-6 with a new one every step, 6e-6
-# with one after three, and 3e-4 with the first one throughout.
+# it grows up to twelvefold per step, and its rounding too. At condition 1e4,
+# five quintic steps in float32 are off by 5e-6 with a new matrix every step,
+# 6e-6 with one after three, and 3e-4 with the first one throughout.
 _STEPS_PER_GRAM = 3
 
 

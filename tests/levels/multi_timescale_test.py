@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from nested_learning import levels as levels_lib
+from nested_learning import optimizers
 
 Level = levels_lib.Level
 multi_timescale = levels_lib.multi_timescale
@@ -48,6 +49,23 @@ def run(tx, params, num_steps):
     params, state = step(params, state, make_gradients(params, index))
     history.append(params)
   return history, state
+
+
+def make_regression():
+  keys = jax.random.split(jax.random.key(0), 4)
+  params = {
+    'first': jax.random.normal(keys[0], (3, 5)),
+    'second': jax.random.normal(keys[1], (5, 2)),
+  }
+  scale = jnp.array([1.0, 2.0, 6.0])[:, None, None]  # of three batches
+  x = scale * jax.random.normal(keys[2], (3, 4, 3))
+  return params, (x, jax.random.normal(keys[3], (3, 4, 2)))
+
+
+def regression_loss(params, batch):
+  x, y = batch
+  hidden = jnp.tanh(x @ params['first'])
+  return jnp.mean(jnp.sum((hidden @ params['second'] - y) ** 2, -1))
 
 
 class MultiTimescaleTest(parameterized.TestCase):
@@ -229,6 +247,7 @@ class MultiTimescaleTest(parameterized.TestCase):
       [Level('fast', 1, scaled), Level('slow', 2, scaled)],
       LABELS,
       phases='aligned',
+      accumulate={'scale': params},
     )
     state = tx.init(params)
     gradients = jax.tree.map(jnp.ones_like, params)
@@ -237,8 +256,76 @@ class MultiTimescaleTest(parameterized.TestCase):
         gradients, state, params, scale=params, factor=2.0
       )
     jax.tree.map(
-      lambda u, p: np.testing.assert_allclose(u, 2 * p), updates, params
+      lambda u, p: np.testing.assert_allclose(u, 2 * p, rtol=1e-6),
+      updates,
+      params,
     )
+
+  @parameterized.parameters('mean', 'sum')
+  def test_delta_gradient_descent_sees_the_inputs_of_all_steps(self, reduce):
+    # Three batches between two updates are one batch of all of them; 'sum' is
+    # the same with a loss that is a sum over the three.
+    params, (x, y) = make_regression()
+    value_and_grad, dgd = optimizers.dgd.for_model(
+      regression_loss, params, (x[0], y[0]), learning_rate=0.5
+    )
+    extra = jax.eval_shape(value_and_grad, params, (x[0], y[0]))[2]
+    tx = multi_timescale(
+      [Level('fast', 1, dgd), Level('slow', 3, dgd)],
+      {'first': 'slow', 'second': 'fast'},
+      reduce=reduce,
+      phases='aligned',
+      accumulate=extra,
+    )
+
+    @jax.jit
+    def step(params, state, batch):
+      _, gradients, extra = value_and_grad(params, batch)
+      updates, state = tx.update(gradients, state, params, **extra)
+      # The fast level stays where it is, so that the batches can be joined.
+      updates['second'] = jnp.zeros_like(updates['second'])
+      return optax.apply_updates(params, updates), state
+
+    ours, state = params, tx.init(params)
+    for batch in zip(x, y, strict=True):
+      ours, state = step(ours, state, batch)
+
+    num_samples = 12 if reduce == 'mean' else 4
+    loss = lambda params, batch: (
+      12 / num_samples * regression_loss(params, batch)
+    )
+    value_and_grad = optimizers.value_and_delta_grad(
+      loss, num_samples=num_samples
+    )
+    joined = (x.reshape(12, -1), y.reshape(12, -1))
+    _, gradients, extra = value_and_grad(params, joined)
+    updates, _ = dgd.update(gradients, dgd.init(params), params, **extra)
+    np.testing.assert_allclose(
+      ours['first'], params['first'] + updates['first'], atol=1e-6
+    )
+    # The energies differ, so the last batch alone would give another step.
+    last = value_and_grad(params, (x[-1], y[-1]))[2]['energy']['first']
+    self.assertGreater(abs(last / extra['energy']['first'] - 1), 0.2)
+    optax.tree.map_params(tx, lambda leaf: leaf, state)
+
+  def test_says_which_extra_arguments_it_would_lose(self):
+    params, batch = make_regression()
+    batch = jax.tree.map(lambda leaf: leaf[0], batch)
+    value_and_grad, dgd = optimizers.dgd.for_model(
+      regression_loss, params, batch, learning_rate=0.5
+    )
+    _, gradients, extra = value_and_grad(params, batch)
+    levels = [Level('fast', 1, dgd), Level('slow', 2, dgd)]
+    labels = {'first': 'slow', 'second': 'fast'}
+    tx = multi_timescale(levels, labels)
+    with self.assertRaisesRegex(ValueError, "energy .* accumulate={'energy'"):
+      tx.update(gradients, tx.init(params), params, **extra)
+    tx = multi_timescale(levels, labels, accumulate=extra)
+    with self.assertRaisesRegex(ValueError, r"\['energy'\], which update was"):
+      tx.update(gradients, tx.init(params), params)
+    tx = multi_timescale(levels, labels, accumulate={'energy': {'first': 1.0}})
+    with self.assertRaisesRegex(ValueError, '1 leaves for 2 parameters'):
+      tx.init(params)
 
   def test_label_function_and_prefix_give_the_same_result(self):
     params = make_params()

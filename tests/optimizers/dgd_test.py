@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nested_learning import levels
 from nested_learning import optimizers
 
 
@@ -112,7 +113,7 @@ class DgdTest(parameterized.TestCase):
       def loss_fn(kernel, x):
         return jnp.sum(jnp.cos(x @ kernel - label))
 
-      value_and_grad, tx = optimizers.dgd_for_model(
+      value_and_grad, tx = optimizers.dgd.for_model(
         loss_fn, jnp.array(kernel), jnp.array(x), learning_rate=learning_rate
       )
       _, grad, extra = value_and_grad(jnp.array(kernel), jnp.array(x))
@@ -139,7 +140,7 @@ class DgdTest(parameterized.TestCase):
 
   def test_update_is_the_rule(self):
     params, batch = make_mlp()
-    value_and_grad, tx = optimizers.dgd_for_model(
+    value_and_grad, tx = optimizers.dgd.for_model(
       mlp_loss, params, batch, learning_rate=0.5
     )
     _, gradients, extra = value_and_grad(params, batch)
@@ -157,7 +158,7 @@ class DgdTest(parameterized.TestCase):
 
   def test_projection_as_an_extra_argument_gives_the_same(self):
     params, batch = make_mlp()
-    value_and_grad, tx = optimizers.dgd_for_model(
+    value_and_grad, tx = optimizers.dgd.for_model(
       mlp_loss, params, batch, learning_rate=0.5, erase=0.7
     )
     _, gradients, extra = value_and_grad(params, batch)
@@ -175,7 +176,7 @@ class DgdTest(parameterized.TestCase):
     kernel = jax.random.normal(jax.random.key(1), (8, 4))
     # A loss that does not depend on the map: only the erasing term acts.
     loss_fn = lambda kernel, x: 0.0 * jnp.sum(x @ kernel)
-    value_and_grad, tx = optimizers.dgd_for_model(
+    value_and_grad, tx = optimizers.dgd.for_model(
       loss_fn, kernel, x, learning_rate=1e6
     )
     state = tx.init(kernel)
@@ -190,7 +191,7 @@ class DgdTest(parameterized.TestCase):
 
   def test_erase_zero_is_gradient_descent(self):
     params, batch = make_mlp()
-    value_and_grad, tx = optimizers.dgd_for_model(
+    value_and_grad, tx = optimizers.dgd.for_model(
       mlp_loss, params, batch, learning_rate=0.1, erase=0.0
     )
     _, gradients, extra = value_and_grad(params, batch)
@@ -254,7 +255,7 @@ class DgdTest(parameterized.TestCase):
         expected_extra['energy'][f'layer_{i}']['Dense_1']['kernel'],
         rtol=1e-5,
       )
-    report = optimizers.dgd_report(make_loss(scanned), params, x)
+    report = optimizers.dgd.report(make_loss(scanned), params, x)
     self.assertEqual(report["['layers']['Dense_0']['kernel']"], 'dgd')
     self.assertEqual(report["['layers']['Dense_0']['bias']"], 'fallback')
     self.assertEqual(report["['LayerNorm_0']['scale']"], 'fallback')
@@ -266,7 +267,7 @@ class DgdTest(parameterized.TestCase):
     loss_fn = lambda params, x: jnp.mean(
       (model.apply({'params': params}, x) - 1) ** 2
     )
-    value_and_grad, tx = optimizers.dgd_for_model(
+    value_and_grad, tx = optimizers.dgd.for_model(
       loss_fn, params, x, learning_rate=0.05
     )
     state = train_state.TrainState.create(
@@ -276,23 +277,26 @@ class DgdTest(parameterized.TestCase):
     @jax.jit
     def step(state):
       loss, grads, extra = value_and_grad(state.params, x)
-      updates, opt_state = tx.update(
-        grads, state.opt_state, state.params, **extra
-      )
-      params = optax.apply_updates(state.params, updates)
-      return state.replace(params=params, opt_state=opt_state), loss
+      return optimizers.dgd.apply_gradients(state, grads, extra), loss
 
+    with self.subTest('as the transformation alone'):
+      _, grads, extra = value_and_grad(params, x)
+      updates, _ = tx.update(grads, tx.init(params), params, **extra)
+      assert_close(step(state)[0].params, optax.apply_updates(params, updates))
     losses = []
     for _ in range(10):
       state, loss = step(state)
       losses.append(float(loss))
     self.assertLess(losses[-1], 0.8 * losses[0])
+    self.assertEqual(state.step, 10)
+    self.assertIs(state.tx, tx)
+    self.assertLessEqual(step._cache_size(), 2)  # A step of int 0, then arrays.
 
   def test_trains_an_nnx_module(self):
     model = Net(nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (5, 3))
     loss_fn = lambda model, x: jnp.mean((model(x) - 1) ** 2)
-    value_and_grad, tx = optimizers.dgd_for_model(
+    value_and_grad, tx = optimizers.dgd.for_model(
       loss_fn, model, x, learning_rate=0.05, fallback=optax.adam(1e-2)
     )
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -314,8 +318,60 @@ class DgdTest(parameterized.TestCase):
     self.assertLess(losses[-1], 0.8 * losses[0])
     self.assertGreater(jnp.max(jnp.abs(model.norm.mean[...] - before)), 1e-3)
     self.assertEqual(
-      list(optimizers.dgd_report(loss_fn, model, x).values()).count('dgd'), 2
+      list(optimizers.dgd.report(loss_fn, model, x).values()).count('dgd'), 2
     )
+
+  def test_nnx_module_on_a_slow_clock(self):
+    # The parts of a level keep their rules, and its energies accumulate.
+    model = Net(nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (5, 3))
+    loss_fn = lambda model, x: jnp.mean((model(x) - 1) ** 2)
+    value_and_grad, dgd = optimizers.dgd.for_model(
+      loss_fn, model, x, learning_rate=0.05
+    )
+    extra = jax.eval_shape(lambda: value_and_grad(nnx.clone(model), x)[2])
+    tx = levels.multi_timescale(
+      [levels.Level('fast', 1, dgd), levels.Level('slow', 2, dgd)],
+      lambda tree: jax.tree_util.tree_map_with_path(
+        lambda path, _: 'slow' if path[0].key == 'first' else 'fast', tree
+      ),
+      phases='aligned',
+      accumulate=extra,
+    )
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+      _, grads, extra = value_and_grad(model, x)
+      optimizer.update(model, grads, **extra)
+
+    kernels = [model.first.kernel[...], model.second.kernel[...]]
+    step(model, optimizer, x)
+    np.testing.assert_array_equal(model.first.kernel[...], kernels[0])
+    self.assertGreater(jnp.sum(abs(model.second.kernel[...] - kernels[1])), 0)
+    energy = optimizer.opt_state.levels['slow'].accumulated_extra['energy']
+    np.testing.assert_allclose(
+      energy['first']['kernel'][...], jnp.sum(x**2) / 5, rtol=1e-5
+    )
+    step(model, optimizer, x)
+    self.assertGreater(jnp.sum(abs(model.first.kernel[...] - kernels[0])), 0)
+
+  def test_a_part_of_the_parameters_keeps_its_rules(self):
+    params, batch = make_mlp()
+    value_and_grad, dgd = optimizers.dgd.for_model(
+      mlp_loss, params, batch, learning_rate=0.5
+    )
+    _, gradients, extra = value_and_grad(params, batch)
+    expected, _ = dgd.update(gradients, dgd.init(params), params, **extra)
+    tx = optax.partition(
+      {'dgd': dgd, 'none': optax.set_to_zero()},
+      {'first': 'dgd', 'second': 'none'},
+      mask_compatible_extra_args=True,
+    )
+    updates, _ = tx.update(gradients, tx.init(params), params, **extra)
+    assert_close(updates['first'], expected['first'])
+    with self.assertRaisesRegex(ValueError, r"not shown .*\['third'\]"):
+      dgd.init({'third': jnp.ones((2, 2))})
 
   def test_says_what_is_wrong(self):
     params, batch = make_mlp()
@@ -329,7 +385,7 @@ class DgdTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "'n'.*int32"):
       tx.init({'n': jnp.zeros(2, jnp.int32)})
     with self.assertRaisesRegex(ValueError, 'nothing to erase'):
-      optimizers.dgd_for_model(
+      optimizers.dgd.for_model(
         lambda params, batch: jnp.sum(params['first']['bias'] ** 2),
         params,
         batch,
