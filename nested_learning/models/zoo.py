@@ -2,6 +2,8 @@
 
     config = zoo.make_config('hope_170m')
 
+A family is a row of `FAMILIES`: how tokens are mixed, and what follows.
+
 Widths, depths and heads of 170M to 760M are those of Miras, arXiv:2504.13173,
 and of 1.3B those of Atlas, arXiv:2505.23735, whose tables Nested Learning
 follows where it says nothing. No paper gives the width of the MLPs: here it is
@@ -9,15 +11,17 @@ what makes Hope as large as its name; the other families get the same blocks and
 the same levels around another mixer.
 """
 
+from collections.abc import Callable
 import dataclasses
 import difflib
+from typing import Any, NamedTuple
 
 from nested_learning.layers import attention
+from nested_learning.layers import hybrids
+from nested_learning.layers import memory_as_context
 from nested_learning.layers import titans
 from nested_learning.levels import cms
 from nested_learning.models import language_model
-
-FAMILIES = ('hope', 'hope_attention', 'transformer')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +34,17 @@ class Size:
   mlp_dim: int  # of all levels of a block together
   vocab_size: int = 32_000
   max_length: int = 4096  # tokens
+  window: int = 512  # tokens that sliding-window attention sees
+
+  @property
+  def head_dim(self) -> int:
+    """Width of a head."""
+    return self.embed_dim // self.num_heads
 
 
 SIZES = {
-  'tiny': Size(2, 32, 2, 48, vocab_size=257, max_length=256),
-  'small': Size(3, 128, 4, 384, vocab_size=257, max_length=1024),
+  'tiny': Size(2, 32, 2, 48, vocab_size=257, max_length=256, window=32),
+  'small': Size(3, 128, 4, 384, vocab_size=257, max_length=1024, window=128),
   '170m': Size(12, 768, 16, 3840),
   '340m': Size(24, 1024, 16, 2304),
   '760m': Size(24, 1536, 16, 3600),
@@ -46,52 +56,131 @@ SIZES = {
 _PERIODS = (('fast', None), ('middle', 2**21), ('slow', 2**23))
 
 
+class Family(NamedTuple):
+  """What the models of a family have in common, whatever their size.
+
+  Attributes:
+    mixer: `mixer(size)` gives a mixer's config, or a tuple of them, which the
+      blocks repeat.
+    levels: `levels(size)` gives the chain of every block.
+  """
+
+  mixer: Callable[[Size], Any]
+  levels: Callable[[Size], tuple[cms.LevelConfig, ...]]
+
+
+def _mlp(size: Size) -> tuple[cms.LevelConfig, ...]:
+  return (cms.LevelConfig('mlp', size.mlp_dim),)
+
+
+def _chain(size: Size) -> tuple[cms.LevelConfig, ...]:
+  return tuple(
+    cms.LevelConfig(level, size.mlp_dim // len(_PERIODS), period)
+    for level, period in _PERIODS
+  )
+
+
+def _memory(**settings) -> Callable[[Size], titans.SelfModifyingTitansConfig]:
+  """A memory per head with these settings."""
+  return lambda size: titans.SelfModifyingTitansConfig(
+    size.num_heads, size.head_dim, **settings
+  )
+
+
+def _attention(**settings) -> Callable[[Size], attention.AttentionConfig]:
+  """Attention to all tokens, four heads to a key."""
+  return lambda size: attention.AttentionConfig(
+    size.num_heads, max(size.num_heads // 4, 1), size.head_dim, **settings
+  )
+
+
+def _window(**settings) -> Callable[[Size], attention.AttentionConfig]:
+  """Attention to the last tokens."""
+  return lambda size: _attention(window=size.window, **settings)(size)
+
+
+def _with(make, *parts) -> Callable[[Size], Any]:
+  """A config made of the configs of its parts."""
+  return lambda size: make(*(part(size) for part in parts))
+
+
+def _pattern(*parts) -> Callable[[Size], tuple[Any, ...]]:
+  """Mixers that the blocks repeat."""
+  return lambda size: tuple(part(size) for part in parts)
+
+
+# Titans' long-term memory: gradient descent with momentum, and forgetting.
+_LMM = _memory(adaptive=(), erase='none', retain_to='zero', momentum=True)
+_GATED_LINEAR = _memory(
+  adaptive=(), kind='matrix', objective='dot', erase='none', retain_to='zero'
+)
+_PERSISTENT = {'num_persistent': 4}  # tokens; Titans does not say how many
+
+FAMILIES = {
+  'hope': Family(_memory(), _chain),
+  'hope_attention': Family(_attention(), _chain),
+  'transformer': Family(_attention(), _mlp),
+  'sliding_window': Family(_window(), _mlp),
+  'samba': Family(_pattern(_GATED_LINEAR, _window()), _mlp),
+  'titans': Family(_LMM, _mlp),
+  'titans_mac': Family(
+    _with(
+      memory_as_context.MemoryAsContextConfig, _LMM, _attention(**_PERSISTENT)
+    ),
+    _mlp,
+  ),
+  'titans_mag': Family(
+    _with(hybrids.MemoryAsGateConfig, _LMM, _window(**_PERSISTENT)), _mlp
+  ),
+  'titans_mal': Family(
+    _with(hybrids.MemoryAsLayerConfig, _LMM, _window(**_PERSISTENT)), _mlp
+  ),
+}
+
+
 def names() -> list[str]:
   """Every name that `make_config` knows."""
-  return [f'{family}_{size}' for family in FAMILIES for size in SIZES]
+  return list(_named())
 
 
 def make_config(name: str, **changes) -> language_model.ModelConfig:
   """The config of a named model.
 
   Args:
-    name: Family and size, for instance 'hope_170m' or 'transformer_tiny'.
+    name: Family and size, for instance 'hope_170m' or 'titans_mac_tiny'.
     **changes: Fields of the config to set otherwise, for instance
       dtype='bfloat16'.
 
   Returns:
-    A `ModelConfig`. Hope and Hope-Attention have three levels, Transformer++
-    one MLP as wide as these together.
+    A `ModelConfig`. Hope and Hope-Attention have three levels, every other
+    model one MLP as wide as these together. A pattern of mixers is repeated
+    until there are at least as many layers as the size has.
 
   Raises:
     ValueError: The zoo has no such model.
   """
-  if name not in names():
+  if name not in _named():
     nearest = difflib.get_close_matches(name, names(), n=3, cutoff=0)
     raise ValueError(
       f'no model {name!r} in the zoo; the nearest are {", ".join(nearest)}.'
     )
-  family, size_name = name.rsplit('_', 1)
-  size = SIZES[size_name]
-  head_dim = size.embed_dim // size.num_heads
-  if family == 'hope':
-    mixer = titans.SelfModifyingTitansConfig(size.num_heads, head_dim)
-  else:
-    num_kv_heads = max(size.num_heads // 4, 1)
-    mixer = attention.AttentionConfig(size.num_heads, num_kv_heads, head_dim)
-  if family == 'transformer':
-    levels = (cms.LevelConfig('mlp', size.mlp_dim),)
-  else:
-    levels = tuple(
-      cms.LevelConfig(level, size.mlp_dim // len(_PERIODS), period)
-      for level, period in _PERIODS
-    )
+  family, size = _named()[name]
+  mixer = family.mixer(size)
+  length = len(mixer) if isinstance(mixer, tuple) else 1  # of the pattern
   config = language_model.ModelConfig(
     vocab_size=size.vocab_size,
-    num_layers=size.num_layers,
+    num_layers=-(-size.num_layers // length) * length,
     embed_dim=size.embed_dim,
     mixer=mixer,
-    levels=levels,
+    levels=family.levels(size),
     max_length=size.max_length,
   )
   return dataclasses.replace(config, **changes)
+
+
+def _named() -> dict[str, tuple[Family, Size]]:
+  return {
+    f'{family_name}_{size_name}': (family, size)
+    for family_name, family in FAMILIES.items()
+    for size_name, size in SIZES.items()
+  }

@@ -1,0 +1,210 @@
+"""The contract of every family of the zoo, at its smallest size.
+
+Windows, segments and chunks are cut to a few tokens, so that a short stream
+crosses their borders.
+"""
+
+import dataclasses
+import functools
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nested_learning import models
+from nested_learning import parameters
+from tests import compiling
+
+# 22 tokens end inside of a chunk: what a state holds of the chunk before it is
+# nobody's business there, and not the same for every way of cutting.
+_BATCH, _LENGTH, _VOCAB, _CHUNK, _WINDOW = 2, 22, 17, 8, 5
+_SHORT = {
+  'chunk_size': _CHUNK,
+  'chunk_size_others': _CHUNK // 2,
+  'window': _WINDOW,
+}
+
+
+def shorten(mixer):
+  """The same mixer with short chunks and windows."""
+  if isinstance(mixer, tuple):
+    return tuple(map(shorten, mixer))
+  changes = {}
+  for field in dataclasses.fields(mixer):
+    value = getattr(mixer, field.name)
+    if dataclasses.is_dataclass(value):
+      changes[field.name] = shorten(value)
+    elif field.name in _SHORT and value is not None:
+      changes[field.name] = _SHORT[field.name]
+  return dataclasses.replace(mixer, **changes)
+
+
+class Stream:
+  """A model with compiled calls that count how often they were traced."""
+
+  def __init__(self, family):
+    config = models.zoo.make_config(
+      f'{family}_tiny', vocab_size=_VOCAB, max_length=_LENGTH
+    )
+    self.model = models.make_model(
+      dataclasses.replace(config, mixer=shorten(config.mixer))
+    )
+    self.traced = []
+    self.forward = compiling.jit(self._forward)
+    self.params = compiling.jit(self.model.init_params)(jax.random.key(0))
+    self.start = self.model.init_state(self.params, _BATCH)
+    rng = np.random.default_rng(0)
+    shape = (_BATCH, _LENGTH)
+    self.tokens = rng.integers(_VOCAB, size=shape).astype(np.int32)
+    self.reset = rng.uniform(size=shape) < 0.1
+    self.none, self.all = np.zeros(shape, bool), np.ones(shape, bool)
+
+  def _forward(self, state, tokens, reset, mask):
+    self.traced.append(tokens.shape)
+    return self.model.forward(
+      self.params, state, tokens, reset=reset, mask=mask
+    )
+
+  @functools.cached_property
+  def whole(self):
+    """Logits of all tokens and the state after them."""
+    return self.forward(self.start, self.tokens, self.reset, self.all)
+
+  def gradient(self):
+    """From the stream's start without a state: (logits, state), gradients."""
+
+    def loss(params):
+      logits, state = self.model.forward(
+        params, None, self.tokens, reset=self.reset
+      )
+      losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits[:, :-1], self.tokens[:, 1:]
+      )
+      return jnp.mean(losses), (logits, state)
+
+    grads, outputs = compiling.jit(jax.grad(loss, has_aux=True))(self.params)
+    return outputs, grads
+
+
+def assert_close(actual, expected):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+    actual,
+    expected,
+  )
+
+
+def described(tree):
+  return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+class ContractTest(parameterized.TestCase):
+  @parameterized.parameters(*models.zoo.FAMILIES)
+  def test_contract(self, family):
+    stream = Stream(family)
+    for check in (
+      self.check_shapes_and_types,
+      self.check_causal,
+      self.check_a_document_is_alone,
+      self.check_reset_is_a_start,
+      self.check_padding_is_nothing,
+      self.check_any_split,
+      self.check_token_by_token,
+      self.check_gradients,
+    ):
+      with self.subTest(check.__name__):
+        check(stream)
+    with self.subTest('one compilation per shape'):
+      self.assertLen(stream.traced, 2)
+
+  def check_shapes_and_types(self, stream):
+    logits, state = stream.whole
+    self.assertEqual(logits.shape, (_BATCH, _LENGTH, _VOCAB))
+    self.assertEqual(logits.dtype, jnp.float32)
+    self.assertEqual(described(state), described(stream.start))
+
+  def check_causal(self, stream):
+    run = lambda tokens: stream.forward(
+      stream.start, tokens, stream.none, stream.all
+    )[0]
+    before = run(stream.tokens)
+    for t in (2, 9):  # in the first chunk and in the second
+      tokens = stream.tokens.copy()
+      tokens[:, t] = (tokens[:, t] + 1) % _VOCAB
+      after = run(tokens)
+      np.testing.assert_array_equal(after[:, :t], before[:, :t])
+      differs = np.abs(after - before).max(axis=(0, 2))
+      self.assertTrue(np.all(differs[t : t + _WINDOW] > 0))
+
+  def check_a_document_is_alone(self, stream):
+    reset = stream.none.copy()
+    reset[:, 10] = True
+    tokens = stream.tokens.copy()
+    tokens[:, :10] = tokens[:, :10][:, ::-1]
+    run = lambda tokens: stream.forward(
+      stream.start, tokens, reset, stream.all
+    )[0]
+    np.testing.assert_array_equal(
+      run(tokens)[:, 10:], run(stream.tokens)[:, 10:]
+    )
+
+  def check_reset_is_a_start(self, stream):
+    # Chunks are counted from a stream's start, so the document begins with one.
+    reset = stream.none.copy()
+    reset[:, _CHUNK] = True
+    later = np.arange(_LENGTH) >= _CHUNK
+    after, _ = stream.forward(stream.start, stream.tokens, reset, stream.all)
+    fresh, _ = stream.forward(
+      stream.start, stream.tokens, stream.none, stream.all & later
+    )
+    assert_close(after[:, _CHUNK:], fresh[:, _CHUNK:])
+
+  def check_padding_is_nothing(self, stream):
+    _, state = stream.whole
+    _, after = stream.forward(state, stream.tokens, stream.reset, stream.none)
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+    mask = np.random.default_rng(2).uniform(size=stream.all.shape) < 0.6
+    tokens = np.where(mask, stream.tokens, 0)
+    one, _ = stream.forward(state, stream.tokens, stream.reset, mask)
+    two, _ = stream.forward(state, tokens, stream.reset, mask)
+    np.testing.assert_array_equal(one[mask], two[mask])
+
+  def check_any_split(self, stream):
+    # Calls are masks of one shape, each row cut at places of its own.
+    rng = np.random.default_rng(1)
+    for num_calls in (2, 5):
+      call = np.sort(rng.integers(num_calls, size=stream.all.shape), axis=1)
+      state, total = stream.start, 0.0
+      for i in range(num_calls):
+        out, state = stream.forward(
+          state, stream.tokens, stream.reset, call == i
+        )
+        total += np.where((call == i)[..., None], out, 0.0)
+      assert_close((total, state), stream.whole)
+
+  def check_token_by_token(self, stream):
+    state, pieces = stream.start, []
+    for t in range(_LENGTH):
+      one = slice(t, t + 1)
+      out, state = stream.forward(
+        state, stream.tokens[:, one], stream.reset[:, one], stream.all[:, one]
+      )
+      pieces.append(out)
+    assert_close((np.concatenate(pieces, axis=1), state), stream.whole)
+
+  def check_gradients(self, stream):
+    outputs, grads = stream.gradient()
+    assert_close(outputs, stream.whole)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+      name = parameters.path_name(path)
+      self.assertTrue(np.all(np.isfinite(grad)), name)
+      layers = grad if name.startswith('blocks') else grad[None]
+      for layer in layers:
+        self.assertGreater(np.abs(layer).max(), 0.0, name)
+
+
+if __name__ == '__main__':
+  absltest.main()
