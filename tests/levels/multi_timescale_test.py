@@ -57,7 +57,7 @@ def make_regression():
     'first': jax.random.normal(keys[0], (3, 5)),
     'second': jax.random.normal(keys[1], (5, 2)),
   }
-  scale = jnp.array([1.0, 2.0, 6.0])[:, None, None]  # of three batches
+  scale = jnp.array([1.0, 2.0, 5.0])[:, None, None]  # of three batches
   x = scale * jax.random.normal(keys[2], (3, 4, 3))
   return params, (x, jax.random.normal(keys[3], (3, 4, 2)))
 
@@ -303,9 +303,9 @@ class MultiTimescaleTest(parameterized.TestCase):
     np.testing.assert_allclose(
       ours['first'], params['first'] + updates['first'], atol=1e-6
     )
-    # The energies differ, so the last batch alone would give another step.
-    last = value_and_grad(params, (x[-1], y[-1]))[2]['energy']['first']
-    self.assertGreater(abs(last / extra['energy']['first'] - 1), 0.2)
+    # The last batch alone would give another step.
+    energies = jnp.sum(x**2, (1, 2)) / 4
+    self.assertGreater(energies[-1], 2 * jnp.mean(energies))
     optax.tree.map_params(tx, lambda leaf: leaf, state)
 
   def test_says_which_extra_arguments_it_would_lose(self):
