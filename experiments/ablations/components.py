@@ -7,8 +7,8 @@ Command:
 Hardware: two CPU cores, a few minutes for each of the 21 runs.
 Result: not run to its end yet.
 
-The paper (arXiv:2512.24695, Table 6; 1.3B parameters, 100B tokens, one seed)
-prints perplexity / accuracy in per cent:
+The paper (arXiv:2512.24695, Table 6) prints perplexity / accuracy in per cent,
+of one run each; its first row is the mean of Table 2's at 1.3B parameters:
 
   Hope                 12.24 / 58.1
   without DGD          13.41 / 56.5
@@ -21,10 +21,10 @@ prints perplexity / accuracy in per cent:
 
 Two rows are turned round, because the Hope of this package starts without two
 parts of the paper's: `with_momentum` adds what the paper's row takes away (no
-equation of its section 8 has it; it is Titans' trace here), and `adaptive_q`
-makes the query a memory, which its equation 86 does not and its Table 6 does.
-So `hope` is to be read beside the paper's rows without momentum and static q,
-too.
+equation of its section 8 has one; here it is Titans' trace), and `adaptive_q`
+makes the query a memory (its section 8 calls q the only projection that is
+none, its Table 6 takes that memory away). So `hope` is the paper's row without
+momentum and with static q, and without an equal in its table.
 """
 
 from experiments.ablations import small
@@ -70,5 +70,5 @@ def get_sweep() -> sweeps.Sweep:
       ),
     ),
     metrics=small.METRICS,
-    printed='the paper, 1.3B: perplexity / accuracy',
+    printed='the paper: perplexity / accuracy',
   )

@@ -8,8 +8,8 @@ Hardware: two CPU cores, a few minutes for each of the 12 runs.
 Result: not run to its end yet.
 
 A memory acts within its head: the state of a layer is in proportion to
-num_heads * head_dim**2, so that more heads are a smaller state. The paper has
-one head; none of its tables says otherwise.
+num_heads * head_dim**2, so that more heads are a smaller state. The paper's
+equations have one head, and it says nothing of more.
 """
 
 from experiments.ablations import small

@@ -39,9 +39,7 @@ def make_config(name: str, *, num_levels: int = 2) -> training.ExperimentConfig:
       vocab_size=257,  # bytes, and the mark between documents
       num_layers=2,
       embed_dim=64,
-      mixer=titans.SelfModifyingTitansConfig(
-        num_heads=2, head_dim=32, chunk_size=32, chunk_size_others=32
-      ),
+      mixer=titans.SelfModifyingTitansConfig(num_heads=2, head_dim=32),
       levels=tuple(
         models.LevelConfig(
           f'level_{i}',

@@ -41,8 +41,9 @@ def collect(record: record_lib.Record, workdir: pathlib.Path) -> list[str]:
   for key in metrics:
     images[key] = re.sub(r'[^A-Za-z0-9._-]+', '_', key) + '.png'
     values = {cell: row[key] for cell, row in table.items() if key in row}
-    image = plots.draw(key, record.cells, values)
-    record_lib.write_file(workdir / images[key], image)
+    image = io.BytesIO()
+    plots.make_figure(key, record.cells, values).savefig(image, dpi=110)
+    record_lib.write_file(workdir / images[key], image.getvalue())
   text = page.make(record, results, metrics=metrics, table=table, images=images)
   summary = json.dumps(_summary(results, table), indent=2) + '\n'
   for name, content in (

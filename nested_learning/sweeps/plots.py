@@ -1,7 +1,6 @@
 """A plot of one metric over the cells of a sweep."""
 
 from collections.abc import Mapping, Sequence
-import io
 import math
 
 from matplotlib import figure as mpl_figure
@@ -11,11 +10,11 @@ from nested_learning.sweeps import cells as cells_lib
 from nested_learning.sweeps import results as results_lib
 
 
-def draw(
+def make_figure(
   metric: str,
   cells: Sequence[cells_lib.Cell],
   values: Mapping[str, results_lib.Statistic],
-) -> bytes:
+) -> mpl_figure.Figure:
   """Draws a metric, with its spread over the seeds as error bars.
 
   Where the grid has a field of numbers, the first such field is the x axis and
@@ -27,7 +26,7 @@ def draw(
     values: From the names of those cells that have one to the number.
 
   Returns:
-    A PNG.
+    The figure.
   """
   shown = [
     cell
@@ -44,9 +43,7 @@ def draw(
   else:
     _draw_cells(axes, shown, values)
     axes.set_xlabel(metric)
-  file = io.BytesIO()
-  figure.savefig(file, dpi=110)
-  return file.getvalue()
+  return figure
 
 
 def _draw_curves(axes, field, cells, values) -> None:

@@ -1,0 +1,308 @@
+"""Tests of sweeps, as a user calls them."""
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+from absl.testing import absltest
+from absl.testing import parameterized
+
+_SWEEP = pathlib.Path(__file__).resolve().parents[2] / 'launch' / 'sweep.py'
+
+# Needs no JAX, so that a run takes a tenth of a second. A run leaves a letter
+# in attempts.txt each time that it is started.
+_FILE = """
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  seed: int = 0
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  size: int = 1
+  roles: tuple[str, ...] = ('k',)
+  fail: str = ''
+  seed: int = 0
+  data: Data = Data()
+
+def get_config(arg=None):
+  return Config(roles=(arg or 'k',))
+
+def run(config, workdir, mode):
+  folder = pathlib.Path(workdir)
+  attempts = folder / 'attempts.txt'
+  with open(attempts, 'a') as file:
+    file.write('x')
+  first = len(attempts.read_text()) == 1
+  if config.fail == 'always' or (config.fail == 'once' and first):
+    print('Setting up.')
+    raise RuntimeError('no luck today')
+  if config.fail == 'killed':
+    os.kill(os.getpid(), signal.SIGKILL)
+  if config.fail == 'silent':
+    return
+  if config.fail == 'wait' and first:
+    def save(*_):
+      (folder / 'saved.txt').touch()
+      sys.exit(143)
+    signal.signal(signal.SIGTERM, save)
+    (folder / 'ready.txt').touch()
+    time.sleep(60)
+    return
+  summary = {
+    'loss': config.size + config.seed,
+    'score': config.size - config.data.seed,
+    'steps': 5,
+  }
+  (folder / 'summary.json').write_text(json.dumps(summary))
+"""
+
+_SWEEP_FILE = """
+from experiments.toy import Config
+from experiments.toy import run
+from nested_learning import sweeps
+
+def get_config(arg=None):
+  return Config(size=int(arg or 1))
+
+def get_sweep():
+  return sweeps.Sweep(
+    rows=(
+      sweeps.Row('plain', printed='12.3'),
+      sweeps.Row('broken', ('fail=always',)),
+      sweeps.Row('large', arg='7'),
+    ),
+    metrics=('loss',),
+    printed='the paper',
+  )
+"""
+
+# Runs the tasks of an array one after the other, as a cluster would at once.
+_SBATCH = """#!/bin/bash
+tasks=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$1")
+for ((i = 0; i <= tasks; i++)); do
+  SLURM_ARRAY_TASK_ID=$i bash "$1"
+done
+"""
+
+
+class SweepTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = self.create_tempdir()
+    self.folder.create_file('experiments/toy.py', content=_FILE)
+    self.folder.create_file('experiments/rows.py', content=_SWEEP_FILE)
+    self.workdir = pathlib.Path(self.folder.full_path, 'runs', 'a')
+    self.environment = {
+      **os.environ,
+      'PYTHONDONTWRITEBYTECODE': '1',
+      'PYTHONPATH': self.folder.full_path,
+    }
+
+  def _start(self, *args, config='toy.py'):
+    return subprocess.Popen(
+      [
+        sys.executable,
+        _SWEEP,
+        '--workdir=runs/a',
+        *([f'--config=experiments/{config}'] if config else []),
+        *args,
+      ],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      cwd=self.folder.full_path,
+      env=self.environment,
+    )
+
+  def _call(self, *args, config='toy.py'):
+    process = self._start(*args, config=config)
+    stdout, stderr = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(
+      process.args, process.returncode, stdout, stderr
+    )
+
+  def _attempts(self):
+    """How often each run was started."""
+    return {
+      str(path.parent.relative_to(self.workdir / 'cells')): len(
+        path.read_text()
+      )
+      for path in self.workdir.glob('cells/*/*/attempts.txt')
+    }
+
+  def _read_summary(self):
+    return json.loads((self.workdir / 'summary.json').read_text())
+
+  def test_grid_runs_once_and_grows(self):
+    result = self._call('--grid', 'size=1,3', '--seeds=2')
+    self.assertEqual(result.returncode, 0, result.stderr)
+    once = {f'size={n}/seed_{s}': 1 for n in (1, 3) for s in (0, 1)}
+    self.assertEqual(self._attempts(), once)
+    summary = self._read_summary()
+    self.assertEqual(summary['size=3/loss'], 3.5)
+    self.assertEqual(summary['size=1/score'], 0.5)  # data.seed is set, too
+    self.assertAlmostEqual(summary['size=3/loss/spread'], 0.5**0.5)
+    self.assertNotIn('size=3/steps', summary)  # the same everywhere
+    page = (self.workdir / 'README.md').read_text()
+    self.assertIn('| size=1 | **1.5 ± 0.71** | 0.5 ± 0.71 | 2 of 2 |', page)
+    self.assertIn('--grid size=1,3 --seeds=2', page)
+    with open(self.workdir / 'results.csv') as file:
+      lines = list(csv.DictReader(file))
+    self.assertLen(lines, 4)
+    self.assertEqual(lines[3]['size'], '3')
+    self.assertEqual((lines[3]['seed'], lines[3]['loss']), ('1', '4'))
+    config = self.workdir / 'cells/size=3/seed_1/config.json'
+    self.assertEqual(json.loads(config.read_text())['data']['seed'], 1)
+
+    # Another value and another seed are added; nothing runs again.
+    result = self._call('--grid', 'size=5', '--seeds=3')
+    self.assertEqual(result.returncode, 0, result.stderr)
+    self.assertLen(self._attempts(), 9)
+    self.assertEqual(set(self._attempts().values()), {1})
+    self.assertEqual(self._read_summary()['size=1/loss'], 2.0)
+
+  def test_failed_run_is_recorded_and_alone_is_run_again(self):
+    result = self._call(
+      '--grid', 'size=1,2', '--grid', 'fail=once,silent,killed', '--jobs=2'
+    )
+    self.assertEqual(result.returncode, 1)
+    self.assertIn('6 runs did not finish', result.stderr)
+    self.assertIn(
+      'cells/size=1,fail=once/seed_0: RuntimeError: no luck today',
+      result.stderr,
+    )
+    cells = self.workdir / 'cells'
+    read = lambda cell: (cells / cell / 'seed_0' / 'error.txt').read_text()
+    self.assertEqual(read('size=2,fail=once'), 'RuntimeError: no luck today\n')
+    self.assertStartsWith(read('size=2,fail=killed'), 'stopped by SIGKILL')
+    self.assertStartsWith(
+      read('size=2,fail=silent'), 'ended without summary.json'
+    )
+    again = self._call('--only=*fail=once', config=None)
+    self.assertEqual(again.returncode, 0, again.stderr)
+    self.assertEqual(
+      self._attempts(),
+      {
+        f'size={n},fail={fail}/seed_0': 2 if fail == 'once' else 1
+        for n in (1, 2)
+        for fail in ('once', 'silent', 'killed')
+      },
+    )
+    self.assertFalse((cells / 'size=1,fail=once/seed_0/error.txt').exists())
+    self.assertEqual(self._read_summary()['failed'], 4)
+
+  def test_rows_of_the_file(self):
+    result = self._call('--seeds=1', config='rows.py')
+    self.assertEqual(result.returncode, 1)
+    page = (self.workdir / 'README.md').read_text()
+    self.assertIn('| cell | loss | seeds | the paper |', page)
+    self.assertIn('| plain | **1** | 1 of 1 | 12.3 |', page)
+    self.assertIn('| broken | – | 0 of 1, **1 failed** | – |', page)
+    self.assertIn('| large | 7 | 1 of 1 | – |', page)
+    self.assertIn('| large | `--config=experiments/rows.py:7` |', page)
+    self.assertIn('log.txt): RuntimeError: no luck today', page)
+
+  def test_signal_lets_runs_save_and_they_resume(self):
+    process = self._start('--grid', 'size=1,2,3', '--set=fail=wait', '--jobs=2')
+    folders = [self.workdir / f'cells/size={n}/seed_0' for n in (1, 2)]
+    deadline = time.monotonic() + 30
+    while not all((folder / 'ready.txt').exists() for folder in folders):
+      self.assertLess(time.monotonic(), deadline)
+      time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=30)
+    self.assertEqual(process.returncode, 128 + signal.SIGTERM)
+    self.assertIn('SIGTERM: stopped 2 runs, and 1 have not begun', stderr)
+    self.assertIn('python launch/sweep.py --workdir=runs/a', stderr)
+    for folder in folders:
+      self.assertTrue((folder / 'saved.txt').exists())
+      self.assertFalse((folder / 'error.txt').exists())
+    result = self._call('--only=size=[12]', config=None)
+    self.assertEqual(result.returncode, 0, result.stderr)
+    self.assertEqual(self._attempts(), {'size=1/seed_0': 2, 'size=2/seed_0': 2})
+
+  def test_slurm_array_runs_what_is_left(self):
+    grid = ('--grid', 'size=1,2,3', '--target=slurm')
+    lost = self._call(*grid)
+    self.assertEqual(lost.returncode, 2)
+    self.assertIn('sbatch runs/a/slurm.sh', lost.stderr)
+    self._call('--only=size=2', config=None)
+    sbatch = self.folder.create_file('bin/sbatch', content=_SBATCH)
+    os.chmod(sbatch.full_path, 0o755)
+    folder = os.path.dirname(sbatch.full_path)
+    self.environment['PATH'] = f'{folder}:{os.environ["PATH"]}'
+    options = ('--sbatch=--time=1:00:00', '--jobs=2')
+    result = self._call(*grid, *options)
+    self.assertEqual(result.returncode, 0, result.stderr)
+    script = (self.workdir / 'slurm.sh').read_text()
+    self.assertIn('#SBATCH --time=1:00:00\n#SBATCH --array=0-1%2\n', script)
+    self.assertEqual(
+      self._attempts(), {f'size={n}/seed_0': 1 for n in (1, 2, 3)}
+    )
+    self.assertEqual(self._read_summary()['finished'], 3)
+
+  @parameterized.parameters(
+    ('local', 'python {run} --config=experiments/toy.py'),
+    ('tpu-vm', '--set=data.seed=0 --target=tpu-vm\n'),
+    ('slurm', '#SBATCH --array=0-1\n'),
+  )
+  def test_dry_run_writes_nothing(self, target, shown):
+    result = self._call('--grid=size=1,2', f'--target={target}', '--dry_run')
+    self.assertEqual(result.returncode, 0, result.stderr)
+    self.assertIn(shown.format(run=_SWEEP.with_name('run.py')), result.stdout)
+    self.assertIn('size=2/seed_0', result.stdout)
+    self.assertFalse(self.workdir.exists())
+
+  def test_commands_for_tpus_are_written(self):
+    result = self._call('--grid=size=1,2', '--target=tpu-vm')
+    self.assertEqual(result.returncode, 0, result.stderr)
+    lines = (self.workdir / 'commands.sh').read_text().splitlines()
+    self.assertLen(lines, 2)
+    self.assertIn('--workdir=runs/a/cells/size=1/seed_0 --set=size=1', lines[0])
+
+  @parameterized.parameters(
+    (['--grid=sise=1'], 'the nearest field is size'),
+    (['--grid=size=1,big'], 'cell size=big: size=big does not fit'),
+    (['--seeds=0'], 'seeds'),
+    (['--collect'], 'holds no sweep to collect'),
+    (['size=1'], "Unexpected argument 'size=1'"),
+  )
+  def test_bad_call_starts_nothing(self, args, message):
+    result = self._call(*args)
+    self.assertEqual(result.returncode, 2, result.stderr)
+    self.assertLen(result.stderr.splitlines(), 1)
+    self.assertStartsWith(result.stderr, 'sweep.py: ')
+    self.assertIn(message, result.stderr)
+    self.assertFalse(self.workdir.exists())
+
+  def test_folder_of_another_sweep_is_refused_and_left(self):
+    self._call('--grid=size=1')
+    before = (self.workdir / 'sweep.json').read_bytes()
+    for args, config, message in (
+      (['--grid=roles=k'], 'toy.py', 'over size, and this one is over roles'),
+      (['--grid=size=1', '--set=roles=v'], 'toy.py', "with roles.0='k', and"),
+      (['--grid=size=1'], 'rows.py', 'of experiments/toy.py, and this one is'),
+    ):
+      result = self._call(*args, config=config)
+      self.assertEqual(result.returncode, 2, result.stderr)
+      self.assertLen(result.stderr.splitlines(), 1)
+      self.assertIn(message, result.stderr)
+    self.assertEqual((self.workdir / 'sweep.json').read_bytes(), before)
+    self.assertEqual(self._attempts(), {'size=1/seed_0': 1})
+
+
+if __name__ == '__main__':
+  absltest.main()

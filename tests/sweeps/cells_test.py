@@ -1,0 +1,95 @@
+"""Tests of the cells that rows and grids make."""
+
+import os
+
+from absl.testing import absltest
+from absl.testing import parameterized
+
+from nested_learning import errors
+from nested_learning import sweeps
+from tests.sweeps import toy
+
+
+class CellsTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    folder = self.create_tempdir().full_path
+    name = 'cells_' + self._testMethodName
+    self.spec = toy.write_experiment(folder, name)
+
+  def _load(self, sweep, *, num_seeds=1, seed_fields=('seed',), **kwargs):
+    return sweeps.load_cells(
+      sweeps.make_cells(self.spec, sweep, **kwargs),
+      num_seeds=num_seeds,
+      seed_fields=seed_fields,
+    )
+
+  def test_rows_by_grid_by_seeds(self):
+    sweep = sweeps.Sweep(
+      rows=(sweeps.Row('a', ('text=x',)), sweeps.Row('b', arg='5')),
+      grid=('roles=(k,v),()',),
+    )
+    loaded = self._load(sweep, num_seeds=2, assignments=('size=3',))
+    self.assertCountEqual(
+      loaded,
+      [
+        (f'{row},roles={roles}', seed)
+        for row in 'ab'
+        for roles in ('k+v', 'empty')
+        for seed in (0, 1)
+      ],
+    )
+    assignments, config = loaded['a,roles=k+v', 1]
+    self.assertEqual(assignments, ('size=3', 'text=x', 'roles=(k,v)', 'seed=1'))
+    self.assertEqual((config.size, config.text, config.seed), (3, 'x', 1))
+    self.assertEqual(config.roles, ('k', 'v'))
+    self.assertEqual(loaded['b,roles=empty', 0][1].roles, ())
+
+  def test_argument_of_a_row_makes_its_config(self):
+    sweep = sweeps.Sweep(rows=(sweeps.Row('a'), sweeps.Row('b', arg='5')))
+    for spec in (self.spec, f'{self.spec}:7'):
+      cells = sweeps.make_cells(spec, sweep)
+      self.assertEqual([c.spec for c in cells], [spec, f'{self.spec}:5'])
+
+  def test_one_cell_without_rows_and_grid(self):
+    self.assertCountEqual(
+      self._load(sweeps.Sweep(), num_seeds=2), [('config', 0), ('config', 1)]
+    )
+
+  def test_names_tell_fields_apart_and_fit_a_file_system(self):
+    grid = (
+      'model.mixer.size=1',
+      'model.0.size=2',
+      'rate=1e-3',
+      'x=' + 'y' * 300,
+    )
+    (cell,) = sweeps.make_cells(self.spec, sweeps.Sweep(grid=grid))
+    self.assertStartsWith(cell.name, 'mixer.size=1,0.size=2,rate=1e-3,x=yyy')
+    self.assertLessEqual(len(os.fsencode(cell.name)), 120)
+    other = (*grid[:-1], 'x=' + 'y' * 301)
+    (longer,) = sweeps.make_cells(self.spec, sweeps.Sweep(grid=other))
+    self.assertNotEqual(cell.name, longer.name)
+
+  @parameterized.parameters(
+    (
+      ('sise=1',),
+      'cell sise=1: sise does not exist; the nearest field is size',
+    ),
+    (('size=1,x',), 'cell size=x: size=x does not fit'),
+    (('seed=1,2',), 'seed=1 sets a seed'),
+    (('size=1,01',), 'size=1 and size=01 are the same config'),
+    (('text=a/b,a:b',), "would both be called 'text=a_b'"),
+  )
+  def test_refuses(self, grid, message):
+    with self.assertRaisesRegex(errors.UserError, message):
+      self._load(sweeps.Sweep(grid=grid))
+
+  def test_seeds_need_a_field(self):
+    loaded = self._load(sweeps.Sweep(), seed_fields=('data.seed',))
+    self.assertEqual(loaded['config', 0][0], ())
+    with self.assertRaisesRegex(errors.UserError, 'none of the fields data.se'):
+      self._load(sweeps.Sweep(), seed_fields=('data.seed',), num_seeds=2)
+
+
+if __name__ == '__main__':
+  absltest.main()

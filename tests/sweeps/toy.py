@@ -1,0 +1,44 @@
+"""A config without a model, and sweeps of it."""
+
+import dataclasses
+import pathlib
+
+from nested_learning import configs
+from nested_learning import sweeps
+
+EXPERIMENT = """
+import dataclasses
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  size: int = 1
+  roles: tuple[str, ...] = ('k',)
+  text: str = ''
+  seed: int = 0
+
+def get_config(arg=None):
+  return Config(size=int(arg or 1))
+"""
+
+
+def write_experiment(folder: str, name: str) -> str:
+  """Writes an experiment file with a module name of its own; returns it."""
+  path = pathlib.Path(folder, 'experiments', f'{name}.py')
+  path.parent.mkdir(exist_ok=True)
+  path.write_text(EXPERIMENT)
+  return str(path)
+
+
+def make_record(spec: str, *grid: str, **changes) -> sweeps.Record:
+  """The record of a sweep over a grid."""
+  sweep = sweeps.Sweep(grid=grid)
+  assignments = changes.pop('assignments', ())
+  record = sweeps.Record(
+    spec=spec,
+    assignments=assignments,
+    base=configs.override(configs.load(spec), assignments),
+    fields=tuple(sweeps.parse_grid(text)[0] for text in grid),
+    cells=sweeps.make_cells(spec, sweep, assignments=assignments),
+    seed_fields=('seed',),
+  )
+  return dataclasses.replace(record, **changes)
