@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from nested_learning.optimizers import checks
+from nested_learning.optimizers import placement
 
 
 class DeepMomentumState(NamedTuple):
@@ -125,7 +126,7 @@ def deep_momentum(
       u = jnp.matrix_transpose(g.astype(down.dtype))
       if form == 'paper':
         down, up = _literal_step(u, down, up, decay, rate)
-        moved = _matmul(up, jnp.tanh(down))
+        moved = placement.matmul(up, jnp.tanh(down))
       else:
         square = jnp.mean(jnp.square(u), axis=(-2, -1))
         mean_square = decay * mean_square + (1 - decay) * square
@@ -133,11 +134,10 @@ def deep_momentum(
         u = u / scale[..., None, None]
         for _ in range(inner_steps):
           down, up = _inner_step(u, down, up, 1 - decay)
-        held = _matmul(up, jnp.tanh(down))
+        held = placement.matmul(up, jnp.tanh(down))
         moved = -rate * (held + (1 - decay) * (u - held))
       moved = jnp.matrix_transpose(moved).astype(g.dtype)
-      dtype = mean_square.dtype
-      return moved, *(x.astype(dtype) for x in (down, up, mean_square))
+      return moved, down, up, mean_square
 
     leaves, structure = jax.tree.flatten(updates)
     memories = [jax.tree.leaves(part) for part in state[1:]]
@@ -145,6 +145,7 @@ def deep_momentum(
     columns = zip(*results, strict=True) if results else ((), (), (), ())
     updates, *memories = (structure.unflatten(column) for column in columns)
     count = optax.safe_increment(state.count)
+    memories = jax.tree.map(_keep_type, tuple(memories), state[1:])
     return updates, DeepMomentumState(count, *memories)
 
   partition = optax.partition(
@@ -171,34 +172,41 @@ def _init_layers(leaf, state_ratio, key):
   hidden = min(max(1, int(state_ratio * m * n / (m + n))), m)
   down = jax.nn.initializers.orthogonal()(key, (hidden, m), dtype)
   down = jnp.broadcast_to(down, (*stack, hidden, m))
-  return down, jnp.zeros((*stack, n, hidden), dtype), jnp.zeros(stack, dtype)
+  # Inputs, outputs and stacked matrices lie where those of the leaf do.
+  *layers, inputs, outputs = placement.spec_of(leaf)
+  up, square = jnp.zeros((*stack, n, hidden), dtype), jnp.zeros(stack, dtype)
+  return (
+    placement.put(down, jax.P(*layers, None, inputs), like=leaf),
+    placement.put(up, jax.P(*layers, outputs, None), like=leaf),
+    placement.put(square, jax.P(*layers), like=leaf),
+  )
+
+
+def _keep_type(new, old):
+  return placement.put(new.astype(old.dtype), placement.spec_of(old), like=old)
 
 
 def _inner_step(u, down, up, rate):
   """A normalised step on 1/2 |up tanh(down) - u|^2."""
   features = jnp.tanh(down)
-  error = _matmul(up, features) - u
+  error = placement.matmul(up, features) - u
   slope = 1 - jnp.square(features)
-  up_gradient = _matmul(error, jnp.matrix_transpose(features))
-  down_gradient = _matmul(jnp.matrix_transpose(up), error) * slope
+  up_gradient = placement.matmul(error, jnp.matrix_transpose(features))
+  down_gradient = placement.matmul(jnp.matrix_transpose(up), error) * slope
   new_up = up - rate * up_gradient / _bound(features)
   return down - rate * down_gradient / _bound(jnp.matrix_transpose(up)), new_up
 
 
 def _literal_step(u, down, up, decay, rate):
   """A step on the trace of up tanh(down u^T), as printed."""
-  features = jnp.tanh(_matmul(u, jnp.matrix_transpose(down)))
+  features = jnp.tanh(placement.matmul(u, jnp.matrix_transpose(down)))
   slope = 1 - jnp.square(features)
-  down_gradient = _matmul(jnp.matrix_transpose(up * slope), u)
+  down_gradient = placement.matmul(jnp.matrix_transpose(up * slope), u)
   return decay * down - rate * down_gradient, decay * up - rate * features
 
 
 def _bound(x):
   """Bound on the largest eigenvalue of x x^T, above zero."""
-  gram = _matmul(x, jnp.matrix_transpose(x))
+  gram = placement.matmul(x, jnp.matrix_transpose(x))
   largest = jnp.max(jnp.sum(jnp.abs(gram), -1), -1)[..., None, None]
   return jnp.maximum(largest, jnp.finfo(x.dtype).tiny)
-
-
-def _matmul(x, y):
-  return jnp.einsum('...ij,...jk->...ik', x, y)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from nested_learning.optimizers import checks
+from nested_learning.optimizers import placement
 
 _FORMS = ('stable', 'paper')
 
@@ -89,8 +90,8 @@ def delta_momentum(
 
   def remember(m, g, value, rate):
     kernel = _as_kernel(g.astype(m.dtype))
-    held = jnp.einsum('...io,...ij->...oj', kernel, _as_kernel(m))
-    erased = jnp.einsum('...io,...oj->...ij', kernel, held).reshape(m.shape)
+    held = placement.matmul(jnp.matrix_transpose(kernel), _as_kernel(m))
+    erased = placement.matmul(kernel, held).reshape(m.shape)
     value = value.astype(m.dtype)
     if not stable:
       return decay * m - erased - rate * value

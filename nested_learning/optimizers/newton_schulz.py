@@ -57,12 +57,15 @@ def orthogonalize(
   if isinstance(coefficients, str):
     coefficients = COEFFICIENTS[coefficients]
   *stack, m, n = x.shape
-  # With sharding in types nothing moves unless told to: gather, give back.
+  # With sharding in types nothing moves unless told to: there, and back. A
+  # stack that must be padded or reshaped is made whole first.
   context = jax.sharding.get_abstract_mesh()
-  home = None
+  home, between = None, jax.P()
   if mesh is None and not context.empty and context.are_all_axes_explicit:
     home = jax.typeof(x).sharding.spec
-    x = jax.sharding.reshard(x, jax.P())
+    if len(stack) == 1 and stack[0] % context.size == 0:
+      between = jax.P(context.axis_names)
+    x = jax.sharding.reshard(x, between)
 
   y = jnp.matrix_transpose(x) if m > n else x
   y, num_matrices = _spread(y.reshape(-1, min(m, n), max(m, n)), mesh)
@@ -72,7 +75,7 @@ def orthogonalize(
     y = _take_steps(y, coefficients, min(at_once, num_steps - done))
 
   if home is not None:
-    y = jax.sharding.reshard(y, jax.P())
+    y = jax.sharding.reshard(y, between)
   y = y[:num_matrices].reshape(*stack, min(m, n), max(m, n))
   y = jnp.matrix_transpose(y) if m > n else y
   return y if home is None else jax.sharding.reshard(y, home)

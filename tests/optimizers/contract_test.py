@@ -14,6 +14,7 @@ import optax
 
 from nested_learning import levels
 from nested_learning import optimizers
+from tests import compiling
 
 
 def timescales(learning_rate):
@@ -250,31 +251,48 @@ class ContractTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, 'learning_rate=-0.1'):
         make(name, -0.1)
 
-  @parameterized.parameters(*NAMES)
-  def test_sharded_equals_unsharded(self, name):
+  @parameterized.product(
+    name=NAMES,
+    axis_type=(jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit),
+  )
+  def test_sharded_equals_unsharded(self, name, axis_type):
     tx = make(name)
-    params = {'kernel': jnp.linspace(-1.0, 1.0, 128).reshape(8, 16)}
+    specs = {
+      'rows': jax.P('x', None),
+      'columns': jax.P(None, 'x'),
+      'stack': jax.P('x', None, None),
+      'bias': jax.P('x'),
+    }
+    params = {
+      'rows': jnp.linspace(-1.0, 1.0, 128).reshape(8, 16),
+      'columns': jnp.linspace(0.0, 1.0, 64).reshape(8, 8),
+      'stack': jnp.linspace(0.0, 2.0, 48).reshape(8, 2, 3),
+      'bias': jnp.linspace(1.0, 2.0, 8),
+    }
     gradients, more = make_gradients(params), extra(name, params)
-    params['bias'] = jnp.ones(8)
-    gradients['bias'] = jnp.linspace(-1.0, 1.0, 8)
-    more = extra(name, params)
-    expected, _ = tx.update(gradients, tx.init(params), params, **more)
-    mesh = jax.make_mesh(
-      (2, 4), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2
-    )
-    spec = {'kernel': jax.P('data', 'model'), 'bias': jax.P('model')}
-    shardings = {key: jax.NamedSharding(mesh, spec[key]) for key in params}
-    params = jax.device_put(params, shardings)
-    gradients = jax.device_put(gradients, shardings)
-    state = tx.init(params)
-    updates, new_state = jax.jit(tx.update)(gradients, state, params, **more)
+
+    @compiling.jit
+    def two_steps(params, gradients, state):
+      # The second one is that of a slow level, and of a slow momentum.
+      _, state = tx.update(gradients, state, params, **more)
+      return tx.update(gradients, state, params, **more)
+
+    expected, _ = two_steps(params, gradients, tx.init(params))
+    mesh = jax.make_mesh((8,), ('x',), axis_types=(axis_type,))
+    shardings = {k: jax.NamedSharding(mesh, s) for k, s in specs.items()}
+    with jax.set_mesh(mesh):
+      params = jax.device_put(params, shardings)
+      gradients = jax.device_put(gradients, shardings)
+      state = tx.init(params)
+      updates, new_state = two_steps(params, gradients, state)
     assert_close(updates, expected)
     for old, new in zip(
       jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True
     ):
-      if old.shape == (8, 16):
-        self.assertEqual(old.sharding.spec, spec['kernel'])
-        self.assertTrue(new.sharding.is_equivalent_to(old.sharding, 2))
+      self.assertTrue(new.sharding.is_equivalent_to(old.sharding, old.ndim))
+      for key in ('rows', 'columns', 'stack'):
+        if old.shape == params[key].shape:
+          self.assertEqual(old.sharding.spec, specs[key])
 
 
 class Classifier(nn.Module):

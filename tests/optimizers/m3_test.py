@@ -1,5 +1,7 @@
 """M3 against Muon, against loops written out by hand, and across devices."""
 
+import re
+
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
@@ -9,6 +11,7 @@ import optax
 
 from nested_learning import optimizers
 from nested_learning.optimizers import newton_schulz
+from tests import compiling
 
 
 def make_params():
@@ -298,8 +301,25 @@ class M3Test(parameterized.TestCase):
     momentum = state.inner_states['m3'].inner_state[0].momentum['stack']
     self.assertEqual(momentum.sharding.spec, spec)
 
-  def test_stack_is_spread_over_devices(self):
-    # Eight matrices, eight devices: each orthogonalises one.
+  @parameterized.product(
+    spec=(jax.P(), jax.P('x'), jax.P(None, 'x'), jax.P(None, None, 'x')),
+    axis_type=(jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit),
+  )
+  def test_no_device_orthogonalises_the_whole_stack(self, spec, axis_type):
+    mesh = jax.make_mesh((8,), ('x',), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+      sharding = jax.NamedSharding(mesh, spec)
+      params = {'stack': jax.device_put(jnp.ones((16, 8, 24)), sharding)}
+      tx = optimizers.m3(1e-2)
+      program = compiling.jit(tx.update).lower(params, tx.init(params), params)
+    # What one device multiplies: two matrices of the sixteen, never more.
+    shapes = re.findall(
+      r'f32\[([\d,]+)\]\S* dot\(', program.compile().as_text()
+    )
+    self.assertNotEmpty(shapes)
+    self.assertEqual({shape.split(',')[0] for shape in shapes}, {'2'})
+
+  def test_mesh_can_be_given(self):
     mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
     x = jax.device_put(jnp.ones((8, 4, 6)), jax.NamedSharding(mesh, jax.P()))
     whole = jax.jit(optimizers.orthogonalize)
