@@ -4,14 +4,16 @@
     python launch/run.py --workdir=runs/q --mode=generate --prompt='def main('
     python launch/run.py --config=runs/q/config.json --workdir=runs/again
 
-The same command again resumes an interrupted run. Exits with 0 when the run is
-done, with 2 and one line on stderr when a flag, a config or a file is wrong.
+The same command again resumes an interrupted run. --target says where it runs:
+in this process, in several, on TPUs or under Slurm; with --dry_run it prints
+what would run there. The exit code is 0 when the run is done; 2, with one line
+on stderr, when a flag, a config or a file is wrong; 128 and the number of the
+signal that ended it; 42 when one of several processes failed.
 """
 
-import os
 import pathlib
+import shlex
 import sys
-import tempfile
 import traceback
 
 from absl import app
@@ -23,7 +25,10 @@ if str(_ROOT) not in sys.path:
   sys.path.insert(0, str(_ROOT))  # A checkout runs without being installed.
 
 # JAX is imported with the config: --help and a wrong flag are answered at once.
+from launch import targets  # noqa: E402
+from launch import workdirs  # noqa: E402
 from nested_learning import configs  # noqa: E402
+from nested_learning import distributed  # noqa: E402
 from nested_learning import errors  # noqa: E402
 
 _CONFIG = flags.DEFINE_string(
@@ -48,6 +53,40 @@ _MODE = flags.DEFINE_enum(
 _PROMPT = flags.DEFINE_string(
   'prompt', None, 'Short for --set=generate.prompt=...'
 )
+_TARGET = flags.DEFINE_string(
+  'target',
+  'local',
+  'Where to run: local (this process, joined to others by the cluster or the '
+  'flags below), local-procs:N or local-procs:NxM (N processes of M CPU '
+  'devices on this machine), tpu-vm, gke, slurm.',
+)
+_DRY_RUN = flags.DEFINE_bool(
+  'dry_run', False, 'Print what --target would run, as a script; start nothing.'
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator_address',
+  None,
+  'Host and port of process 0; found in the environment by default.',
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, 'Number of processes; likewise.', lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, 'Which of them this is, from 0; likewise.', lower_bound=0
+)
+_HEARTBEAT = flags.DEFINE_integer(
+  'heartbeat_timeout',
+  60,
+  'Seconds of silence after which a process counts as lost; all others end.',
+  lower_bound=10,
+)
+_HANG = flags.DEFINE_integer(
+  'hang_timeout',
+  1800,
+  'Seconds without progress after which one of several processes dumps its '
+  'stacks and ends; more than compilation, an evaluation and a save take.',
+  lower_bound=10,
+)
 
 
 def main() -> None:
@@ -62,47 +101,110 @@ def _main(argv: list[str]) -> None:
         f'Unexpected argument {argv[1]!r}; flags begin with --, as in '
         '--config=experiments/quickstart.py.'
       )
-    sys.exit(_run())
+    code = _run() or 0
   except KeyboardInterrupt:
     # A training step catches this itself, saves and says how to resume.
-    _print_error('interrupted.')
-    sys.exit(130)
+    code = _fail(130, 'interrupted.')
+  except SystemExit as end:
+    code = _fail(end.code) if isinstance(end.code, int) else end.code
   except ValueError as error:
     if not _is_ours(error):
+      _fail_by_bug(error)
       raise
-    _print_error(error)
     if logging.level_debug():
       traceback.print_exception(error)
-    sys.exit(2)
+    code = _fail(2, error)
+  except Exception as error:
+    _fail_by_bug(error)
+    raise
+  sys.exit(code)
 
 
 def _run() -> int | None:
   """Loads the config, checks the workdir and hands over to the run."""
-  workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
   mode = _MODE.value
+  target, size = targets.find(_TARGET.value)
+  if target != 'local':
+    return _launch(target, size)
+  if _DRY_RUN.value:
+    print(shlex.join([sys.executable, *sys.argv]))
+    return 0
+  workdir = workdirs.local(_WORKDIR.value)
   if workdir is None and mode != 'describe':
     raise errors.UserError(
       f'--mode={mode} needs a folder for the run: --workdir=runs/NAME.'
     )
+  if mode != 'describe':
+    distributed.initialize(
+      coordinator_address=_COORDINATOR.value,
+      num_processes=_NUM_PROCESSES.value,
+      process_id=_PROCESS_ID.value,
+      heartbeat_seconds=_HEARTBEAT.value,
+      hang_seconds=_HANG.value,
+    )
   experiment = _load(workdir)
   config, run = experiment.config, experiment.run
-  if workdir is not None and _holds_run(workdir):
-    # Without --config, what --set changes is meant to differ from the run.
-    if mode == 'train' or _CONFIG.value is not None:
-      _check_same_run(config, workdir, mode)
-    if mode == 'train' and (workdir / 'summary.json').is_file():
-      print(  # The summary is what a run writes last of all.
-        f'{workdir} holds this run, finished: see {workdir}/report.md. To run '
-        'it again, use another --workdir.'
-      )
-      return 0
-  elif mode == 'train':
-    _write_config(config, experiment.module, workdir / 'config.json')
+  distributed.check_alike(configs.to_json(config, experiment.module))
+  finished = distributed.first_does(
+    'workdir', lambda: _prepare(experiment, workdir)
+  )
+  if finished:
+    if distributed.is_first():
+      print(finished)
+    return 0
   if run is None:
     from nested_learning import training
 
     run = training.run
   return run(config, workdir and str(workdir), mode)
+
+
+def _prepare(experiment, workdir: pathlib.Path | None) -> str | None:
+  return workdirs.prepare(
+    experiment,
+    workdir,
+    mode=_MODE.value,
+    has_config=_CONFIG.value is not None,
+  )
+
+
+def _launch(target: str, size: str) -> int:
+  """Starts the run somewhere else, or says what would be started."""
+  job = targets.make_job(
+    target,
+    size,
+    targets.user_arguments(sys.argv[1:], ['target', 'dry_run', 'workdir']),
+    config=_CONFIG.value,
+    workdir=_WORKDIR.value,
+    dry_run=_DRY_RUN.value,
+  )
+  plan = targets.TARGETS[target](job)
+  workdir = pathlib.Path(job.workdir) if plan.shares_disk else None
+  experiment = _load(workdir)
+  _check_fits(experiment.config, plan)
+  if _DRY_RUN.value:
+    print(plan.script, end='')
+    return 0
+  if workdir is not None:
+    finished = _prepare(experiment, workdir)
+    if finished:
+      print(finished)
+      return 0
+  return plan.run()
+
+
+def _check_fits(config, plan: targets.Plan) -> None:
+  """Refuses a mesh that the machines do not have, before asking for them."""
+  mesh = getattr(config, 'mesh', None)
+  if mesh is not None:
+    from nested_learning import sharding
+
+    sharding.mesh_shape(
+      mesh,
+      num_devices=plan.num_devices,
+      num_processes=plan.num_processes,
+      num_rows=getattr(config, 'micro_batch_size', None),
+    )
 
 
 def _load(workdir: pathlib.Path | None) -> configs.Experiment:
@@ -121,57 +223,6 @@ def _load(workdir: pathlib.Path | None) -> configs.Experiment:
     assignments.append(f'generate.prompt={_PROMPT.value}')
   config = configs.override(experiment.config, assignments)
   return experiment._replace(config=config)
-
-
-def _holds_run(workdir: pathlib.Path) -> bool:
-  """Returns whether a run has begun there; a config alone is no run."""
-  if not (workdir / 'config.json').is_file():
-    return False
-  return any(path.name != 'config.json' for path in workdir.iterdir())
-
-
-def _check_same_run(config, workdir: pathlib.Path, mode: str) -> None:
-  """Refuses a workdir that holds the run of another config."""
-  theirs = configs.load(str(workdir / 'config.json'))
-  changed = configs.differences(config, theirs)
-  if mode == 'generate':
-    changed = {
-      path: values
-      for path, values in changed.items()
-      if not path.startswith('generate.')
-    }
-  if not changed:
-    return
-  listed = [
-    f'{path} ({theirs!r} there, {ours!r} here)'
-    for path, (ours, theirs) in list(changed.items())[:5]
-  ]
-  if len(changed) > 5:
-    listed.append(f'{len(changed) - 5} more')
-  way_out = (
-    'Use another --workdir; or leave out --config and --set to resume that run.'
-    if mode == 'train'
-    else 'Leave out --config to use the config of that run.'
-  )
-  raise errors.UserError(
-    f'{workdir} holds a run that differs in {", ".join(listed)}. {way_out}'
-  )
-
-
-def _write_config(config, module: str | None, path: pathlib.Path) -> None:
-  """Writes config.json before the run starts: whole, or not at all."""
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: the processes of one run write the same file.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix='config.')
-    with open(handle, 'w', encoding='utf-8') as file:
-      file.write(configs.to_json(config, module))
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-  except OSError as error:
-    raise errors.UserError(
-      f'Cannot write to --workdir={path.parent}: {error.strerror}.'
-    ) from error
 
 
 def _is_ours(error: ValueError) -> bool:
@@ -198,6 +249,22 @@ def _parse_flags(argv: list[str]) -> list[str]:
     # Orbax logs every step of a save as INFO; --verbosity=0 shows that.
     flags.FLAGS.verbosity = logging.WARNING
   return argv
+
+
+def _fail(code: int, message: Exception | str | None = None) -> int:
+  """Says what is wrong and, where there are several processes, ends them."""
+  if code:
+    distributed.end(code, message and f'run.py: {message}')
+  return code
+
+
+def _fail_by_bug(error: Exception) -> None:
+  """Ends one of several processes; its traceback is all that can be said."""
+  if distributed.is_together():
+    traceback.print_exception(error)
+    name = type(error).__name__
+    _fail(distributed.EXIT_RETRY, f'{name}, see the traceback.')
+    sys.exit(distributed.EXIT_RETRY)
 
 
 def _print_error(error: Exception | str) -> None:

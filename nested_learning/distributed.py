@@ -9,10 +9,13 @@ A process that is lost (killed, or its machine is gone) ends the others after
 `heartbeat_seconds`. One that fails ends them after at most ten seconds more
 (`end`). One that hangs ends itself after `hang_seconds`, with the stacks of
 all its threads, and thereby the others.
+
+JAX is imported late: a launcher that starts no process does without it.
 """
 
 from collections.abc import Callable, Mapping
 import faulthandler
+import hashlib
 import importlib.util
 import itertools
 import os
@@ -22,8 +25,6 @@ import threading
 import time
 from typing import Any
 import zlib
-
-import jax
 
 from nested_learning import errors
 
@@ -119,6 +120,8 @@ def initialize(
   )
   if cluster is None:
     return
+  import jax
+
   try:
     jax.distributed.initialize(
       **cluster,
@@ -137,6 +140,17 @@ def initialize(
   _watchdog = _Watchdog(hang_seconds)
 
 
+def is_together() -> bool:
+  """Returns whether this process has joined others."""
+  # Without JAX it has not.
+  return 'jax' in sys.modules and _index_and_count()[1] > 0
+
+
+def is_first() -> bool:
+  """Returns whether this is the process that prints and writes reports."""
+  return not is_together() or _index_and_count()[0] == 0
+
+
 def progress() -> None:
   """Says that this process is alive; see `hang_seconds` of `initialize`."""
   if _watchdog is not None:
@@ -153,7 +167,7 @@ def barrier(name: str, *, timeout_seconds: float = 600) -> None:
   Raises:
     TimeoutError: Not all came in time; it names those that are missing.
   """
-  if jax.distributed.is_initialized():
+  if is_together():
     _wait(f'{name}:{next(_numbers)}', timeout_seconds)
 
 
@@ -170,10 +184,10 @@ def first_does(name: str, function: Callable[[], str | None]) -> str | None:
   Raises:
     errors.UserError: The function raised it in process 0; then all raise it.
   """
-  if not jax.distributed.is_initialized():
+  if not is_together():
     return function()
   key = f'{name}:{next(_numbers)}'
-  if jax.process_index() == 0:
+  if is_first():
     try:
       result = function()
     except errors.UserError as error:
@@ -196,11 +210,11 @@ def check_equal(values: Mapping[str, Any]) -> None:
   Raises:
     errors.UserError: One differs; all processes raise it.
   """
-  if not jax.distributed.is_initialized():
+  if not is_together():
     return
-  place = f'equal:{next(_numbers)}'
+  place, here = f'equal:{next(_numbers)}', _index_and_count()[0]
   for name, value in values.items():
-    _client().key_value_set(f'{place}/{name}/{jax.process_index()}', str(value))
+    _client().key_value_set(f'{place}/{name}/{here}', str(value))
   barrier(place)
   for name in values:
     found = {
@@ -213,6 +227,27 @@ def check_equal(values: Mapping[str, Any]) -> None:
           f'process {index} has {name} {value}, and process 0 has {found[0]}; '
           'start all of them alike.'
         )
+
+
+def check_alike(config: str) -> None:
+  """Refuses processes with another config, JAX or number of devices.
+
+  Args:
+    config: What the run depends on, as text.
+
+  Raises:
+    errors.UserError: Something differs; all processes raise it.
+  """
+  if is_together():
+    import jax
+
+    check_equal(
+      {
+        'a config with the hash': hashlib.sha256(config.encode()).hexdigest(),
+        'JAX': jax.__version__,
+        'a number of devices of': jax.local_device_count(),
+      }
+    )
 
 
 def end(code: int, message: str | None = None) -> None:
@@ -228,12 +263,12 @@ def end(code: int, message: str | None = None) -> None:
     message: The line to print.
   """
   message = message and ' '.join(message.split())
-  if not jax.distributed.is_initialized():
+  if not is_together():
     if message:
       print(message, file=sys.stderr)
     return
-  index = jax.process_index()
-  prefix = f'process {index} of {jax.process_count()}: '
+  index, count = _index_and_count()
+  prefix = f'process {index} of {count}: '
   if index == 0 and message:
     print(message, file=sys.stderr, flush=True)
     _client().key_value_set('end message', message)
@@ -292,9 +327,10 @@ class _Watchdog:
   def _run(self) -> None:
     while (left := self._armed + self._seconds - time.monotonic()) > 0:
       time.sleep(left)
+    index, count = _index_and_count()
     print(
-      f'process {jax.process_index()} of {jax.process_count()}: no progress in '
-      f'{self._seconds:g} s; ending with code {EXIT_RETRY}. The stacks:',
+      f'process {index} of {count}: no progress in {self._seconds:g} s; ending '
+      f'with code {EXIT_RETRY}. The stacks:',
       file=sys.stderr,
       flush=True,
     )
@@ -365,9 +401,11 @@ def _may_be_tpu(environ) -> bool:
   if hosts is not None:  # Kubernetes says it all
     num_slices = int(environ.get('MEGASCALE_NUM_SLICES') or 1)
     return ',' in hosts or num_slices > 1
-  # JAX has set the variable when it found no chip.
-  has_libtpu = importlib.util.find_spec('libtpu') is not None
-  return has_libtpu and 'TPU_SKIP_MDS_QUERY' not in environ
+  if importlib.util.find_spec('libtpu') is None:
+    return False
+  import jax  # noqa: F401  (It sets the variable when it finds no chip.)
+
+  return 'TPU_SKIP_MDS_QUERY' not in environ
 
 
 def _integer(value: int | None, name: str, environ) -> int | None:
@@ -390,3 +428,14 @@ def _client() -> Any:
   from jax._src import distributed
 
   return distributed.global_state.client
+
+
+def _index_and_count() -> tuple[int, int]:
+  """Which process this is, of how many; (0, 0) if it has not joined any.
+
+  `jax.process_index` would start the devices, which may fail or hang.
+  """
+  from jax._src import distributed
+
+  state = distributed.global_state
+  return state.process_id, state.num_processes if state.client else 0

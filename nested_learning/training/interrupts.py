@@ -11,6 +11,8 @@ from typing import TypeVar
 import jax
 from jax.experimental import multihost_utils
 
+from nested_learning import distributed
+
 T = TypeVar('T')
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -41,7 +43,11 @@ class Stop:
     self.signal, self._received = signal.Signals(number), True
 
   def requested(self) -> bool:
-    """Returns whether to stop here. Once true, always true."""
+    """Returns whether to stop here. Once true, always true.
+
+    To ask is to say that the process is alive (`distributed.progress`).
+    """
+    distributed.progress()
     if not self._received and jax.distributed.is_initialized():
       self._asked += 1
       self._received = multihost_utils.reached_preemption_sync_point(

@@ -1,0 +1,89 @@
+"""GPUs under Slurm: one sbatch script, one process per GPU.
+
+The nodes share a disk with this machine; they run this very tree with this very
+Python. A job that is preempted, loses a node or runs out of its time is put
+back into the queue and goes on from its last checkpoint.
+"""
+
+import os
+import pathlib
+import shlex
+
+from launch.targets import jobs
+from nested_learning import errors
+
+_TEMPLATE = """\
+#!/bin/bash
+#SBATCH --job-name={name}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node={per_node}
+#SBATCH --gpus-per-node={per_node}
+#SBATCH --output={log}
+#SBATCH --open-mode=append
+#SBATCH --requeue
+# The processes get SIGTERM, and save, this many seconds before the time is up.
+#SBATCH --signal=TERM@300
+{options}cd {folder}
+{exports}
+# Every task sees all GPUs of its node and takes the one of its number.
+srun --kill-on-bad-exit=1 --export=ALL {command}
+code=$?
+# 42 and signals are worth another attempt; 2 is a mistake in a flag or a file.
+if [[ $code -eq 42 || $code -ge 128 ]]; then
+  if [[ ${{SLURM_RESTART_COUNT:-0}} -lt {max_restarts} ]]; then
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+fi
+exit "$code"
+"""
+
+
+def plan(job: jobs.Job) -> jobs.Plan:
+  """Nodes of GPUs, from --target=slurm and --topology=h100:NODESxGPUS."""
+  topology = jobs.needs('slurm', job, 'gpu')
+  if job.workdir.startswith('gs://'):
+    raise errors.UserError(
+      f'--workdir={job.workdir} is no folder; Slurm needs one on the disk that '
+      'this machine shares with the nodes.'
+    )
+  workdir = pathlib.Path(job.workdir).absolute()
+  if not job.dry_run and not jobs.is_writable(str(workdir)):
+    raise errors.UserError(
+      f'Cannot write to --workdir={job.workdir}; choose a folder that is yours.'
+    )
+  for option in job.sbatch:
+    if not option.startswith('-') or '\n' in option:
+      raise errors.UserError(
+        f'--sbatch={option} is no option of sbatch; give it as '
+        '--sbatch=--partition=NAME.'
+      )
+  command = jobs.local_command(job)
+  batch = _TEMPLATE.format(
+    name=job.name,
+    nodes=topology.num_hosts,
+    per_node=topology.chips_per_host,
+    log=shlex.quote(str(workdir / 'logs' / 'slurm-%j.log')),
+    options=''.join(f'#SBATCH {option}\n' for option in job.sbatch),
+    folder=shlex.quote(os.getcwd()),
+    exports='\n'.join(
+      f'export {name}={shlex.quote(value)}' for name, value in job.env.items()
+    ),
+    command=shlex.join(command),
+    max_restarts=10 if job.max_restarts is None else job.max_restarts,
+  )
+  script = (
+    f'mkdir -p {shlex.quote(str(workdir / "logs"))}\n'
+    f"sbatch <<'END_OF_SCRIPT'\n{batch}END_OF_SCRIPT\n"
+  )
+
+  def run() -> int:
+    jobs.find_programs('slurm', 'sbatch')
+    return jobs.run_script(script)
+
+  return jobs.Plan(
+    script=script,
+    run=run,
+    num_processes=topology.num_processes,
+    num_devices=topology.num_devices,
+    shares_disk=True,
+  )

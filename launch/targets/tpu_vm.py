@@ -1,0 +1,177 @@
+"""TPU VMs: a queued resource, and ssh to all its workers.
+
+This tree goes to every worker as an archive and is installed there. The
+launcher stays with the run: it starts it again, on new machines where the old
+ones were taken away, and gives the machines back when the run has succeeded.
+"""
+
+import shlex
+
+from launch.targets import jobs
+from nested_learning import errors
+
+_START = """\
+set -euo pipefail
+pkill -f '[l]aunch/run[.]py' && sleep 5 || true
+cd ~
+if ! cmp -s tree.tgz installed.tgz; then
+  rm -rf tree && mkdir tree && tar -xzf tree.tgz -C tree
+  # These machines come with a Python that is too old.
+  python3 -m pip install --quiet --user uv
+  python3 -m uv venv --quiet --clear --python 3.11 venv
+  python3 -m uv pip install --quiet --python venv/bin/python \\
+    --constraint tree/constraints.txt './tree[tpu,tokenizers]'
+  cp tree.tgz installed.tgz
+fi
+if ! command -v gcsfuse > /dev/null; then
+  key=/usr/share/keyrings/cloud.google.asc
+  curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg |
+    sudo tee "$key" > /dev/null
+  echo "deb [signed-by=$key] https://packages.cloud.google.com/apt" \\
+    "gcsfuse-$(lsb_release -cs) main" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null
+  sudo apt-get -qq update && sudo apt-get -qq install -y gcsfuse > /dev/null
+fi
+sudo mkdir -p {mount} && sudo chown "$USER" {mount}
+mountpoint -q {mount} || gcsfuse --implicit-dirs {bucket} {mount} > /dev/null
+{exports}
+cd tree
+exec ../venv/bin/python {command}
+"""
+
+_SCRIPT = """\
+set -o pipefail
+name={name}
+nodes=({nodes})
+flags=({flags})
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+# Nothing is asked for before what it needs is known to be there.
+gcloud storage buckets describe gs://{bucket} --format='value(name)' || exit 2
+tar -czf "$work/tree.tgz" --exclude=__pycache__ -C {root} {tree} || exit 2
+cat > "$work/start.sh" <<'END_OF_START'
+{start}END_OF_START
+
+state() {{
+  gcloud compute tpus queued-resources describe "$name" "${{flags[@]}}" \\
+    --format='value(state.state)' 2> /dev/null
+}}
+
+create() {{
+  gcloud compute tpus queued-resources delete "$name" "${{flags[@]}}" \\
+    --quiet --force 2> /dev/null
+  gcloud compute tpus queued-resources create "$name" "${{flags[@]}}" \\
+    {request} || exit 2
+  until [[ $(state) == ACTIVE ]]; do
+    if [[ $(state) == FAILED ]]; then
+      echo "run.py: the queued resource $name failed." >&2
+      exit 2
+    fi
+    sleep 30
+  done
+}}
+
+everywhere() {{
+  local pids=() code=0 node pid
+  for node in "${{nodes[@]}}"; do
+    "$@" "$node" &
+    pids+=($!)
+  done
+  for pid in "${{pids[@]}}"; do
+    wait "$pid" || code=$?
+  done
+  return "$code"
+}}
+
+copy() {{
+  gcloud compute tpus tpu-vm scp "$work/tree.tgz" "$work/start.sh" "$1:" \\
+    "${{flags[@]}}" --worker=all --quiet
+}}
+
+start() {{
+  gcloud compute tpus tpu-vm ssh "$1" "${{flags[@]}}" --worker=all --quiet \\
+    --command='bash start.sh'
+}}
+
+for ((left = {max_restarts}; ; left--)); do
+  [[ $(state) == ACTIVE ]] || create
+  everywhere copy && everywhere start
+  code=$?
+  # 2 is a mistake in a flag or a file, which no other attempt mends.
+  if [[ $code -eq 0 || $code -eq 2 || $left -eq 0 ]]; then
+    break
+  fi
+  echo "run.py: ended with code $code; starting again, $left left." >&2
+done
+delete=(gcloud compute tpus queued-resources delete "$name" "${{flags[@]}}")
+delete+=(--quiet --force)
+if [[ $code -eq 0 ]]; then
+  "${{delete[@]}}"
+else
+  echo "run.py: ended with code $code. The machines still cost money; give" \\
+    "them back: ${{delete[*]}}" >&2
+fi
+exit "$code"
+"""
+
+
+def plan(job: jobs.Job) -> jobs.Plan:
+  """Slices of TPUs, from --target=tpu-vm and --topology=v5e:16x16."""
+  topology = jobs.needs('tpu-vm', job, 'tpu')
+  generation = topology.generation
+  if generation.tpu_vm is None:
+    raise errors.UserError(
+      f'--target=tpu-vm has no {generation.name}, which the TPU API does not '
+      'offer; use --target=gke.'
+    )
+  bucket, mount = jobs.bucket_of('tpu-vm', job)
+  # JAX's own port is not among those that the default network lets through.
+  env = {'JAX_COORDINATOR_PORT': '8476', **job.env}
+  command = ['launch/run.py', *jobs.remote_arguments('tpu-vm', job)]
+  start = _START.format(
+    bucket=bucket,
+    mount=mount,
+    exports='\n'.join(f'export {k}={shlex.quote(v)}' for k, v in env.items()),
+    command=shlex.join(command),
+  )
+  number = topology.chips_per_slice * generation.cores_per_chip
+  request = [
+    f'--accelerator-type={generation.tpu_vm}-{number}',
+    f'--runtime-version={generation.runtime}',
+  ]
+  nodes = [job.name]
+  if topology.num_slices > 1:
+    nodes = [f'{job.name}-{i}' for i in range(topology.num_slices)]
+    request += [f'--node-count={len(nodes)}', f'--node-prefix={job.name}']
+  else:
+    request += [f'--node-id={job.name}']
+  if job.spot:
+    request.append('--spot')
+  flags = [
+    f'--{name}={value}'
+    for name, value in (('project', job.project), ('zone', job.zone))
+    if value
+  ]
+  script = _SCRIPT.format(
+    name=job.name,
+    nodes=' '.join(nodes),
+    flags=shlex.join(flags),
+    bucket=bucket,
+    root=shlex.quote(str(jobs.ROOT)),
+    tree=' '.join(jobs.TREE),
+    start=start,
+    request=shlex.join(request),
+    max_restarts=10 if job.max_restarts is None else job.max_restarts,
+  )
+
+  def run() -> int:
+    jobs.find_programs('tpu-vm', 'gcloud')
+    return jobs.run_script(script)
+
+  return jobs.Plan(
+    script=script,
+    run=run,
+    num_processes=topology.num_processes,
+    num_devices=topology.num_devices,
+    shares_disk=False,
+  )

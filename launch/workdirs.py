@@ -1,0 +1,106 @@
+"""The folder of a run: whose it is, and how a run begins in it."""
+
+import os
+import pathlib
+import tempfile
+
+from nested_learning import configs
+from nested_learning import errors
+
+
+def local(path: str | None) -> pathlib.Path | None:
+  """The folder that --workdir names, if it can be one of this machine."""
+  if path is not None and '://' in path:
+    raise errors.UserError(
+      f'--workdir={path} is no folder of this machine; mount it and name the '
+      'folder, or use --target=gke or tpu-vm, which do.'
+    )
+  return pathlib.Path(path) if path else None
+
+
+def prepare(
+  experiment: configs.Experiment,
+  workdir: pathlib.Path | None,
+  *,
+  mode: str,
+  has_config: bool,
+) -> str | None:
+  """Checks a workdir and, where a run begins, writes its config.json.
+
+  Args:
+    experiment: What is to run.
+    workdir: Where; None for a mode that needs none.
+    mode: The flag --mode.
+    has_config: Whether --config is given. If not, the config is that of the
+      run, and what --set changes is meant to differ.
+
+  Returns:
+    What to say of a run that is finished already, or None.
+
+  Raises:
+    errors.UserError: It holds another run, or cannot be written to.
+  """
+  if workdir is not None and _holds_run(workdir):
+    if mode == 'train' or has_config:
+      _check_same_run(experiment.config, workdir, mode)
+    if mode == 'train' and (workdir / 'summary.json').is_file():
+      return (  # The summary is what a run writes last of all.
+        f'{workdir} holds this run, finished: see {workdir}/report.md. To run '
+        'it again, use another --workdir.'
+      )
+  elif mode == 'train':
+    path = workdir / 'config.json'
+    _write_config(experiment.config, experiment.module, path)
+  return None
+
+
+def _holds_run(workdir: pathlib.Path) -> bool:
+  """Returns whether a run has begun there; config and logs are no run."""
+  if not (workdir / 'config.json').is_file():
+    return False
+  begun = ('config.json', 'logs')
+  return any(path.name not in begun for path in workdir.iterdir())
+
+
+def _check_same_run(config, workdir: pathlib.Path, mode: str) -> None:
+  """Refuses a workdir that holds the run of another config."""
+  theirs = configs.load(str(workdir / 'config.json'))
+  changed = configs.differences(config, theirs)
+  if mode == 'generate':
+    changed = {
+      path: values
+      for path, values in changed.items()
+      if not path.startswith('generate.')
+    }
+  if not changed:
+    return
+  listed = [
+    f'{path} ({theirs!r} there, {ours!r} here)'
+    for path, (ours, theirs) in list(changed.items())[:5]
+  ]
+  if len(changed) > 5:
+    listed.append(f'{len(changed) - 5} more')
+  way_out = (
+    'Use another --workdir; or leave out --config and --set to resume that run.'
+    if mode == 'train'
+    else 'Leave out --config to use the config of that run.'
+  )
+  raise errors.UserError(
+    f'{workdir} holds a run that differs in {", ".join(listed)}. {way_out}'
+  )
+
+
+def _write_config(config, module: str | None, path: pathlib.Path) -> None:
+  """Writes config.json before the run starts: whole, or not at all."""
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: the processes of one run write the same file.
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix='config.')
+    with open(handle, 'w', encoding='utf-8') as file:
+      file.write(configs.to_json(config, module))
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+  except OSError as error:
+    raise errors.UserError(
+      f'Cannot write to --workdir={path.parent}: {error.strerror}.'
+    ) from error
