@@ -1,4 +1,4 @@
-"""The contract of every model, over a small zoo."""
+"""What the contract of the zoo leaves: sharding, settings, labels, counts."""
 
 import dataclasses
 
@@ -13,9 +13,12 @@ from nested_learning import layers
 from nested_learning import models
 from nested_learning import parameters
 from nested_learning import sharding
+from nested_learning.layers import attention
+from nested_learning.layers import norm
+from nested_learning.levels import cms
 from tests import compiling
 
-_BATCH, _LENGTH, _VOCAB = 2, 19, 16
+_BATCH, _LENGTH, _VOCAB = 2, 16, 16
 _ATTENTION = layers.AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=4)
 _TRANSFORMER = models.ModelConfig(
   vocab_size=_VOCAB,
@@ -31,7 +34,12 @@ _CHAIN = (
 )
 _ZOO = {
   'transformer': _TRANSFORMER,
-  'hope_attention': dataclasses.replace(_TRANSFORMER, levels=_CHAIN),
+  'pattern': dataclasses.replace(
+    _TRANSFORMER,
+    levels=_CHAIN,
+    num_layers=4,
+    mixer=(_ATTENTION, dataclasses.replace(_ATTENTION, window=4)),
+  ),
   'hope': dataclasses.replace(
     _TRANSFORMER,
     levels=_CHAIN,
@@ -57,77 +65,10 @@ class LanguageModelTest(parameterized.TestCase):
     shape = (_BATCH, _LENGTH)
     self.tokens = rng.integers(_VOCAB, size=shape).astype(np.int32)
     self.reset = rng.uniform(size=shape) < 0.1
-    self.all = np.ones(shape, bool)
 
   def parts(self, name):
     model = models.make_model(_ZOO[name])
     return model, compiling.jit(model.init_params)(jax.random.key(0))
-
-  @parameterized.parameters(*_ZOO)
-  def test_stream_contract(self, name):
-    model, params = self.parts(name)
-    start = compiling.jit_static('batch_size')(model.init_state)(
-      params, batch_size=_BATCH
-    )
-    traces = []
-
-    @compiling.jit
-    def forward(state, tokens, reset, mask):
-      traces.append(tokens.shape)
-      return model.forward(params, state, tokens, reset=reset, mask=mask)
-
-    whole, last = forward(start, self.tokens, self.reset, self.all)
-    with self.subTest('shapes and types'):
-      self.assertEqual(whole.shape, (_BATCH, _LENGTH, _VOCAB))
-      self.assertEqual(whole.dtype, jnp.float32)
-      self.assertEqual(
-        jax.tree.map(lambda x: (x.shape, x.dtype), last),
-        jax.tree.map(lambda x: (x.shape, x.dtype), start),
-      )
-
-    with self.subTest('a token changes what comes after it, and nothing else'):
-      none = np.zeros_like(self.reset)
-      before, _ = forward(start, self.tokens, none, self.all)
-      for t in (2, 9):
-        tokens = self.tokens.copy()
-        tokens[:, t] = (tokens[:, t] + 1) % _VOCAB
-        after, _ = forward(start, tokens, none, self.all)
-        np.testing.assert_array_equal(after[:, :t], before[:, :t])
-        differs = np.abs(after - before).max(axis=(0, 2))
-        self.assertTrue(np.all(differs[t:] > 0))
-
-    with self.subTest('a document is alone'):
-      reset = np.zeros_like(self.reset)
-      reset[:, 10] = True
-      tokens = self.tokens.copy()
-      tokens[:, :10] = tokens[:, :10][:, ::-1]
-      out, _ = forward(start, self.tokens, reset, self.all)
-      again, _ = forward(start, tokens, reset, self.all)
-      np.testing.assert_array_equal(out[:, 10:], again[:, 10:])
-
-    with self.subTest('calls of any length, each row cut on its own'):
-      rng = np.random.default_rng(1)
-      for num_calls in (2, 5):
-        call = np.sort(rng.integers(num_calls, size=(_BATCH, _LENGTH)), axis=1)
-        state, total = start, 0.0
-        for i in range(num_calls):
-          out, state = forward(state, self.tokens, self.reset, call == i)
-          total += np.where((call == i)[..., None], out, 0.0)
-        np.testing.assert_allclose(total, whole, rtol=1e-4, atol=1e-4)
-
-    with self.subTest('token by token, with one compilation'):
-      traces.clear()
-      state, pieces = start, []
-      for t in range(_LENGTH):
-        one = slice(t, t + 1)
-        out, state = forward(
-          state, self.tokens[:, one], self.reset[:, one], self.all[:, one]
-        )
-        pieces.append(out)
-      np.testing.assert_allclose(
-        np.concatenate(pieces, axis=1), whole, rtol=1e-4, atol=1e-4
-      )
-      self.assertLen(traces, 1)
 
   @parameterized.parameters(*_ZOO)
   def test_sharded_equals_unsharded(self, name):
@@ -165,13 +106,14 @@ class LanguageModelTest(parameterized.TestCase):
       )
     step(placed, *batch)
     self.assertLen(traces, 1)
-    query = placed['blocks']['mixer']['out']
-    self.assertEqual(query.sharding.shard_shape(query.shape)[1], 1)
+    blocks = placed['blocks']
+    out = blocks.get('0', blocks)['mixer']['out']
+    self.assertEqual(out.sharding.shard_shape(out.shape)[1], 1)
 
   def test_recomputing_layers_changes_nothing(self):
-    model, params = self.parts('hope_attention')
+    model, params = self.parts('pattern')
     again = models.make_model(
-      dataclasses.replace(_ZOO['hope_attention'], remat='layer')
+      dataclasses.replace(_ZOO['pattern'], remat='layer')
     )
     grads = [
       compiling.jit(
@@ -196,41 +138,72 @@ class LanguageModelTest(parameterized.TestCase):
     self.assertLess(error, 2e-2 * np.abs(expected).max())
     self.assertGreater(error, 0.0)
 
-  def test_level_labels(self):
-    labels = models.level_labels(_ZOO['hope'])
-    model = models.make_model(_ZOO['hope'])
+  def test_a_pattern_is_its_blocks_in_turn(self):
+    config = _ZOO['pattern']
+    model, params = self.parts('pattern')
+    marks = layers.Marks(self.reset)
+    out, _ = compiling.jit(model.forward)(
+      params, None, self.tokens, reset=self.reset
+    )
+
+    @compiling.jit_static('mixer_config')
+    def run_block(block, x, mixer_config):
+      mixer = attention.make_attention(
+        mixer_config, embed_dim=8, max_length=24, dtype=jnp.float32
+      )
+      normed = norm.rms_norm(block['norm'], x)
+      mixed, _ = mixer.apply(block['mixer'], None, normed, marks)
+      return cms.apply(config.levels, block['levels'], x + mixed)
+
+    x = params['embedding'][self.tokens] * 8**0.5
+    for i in range(config.num_layers):
+      place, group = i % 2, i // 2
+      stacked = params['blocks'][str(place)]
+      block = jax.tree.map(lambda p, group=group: p[group], stacked)
+      x = run_block(block, x, mixer_config=config.mixer[place])
+    logits = norm.rms_norm(params['norm'], x) @ params['embedding'].T
+    np.testing.assert_allclose(out, logits, rtol=1e-4, atol=1e-4)
+
+  @parameterized.parameters('hope', 'pattern')
+  def test_level_labels(self, name):
+    labels = models.level_labels(_ZOO[name])
+    model = models.make_model(_ZOO[name])
     self.assertEqual(
       jax.tree.structure(labels),
       jax.tree.structure(parameters.abstract(model.table)),
     )
-    chain = labels['blocks']['levels']
-    self.assertEqual(set(jax.tree.leaves(chain['slow'])), {'slow'})
-    # A level without a chunk size takes every step.
-    self.assertEqual(set(jax.tree.leaves(chain['fast'])), {'base'})
-    others = {**labels, 'blocks': {**labels['blocks'], 'levels': {}}}
-    self.assertEqual(set(jax.tree.leaves(others)), {'base'})
+    slow = 0
+    for path, label in jax.tree_util.tree_leaves_with_path(labels):
+      # A level without a chunk size takes every step.
+      is_slow = '/levels/slow/' in parameters.path_name(path)
+      self.assertEqual(label, 'slow' if is_slow else 'base')
+      slow += is_slow
+    self.assertEqual(slow, 4 * len(_ZOO[name].pattern))
 
-  def test_the_trunk_takes_inputs_of_any_kind(self):
-    model, params = self.parts('transformer')
-    trunk = models.make_trunk(_TRANSFORMER)
-    self.assertEqual(set(trunk.table), {'blocks', 'norm'})
-    x = np.random.default_rng(2).normal(size=(_BATCH, 7, 8)).astype(np.float32)
-    marks = layers.Marks(self.reset[:, :7])
-    own = {name: params[name] for name in trunk.table}
-    run = compiling.jit(trunk.apply)
-    out, state = run(own, None, x, marks)
-    self.assertEqual(out.shape, x.shape)
-    embedded = params['embedding'][self.tokens[:, :7]] * 8**0.5
-    out, state = run(params, None, embedded, marks)
-    logits, last = compiling.jit(model.forward)(
-      params, None, self.tokens[:, :7], reset=self.reset[:, :7]
-    )
-    np.testing.assert_allclose(
-      out @ params['embedding'].T, logits, rtol=1e-5, atol=1e-5
-    )
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, last
-    )
+  def test_max_stream_length(self):
+    window = dataclasses.replace(_ATTENTION, window=4)
+    memory = _ZOO['hope'].mixer
+    static = dataclasses.replace(memory, adaptive=())
+    for mixer, limit in (
+      (_ATTENTION, 24),
+      (window, None),
+      (memory, None),
+      ((memory, window), None),
+      ((memory, _ATTENTION), 24),
+      (layers.MemoryAsGateConfig(memory, window), None),
+      (layers.MemoryAsGateConfig(memory, _ATTENTION), 24),
+      (layers.MemoryAsLayerConfig(memory, _ATTENTION), 24),
+      (layers.MemoryAsContextConfig(static, _ATTENTION), None),
+    ):
+      config = dataclasses.replace(_TRANSFORMER, mixer=mixer)
+      self.assertEqual(models.max_stream_length(config), limit, mixer)
+      model = models.make_model(config)
+      params = parameters.abstract(model.table)
+      state = jax.eval_shape(lambda p, m=model: m.init_state(p, 1), params)
+      shapes = [leaf.shape for leaf in jax.tree.leaves(state)]
+      self.assertEqual(
+        any(24 in shape for shape in shapes), limit is not None, mixer
+      )
 
   def test_parameter_count_of_a_transformer(self):
     # embedding, final norm, and per layer: four projections, three MLP
@@ -250,6 +223,8 @@ class LanguageModelTest(parameterized.TestCase):
   @parameterized.parameters(
     ({'dtype': 'int8'}, "model.dtype='int8' must be 'float32'"),
     ({'remat': 'all'}, "model.remat='all' must be 'none'"),
+    ({'mixer': (_ATTENTION,) * 3}, 'num_layers=2 is not a multiple of the 3'),
+    ({'mixer': ()}, 'has no mixer'),
     ({'levels': _CHAIN + _CHAIN[:1]}, "'fast', 'slow', 'fast'.* unique"),
   )
   def test_bad_settings_name_the_value(self, changes, message):

@@ -14,6 +14,13 @@ class ZooTest(parameterized.TestCase):
     ('hope_340m', 341_544_960),
     ('hope_760m', 759_452_928),
     ('hope_1p3b', 1_304_910_912),
+    ('sliding_window_340m', 265_602_048),
+    ('samba_small', 883_024),
+    ('samba_340m', 298_387_584),
+    ('titans_340m', 333_139_584),
+    ('titans_mac_340m', 396_177_024),
+    ('titans_mag_340m', 396_152_448),
+    ('titans_mal_340m', 396_127_872),
     ('hope_attention_tiny', 23_872),
     ('hope_attention_170m', 148_476_672),
     ('hope_attention_340m', 265_651_200),
@@ -28,6 +35,18 @@ class ZooTest(parameterized.TestCase):
   def test_parameter_count(self, name, count):
     config = models.zoo.make_config(name)
     self.assertEqual(parameters.count(models.make_model(config).table), count)
+
+  def test_every_name_makes_a_config_of_whole_patterns(self):
+    for name in models.zoo.names():
+      config = models.zoo.make_config(name)
+      self.assertEqual(config.num_layers % len(config.pattern), 0, name)
+
+  def test_a_name_may_begin_with_another_family(self):
+    plain, gated = (
+      models.zoo.make_config(f'{family}_tiny').mixer
+      for family in ('titans', 'titans_mag')
+    )
+    self.assertEqual(gated.memory, plain)
 
   def test_sets_fields(self):
     config = models.zoo.make_config('hope_tiny', dtype='bfloat16')
