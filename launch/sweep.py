@@ -19,8 +19,10 @@ one line on stderr when a flag or a config is wrong.
 """
 
 import dataclasses
+import hashlib
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -68,18 +70,30 @@ _TARGET = flags.DEFINE_enum(
   'local',
   ['local', 'slurm', 'tpu-vm'],
   'Where: processes on this machine; an array of Slurm with a task for each '
-  'run; or a list of commands with a TPU job for each run.',
+  'run; or a TPU job for each run, which a process on this machine starts.',
 )
 _JOBS = flags.DEFINE_integer(
   'jobs',
   None,
-  'Runs at a time: 1 on this machine, as many as Slurm allows there.',
+  'Runs at a time; 1 by default, under Slurm as many as it allows.',
   lower_bound=1,
 )
 _SBATCH = flags.DEFINE_multi_string(
   'sbatch',
   [],
   'An option of sbatch, as in --sbatch=--time=4:00:00. Repeatable.',
+)
+_RUN_FLAG = flags.DEFINE_multi_string(
+  'run_flag',
+  [],
+  'A flag of launch/run.py for every run, as in --run_flag=--topology=v5e:4x4. '
+  'Repeatable.',
+)
+_BUCKET = flags.DEFINE_string(
+  'bucket',
+  None,
+  'tpu-vm: folder that the runs write to, as in gs://BUCKET/NAME; --workdir '
+  'holds the rest.',
 )
 _ONLY = flags.DEFINE_string(
   'only', '*', "Run these cells or runs alone; a pattern such as 'heads=*'."
@@ -106,6 +120,12 @@ def _main(argv: list[str]) -> None:
       )
     if _WORKDIR.value is None:
       raise errors.UserError('A sweep needs a folder: --workdir=runs/NAME.')
+    on_tpus = _TARGET.value == 'tpu-vm'
+    if on_tpus and not re.fullmatch('gs://[^/]+/.+', _BUCKET.value or ''):
+      raise errors.UserError(
+        '--target=tpu-vm needs a folder in a bucket for the runs: '
+        '--bucket=gs://BUCKET/NAME.'
+      )
     sys.exit(_run(pathlib.Path(_WORKDIR.value)))
   except KeyboardInterrupt:
     _print_error('interrupted.')
@@ -137,8 +157,6 @@ def _run(workdir: pathlib.Path) -> int:
     sweeps.save(record, workdir)
   if left and _TARGET.value == 'slurm':
     return _submit(left, workdir)
-  if left and _TARGET.value == 'tpu-vm':
-    return _write_commands(left, workdir)
   outcome = sweeps.run_all(
     runs,
     lambda run: [sys.executable, *_arguments(run)],
@@ -148,6 +166,7 @@ def _run(workdir: pathlib.Path) -> int:
       'JAX_COMPILATION_CACHE_DIR': str(workdir.resolve() / '.compiled'),
       **os.environ,
     },
+    fetch=_fetch if _TARGET.value == 'tpu-vm' else None,
   )
   code = _collect(record, workdir)
   return _report(outcome, workdir) or code
@@ -202,12 +221,37 @@ def _arguments(run: sweeps.Run) -> list[str]:
   path = _ROOT / 'launch' / 'run.py'
   if pathlib.Path.cwd() == _ROOT:
     path = path.relative_to(_ROOT)
+  where, target = str(run.folder), []
+  if _TARGET.value == 'tpu-vm':
+    where = _remote_folder(run)
+    target = ['--target=tpu-vm', f'--name={_job_name(where)}']
   return [
     str(path),
     f'--config={run.cell.spec}',
-    f'--workdir={run.folder}',
+    f'--workdir={where}',
     *(f'--set={assignment}' for assignment in run.assignments),
+    *target,
+    *_RUN_FLAG.value,
   ]
+
+
+def _remote_folder(run: sweeps.Run) -> str:
+  """Where a run on TPUs writes to."""
+  return f'{_BUCKET.value.rstrip("/")}/cells/{run.name}'
+
+
+def _job_name(folder: str) -> str:
+  """A name that no other run's job has: letters, digits and dashes."""
+  words = re.sub('[^a-z0-9]+', '-', folder.removeprefix('gs://').lower())
+  number = hashlib.sha1(folder.encode()).hexdigest()[:8]
+  return f'sweep-{words.strip("-")[-24:].strip("-")}-{number}'
+
+
+def _fetch(run: sweeps.Run) -> None:
+  """Brings the summary of a run from its bucket."""
+  source = f'{_remote_folder(run)}/summary.json'
+  command = ['gcloud', 'storage', 'cp', source, str(run.folder)]
+  subprocess.run(command, capture_output=True, check=False)
 
 
 def _show(runs, left, workdir) -> None:
@@ -216,22 +260,9 @@ def _show(runs, left, workdir) -> None:
     print(_make_script(left, workdir), end='')
   else:
     for run in left:
-      print(_format_command(run))
+      print(shlex.join(['python', *_arguments(run)]))
   finished = len(runs) - len(left)
   print(f'# {len(left)} runs; {finished} more are finished.', file=sys.stderr)
-
-
-def _format_command(run: sweeps.Run) -> str:
-  target = ['--target=tpu-vm'] if _TARGET.value == 'tpu-vm' else []
-  return shlex.join(['python', *_arguments(run), *target])
-
-
-def _write_commands(left, workdir) -> int:
-  """Writes the commands that start a TPU job for each run."""
-  path = workdir / 'commands.sh'
-  path.write_text(''.join(f'{_format_command(run)}\n' for run in left))
-  print(f'{path} has {len(left)} commands, each of which starts a TPU job.')
-  return 0
 
 
 def _make_script(left, workdir) -> str:
@@ -241,6 +272,7 @@ def _make_script(left, workdir) -> str:
       sys.executable,
       str(pathlib.Path(__file__).resolve()),
       f'--workdir={workdir}',
+      *(f'--run_flag={flag}' for flag in _RUN_FLAG.value),
     ],
     folder=os.getcwd(),
     logs=str(workdir / 'slurm'),

@@ -49,6 +49,7 @@ def run_all(
   *,
   num_jobs: int = 1,
   environment: Mapping[str, str] | None = None,
+  fetch: Callable[[record_lib.Run], None] | None = None,
 ) -> Outcome:
   """Runs what is not finished, each run in a process of its own.
 
@@ -63,6 +64,8 @@ def run_all(
     make_command: From a run to the command, which resumes what it finds.
     num_jobs: How many at a time.
     environment: Of the commands; None is that of this process.
+    fetch: Called after a command that succeeded elsewhere, to bring its
+      summary.json into the run's folder.
 
   Returns:
     The failures, and what a signal left undone.
@@ -100,6 +103,8 @@ def run_all(
       time.sleep(_POLL)
       for child in [c for c in children if c.process.poll() is not None]:
         children.remove(child)
+        if fetch and not child.process.returncode:
+          fetch(child.run)
         if child.run.finished:
           bar.update()
         elif signals:

@@ -49,6 +49,7 @@ def make_array_script(
     *options,
     f'--array=0-{len(names) - 1}{at_once}',
     f'--signal=B:TERM@{_SECONDS}',
+    '--requeue',
     '--open-mode=append',
     f'--output={logs}/slurm_%A_%a.txt',
   ]

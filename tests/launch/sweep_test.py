@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +12,11 @@ import time
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import pytest
 
-_SWEEP = pathlib.Path(__file__).resolve().parents[2] / 'launch' / 'sweep.py'
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_SWEEP = _ROOT / 'launch' / 'sweep.py'
+_ABLATION = _ROOT / 'experiments' / 'ablations' / 'retain_to.py'
 
 # Needs no JAX, so that a run takes a tenth of a second. A run leaves a letter
 # in attempts.txt each time that it is started.
@@ -21,6 +25,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import sys
 import time
@@ -95,6 +100,16 @@ tasks=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$1")
 for ((i = 0; i <= tasks; i++)); do
   SLURM_ARRAY_TASK_ID=$i bash "$1"
 done
+"""
+
+
+# Has every machine and bucket; the only file in these is a summary.
+_GCLOUD = """#!/bin/bash
+echo "$*" >> "$(dirname "$0")/gcloud.log"
+case "$*" in
+  *queued-resources\\ describe*) echo ACTIVE ;;
+  storage\\ cp*) echo '{"loss": 4}' > "$4/summary.json" ;;
+esac
 """
 
 
@@ -256,27 +271,45 @@ class SweepTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ('local', 'python {run} --config=experiments/toy.py'),
-    ('tpu-vm', '--set=data.seed=0 --target=tpu-vm\n'),
+    ('tpu-vm', '--workdir=gs://b/abl/cells/size=1/seed_0 --set=size=1'),
     ('slurm', '#SBATCH --array=0-1\n'),
   )
   def test_dry_run_writes_nothing(self, target, shown):
-    result = self._call('--grid=size=1,2', f'--target={target}', '--dry_run')
+    bucket = '--bucket=gs://b/abl'  # where TPUs write to
+    result = self._call(
+      '--grid=size=1,2', f'--target={target}', '--dry_run', bucket
+    )
     self.assertEqual(result.returncode, 0, result.stderr)
     self.assertIn(shown.format(run=_SWEEP.with_name('run.py')), result.stdout)
     self.assertIn('size=2/seed_0', result.stdout)
     self.assertFalse(self.workdir.exists())
 
-  def test_commands_for_tpus_are_written(self):
-    result = self._call('--grid=size=1,2', '--target=tpu-vm')
+  @pytest.mark.slow
+  def test_tpu_job_for_each_run_and_its_summary_comes_back(self):
+    gcloud = self.folder.create_file('bin/gcloud', content=_GCLOUD)
+    os.chmod(gcloud.full_path, 0o755)
+    folder = os.path.dirname(gcloud.full_path)
+    self.environment['PATH'] = f'{folder}:{os.environ["PATH"]}'
+    result = self._call(
+      f'--config={_ABLATION}',  # in this tree, which goes along to the TPUs
+      '--target=tpu-vm',
+      '--bucket=gs://b/abl',
+      '--run_flag=--topology=v5e:2x2',
+      '--metrics=loss',
+      config=None,
+    )
     self.assertEqual(result.returncode, 0, result.stderr)
-    lines = (self.workdir / 'commands.sh').read_text().splitlines()
-    self.assertLen(lines, 2)
-    self.assertIn('--workdir=runs/a/cells/size=1/seed_0 --set=size=1', lines[0])
+    self.assertEqual(self._read_summary()['retain_to=zero/loss'], 4)
+    log = pathlib.Path(folder, 'gcloud.log').read_text()
+    nodes = re.findall(r'tpu-vm ssh (\S+)', log)
+    self.assertLen(set(nodes), 2)
+    self.assertTrue(all(node.startswith('sweep-') for node in nodes), nodes)
 
   @parameterized.parameters(
     (['--grid=sise=1'], 'the nearest field is size'),
     (['--grid=size=1,big'], 'cell size=big: size=big does not fit'),
     (['--seeds=0'], 'seeds'),
+    (['--grid=size=1', '--target=tpu-vm'], '--bucket=gs://BUCKET/NAME'),
     (['--collect'], 'holds no sweep to collect'),
     (['size=1'], "Unexpected argument 'size=1'"),
   )
