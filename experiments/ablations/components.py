@@ -24,7 +24,8 @@ parts of the paper's: `with_momentum` adds what the paper's row takes away (no
 equation of its section 8 has one; here it is Titans' trace), and `adaptive_q`
 makes the query a memory (its section 8 calls q the only projection that is
 none, its Table 6 takes that memory away). So `hope` is the paper's row without
-momentum and with static q, and without an equal in its table.
+momentum and with static q, and without an equal in its table. The row without
+weight decay has none here: retention cannot be switched off.
 """
 
 from experiments.ablations import small
