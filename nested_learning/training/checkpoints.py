@@ -46,7 +46,7 @@ def open_manager(
 
   Args:
     workdir: The run's folder; checkpoints are in `checkpoints` inside.
-    keep: Latest checkpoints to keep, beside the best by bits per byte.
+    keep: Latest checkpoints to keep, beside the best by its score.
     read_only: Whether the run's folder stays as it is.
 
   Returns:
@@ -56,7 +56,7 @@ def open_manager(
     [
       checkpoint_managers.LatestN(keep),
       checkpoint_managers.BestN(
-        get_metric_fn=lambda metrics: metrics['bits_per_byte'],
+        get_metric_fn=lambda metrics: metrics['score'],
         reverse=True,
         n=1,
         keep_checkpoints_without_metrics=False,
@@ -70,8 +70,21 @@ def open_manager(
   )
   folder = pathlib.Path(workdir).absolute() / 'checkpoints'
   with _quiet():
-    manager = ocp.CheckpointManager(folder, options=options)
+    manager = _Manager(folder, options=options)
   return contextlib.closing(manager)
+
+
+class _Manager(ocp.CheckpointManager):
+  """A manager that leaves it to the trainer to ask whether to stop.
+
+  It would ask for its statistics, with numbers of its own and from its own
+  thread. JAX takes the last number for the place where a process is, and might
+  settle on one that another process has passed.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
 
 
 def save(
@@ -83,7 +96,7 @@ def save(
   config: config_lib.ExperimentConfig,
   tokenizer_fingerprint: str,
   train_seconds: float = 0.0,
-  bits_per_byte: float | None = None,
+  score: float | None = None,
 ) -> None:
   """Starts a save, and returns while it is being written.
 
@@ -93,9 +106,10 @@ def save(
     state: Items by name; each a tree of arrays with at least one leaf.
     data: State of the data iterator, JSON-able.
     config: The experiment, for the manifest.
-    tokenizer_fingerprint: Of the tokenizer that the model was trained with.
+    tokenizer_fingerprint: Of what the tokens stand for that it was trained on.
     train_seconds: Time spent training so far.
-    bits_per_byte: Of the validation split at this step, if it was measured.
+    score: On the validation split at this step, if it was measured; the least
+      is the best.
 
   Raises:
     FloatingPointError: A number in the state is not finite; nothing is written.
@@ -122,8 +136,8 @@ def save(
   }
   items = {name: ocp.args.StandardSave(tree) for name, tree in state.items()}
   metrics = None
-  if bits_per_byte is not None:
-    metrics = {'bits_per_byte': bits_per_byte}
+  if score is not None:
+    metrics = {'score': score}
   manager.save(
     step,
     metrics=metrics,
@@ -150,7 +164,7 @@ def restore(
     manager: From `open_manager`.
     abstract: The items to read, `jax.ShapeDtypeStruct`s with shardings.
     config: The experiment that goes on from it.
-    tokenizer_fingerprint: Of the tokenizer in use.
+    tokenizer_fingerprint: Of what the tokens in use stand for.
     step: Which one; None is the latest.
 
   Returns:
@@ -251,13 +265,13 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 
 def _check_origin(manifest, config, tokenizer_fingerprint, folder):
-  """Refuses a checkpoint of another tokenizer or another model."""
+  """Refuses a checkpoint of other tokens or another model."""
   if manifest['tokenizer_fingerprint'] != tokenizer_fingerprint:
     raise errors.UserError(
-      f'{folder} was trained with another tokenizer (fingerprint '
-      f'{manifest["tokenizer_fingerprint"]}) than data.tokenizer='
-      f'{config.data.tokenizer!r} ({tokenizer_fingerprint}); set it '
-      'to the one of that run, or use another --workdir.'
+      f'{folder} was trained on other tokens (fingerprint '
+      f'{manifest["tokenizer_fingerprint"]}) than those of this config '
+      f'({tokenizer_fingerprint}); set data.tokenizer or data.task to that of '
+      'the run, or use another --workdir.'
     )
   theirs = configs.from_json(manifest['config'])
   differing = {
