@@ -54,6 +54,11 @@ class DataConfig:
         f'data.seed={self.seed} must be at least 0 and below 2**32.'
       )
 
+  @property
+  def carries_state(self) -> bool:
+    """Whether a row of a batch goes on where the batch before it stopped."""
+    return self.reset == 'never'
+
 
 class Batches:
   """An iterator over batches whose state is a small JSON-able dict."""

@@ -57,6 +57,24 @@ class Evaluation:
     return float(self.totals.loss.sum() / self.totals.num_tokens.sum())
 
   @property
+  def score(self) -> float:
+    """What the best checkpoint has least of."""
+    return self.bits_per_byte
+
+  @property
+  def numbers(self) -> dict[str, float]:
+    """What a report shows."""
+    return {'loss': self.loss, 'bits_per_byte': self.bits_per_byte}
+
+  @property
+  def sentence(self) -> str:
+    """The numbers in words."""
+    return (
+      f'{self.bits_per_byte:.4f} bits per byte on {self.num_tokens:,} tokens '
+      'of validation text'
+    )
+
+  @property
   def bits_per_byte(self) -> float:
     """Total loss in bits over the bytes of text that the targets stand for."""
     bits = self.totals.loss.sum() / math.log(2)

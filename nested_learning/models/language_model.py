@@ -179,10 +179,19 @@ def max_stream_length(config: ModelConfig) -> int | None:
   return config.max_length
 
 
-def level_labels(config: ModelConfig) -> Any:
+def level_labels(
+  config: ModelConfig, table: parameters.Table | None = None
+) -> Any:
   """The level of each parameter: its name, or 'base' outside the chain.
 
   A level without a chunk size takes every step and is labelled 'base' as well.
+
+  Args:
+    config: The model.
+    table: Of another model around the same trunk; None for the language model.
+
+  Returns:
+    A tree of names with the table's structure.
   """
   labels = {
     level.name: 'base' if level.chunk_size is None else level.name
@@ -194,7 +203,7 @@ def level_labels(config: ModelConfig) -> Any:
     in_block = names[2:] if isinstance(config.mixer, tuple) else names[1:]
     return labels[in_block[1]] if in_block[:1] == ['levels'] else 'base'
 
-  table = make_model(config).table
+  table = make_model(config).table if table is None else table
   return jax.tree_util.tree_map_with_path(
     label, table, is_leaf=lambda x: isinstance(x, parameters.Param)
   )

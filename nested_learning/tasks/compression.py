@@ -9,6 +9,7 @@ import dataclasses
 
 import numpy as np
 
+from nested_learning import errors
 from nested_learning.tasks import task
 
 
@@ -35,5 +36,8 @@ class CompressionConfig:
     return task.Row(tokens, tokens, np.ones(self.num_tokens, bool))
 
   def stretched(self, factor):
-    """More to compress."""
-    return dataclasses.replace(self, num_tokens=factor * self.num_tokens)
+    """There are none: a state is asked for as many positions as it was for."""
+    raise errors.UserError(
+      f'a model that decompresses {self.num_tokens} tokens says nothing of '
+      f'{factor} times as many; set data.longer=() and train at each length.'
+    )

@@ -9,6 +9,7 @@ from nested_learning import evaluation as evaluation_lib
 from nested_learning import inference
 from nested_learning import models
 from nested_learning import sharding
+from nested_learning import tasks
 
 
 def _check(config: Any, name: str, passed: bool, rule: str) -> None:
@@ -32,7 +33,7 @@ class TrainConfig:
   log_every: int = 10  # steps between two lines of metrics
   evaluate_every: int = 200  # steps between two looks at the validation split
   checkpoint_every: int = 200  # steps between two checkpoints
-  keep_checkpoints: int = 2  # latest ones, beside the best by bits per byte
+  keep_checkpoints: int = 2  # latest ones, beside the best one
 
   def __post_init__(self):
     for name in (
@@ -58,7 +59,7 @@ class ExperimentConfig:
 
   name: str
   model: models.ModelConfig
-  data: data_lib.DataConfig
+  data: data_lib.DataConfig | tasks.TaskDataConfig
   train: TrainConfig = TrainConfig()
   evaluation: evaluation_lib.EvaluationConfig = (
     evaluation_lib.EvaluationConfig()
@@ -113,4 +114,4 @@ class ExperimentConfig:
   @property
   def carries_state(self) -> bool:
     """Whether a row of a batch goes on where the batch before it stopped."""
-    return self.data.reset == 'never'
+    return self.data.carries_state

@@ -12,6 +12,7 @@ from nested_learning import sharding
 from nested_learning.training import config as config_lib
 from nested_learning.training import optimizer as optimizer_lib
 from nested_learning.training import step as step_lib
+from nested_learning.training import subjects
 
 
 def describe(config: config_lib.ExperimentConfig) -> str:
@@ -29,7 +30,7 @@ def describe(config: config_lib.ExperimentConfig) -> str:
   Raises:
     ValueError: A size does not divide over the mesh.
   """
-  model = models.make_model(config.model)
+  model = subjects.make_model(config)
   optimizer = optimizer_lib.make_optimizer(config, model.table)
   mesh = _mesh(config)
   state = step_lib.abstract_state(config, model, optimizer, mesh)
@@ -92,7 +93,7 @@ def _levels(
 ) -> list[tuple[str, ...]]:
   """One line per clock: what it owns and how often it is updated."""
   sizes: dict[str, int] = {}
-  labels = models.level_labels(config.model)
+  labels = models.level_labels(config.model, subjects.make_model(config).table)
   for label, param in zip(
     jax.tree.leaves(labels), jax.tree.leaves(params), strict=True
   ):

@@ -12,9 +12,9 @@ import jax
 import tensorboardX
 import tqdm
 
-from nested_learning import evaluation
 from nested_learning.training import config as config_lib
 from nested_learning.training import optimizer
+from nested_learning.training import subject as subject_lib
 
 
 class RunLog:
@@ -103,20 +103,12 @@ class RunLog:
         self._board.add_scalar(name, value, step)
 
   def write_evaluation(
-    self, step: int, evaluated: evaluation.Evaluation
+    self, step: int, evaluated: subject_lib.Evaluated
   ) -> None:
     """Writes and shows what the validation split gave."""
-    self.write(
-      step,
-      {
-        'validation/loss': evaluated.loss,
-        'validation/bits_per_byte': evaluated.bits_per_byte,
-      },
-    )
-    self.say(
-      f'step {step}: {evaluated.bits_per_byte:.4f} bits per byte on '
-      f'{evaluated.num_tokens:,} tokens of validation text'
-    )
+    numbers = evaluated.numbers
+    self.write(step, {f'validation/{k}': v for k, v in numbers.items()})
+    self.say(f'step {step}: {evaluated.sentence}')
 
   def say(self, text: str) -> None:
     """Prints a line above the progress bar."""

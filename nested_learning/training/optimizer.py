@@ -87,7 +87,7 @@ def make_optimizer(
     optax.clip_by_global_norm(config.train.clip_norm),
     levels.multi_timescale(
       [make_level('base', config.batch_tokens), *chain],
-      models.level_labels(config.model),
+      models.level_labels(config.model, table),
       tokens_per_step=config.batch_tokens,
     ),
   )

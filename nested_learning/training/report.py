@@ -10,39 +10,35 @@ from matplotlib import figure as mpl_figure
 from nested_learning import configs
 from nested_learning.training import config as config_lib
 from nested_learning.training import metrics as metrics_lib
+from nested_learning.training import subject as subject_lib
 
 LOSS_PLOT = 'loss.png'
-POSITION_PLOT = 'loss_by_position.png'
-POSITION_TABLE = 'loss_by_position.csv'
 SAMPLE = 'sample.txt'
 
 
 def write_report(
   workdir: pathlib.Path,
   config: config_lib.ExperimentConfig,
+  subject: subject_lib.Subject,
   summary: Mapping[str, Any],
 ) -> None:
   """Writes `report.md` and its plots from what the run left in its folder.
 
   Args:
-    workdir: The run's folder, with metrics.jsonl, the plot by position and a
-      sample.
+    workdir: The run's folder, with metrics.jsonl, a sample, and what the
+      subject left.
     config: The experiment.
+    subject: What it is about.
     summary: The numbers of summary.json.
   """
   lines = metrics_lib.read_metrics(workdir / 'metrics.jsonl')
-  _plot_loss(workdir / LOSS_PLOT, lines)
+  _plot_loss(workdir / LOSS_PLOT, lines, subject.watched)
   sections = [
     f'# {config.name}',
-    verdict(summary),
+    subject.verdict(summary),
     _table(('', ''), [(k, _text(v)) for k, v in summary.items()]),
     f'## Loss\n\n![Training and validation loss]({LOSS_PLOT})',
-    '## Loss by position in the context\n\n'
-    'Mean loss by the number of tokens of its document that the model has read '
-    'before. With writes off the memories stay as they were learned, so the '
-    'difference is what they learn while they read.\n\n'
-    f'![Loss by position, writes on and off]({POSITION_PLOT})\n\n'
-    f'The numbers are in [{POSITION_TABLE}]({POSITION_TABLE}).',
+    *subject.sections(summary),
     '## Levels\n\n' + _levels(config, lines),
   ]
   sample = workdir / SAMPLE
@@ -54,36 +50,24 @@ def write_report(
   (workdir / 'report.md').write_text(report, encoding='utf-8')
 
 
-def verdict(summary: Mapping[str, Any]) -> str:
-  """One sentence on what the memory's writes are worth."""
-  on, off = summary['bits_per_byte'], summary['bits_per_byte_writes_off']
-  if on == off:
-    return (
-      f'{on:.4f} bits per byte of validation text. Writes on or off makes no '
-      'difference: this model writes no memory.'
-    )
-  better = 'better' if on < off else 'WORSE'
-  return (
-    f'{on:.4f} bits per byte of validation text with memory writes on, '
-    f'{off:.4f} with writes off: writing is {abs(off - on):.4f} bits per byte '
-    f'({abs(off - on) / off:.1%}) {better}.'
-  )
-
-
-def _plot_loss(path: pathlib.Path, lines: list[Mapping[str, Any]]) -> None:
-  """Draws the training loss and, below it, bits per byte."""
+def _plot_loss(
+  path: pathlib.Path,
+  lines: list[Mapping[str, Any]],
+  watched: tuple[str, str],
+) -> None:
+  """Draws the training loss and, below it, what is watched in validation."""
   figure = mpl_figure.Figure(figsize=(7, 5), layout='tight')
-  losses, bits = figure.subplots(2, 1, sharex=True)
+  losses, below = figure.subplots(2, 1, sharex=True)
   for axes, name, label in (
-    (losses, 'loss', 'training loss, nats per token'),
-    (bits, 'validation/bits_per_byte', 'validation, bits per byte'),
+    (losses, 'loss', 'training loss per target'),
+    (below, f'validation/{watched[0]}', f'validation, {watched[1]}'),
   ):
     points = [
       (line['step'], line[name]) for line in lines if line.get(name) is not None
     ]
-    axes.plot(*zip(*points, strict=True), '.-' if axes is bits else '-')
+    axes.plot(*zip(*points, strict=True), '.-' if axes is below else '-')
     axes.set_ylabel(label)
-  bits.set_xlabel('step')
+  below.set_xlabel('step')
   figure.savefig(path, dpi=120)
 
 

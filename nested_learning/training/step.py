@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from nested_learning import errors
+from nested_learning import evaluation
 from nested_learning import levels
 from nested_learning import models
 from nested_learning import sharding
@@ -55,6 +56,7 @@ def make_step(
   config: config_lib.ExperimentConfig,
   model: models.Model,
   optimizer: optax.GradientTransformation,
+  token_loss: Callable[..., jax.Array] = evaluation.cross_entropy,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
   """Makes `step(state, batch) -> (state, metrics)`.
 
@@ -66,6 +68,7 @@ def make_step(
     config: The experiment.
     model: Its model.
     optimizer: Its optimiser.
+    token_loss: From the model's outputs and the targets to the loss [b, t].
 
   Returns:
     A function to be jitted. Batches hold tokens and targets int [b, t], mask
@@ -81,12 +84,10 @@ def make_step(
     num_targets = jnp.maximum(jnp.sum(batch['mask']), 1)
 
     def mean_loss(params, stream, micro):
-      logits, stream = model.forward(
+      outputs, stream = model.forward(
         params, stream, micro['tokens'], reset=micro['reset']
       )
-      loss = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), micro['targets']
-      )
+      loss = token_loss(outputs, micro['targets'])
       loss = jnp.sum(loss * micro['mask']) / num_targets
       return loss, stream if config.carries_state else None
 

@@ -1,32 +1,22 @@
 """The trainer, from the first batch to the last checkpoint."""
 
-from collections.abc import Iterator
-import itertools
 import pathlib
 import time
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from nested_learning import data as data_lib
 from nested_learning import errors
-from nested_learning import evaluation
-from nested_learning import models
 from nested_learning import sharding
 from nested_learning.training import checkpoints
 from nested_learning.training import config as config_lib
+from nested_learning.training import feeding
 from nested_learning.training import interrupts
 from nested_learning.training import metrics as metrics_lib
 from nested_learning.training import optimizer as optimizer_lib
 from nested_learning.training import step as step_lib
-
-_BATCH_TYPES = {
-  'tokens': np.int32,
-  'targets': np.int32,
-  'mask': np.bool_,
-  'reset': np.bool_,
-}
+from nested_learning.training import subject as subject_lib
+from nested_learning.training import subjects
 
 
 class Outcome(NamedTuple):
@@ -40,7 +30,7 @@ class Outcome(NamedTuple):
   """
 
   params: Any
-  evaluation: evaluation.Evaluation
+  evaluation: subject_lib.Evaluated
   train_seconds: float
   compile_seconds: float
 
@@ -67,14 +57,12 @@ def train(
     SystemExit: After SIGTERM (code 143) or Ctrl-C (130), once all is saved.
   """
   num_steps = config.train.num_steps
-  tokenizer = make_tokenizer(config)
-  model = models.make_model(config.model)
+  num_batches = config.evaluation.num_batches
+  subject = subjects.make_subject(config)
+  model = subject.model
   optimizer = optimizer_lib.make_optimizer(config, model.table)
-  evaluate = evaluation.make_evaluate(
-    model, byte_lengths(config, tokenizer), carry=config.carries_state
-  )
   mesh = make_mesh(config)
-  batches = make_batches(config, 'train', mesh)
+  batches = feeding.make_batches(subject, 'train', mesh)
   with (
     interrupts.deferred() as stop,
     jax.set_mesh(mesh),
@@ -91,7 +79,7 @@ def train(
         manager,
         _items(abstract),
         config=config,
-        tokenizer_fingerprint=tokenizer.fingerprint,
+        tokenizer_fingerprint=subject.fingerprint,
       )
       start, train_seconds = restored.step, restored.manifest['train_seconds']
       state = step_lib.TrainState(**{'stream': None, **restored.state})
@@ -102,7 +90,7 @@ def train(
         f'{num_steps}; raise it or use another --workdir.'
       )
     compile_start = time.perf_counter()
-    train_step = _compile(config, model, optimizer, abstract, mesh)
+    train_step = _compile(config, subject, optimizer, abstract, mesh)
     compile_seconds = time.perf_counter() - compile_start
 
     evaluated = None  # the evaluation of the state as it stands
@@ -121,7 +109,7 @@ def train(
           'train.accumulate) divide over no more.'
         )
       for step in range(start + 1, num_steps + 1):
-        state, metrics = train_step(state, put(next(batches), mesh))
+        state, metrics = train_step(state, feeding.put(next(batches), mesh))
         log.defer(step, metrics)
         evaluated = None
         stopping = stop.requested()
@@ -135,9 +123,9 @@ def train(
         log.flush()
         if evaluating and not stopping:
           try:
-            evaluated = evaluate(
-              state.params,
-              interrupts.until(stop, validation_batches(config, mesh)),
+            looks = feeding.validation_batches(subject, num_batches, mesh)
+            evaluated = subject.evaluate(
+              state.params, interrupts.until(stop, looks)
             )
             log.write_evaluation(step, evaluated)
           except interrupts.Interrupted:
@@ -148,9 +136,9 @@ def train(
           _items(state),
           data=batches.get_state(),
           config=config,
-          tokenizer_fingerprint=tokenizer.fingerprint,
+          tokenizer_fingerprint=subject.fingerprint,
           train_seconds=log.train_seconds,
-          bits_per_byte=evaluated.bits_per_byte if evaluated else None,
+          score=evaluated.score if evaluated else None,
         )
         if stopping:
           manager.wait_until_finished()
@@ -162,7 +150,8 @@ def train(
         log.resume_clock()
     if evaluated is None:  # there was no step left to take
       with interrupts.ending(trained_message(config, workdir)):
-        evaluated = evaluate(state.params, validation_batches(config, mesh))
+        looks = feeding.validation_batches(subject, num_batches, mesh)
+        evaluated = subject.evaluate(state.params, looks)
   if stop.requested():
     interrupts.end(stop.signal, trained_message(config, workdir))
   return Outcome(state.params, evaluated, log.train_seconds, compile_seconds)
@@ -183,54 +172,6 @@ def make_mesh(config: config_lib.ExperimentConfig) -> Any:
   return sharding.make_mesh(config.mesh, num_rows=config.micro_batch_size)
 
 
-def make_tokenizer(config: config_lib.ExperimentConfig) -> data_lib.Tokenizer:
-  """The tokenizer of an experiment, if the model has room for its tokens."""
-  tokenizer = data_lib.make_tokenizer(config.data.tokenizer)
-  if tokenizer.vocab_size > config.model.vocab_size:
-    raise errors.UserError(
-      f'data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} '
-      f'tokens, more than model.vocab_size={config.model.vocab_size}; set '
-      f'model.vocab_size to at least {tokenizer.vocab_size}.'
-    )
-  return tokenizer
-
-
-def byte_lengths(
-  config: config_lib.ExperimentConfig, tokenizer: data_lib.Tokenizer
-) -> np.ndarray:
-  """Bytes of each token of the model, int32 [v]; 0 for unused ones."""
-  unused = config.model.vocab_size - tokenizer.vocab_size
-  return np.pad(tokenizer.byte_lengths, (0, unused))
-
-
-def make_batches(
-  config: config_lib.ExperimentConfig, split: str, mesh: Any
-) -> data_lib.Batches:
-  """This process's rows of every batch of a split."""
-  index, count = sharding.process_slice(mesh)
-  return data_lib.make_iterator(
-    config.data, split=split, process_index=index, process_count=count
-  )
-
-
-def validation_batches(
-  config: config_lib.ExperimentConfig, mesh: Any
-) -> Iterator[dict[str, jax.Array]]:
-  """The first batches of the validation split, always the same, on the mesh."""
-  batches = make_batches(config, 'validation', mesh)
-  for batch in itertools.islice(batches, config.evaluation.num_batches):
-    yield put(batch, mesh)
-
-
-def put(batch: dict[str, np.ndarray], mesh: Any) -> dict[str, jax.Array]:
-  """Puts a process's rows of a batch on the devices that work on them."""
-  rows = sharding.batch_sharding(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(rows, batch[name])
-    for name in _BATCH_TYPES
-  }
-
-
 def _init(config, model, optimizer, abstract):
   """The state at step 0, every part made where it will stay."""
   init = step_lib.make_init(config, model, optimizer)
@@ -238,20 +179,20 @@ def _init(config, model, optimizer, abstract):
   return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
 
 
-def _compile(config, model, optimizer, abstract, mesh):
+def _compile(config, subject, optimizer, abstract, mesh):
   """The step as an executable, which no later call can recompile."""
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   rows = sharding.batch_sharding(mesh)
   step = jax.jit(
-    step_lib.make_step(config, model, optimizer),
+    step_lib.make_step(config, subject.model, optimizer, subject.token_loss),
     in_shardings=(shardings, rows),
     out_shardings=(shardings, sharding.replicated(mesh)),
     donate_argnums=0,
   )
-  shape = (config.data.batch_size, config.data.sequence_length)
+  num_rows = config.data.batch_size
   batch = {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-    for name, dtype in _BATCH_TYPES.items()
+    name: jax.ShapeDtypeStruct((num_rows, *shape), dtype, sharding=rows)
+    for name, (shape, dtype) in subject.row.items()
   }
   return step.lower(abstract, batch).compile()
 

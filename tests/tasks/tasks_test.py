@@ -59,7 +59,7 @@ class EveryTaskTest(parameterized.TestCase):
     ):
       self.assertTrue((first != differing).any())
 
-  @parameterized.parameters(*tasks.TASKS)
+  @parameterized.parameters(*sorted(set(tasks.TASKS) - {'compression'}))
   def test_stretched_rows_are_longer(self, name):
     task = _small(name)
     longer = task.stretched(2)
@@ -71,7 +71,8 @@ class EveryTaskTest(parameterized.TestCase):
 
   @parameterized.parameters(*tasks.TASKS)
   def test_is_a_config(self, name):
-    data = tasks.TaskDataConfig(tasks.TASKS[name], longer=(2, 4))
+    longer = (2, 4) if name != 'compression' else ()
+    data = tasks.TaskDataConfig(tasks.TASKS[name], longer=longer)
     self.assertEqual(configs.from_json(configs.to_json(data)), data)
 
   def test_unknown_names_get_the_nearest(self):
@@ -113,6 +114,10 @@ class EveryTaskTest(parameterized.TestCase):
   def test_impossible_settings_are_refused(self, name, changes, message):
     with self.assertRaisesRegex(errors.UserError, message):
       tasks.make_config(name, **changes)
+
+  def test_compression_has_one_length(self):
+    with self.assertRaisesRegex(errors.UserError, 'set data.longer=()'):
+      tasks.TaskDataConfig(tasks.TASKS['compression'], longer=(2,))
 
 
 if __name__ == '__main__':

@@ -116,7 +116,8 @@ class CheckpointsTest(parameterized.TestCase):
   def test_another_tokenizer(self):
     self.save(3)
     with self.assertRaisesRegex(
-      errors.UserError, r"another tokenizer \(fingerprint bytes-1\) .*'bytes'"
+      errors.UserError,
+      r'other tokens \(fingerprint bytes-1\) .*\(sentencepiece-2\)',
     ):
       self.restore(tokenizer_fingerprint='sentencepiece-2')
 

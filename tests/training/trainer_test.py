@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 
 from nested_learning import errors
+from nested_learning import evaluation
 from nested_learning import training
 from nested_learning.training import checkpoints
+from nested_learning.training import feeding
 from nested_learning.training import metrics
 from nested_learning.training import trainer
 from tests.training import tiny
@@ -55,7 +57,7 @@ class TrainerTest(parameterized.TestCase):
   @contextlib.contextmanager
   def signal_at(self, number, step):
     """Sends the process a signal while it puts the batch of a step."""
-    put, calls = trainer.put, []
+    put, calls = feeding.put, []
 
     def put_and_signal(*args):
       calls.append(args)
@@ -63,7 +65,7 @@ class TrainerTest(parameterized.TestCase):
         signal.raise_signal(number)
       return put(*args)
 
-    with mock.patch.object(trainer, 'put', put_and_signal):
+    with mock.patch.object(feeding, 'put', put_and_signal):
       yield
 
   @parameterized.named_parameters(
@@ -88,7 +90,7 @@ class TrainerTest(parameterized.TestCase):
 
   def test_keeps_the_last_checkpoints_and_the_best(self):
     bits = iter((5.0, 3.0, 4.0, 4.5, 4.2, 4.1))
-    kind = trainer.evaluation.Evaluation
+    kind = evaluation.Evaluation
     with mock.patch.object(
       kind, 'bits_per_byte', property(lambda _: next(bits))
     ):
@@ -97,14 +99,14 @@ class TrainerTest(parameterized.TestCase):
     self.assertEqual(self.steps('w'), [2, 5, 6])
 
   def test_a_signal_during_an_evaluation_is_heard(self):
-    batches = trainer.validation_batches
+    batches = feeding.validation_batches
 
     def signalling(*args):
       for batch in batches(*args):
         signal.raise_signal(signal.SIGTERM)
         yield batch
 
-    with mock.patch.object(trainer, 'validation_batches', signalling):
+    with mock.patch.object(feeding, 'validation_batches', signalling):
       with self.assertRaises(SystemExit):
         self.train('w', train={'evaluate_every': 3})
     self.assertEqual(self.steps('w'), [3])

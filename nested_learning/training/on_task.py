@@ -1,0 +1,239 @@
+"""Learning a task: right answers, at the training length and beyond."""
+
+from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nested_learning import errors
+from nested_learning import evaluation
+from nested_learning import models
+from nested_learning import sharding
+from nested_learning import tasks
+from nested_learning.models import heads
+from nested_learning.training import config as config_lib
+from nested_learning.training import feeding
+from nested_learning.training import subject as subject_lib
+
+
+class _Kind(NamedTuple):
+  """What depends on the kind of targets.
+
+  Attributes:
+    token_loss: From outputs and targets to the loss [b, t].
+    evaluated: From `evaluation.Counts` to an `Evaluated`.
+    watched: See `Subject`.
+  """
+
+  token_loss: Callable[..., jax.Array]
+  evaluated: Callable[[Any], subject_lib.Evaluated]
+  watched: tuple[str, str]
+
+
+_IDS = _Kind(
+  evaluation.cross_entropy,
+  evaluation.TaskEvaluation,
+  ('accuracy', 'share of right answers'),
+)
+_NUMBERS = _Kind(
+  evaluation.squared_error,
+  evaluation.ErrorEvaluation,
+  ('squared_error', 'mean squared error'),
+)
+
+
+def make_model(
+  config: models.ModelConfig, task: tasks.TaskConfig
+) -> models.Model:
+  """Makes the model of a config with the ends that a task needs."""
+  match task:
+    case tasks.RegressionConfig():
+      return heads.make_regressor(config, task.num_dims)
+    case tasks.CompressionConfig():
+      return heads.make_compressor(config)
+  return models.make_model(config)
+
+
+def make_subject(config: config_lib.ExperimentConfig) -> subject_lib.Subject:
+  """Makes the subject of an experiment on a task; see `make_subject` there."""
+  task = config.data.task
+  name = type(task).__name__
+  if task.vocab_size > config.model.vocab_size:
+    raise errors.UserError(
+      f'data.task={name} has {task.vocab_size} ids, more than '
+      f'model.vocab_size={config.model.vocab_size}; set model.vocab_size to at '
+      f'least {task.vocab_size}.'
+    )
+  model = make_model(config.model, task)
+  kind = _kind(task)
+  count = evaluation.make_count(model, kind.token_loss)
+  row = tasks.make_row(config.data, 0)
+  mask = row.mask.shape, np.bool_
+  return subject_lib.Subject(
+    model=model,
+    fingerprint=f'{name} {task.vocab_size}',
+    row={
+      'tokens': (row.tokens.shape, row.tokens.dtype),
+      'targets': (row.targets.shape, row.targets.dtype),
+      'mask': mask,
+      'reset': mask,
+    },
+    token_loss=kind.token_loss,
+    make_batches=functools.partial(_make_batches, config.data),
+    evaluate=lambda params, batches: kind.evaluated(
+      count(params, ([batch] for batch in batches))
+    ),
+    conclude=functools.partial(_conclude, config),
+    sample=functools.partial(_sample, config),
+    verdict=functools.partial(_verdict, config),
+    sections=lambda summary: ['## By length\n\n' + _table(config, summary)],
+    watched=kind.watched,
+  )
+
+
+def _kind(task: tasks.TaskConfig) -> _Kind:
+  return _NUMBERS if isinstance(task, tasks.RegressionConfig) else _IDS
+
+
+def _make_batches(data, split, *, process_index, process_count):
+  return tasks.make_iterator(
+    data, split=split, process_index=process_index, process_count=process_count
+  )
+
+
+def _conclude(config, params, workdir, mesh, evaluated):
+  """Evaluates at every length; the text tasks also by what is written."""
+  del workdir
+  numbers = {}
+  with jax.set_mesh(mesh):
+    for factor in (1, *config.data.longer):
+      if factor > 1 or evaluated is None:
+        evaluated = _evaluate_at(config, params, mesh, factor)
+      measured = dict(evaluated.numbers)
+      if 'loss' in measured:  # of the summary is that of training
+        measured['validation_loss'] = measured.pop('loss')
+      if isinstance(config.data.task, tasks.TextTask):
+        scores = [a.score for a in _write_answers(config, params, factor)]
+        measured['string_match'] = float(np.mean(scores))
+      numbers |= {name + _suffix(factor): x for name, x in measured.items()}
+  return numbers
+
+
+def _suffix(factor: int) -> str:
+  return '' if factor == 1 else f'_{factor}x'
+
+
+def _stretch(config, factor):
+  """The task on longer rows, and the model with room for them.
+
+  The room is attention's: other states hold any length, and no parameter
+  depends on it.
+  """
+  task = config.data.task
+  if factor > 1:
+    task = task.stretched(factor)
+  room = task.num_tokens + getattr(task, 'answer_tokens', 0)
+  model = config.model
+  if models.max_stream_length(model) is not None and model.max_length < room:
+    model = dataclasses.replace(model, max_length=room)
+  return task, model
+
+
+def _evaluate_at(config, params, mesh, factor):
+  """Reads rows in pieces of the training length, carrying the state."""
+  task, model = _stretch(config, factor)
+  length = config.data.sequence_length
+  index, num_slices = sharding.process_slice(mesh)
+  batches = tasks.make_iterator(
+    config.data,
+    split='validation',
+    factor=factor,
+    process_index=index,
+    process_count=num_slices,
+  )
+  pieces = (
+    [
+      feeding.put({k: x[:, i : i + length] for k, x in batch.items()}, mesh)
+      for i in range(0, task.num_tokens, length)
+    ]
+    for batch in itertools.islice(batches, config.evaluation.num_batches)
+  )
+  kind = _kind(task)
+  count = evaluation.make_count(make_model(model, task), kind.token_loss)
+  return kind.evaluated(count(params, pieces))
+
+
+def _write_answers(
+  config, params, factor=1, num_rows=None
+) -> Iterator[evaluation.Answer]:
+  """What the model writes after the prompts of the validation rows."""
+  task, model = _stretch(config, factor)
+  batch_size = config.data.batch_size
+  num_rows = num_rows or config.evaluation.num_batches * batch_size
+  return evaluation.write_answers(
+    models.make_model(model),
+    params,
+    task,
+    (
+      tasks.make_row(config.data, i, split='validation', factor=factor)
+      for i in range(num_rows)
+    ),
+    batch_size=min(batch_size, num_rows),
+  )
+
+
+def _sample(config, params, mesh):
+  """A row of the validation split, and what the model says of it."""
+  task = config.data.task
+  with jax.set_mesh(mesh):
+    if isinstance(task, tasks.TextTask):
+      (answer,) = _write_answers(config, params, num_rows=1)
+      right = ', '.join(answer.references)
+      return f'{answer.prompt}\n\nAnswer: {answer.output}\nRight: {right}\n'
+    row = tasks.make_row(config.data, 0, split='validation')
+    forward = jax.jit(make_model(config.model, task).forward)
+    outputs, _ = forward(params, None, jnp.asarray(row.tokens)[None])
+  said = np.asarray(outputs)[0]
+  answers = said[:, 0] if _kind(task) is _NUMBERS else said.argmax(axis=-1)
+  lines = ['position, target, answer']
+  for position in np.flatnonzero(row.mask):
+    lines.append(f'{position}, {row.targets[position]}, {answers[position]}')
+  if _kind(task) is _IDS:
+    lines = [' '.join(map(str, row.tokens)), '', *lines]
+  return '\n'.join(lines) + '\n'
+
+
+def _verdict(config, summary: Mapping[str, Any]) -> str:
+  """What came out, at every length, in one sentence."""
+  parts = []
+  for factor in (1, *config.data.longer):
+    end = _suffix(factor)
+    if _kind(config.data.task) is _NUMBERS:
+      text = f'mean squared error {summary["squared_error" + end]:.4f}'
+    else:
+      text = (
+        f'{summary["accuracy" + end]:.2%} of answers right, '
+        f'{summary["all_right" + end]:.2%} of rows all right'
+      )
+    parts.append(f'{text} on {config.data.sequence_length * factor:,} tokens')
+  return '; '.join(parts) + '.'
+
+
+def _table(config, summary: Mapping[str, Any]) -> str:
+  """The numbers of every length, as Markdown."""
+  names = [
+    name
+    for name in ('accuracy', 'macro_accuracy', 'all_right', 'string_match')
+    if name in summary
+  ] or ['squared_error']
+  lines = [['tokens', *names], ['---'] * (1 + len(names))]
+  for factor in (1, *config.data.longer):
+    values = [summary[name + _suffix(factor)] for name in names]
+    tokens = f'{config.data.sequence_length * factor:,}'
+    lines.append([tokens, *(f'{value:.4f}' for value in values)])
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)

@@ -1,0 +1,175 @@
+"""Learning a text: bits per byte, memory writes on and off, a sample."""
+
+from collections.abc import Mapping
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nested_learning import data as data_lib
+from nested_learning import errors
+from nested_learning import evaluation
+from nested_learning import inference
+from nested_learning import models
+from nested_learning.training import config as config_lib
+from nested_learning.training import feeding
+from nested_learning.training import subject as subject_lib
+
+_POSITION_PLOT = 'loss_by_position.png'
+_POSITION_TABLE = 'loss_by_position.csv'
+_BY_POSITION = f"""## Loss by position in the context
+
+Mean loss by the number of tokens of its document that the model has read \
+before. With writes off the memories stay as they were learned, so the \
+difference is what they learn while they read.
+
+![Loss by position, writes on and off]({_POSITION_PLOT})
+
+The numbers are in [{_POSITION_TABLE}]({_POSITION_TABLE})."""
+
+
+def make_subject(config: config_lib.ExperimentConfig) -> subject_lib.Subject:
+  """Makes the subject of an experiment on text; see `subjects.make_subject`."""
+  tokenizer = make_tokenizer(config)
+  encode_prompt(config, tokenizer)  # refuses one that is too long, early
+  model = models.make_model(config.model)
+  row = (config.data.sequence_length,)
+
+  def make_evaluate(write):
+    lengths = byte_lengths(config, tokenizer)
+    return evaluation.make_evaluate(
+      model, lengths, write=write, carry=config.carries_state
+    )
+
+  def conclude(params, workdir, mesh, evaluated):
+    batches = lambda: feeding.validation_batches(
+      subject, config.evaluation.num_batches, mesh
+    )
+    with jax.set_mesh(mesh):
+      writes_on = evaluated or subject.evaluate(params, batches())
+      writes_off = make_evaluate(False)(params, batches())
+    if jax.process_index() == 0:
+      for path, write in (
+        (_POSITION_TABLE, evaluation.write_table),
+        (_POSITION_PLOT, evaluation.plot),
+      ):
+        write(workdir / path, writes_on, writes_off)
+    return _summarize(writes_on, writes_off)
+
+  def sample(params, mesh):
+    with jax.set_mesh(mesh):
+      return generate_text(config, params, tokenizer)
+
+  subject = subject_lib.Subject(
+    model=model,
+    fingerprint=tokenizer.fingerprint,
+    row={
+      'tokens': (row, np.int32),
+      'targets': (row, np.int32),
+      'mask': (row, np.bool_),
+      'reset': (row, np.bool_),
+    },
+    token_loss=evaluation.cross_entropy,
+    make_batches=functools.partial(_make_batches, config.data),
+    evaluate=make_evaluate(True),
+    conclude=conclude,
+    sample=sample,
+    verdict=verdict,
+    sections=lambda summary: [_BY_POSITION],
+    watched=('bits_per_byte', 'bits per byte'),
+  )
+  return subject
+
+
+def make_tokenizer(config: config_lib.ExperimentConfig) -> data_lib.Tokenizer:
+  """The tokenizer of an experiment, if the model has room for its tokens."""
+  tokenizer = data_lib.make_tokenizer(config.data.tokenizer)
+  if tokenizer.vocab_size > config.model.vocab_size:
+    raise errors.UserError(
+      f'data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} '
+      f'tokens, more than model.vocab_size={config.model.vocab_size}; set '
+      f'model.vocab_size to at least {tokenizer.vocab_size}.'
+    )
+  return tokenizer
+
+
+def byte_lengths(
+  config: config_lib.ExperimentConfig, tokenizer: data_lib.Tokenizer
+) -> np.ndarray:
+  """Bytes of each token of the model, int32 [v]; 0 for unused ones."""
+  unused = config.model.vocab_size - tokenizer.vocab_size
+  return np.pad(tokenizer.byte_lengths, (0, unused))
+
+
+def encode_prompt(
+  config: config_lib.ExperimentConfig, tokenizer: data_lib.Tokenizer
+) -> np.ndarray:
+  """The prompt as the start of a document, int32 [1, t]."""
+  text = tokenizer.encode(config.generate.prompt)
+  tokens = np.concatenate([[tokenizer.document_id], text]).astype(np.int32)
+  inference.check_length(config.model, len(tokens), config.generate.num_tokens)
+  return tokens[None]
+
+
+def generate_text(
+  config: config_lib.ExperimentConfig,
+  params: Any,
+  tokenizer: data_lib.Tokenizer,
+) -> str:
+  """The prompt and what the model writes after it."""
+  settings = config.generate
+  generate = inference.make_generate(
+    models.make_model(config.model),
+    num_tokens=settings.num_tokens,
+    temperature=settings.temperature,
+    top_k=settings.top_k,
+    top_p=settings.top_p,
+    stop_token=tokenizer.document_id,
+    vocab_size=tokenizer.vocab_size,
+  )
+  prompt = jnp.asarray(encode_prompt(config, tokenizer))
+  generated = generate(params, prompt, jax.random.key(settings.seed))
+  tokens = np.asarray(generated.tokens)[0, : int(generated.lengths[0])]
+  return settings.prompt + tokenizer.decode(tokens)
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+  """One sentence on what the memory's writes are worth."""
+  on, off = summary['bits_per_byte'], summary['bits_per_byte_writes_off']
+  if on == off:
+    return (
+      f'{on:.4f} bits per byte of validation text. Writes on or off makes no '
+      'difference: this model writes no memory.'
+    )
+  better = 'better' if on < off else 'WORSE'
+  return (
+    f'{on:.4f} bits per byte of validation text with memory writes on, '
+    f'{off:.4f} with writes off: writing is {abs(off - on):.4f} bits per byte '
+    f'({abs(off - on) / off:.1%}) {better}.'
+  )
+
+
+def _make_batches(data, split, *, process_index, process_count):
+  return data_lib.make_iterator(
+    data, split=split, process_index=process_index, process_count=process_count
+  )
+
+
+def _summarize(
+  writes_on: evaluation.Evaluation, writes_off: evaluation.Evaluation
+) -> dict[str, float]:
+  late = slice(len(writes_on.totals.loss) // 2, None)
+  gain = writes_off.totals.loss[late].sum() - writes_on.totals.loss[late].sum()
+  num_late = max(writes_on.totals.num_tokens[late].sum(), 1)
+  return {
+    'bits_per_byte': writes_on.bits_per_byte,
+    'bits_per_byte_writes_off': writes_off.bits_per_byte,
+    'validation_loss': writes_on.loss,
+    'validation_loss_writes_off': writes_off.loss,
+    'validation_tokens': writes_on.num_tokens,
+    # At positions in the second half of the longest context.
+    'late_gain_bits_per_token': gain / num_late / math.log(2),
+  }
