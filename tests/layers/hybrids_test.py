@@ -1,0 +1,217 @@
+"""Titans' hybrids against loops written from their definitions."""
+
+import dataclasses
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nested_learning import layers
+from nested_learning import parameters
+from nested_learning.layers import hybrids
+from nested_learning.layers import memory_as_context
+from nested_learning.layers import titans
+from tests import compiling
+from tests.layers import sliding_window_test
+
+_EMBED, _LENGTH, _SIZE = 6, 11, 4
+_SIZES = {'embed_dim': _EMBED, 'dtype': jnp.float64}
+_MEMORY = layers.SelfModifyingTitansConfig(
+  num_heads=2,
+  head_dim=4,
+  adaptive=(),
+  chunk_size=_SIZE,
+  erase='none',
+  momentum=True,
+)
+_ATTENTION = layers.AttentionConfig(2, 1, head_dim=4, num_persistent=3)
+_WINDOW = dataclasses.replace(_ATTENTION, window=5)
+
+
+def rms(scale, x):
+  return scale * x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+
+
+def gated(x, by):
+  return x * by / (1 + np.exp(-by))
+
+
+class _Case(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.enterContext(jax.enable_x64(True))
+    rng = np.random.default_rng(0)
+    self.x = rng.normal(size=(2, _LENGTH, _EMBED))
+    self.reset = np.zeros((2, _LENGTH), bool)
+    self.reset[0, 6] = self.reset[1, 8] = True
+
+  def random(self, layer):
+    """Parameters of a layer, none of them at a special value."""
+    params = parameters.init(jax.random.key(0), layer.table, jnp.float64)
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda w: w + 0.3 * rng.normal(size=w.shape), params)
+
+
+class HybridsTest(_Case):
+  def parts(self, params):
+    """The memory over whole rows, and attention over whole rows by hand."""
+    memory = titans.make_self_modifying_titans(_MEMORY, **_SIZES)
+    remember = lambda x: np.asarray(
+      compiling.jit(memory.apply)(
+        params['titans'], None, x, layers.Marks(self.reset)
+      )[0]
+    )
+    attend = lambda x: np.stack(
+      [
+        sliding_window_test.attend_by_hand(
+          params['attention'], x[row], self.reset[row], _WINDOW.window
+        )
+        for row in range(2)
+      ]
+    )
+    return remember, attend
+
+  def test_memory_as_a_layer(self):
+    layer = hybrids.make_memory_as_layer(
+      layers.MemoryAsLayerConfig(_MEMORY, _WINDOW), max_length=1, **_SIZES
+    )
+    params = self.random(layer)
+    out, _ = compiling.jit(layer.apply)(
+      params, None, self.x, layers.Marks(self.reset)
+    )
+    remember, attend = self.parts(params)
+    expected = attend(rms(params['norm'], remember(self.x)))
+    np.testing.assert_allclose(out, expected, atol=1e-9)
+
+  def test_memory_as_a_gate(self):
+    layer = hybrids.make_memory_as_gate(
+      layers.MemoryAsGateConfig(_MEMORY, _WINDOW), max_length=1, **_SIZES
+    )
+    params = self.random(layer)
+    out, _ = compiling.jit(layer.apply)(
+      params, None, self.x, layers.Marks(self.reset)
+    )
+    remember, attend = self.parts(params)
+    expected = gated(
+      rms(params['norm']['attention'], attend(self.x)),
+      rms(params['norm']['titans'], remember(self.x)),
+    )
+    np.testing.assert_allclose(out, expected, atol=1e-9)
+
+
+class MemoryAsContextTest(_Case):
+  def setUp(self):
+    super().setUp()
+    self.layer = memory_as_context.make_memory_as_context(
+      layers.MemoryAsContextConfig(_MEMORY, _ATTENTION), **_SIZES
+    )
+    self.params = self.random(self.layer)
+
+  def by_hand(self):
+    """Token by token, with a copy of the memory each segment began with."""
+    memory = titans.make_self_modifying_titans(_MEMORY, **_SIZES)
+
+    @compiling.jit_static('write')
+    def step(state, token, write):
+      marks = layers.Marks(write=write)
+      out, state = memory.apply(
+        self.params['titans'], state, token[None, None], marks
+      )
+      return out[0, 0], state
+
+    fresh = memory.init_state(self.params['titans'], 1)
+    rows = zip(self.x, self.reset, strict=True)
+    return np.stack([self.row_by_hand(step, fresh, *row) for row in rows])
+
+  def row_by_hand(self, step, fresh, x, reset):
+    scales = self.params['norm']
+    writes, conv, found, context, outputs = fresh, fresh.conv, None, [], []
+    for t, token in enumerate(x):
+      if reset[t]:  # the chunk's border stays where it was
+        offset = writes.main.offset
+        writes = fresh._replace(main=fresh.main._replace(offset=offset))
+        conv = fresh.conv
+      if t % _SIZE == 0 or reset[t]:
+        found, context = writes.main, []
+      reads = fresh._replace(conv=conv, main=found)
+      h, after = step(reads, token, write=False)
+      conv = after.conv
+      context += [rms(scales['read'], h), token]
+      y = sliding_window_test.attend_by_hand(
+        self.params['attention'],
+        np.stack(context),
+        np.zeros(len(context), bool),
+        len(context),
+      )[-1]
+      y = rms(scales['attention'], y)
+      m, writes = step(writes, y, write=True)
+      outputs.append(gated(y, rms(scales['titans'], m)))
+    return np.stack(outputs)
+
+  def test_equals_the_definition(self):
+    expected = self.by_hand()
+    for num_tokens in (_LENGTH, 2 * _SIZE):  # the second are whole segments
+      out, _ = compiling.jit(self.layer.apply)(
+        self.params,
+        None,
+        self.x[:, :num_tokens],
+        layers.Marks(self.reset[:, :num_tokens]),
+      )
+      np.testing.assert_allclose(out, expected[:, :num_tokens], atol=1e-9)
+
+  def test_without_writing_the_memory_stays(self):
+
+    @compiling.jit_static('write')
+    def run(state, write):
+      marks = layers.Marks(write=write)
+      return self.layer.apply(self.params, state, self.x, marks)
+
+    _, state = run(self.layer.init_state(self.params, 2), write=True)
+    _, after = run(state, write=False)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12),
+      after.titans.main.memory,
+      state.titans.main.memory,
+    )
+
+  def test_gradient_through_reads_and_writes(self):
+    x = self.x[:, :8]
+    weights = np.random.default_rng(3).normal(size=x.shape)
+
+    def loss(params):
+      out, _ = self.layer.apply(params, None, x, layers.Marks())
+      return jnp.sum(out * weights)
+
+    run = compiling.jit(jax.value_and_grad(loss))
+    rng = np.random.default_rng(4)
+    direction = jax.tree.map(lambda w: rng.normal(size=w.shape), self.params)
+    _, grads = run(self.params)
+    expected = sum(
+      jax.tree.leaves(
+        jax.tree.map(lambda g, d: float(jnp.sum(g * d)), grads, direction)
+      )
+    )
+    step = 1e-6
+    moved = lambda step: run(
+      jax.tree.map(lambda w, d: w + step * d, self.params, direction)
+    )[0]
+    slope = (moved(step) - moved(-step)) / (2 * step)
+    np.testing.assert_allclose(slope, expected, rtol=1e-6)
+
+  @parameterized.parameters(
+    ({'attention': _WINDOW}, 'attention.window=5 has no place in MAC'),
+    (
+      {'memory': dataclasses.replace(_MEMORY, adaptive=('k',))},
+      'adaptive=.* has no place in MAC',
+    ),
+  )
+  def test_bad_settings_name_the_value(self, changes, message):
+    config = layers.MemoryAsContextConfig(_MEMORY, _ATTENTION)
+    with self.assertRaisesRegex(ValueError, message):
+      dataclasses.replace(config, **changes)
+
+
+if __name__ == '__main__':
+  absltest.main()
