@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import pathlib
 import signal
 import threading
 from unittest import mock
@@ -9,8 +10,12 @@ from unittest import mock
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
+import pytest
 
+from nested_learning import training
 from nested_learning.training import interrupts
+from nested_learning.training import report
+from tests.training import tiny
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -84,6 +89,30 @@ class InterruptsTest(parameterized.TestCase):
     self.assertEqual(answers, [False, False, True, True, True])
     self.assertEqual(asked, [1, 2, 3])
     self.assertEqual(stop.signal, signal.SIGTERM)
+
+  @pytest.mark.slow
+  def test_signal_after_the_last_step(self):
+    tiny.share_executables(self)
+    root = pathlib.Path(self.create_tempdir().full_path)
+    config = tiny.experiment(root, train={'num_steps': 2})
+
+    def end_here(*_):
+      signal.raise_signal(signal.SIGTERM)
+
+    output = io.StringIO()
+    with (
+      mock.patch.object(report, 'write_report', end_here),
+      contextlib.redirect_stderr(output),
+      self.assertRaises(SystemExit) as end,
+    ):
+      training.run(config, root / 'run')
+    self.assertEqual(end.exception.code, 143)
+    message = 'SIGTERM: the last step, 2, is saved in .*same command again'
+    self.assertRegex(output.getvalue(), message)
+    self.assertFalse((root / 'run' / 'summary.json').exists())
+    with contextlib.redirect_stdout(output):
+      training.run(config, root / 'run')  # takes no step
+    self.assertTrue((root / 'run' / 'summary.json').exists())
 
 
 if __name__ == '__main__':
