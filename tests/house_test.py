@@ -89,7 +89,7 @@ class HouseTest(parameterized.TestCase):
     setup = _read_setup()
     extras = setup['options.extras_require']
     ranges = setup['options']['install_requires'].split('\n')
-    for extra in ('test', 'tokenizers', 'lm-eval'):
+    for extra in ('test', 'tokenizers', 'experiments', 'lm-eval'):
       ranges += extras[extra].split('\n')
     for line in filter(None, ranges):
       requirement = requirements.Requirement(line)

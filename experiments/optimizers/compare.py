@@ -1,33 +1,16 @@
 """Two real trainings under every optimiser, with one learning-rate search.
 
 A Flax classifier of handwritten digits (scikit-learn's bundled set), and the
-quickstart's language model, smaller and shorter. Every optimiser gets the same
+quickstart's language model, for fewer tokens. Every optimiser gets the same
 rates, the same initial parameters and the same batches.
 
-Command (needs scikit-learn: pip install scikit-learn):
+Command (the digits need scikit-learn: pip install -c constraints.txt -e
+'.[experiments]'):
   python launch/run.py --config=experiments/optimizers/compare.py \
     --workdir=runs/compare
 
 `compare.py:digits` (a minute) and `compare.py:language` (20 minutes on two CPU
-cores) run one of the two. Result (report.md, with plots):
-
-                             digits, loss       language, bits per byte
-  Adam                       0.024 +- 0.004     3.61
-  M3                         0.029 +- 0.014     3.55
-  preconditioned momentum    0.030 +- 0.002     3.59
-  M3, no second moment       0.034 +- 0.010     3.55
-  Muon                       0.034 +- 0.011     3.52
-  momentum                   0.040 +- 0.003     3.73
-  delta momentum             0.041 +- 0.007     3.72
-  deep momentum              0.041 +- 0.007     3.62
-  gradient descent           0.055 +- 0.003     3.95
-  DGD, erase 0.01            0.088 +- 0.006     4.28
-  DGD                        1.087 +- 0.034     7.02
-
-M3 is level with Muon within the noise of the seeds (three; one for language);
-neither beats Adam on the digits.
-DGD as printed loses everywhere: erasing what a map answers is a regulariser too
-strong for a batch of data that it will see again.
+cores) run one of the two.
 """
 
 import dataclasses
@@ -59,10 +42,9 @@ class CompareConfig:
   digits_steps: int = 300
   digits_batch: int = 64  # images
   language_mixer: str = 'hope'  # as the quickstart's argument
-  language_steps: int = 60
-  language_batch: int = 4  # rows
-  language_tokens: int = 128  # per row
-  language_dim: int = 64  # embed_dim; the quickstart has 128
+  language_steps: int = 60  # the quickstart has 500
+  language_batch: int = 2  # rows; the quickstart has 4
+  language_tokens: int = 512  # per row
 
 
 def get_config(arg: str | None = None) -> CompareConfig:
@@ -73,7 +55,12 @@ def get_config(arg: str | None = None) -> CompareConfig:
     return CompareConfig(tasks=(arg,))
   if arg == 'small':
     return CompareConfig(
-      rates=(1e-2,), num_seeds=1, digits_steps=5, language_steps=2
+      rates=(1e-2, 1e-1),
+      num_seeds=2,
+      digits_steps=5,
+      language_mixer='transformer',
+      language_steps=2,
+      language_tokens=32,
     )
   raise errors.UserError(f"{arg!r} must be 'digits', 'language' or 'small'.")
 
@@ -169,8 +156,8 @@ def _digits(config):
     from sklearn import datasets
   except ImportError as error:
     raise errors.UserError(
-      'The digits need scikit-learn: pip install scikit-learn, or leave them '
-      'out with --config=experiments/optimizers/compare.py:language.'
+      "The digits need scikit-learn: pip install '.[experiments]', or leave "
+      'them out with --config=experiments/optimizers/compare.py:language.'
     ) from error
   images, labels = datasets.load_digits(return_X_y=True)
   order = np.random.default_rng(0).permutation(len(labels))
@@ -218,20 +205,14 @@ def _digits(config):
 
 def _language(config):
   experiment = quickstart.get_config(config.language_mixer)
-  model_config = dataclasses.replace(
-    experiment.model,
-    embed_dim=config.language_dim,
-    num_layers=2,
-    max_length=config.language_tokens,
-  )
   data_config = dataclasses.replace(
     experiment.data,
     sequence_length=config.language_tokens,
     batch_size=config.language_batch,
   )
-  model = models.make_model(model_config)
+  model = models.make_model(experiment.model)
   batches = _read(data_config, 'train', config.language_steps)
-  validation = _read(data_config, 'validation', 16)
+  validation = _read(data_config, 'validation', 8)
   params = jax.vmap(model.init_params)(jax.random.key(0)[None])
   byte_lengths = jnp.array(
     data_lib.make_tokenizer(data_config.tokenizer).byte_lengths
@@ -258,7 +239,7 @@ def _language(config):
     }
 
   title = (
-    f'Language model: {config.language_mixer}, width {config.language_dim}, '
+    f'Language model of the quickstart, {config.language_mixer}: '
     f'{config.language_steps} steps of {config.language_batch} x '
     f'{config.language_tokens} bytes'
   )

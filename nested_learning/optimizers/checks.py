@@ -19,7 +19,7 @@ def check_rate(**settings):
     ValueError: If a number is negative or not finite.
   """
   for name, value in settings.items():
-    if isinstance(value, numbers.Real) and not 0 <= value < float('inf'):
+    if _is_known(value) and not 0 <= value < float('inf'):
       raise ValueError(f'{name}={value} must be a finite number of at least 0.')
 
 
@@ -33,7 +33,7 @@ def check_decay(**settings):
     ValueError: If a number is outside [0, 1).
   """
   for name, value in settings.items():
-    if isinstance(value, numbers.Real) and not 0 <= value < 1:
+    if _is_known(value) and not 0 <= value < 1:
       raise ValueError(
         f'{name}={value} must be at least 0 and below 1; 0.9 is usual.'
       )
@@ -83,3 +83,10 @@ def check_params(params):
         f'Parameter {jax.tree_util.keystr(path)} has dtype {leaf.dtype}; only '
         'real floating types can be trained: leave it out with optax.masked.'
       )
+
+
+def _is_known(value):
+  """Whether it is a number, rather than a schedule or a traced value."""
+  if isinstance(value, jax.Array):
+    return not isinstance(value, jax.core.Tracer) and value.ndim == 0
+  return isinstance(value, numbers.Real)

@@ -248,8 +248,29 @@ class ContractTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, f"'n'.*{jnp.dtype(dtype)}"):
         tx.init(params)
     if name != 'multi_timescale':
+      for rate in (-0.1, jnp.array(-0.1), float('nan'), float('inf')):
+        with self.assertRaisesRegex(ValueError, f'learning_rate={rate} must'):
+          make(name, rate)
+      injected = optax.inject_hyperparams(OPTIMIZERS[name][0])(-0.1)
       with self.assertRaisesRegex(ValueError, 'learning_rate=-0.1'):
-        make(name, -0.1)
+        injected.init({'w': jnp.ones((2, 2))})
+
+  @parameterized.parameters(*NAMES)
+  def test_a_single_array_is_a_tree(self, name):
+    tx = make(name)
+    if name == 'multi_timescale':
+      tx = levels.multi_timescale([levels.Level('a', 2, optax.adam(1.0))], 'a')
+
+    def two_steps(params):
+      more, state = extra(name, params), tx.init(params)
+      _, state = tx.update(params, state, params, **more)
+      return tx.update(params, state, params, **more)[0]
+
+    arrays = jnp.ones((2, 3)), jnp.ones(())
+    results = compiling.jit(lambda *arrays: [two_steps(a) for a in arrays])
+    for array, updates in zip(arrays, results(*arrays), strict=True):
+      self.assertEqual(types(updates), types(array))
+      self.assertTrue(jnp.all(updates < 0))
 
   @parameterized.product(
     name=NAMES,

@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import sys
+from unittest import mock
 
 from absl.testing import absltest
 import pytest
@@ -58,6 +60,21 @@ class ExperimentsTest(absltest.TestCase):
     self.assertLess(summary['adam_condition_10'], 1)
 
   @pytest.mark.slow
+  def test_compare(self):
+    pytest.importorskip('sklearn')
+    summary = self.check(
+      compare.run,
+      compare.get_config('small'),
+      ['digits.png', 'language.png'],
+    )
+    for task in ('digits', 'language'):
+      self.assertIn(summary[f'{task}_best'], rules.NAMES)
+      for name in rules.NAMES:
+        key = f'{task}_{results.key(name)}'
+        self.assertIn(summary[f'{key}_rate'], (1e-2, 1e-1))
+    self.assertLess(summary['digits_adam_validation_loss'], 2.3)  # log 10
+
+  @pytest.mark.slow
   def test_benchmark(self):
     summary = self.check(benchmark.run, benchmark.get_config('small'))
     for name in ('m3_over_muon', 'm3_over_adamw', 'dgd_overhead'):
@@ -71,6 +88,13 @@ class ExperimentsTest(absltest.TestCase):
       results.check_mode('eval')
     with self.assertRaisesRegex(errors.UserError, "'cifar' must be"):
       compare.get_config('cifar')
+    folder = self.create_tempdir().full_path
+    with mock.patch.dict(sys.modules, {'sklearn': None}):
+      with self.assertRaisesRegex(errors.UserError, r"'.\[experiments\]'"):
+        compare.run(compare.get_config('digits'), folder, 'train')
+    config = compare.CompareConfig(tasks=('digit',))
+    with self.assertRaisesRegex(errors.UserError, r"tasks \['digit'\] are not"):
+      compare.run(config, folder, 'train')
 
 
 if __name__ == '__main__':
