@@ -80,8 +80,9 @@ def _mesh(config: config_lib.ExperimentConfig) -> Any:
 def _groups(model: models.Model) -> list[tuple[str, ...]]:
   """One line per group of parameters: a part of the mixer, a level, ..."""
   total, sizes = parameters.count(model.table), {}
+  depth = 4 if isinstance(model.config.mixer, tuple) else 3
   for path, x in jax.tree.leaves_with_path(parameters.abstract(model.table)):
-    group = '/'.join(parameters.path_name(path).split('/')[:3])
+    group = '/'.join(parameters.path_name(path).split('/')[:depth])
     sizes[group] = sizes.get(group, 0) + x.size
   return [
     (group, f'{size:,}', f'{size / total:.1%}') for group, size in sizes.items()

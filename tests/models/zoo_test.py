@@ -3,6 +3,7 @@
 from absl.testing import absltest
 from absl.testing import parameterized
 
+from nested_learning import configs
 from nested_learning import models
 from nested_learning import parameters
 
@@ -36,10 +37,16 @@ class ZooTest(parameterized.TestCase):
     config = models.zoo.make_config(name)
     self.assertEqual(parameters.count(models.make_model(config).table), count)
 
-  def test_every_name_makes_a_config_of_whole_patterns(self):
+  def test_every_name_makes_a_config_that_can_be_written(self):
     for name in models.zoo.names():
       config = models.zoo.make_config(name)
-      self.assertEqual(config.num_layers % len(config.pattern), 0, name)
+      self.assertEqual(configs.from_json(configs.to_json(config)), config, name)
+
+  def test_mixers_of_a_pattern_are_changed_by_their_index(self):
+    config = models.zoo.make_config('samba_tiny')
+    changed = configs.override(config, ['mixer.1.window=8'])
+    self.assertEqual(changed.mixer[1].window, 8)
+    self.assertEqual(changed.mixer[0], config.mixer[0])
 
   def test_a_name_may_begin_with_another_family(self):
     plain, gated = (

@@ -109,6 +109,18 @@ class ModesTest(absltest.TestCase):
     self.assertRegex(here, r'\| slow +\| 512 +\| 2 +\| 784 +\| 3 +\|')
     self.assertFalse(self.workdir.exists())
 
+  def test_describes_the_blocks_of_a_pattern(self):
+    attention = tiny.MODEL.mixer
+    window = dataclasses.replace(attention, window=4)
+    model = dataclasses.replace(
+      tiny.MODEL, num_layers=2, mixer=(attention, window)
+    )
+    text = training.describe(dataclasses.replace(self.config, model=model))
+    for i in range(2):
+      self.assertRegex(text, rf'\| blocks/{i}/levels/slow +\| 784 +\|')
+      self.assertRegex(text, rf'\| blocks/{i}/mixer/query +\| 256 +\|')
+    self.assertRegex(text, r'\| slow +\| 512 +\| 2 +\| 1,568 +\| 3 +\|')
+
 
 if __name__ == '__main__':
   absltest.main()
