@@ -205,16 +205,21 @@ def find(spec: str) -> Topology:
 
 
 def _nearest(spec: str) -> str:
-  """The topology that was probably meant: by name, then by number of chips."""
-  letters = re.split(r'[:-]', spec)[0]
+  """The topology that was probably meant: by name, number of chips, shape."""
+  letters = re.split(r'[:-]', spec.lower())[0]
   name = difflib.get_close_matches(letters, GENERATIONS, n=1, cutoff=0)[0]
   generation = GENERATIONS[name]
-  numbers = list(map(int, re.findall(r'\d+', spec[len(letters) :])))
-  chips = math.prod(numbers[:3]) if numbers else 4
-  if '-' in spec and numbers:  # as in v5p-128, which counts cores
-    chips = numbers[0] // generation.cores_per_chip
-  best = min(_concrete(generation), key=lambda s: abs(math.prod(s) - chips))
-  return str(Topology(generation, best))
+  rest = spec[len(letters) :].partition('*')[0]
+  shape = list(map(int, re.findall(r'\d+', rest))) or [4]
+  chips = math.prod(shape)
+  if '-' in spec:  # as in v5p-128, which counts cores
+    chips = shape[0] // generation.cores_per_chip
+
+  def distance(legal):
+    sides = itertools.zip_longest(legal, shape, fillvalue=1)
+    return abs(math.prod(legal) - chips), sum(abs(a - b) for a, b in sides)
+
+  return str(Topology(generation, min(_concrete(generation), key=distance)))
 
 
 def _concrete(generation: Generation) -> Iterator[tuple[int, ...]]:

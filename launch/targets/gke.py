@@ -28,7 +28,7 @@ def plan(job: jobs.Job) -> jobs.Plan:
 
   image = job.image or _IMAGE
   manifest = yaml.safe_dump(_manifest(job, topology, image), sort_keys=False)
-  bucket, _ = jobs.bucket_of('gke', job)
+  bucket = jobs.bucket_of('gke', job).name
   first = (
     f'jobset.sigs.k8s.io/jobset-name={job.name},'
     'jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0'
@@ -125,7 +125,7 @@ def _pod(
   job: jobs.Job, topology: accelerators.Topology, image: str
 ) -> dict[str, Any]:
   """One machine of a slice. TPU_WORKER_* and MEGASCALE_* come from GKE."""
-  bucket, mount = jobs.bucket_of('gke', job)
+  bucket = jobs.bucket_of('gke', job)
   selector = {
     'cloud.google.com/gke-tpu-accelerator': topology.generation.gke_accelerator,
     'cloud.google.com/gke-tpu-topology': 'x'.join(map(str, topology.shape)),
@@ -135,7 +135,7 @@ def _pod(
   several = topology.num_slices > 1
   # Between slices the network of the host is the faster one.
   network = {'hostNetwork': True, 'dnsPolicy': 'ClusterFirstWithHostNet'}
-  attributes = {'bucketName': bucket, 'mountOptions': 'implicit-dirs'}
+  attributes = {'bucketName': bucket.name, 'mountOptions': 'implicit-dirs'}
   if several:
     attributes['hostNetworkPodKSA'] = 'true'
   chips = topology.chips_per_host
@@ -162,7 +162,7 @@ def _pod(
           'limits': {'google.com/tpu': chips},
         },
         'volumeMounts': [
-          {'name': 'workdir', 'mountPath': mount},
+          {'name': 'workdir', 'mountPath': bucket.mount},
           {'name': 'memory', 'mountPath': '/dev/shm'},
         ],
       }

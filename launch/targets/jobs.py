@@ -234,15 +234,24 @@ def run_script(script: str) -> int:
   return code if code >= 0 else 128 - code
 
 
-def bucket_of(target: str, job: Job) -> tuple[str, str]:
-  """The bucket of a workdir on gs://, and the folder it is mounted as."""
-  match = re.fullmatch(r'gs://([^/]+)/(.+)', job.workdir)
+class Bucket(NamedTuple):
+  """Where a workdir on gs:// is, as the machines of the run see it."""
+
+  name: str
+  mount: str  # folder that is the bucket
+  workdir: str  # folder in it that is the workdir
+
+
+def bucket_of(target: str, job: Job) -> Bucket:
+  """The bucket of a workdir on gs://."""
+  match = re.fullmatch(r'gs://([\w.-]+)/([^\s\'"$`]+)', job.workdir)
   if not match:
     raise errors.UserError(
       f'--workdir={job.workdir} is not where --target={target} can write; name '
       'a folder in a bucket, --workdir=gs://BUCKET/NAME.'
     )
-  return match[1], f'/gs/{match[1]}'
+  mount = f'/gs/{match[1]}'
+  return Bucket(match[1], mount, f'{mount}/{match[2].strip("/")}')
 
 
 def local_command(job: Job) -> list[str]:
@@ -253,9 +262,8 @@ def local_command(job: Job) -> list[str]:
 
 def remote_arguments(target: str, job: Job) -> list[str]:
   """The arguments of run.py where the tree and the workdir lie elsewhere."""
-  _, mount = bucket_of(target, job)
-  folder = job.workdir.removeprefix('gs://').partition('/')[2]
-  arguments = [*job.arguments, f'--workdir={mount}/{folder}']
+  workdir = bucket_of(target, job).workdir
+  arguments = [*job.arguments, f'--workdir={workdir}']
   if job.config is not None:
     path, colon, argument = job.config.partition(':')
     place = pathlib.Path(path).resolve()

@@ -5,6 +5,7 @@ launcher stays with the run: it starts it again, on new machines where the old
 ones were taken away, and gives the machines back when the run has succeeded.
 """
 
+import re
 import shlex
 
 from launch.targets import jobs
@@ -12,7 +13,16 @@ from nested_learning import errors
 
 _START = """\
 set -euo pipefail
-pkill -f '[l]aunch/run[.]py' && sleep 5 || true
+# An attempt whose connection broke may still be at work here.
+ours={ours}
+for signal in TERM KILL; do
+  if pkill -$signal -f "$ours"; then
+    for ((i = 0; i < 60; i++)); do
+      pgrep -f "$ours" > /dev/null || break
+      sleep 5
+    done
+  fi
+done
 cd ~
 if ! cmp -s tree.tgz installed.tgz; then
   rm -rf tree && mkdir tree && tar -xzf tree.tgz -C tree
@@ -57,16 +67,26 @@ state() {{
     --format='value(state.state)' 2> /dev/null
 }}
 
-create() {{
+delete() {{
   gcloud compute tpus queued-resources delete "$name" "${{flags[@]}}" \\
-    --quiet --force 2> /dev/null
-  gcloud compute tpus queued-resources create "$name" "${{flags[@]}}" \\
-    {request} || exit 2
-  until [[ $(state) == ACTIVE ]]; do
-    if [[ $(state) == FAILED ]]; then
-      echo "run.py: the queued resource $name failed." >&2
-      exit 2
-    fi
+    --quiet --force
+}}
+
+# Waits for the machines; asks for them if they are not there or were taken.
+obtain() {{
+  local now
+  while now=$(state || true); [[ $now != ACTIVE ]]; do
+    case $now in
+      SUSPENDED) delete || exit 2 ;;
+      FAILED)
+        echo "run.py: the queued resource $name failed." >&2
+        exit 2
+        ;;
+      '')
+        gcloud compute tpus queued-resources create "$name" "${{flags[@]}}" \\
+          {request} || exit 2
+        ;;
+    esac
     sleep 30
   done
 }}
@@ -94,7 +114,7 @@ start() {{
 }}
 
 for ((left = {max_restarts}; ; left--)); do
-  [[ $(state) == ACTIVE ]] || create
+  obtain
   everywhere copy && everywhere start
   code=$?
   # 2 is a mistake in a flag or a file, which no other attempt mends.
@@ -103,13 +123,12 @@ for ((left = {max_restarts}; ; left--)); do
   fi
   echo "run.py: ended with code $code; starting again, $left left." >&2
 done
-delete=(gcloud compute tpus queued-resources delete "$name" "${{flags[@]}}")
-delete+=(--quiet --force)
 if [[ $code -eq 0 ]]; then
-  "${{delete[@]}}"
+  delete
 else
   echo "run.py: ended with code $code. The machines still cost money; give" \\
-    "them back: ${{delete[*]}}" >&2
+    "them back: gcloud compute tpus queued-resources delete $name" \\
+    "${{flags[@]}} --force" >&2
 fi
 exit "$code"
 """
@@ -124,15 +143,17 @@ def plan(job: jobs.Job) -> jobs.Plan:
       f'--target=tpu-vm has no {generation.name}, which the TPU API does not '
       'offer; use --target=gke.'
     )
-  bucket, mount = jobs.bucket_of('tpu-vm', job)
+  bucket = jobs.bucket_of('tpu-vm', job)
   # JAX's own port is not among those that the default network lets through.
   env = {'JAX_COORDINATOR_PORT': '8476', **job.env}
   command = ['launch/run.py', *jobs.remote_arguments('tpu-vm', job)]
+  ours = f'launch/run[.]py .*--workdir={re.escape(bucket.workdir)}'
   start = _START.format(
-    bucket=bucket,
-    mount=mount,
+    bucket=bucket.name,
+    mount=bucket.mount,
     exports='\n'.join(f'export {k}={shlex.quote(v)}' for k, v in env.items()),
     command=shlex.join(command),
+    ours=shlex.quote(ours),
   )
   number = topology.chips_per_slice * generation.cores_per_chip
   request = [
@@ -156,7 +177,7 @@ def plan(job: jobs.Job) -> jobs.Plan:
     name=job.name,
     nodes=' '.join(nodes),
     flags=shlex.join(flags),
-    bucket=bucket,
+    bucket=bucket.name,
     root=shlex.quote(str(jobs.ROOT)),
     tree=' '.join(jobs.TREE),
     start=start,
