@@ -126,6 +126,11 @@ def _run() -> int | None:
   target, size = targets.find(_TARGET.value)
   if target != 'local':
     return _launch(target, size)
+  if flags.FLAGS.topology is not None:
+    raise errors.UserError(
+      f'--topology={flags.FLAGS.topology} is for --target=tpu-vm, gke and '
+      'slurm; --target=local takes the devices that this machine has.'
+    )
   if _DRY_RUN.value:
     print(shlex.join([sys.executable, *sys.argv]))
     return 0

@@ -145,6 +145,9 @@ def make_job(
     raise errors.UserError(
       f'--max_restarts={_MAX_RESTARTS.value} must be at least 0.'
     )
+  topology = None
+  if _TOPOLOGY.value is not None:
+    topology = accelerators.find(_TOPOLOGY.value)
   experiment = re.sub(r'\.\w+(:|$)', '-', config or 'run').rstrip('-')
   name = _NAME.value or pathlib.PurePath(workdir or experiment).name
   if workdir is None:
@@ -155,9 +158,6 @@ def make_job(
       )
     remote = target in ('gke', 'tpu-vm')
     workdir = ('gs://BUCKET/' if remote else 'runs/') + name
-  topology = None
-  if _TOPOLOGY.value is not None:
-    topology = accelerators.find(_TOPOLOGY.value)
   return Job(
     # What Kubernetes takes: at most 40 here, since it adds to it.
     name=re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')[:40] or 'run',

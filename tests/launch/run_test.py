@@ -158,6 +158,19 @@ class RunTest(parameterized.TestCase):
       ['--config=experiments/toy.py', '--workdir=experiments/toy.py'],
       'Cannot write to --workdir=experiments/toy.py',
     ),
+    (['--target=lokal'], 'the nearest is local.'),
+    (['--workdir=gs://b/a'], 'gs://b/a is no folder of this machine'),
+    (['--workdir=a', '--topology=v5e:4x4'], '--target=local takes the devices'),
+    (['--workdir=a', '--process_id=1'], 'JAX_NUM_PROCESSES must be set too'),
+    (['--workdir=a', '--process_id=-1'], '-1'),
+    (['--target=gke', '--topology=v5e:3x3'], 'the nearest is v5e:2x4'),
+    (['--target=gke', '--topology=v5e:2x2'], '--workdir=gs://BUCKET/NAME'),
+    (['--target=slurm', '--dry_run'], 'needs --topology'),
+    (['--target=local-procs:x', '--workdir=a'], 'how many processes'),
+    (
+      ['--target=local-procs:2', '--workdir=experiments/toy.py/a'],
+      'Cannot write to --workdir=experiments/toy.py/a',
+    ),
   )
   def test_bad_call(self, args, message):
     self._assert_refused(self._call(*args), message)
@@ -172,6 +185,28 @@ class RunTest(parameterized.TestCase):
   )
   def test_bad_value(self, assignment, message):
     self._assert_refused(self._toy(f'--set={assignment}'), message)
+
+  def test_dry_run_starts_nothing(self):
+    result = self._toy('--target=local-procs:2', '--dry_run', '--set=size=6')
+    self.assertEqual(result.returncode, 0, result.stderr)
+    self.assertEqual(result.stdout.count('--set=size=6'), 2)
+    self.assertNotIn('--dry_run', result.stdout)
+    self.assertFalse(self.workdir.exists())
+
+  def test_target_refuses_the_run_of_another_config(self):
+    self._toy()
+    (self.workdir / 'summary.json').write_text('{}')
+    target = '--target=local-procs:2'
+    self._assert_refused(self._toy(target, '--set=size=8'), '5 there, 8 here')
+    finished = self._toy(target)
+    self.assertEqual(finished.returncode, 0, finished.stderr)
+    self.assertIn('finished: see runs/a/report.md', finished.stdout)
+
+  def test_mesh_is_checked_before_anything_starts(self):
+    config = f'--config={_RUN.parents[1]}/experiments/quickstart.py'
+    result = self._call(config, '--target=local-procs:3x2', '--workdir=runs/a')
+    self._assert_refused(result, 'multiple of the 3 processes')
+    self.assertFalse(self.workdir.exists())
 
   def test_bug_keeps_its_traceback(self):
     result = self._toy('--set=fail=bug')
