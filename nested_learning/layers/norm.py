@@ -29,6 +29,25 @@ def rms_norm(scale: jax.Array, x: jax.Array) -> jax.Array:
   return (wide * jax.lax.rsqrt(mean_square + 1e-6) * scale).astype(x.dtype)
 
 
+def layer_norm(scale: jax.Array, bias: jax.Array, x: jax.Array) -> jax.Array:
+  """scale (x - mean) / deviation + bias over the last axis.
+
+  Args:
+    scale: Broadcastable to x.
+    bias: The same.
+    x: [..., e], float32 or wider.
+
+  Returns:
+    An array like x.
+
+  References:
+    Ba et al., arXiv:1607.06450, 2016, eq. 4.
+  """
+  centred = x - jnp.mean(x, axis=-1, keepdims=True)
+  variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+  return centred * jax.lax.rsqrt(variance + 1e-6) * scale + bias
+
+
 def l2_normalize(x: jax.Array) -> jax.Array:
   """x / |x| over the last axis; zero stays zero, with finite gradients."""
   return x * jax.lax.rsqrt(

@@ -14,4 +14,5 @@ from nested_learning.memory.networks import make_mlp
 from nested_learning.memory.networks import Network
 from nested_learning.memory.objectives import ACTIVATIONS
 from nested_learning.memory.objectives import OBJECTIVES
+from nested_learning.memory.objectives import RETENTION_MAPS
 from nested_learning.memory.token_loop import token_loop

@@ -106,7 +106,7 @@ def _make_keys(rule, feed, chunk, write):
   keys = rules.make_keys(
     feed.key,
     rates,
-    rules.make_decays(rates, reset),
+    rules.make_decays(rates, reset, erase_from=rule.erase_from),
     erase=writes.erases(rule, 'in'),
   )
   scores = None
@@ -163,9 +163,9 @@ def _join(x):  # [n, b, h, c, ...] -> [b, h, n c, ...]
 
 def _chunk(network, rule, initial, project, write, state, chunk):
   """One chunk: the body of the scan; `initial` has a copy per row."""
-  anchor = state.memory
+  anchor = rule.weights(state.memory)
   if chunk.mask is not None:
-    anchor = rows.where(state.offset == 0, state.memory, state.anchor)
+    anchor = rows.where(state.offset == 0, anchor, state.anchor)
   seen = writes.evaluate(network, rule, anchor, chunk.inputs, project)
   reset, does_write = chunk.marks(write)
   if reset is not None:  # after a border the initial memory is the anchor
@@ -173,7 +173,9 @@ def _chunk(network, rule, initial, project, write, state, chunk):
       chunk.has_border,
       lambda: rows.where_tokens(
         jnp.cumsum(reset, axis=2) > 0,
-        writes.evaluate(network, rule, initial, chunk.inputs, project),
+        writes.evaluate(
+          network, rule, rule.weights(initial), chunk.inputs, project
+        ),
         seen,
       ),
       lambda: seen,
@@ -221,7 +223,7 @@ def _chunk(network, rule, initial, project, write, state, chunk):
     if chunk.reset is not None:  # the anchor of what is left of this chunk
       anchor = rows.where(
         jnp.any(chunk.reset, axis=1),
-        rows.broadcast(initial, anchor),
+        rule.weights(initial),
         anchor,
       )
     state = interface.State(memory, anchor, trace, jnp.where(ends, 0, offset))

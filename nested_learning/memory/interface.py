@@ -17,20 +17,34 @@ class Rule:
   chunk_size: int  # tokens that share one anchor; 1 is the token recurrence
   objective: objectives.Objective = objectives.l2
   erase: str = 'input'  # maps with the delta rule: none | input | every_map
+  erase_from: str = 'previous'  # weights; or 'retained', after retention
   retain_to: str = 'initial'  # what retention decays towards; or 'zero'
   momentum: bool = False  # whether feeds have a momentum
   read: str = 'token'  # after each token's write; 'chunk', its anchor; 'none'
   target: str = 'own'  # the memory's own output for the value; or 'value'
   normalize_target: Callable[[jax.Array], jax.Array] | None = None
   max_norm: float | None = None  # of a map's departure from its initial weights
+  # What is written need not be what is read: Miras' retention map, from the one
+  # to the other, taken at chunk starts. None is the identity.
+  to_weights: Callable[[Any], Any] | None = None
 
   def __post_init__(self):
     if self.chunk_size < 1:
       raise ValueError(f'{self.chunk_size=} must be at least 1 token.')
     _one_of('erase', self.erase, ('none', 'input', 'every_map'))
+    _one_of('erase_from', self.erase_from, ('previous', 'retained'))
     _one_of('retain_to', self.retain_to, ('zero', 'initial'))
     _one_of('read', self.read, ('token', 'chunk', 'none'))
     _one_of('target', self.target, ('own', 'value'))
+    if self.to_weights and (self.read == 'token' or self.erase != 'none'):
+      raise ValueError(
+        f'to_weights acts at chunk starts: with {self.read=} and '
+        f"{self.erase=} there is no such rule; use 'chunk' and 'none'."
+      )
+
+  def weights(self, memory: Any) -> Any:
+    """The weights that a memory, as it was written, stands for."""
+    return memory if self.to_weights is None else self.to_weights(memory)
 
 
 class Feed(NamedTuple):

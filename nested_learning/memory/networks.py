@@ -51,8 +51,19 @@ class Network(NamedTuple):
   read: Callable[[Any, jax.Array, tuple[int, int], tuple[int, int]], Outputs]
 
 
+# Makes the output [b, h, r, t, d] of vector roles from the network's input,
+# [b, h, 1, t, d], and what the last map gives for it.
+Finish = Callable[[jax.Array, jax.Array], jax.Array]
+
+
 def make_matrix(
-  *, num_heads: int, dim: int, num_vectors: int, num_scalars: int = 0
+  *,
+  num_heads: int,
+  dim: int,
+  num_vectors: int,
+  num_scalars: int = 0,
+  finish: Finish = lambda x, y: y,
+  init: parameters.Initializer | None = None,
 ) -> Network:
   """M(x) = W x; a vector role is initially the identity, a scalar one zero.
 
@@ -61,6 +72,8 @@ def make_matrix(
     dim: Width d of inputs and vector outputs.
     num_vectors: Roles with d outputs.
     num_scalars: Roles with one output.
+    finish: Makes a vector role's output of x and W x.
+    init: Another initial value, of all roles.
 
   Returns:
     A `Network` with the map 'in' [h, num_vectors d + num_scalars, d].
@@ -73,18 +86,22 @@ def make_matrix(
     'in': parameters.Param(
       (num_heads, num_outputs, dim),
       ('heads', None, None),
-      parameters.values(identity),
+      parameters.values(identity) if init is None else init,
     )
   }
 
   def apply(linear: Linear, x: jax.Array) -> Outputs:
     vectors, scalars = jnp.split(linear('in', x), [num_vectors * dim], axis=-1)
-    return Outputs(_split_roles(vectors, num_vectors), _scalar_roles(scalars))
+    vectors = _split_roles(vectors, num_vectors)
+    if num_vectors:
+      vectors = finish(x[..., None, :, :], vectors)
+    return Outputs(vectors, _scalar_roles(scalars))
 
   def read(memory, x, vectors, scalars):
     part = make_matrix(
       num_heads=num_heads,
       dim=dim,
+      finish=finish,
       num_vectors=vectors[1] - vectors[0],
       num_scalars=scalars[1] - scalars[0],
     )
@@ -105,6 +122,7 @@ def make_mlp(
   num_vectors: int,
   num_scalars: int = 0,
   activation: objectives.Activation,
+  finish: Finish = jnp.add,
   in_scale: float = 1.0,
   out_scale: float = 0.1,
 ) -> Network:
@@ -117,6 +135,7 @@ def make_mlp(
     num_vectors: Roles with d outputs.
     num_scalars: Roles with one output.
     activation: Elementwise function.
+    finish: Makes a vector role's output of x and W1 activation(W2 x).
     in_scale: Initial size of W2 x for an x of norm one.
     out_scale: Initial size of W1 h, relative to a hidden h of entries of size
       one; skip starts at zero.
@@ -159,7 +178,7 @@ def make_mlp(
     for_vectors, for_scalars = jnp.split(hidden, [num_vectors], axis=-3)
     vectors, scalars = for_vectors, _scalar_roles(skip)
     if num_vectors:
-      vectors = x[..., None, :, :] + linear('vector', for_vectors)
+      vectors = finish(x[..., None, :, :], linear('vector', for_vectors))
     if num_scalars:
       scalars = scalars + linear('scalar', for_scalars)
     return Outputs(vectors, scalars)
@@ -172,6 +191,7 @@ def make_mlp(
       num_vectors=vectors[1] - vectors[0],
       num_scalars=scalars[1] - scalars[0],
       activation=activation,
+      finish=finish,
     )
     after = num_vectors + scalars[0], num_vectors + scalars[1]
     cuts = [

@@ -78,6 +78,7 @@ def write_token(
   rates: Rates,
   *,
   erase: bool,
+  erase_from: str = 'previous',
 ) -> Carry:
   """Equation (1) for one token: the definition.
 
@@ -88,6 +89,8 @@ def write_token(
     delta: [..., 1, o].
     rates: Each [..., 1, 1].
     erase: Whether the rule is Delta Gradient Descent.
+    erase_from: What is erased is what the 'previous' weights give for x, or
+      the 'retained' ones.
 
   Returns:
     The carry after the token.
@@ -99,7 +102,8 @@ def write_token(
   if reference is not None:
     kept = kept + (1.0 - rates.retention) * reference
   if erase:
-    kept = kept - outer(rates.inner_lr * networks.apply_map(weights, x))
+    before = kept if erase_from == 'retained' else weights
+    kept = kept - outer(rates.inner_lr * networks.apply_map(before, x))
   step = outer(rates.inner_lr * delta)
   if rates.momentum is None:
     return Carry(kept - step)
@@ -113,7 +117,7 @@ class Decays(NamedTuple):
 
   Attributes:
     kept: g_t, [..., t, 1].
-    kept_before: g_{t-1}, [..., t, 1].
+    kept_before: g_{t-1}, [..., t, 1]; g_t where the retained is erased.
     between: G, [..., t, t], lower triangular.
     between_before: G one token earlier, strictly lower triangular.
     fresh: bool [..., t, 1], True from the chunk's first document border on, or
@@ -149,12 +153,15 @@ class TraceDecays(NamedTuple):
   last_start: jax.Array
 
 
-def make_decays(rates: Rates, reset: jax.Array | None = None) -> Decays:
+def make_decays(
+  rates: Rates, reset: jax.Array | None = None, *, erase_from: str = 'previous'
+) -> Decays:
   """Computes a chunk's `Decays` from its rates.
 
   Args:
     rates: Each [..., t, 1].
     reset: bool [..., t, 1], True at a document's first token, or None.
+    erase_from: As in `write_token`; what is 'retained' has one retention more.
 
   Returns:
     The `Decays`; a token of one document has no weight in another.
@@ -196,7 +203,20 @@ def make_decays(rates: Rates, reset: jax.Array | None = None) -> Decays:
       trace = trace._replace(
         start_before=jnp.where(fresh, 0.0, trace.start_before)
       )
-  return Decays(kept, kept_before, between, between_before, fresh, trace)
+  decays = Decays(kept, kept_before, between, between_before, fresh, trace)
+  if erase_from == 'previous':
+    return decays
+  once_more = lambda x: rates.retention * x
+  if trace is not None:
+    trace = trace._replace(
+      start_before=once_more(trace.start_before),
+      between_before=once_more(trace.between_before),
+    )
+  return decays._replace(
+    kept_before=kept,
+    between_before=jnp.tril(between, -1),
+    trace=trace,
+  )
 
 
 class Keys(NamedTuple):

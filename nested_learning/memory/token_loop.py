@@ -60,9 +60,12 @@ def token_loop(
     inputs, reset, mask = token
     inputs = jax.tree.map(lambda x: x[:, :, None], inputs)
     fresh = interface.init_state(initial, mask.shape[0], momentum=rule.momentum)
-    state = rows.where(reset & mask, fresh._replace(offset=state.offset), state)
+    fresh = fresh._replace(
+      anchor=rule.weights(fresh.memory), offset=state.offset
+    )
+    state = rows.where(reset & mask, fresh, state)
     starts = state.offset == 0
-    anchor = rows.where(starts, state.memory, state.anchor)
+    anchor = rows.where(starts, rule.weights(state.memory), state.anchor)
     seen = writes.evaluate(network, rule, anchor, inputs, project)
     does_write = (mask & write)[:, None, None, None]
     carries = {}
@@ -75,6 +78,7 @@ def token_loop(
         seen.deltas[name],
         rates,
         erase=writes.erases(rule, name),
+        erase_from=rule.erase_from,
       )
     memory = {name: carry.weights for name, carry in carries.items()}
     trace = state.trace and {n: carry.trace for n, carry in carries.items()}

@@ -80,10 +80,15 @@ def _chain(size: Size) -> tuple[cms.LevelConfig, ...]:
   )
 
 
-def _memory(**settings) -> Callable[[Size], titans.SelfModifyingTitansConfig]:
-  """A memory per head with these settings."""
+def _memory(
+  *, expansion: int = 1, **settings
+) -> Callable[[Size], titans.SelfModifyingTitansConfig]:
+  """A memory per head with these settings; hidden layers so much wider."""
   return lambda size: titans.SelfModifyingTitansConfig(
-    size.num_heads, size.head_dim, **settings
+    size.num_heads,
+    size.head_dim,
+    hidden_dim=0 if expansion == 1 else expansion * size.head_dim,
+    **settings,
   )
 
 
@@ -109,11 +114,25 @@ def _pattern(*parts) -> Callable[[Size], tuple[Any, ...]]:
   return lambda size: tuple(part(size) for part in parts)
 
 
+# Keys, values and rates are projections, and what is learned is the value.
+_STATIC = {
+  'adaptive': (),
+  'target': 'value',
+  'retain_to': 'zero',
+  'max_inner_lr': 1.0,
+  'max_norm': None,
+}
+_MATRIX = {**_STATIC, 'kind': 'matrix', 'initial': 'zero', 'objective': 'dot'}
+_LINEAR = {**_MATRIX, 'erase': 'none', 'inner_lr': 'one'}
+_DELTA = {**_MATRIX, 'erase': 'input'}
+_DESCENT = {**_STATIC, 'erase': 'none'}
+_TTT = {**_DESCENT, 'retention': 'none', 'output': 'norm', 'chunk_size': 16}
+_MIRAS = {**_DESCENT, 'output': 'norm', 'read': 'chunk', 'chunk_size': 16}
+_WIDE = {'expansion': 4, 'activation': 'gelu'}
+
 # Titans' long-term memory: gradient descent with momentum, and forgetting.
-_LMM = _memory(adaptive=(), erase='none', retain_to='zero', momentum=True)
-_GATED_LINEAR = _memory(
-  adaptive=(), kind='matrix', objective='dot', erase='none', retain_to='zero'
-)
+_LMM = _memory(**_DESCENT, momentum=True)
+_GATED_LINEAR = _memory(**_LINEAR)
 _PERSISTENT = {'num_persistent': 4}  # tokens; Titans does not say how many
 
 FAMILIES = {
@@ -122,7 +141,21 @@ FAMILIES = {
   'transformer': Family(_attention(), _mlp),
   'sliding_window': Family(_window(), _mlp),
   'samba': Family(_pattern(_GATED_LINEAR, _window()), _mlp),
+  'linear_attention': Family(
+    _memory(**_LINEAR, features='elu', retention='none'), _mlp
+  ),
+  'retnet': Family(_memory(**_LINEAR, retention='head'), _mlp),
+  'gated_linear_attention': Family(_GATED_LINEAR, _mlp),
+  'deltanet': Family(_memory(**_DELTA, retention='none'), _mlp),
+  'gated_deltanet': Family(_memory(**_DELTA, erase_from='retained'), _mlp),
+  'ttt_linear': Family(_memory(**_TTT, kind='matrix'), _mlp),
+  'ttt_mlp': Family(_memory(**{**_TTT, **_WIDE, 'max_inner_lr': 0.1}), _mlp),
   'titans': Family(_LMM, _mlp),
+  'yaad': Family(_memory(**_MIRAS, **_WIDE, objective='huber'), _mlp),
+  'moneta': Family(
+    _memory(**_MIRAS, **_WIDE, objective='l3', weights='lq_norm'), _mlp
+  ),
+  'memora': Family(_memory(**_MIRAS, **_WIDE, weights='softmax'), _mlp),
   'titans_mac': Family(
     _with(
       memory_as_context.MemoryAsContextConfig, _LMM, _attention(**_PERSISTENT)

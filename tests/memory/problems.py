@@ -23,6 +23,7 @@ BATCH, HEADS, DIM, HIDDEN = 2, 2, 5, 4
 FACTORS: Mapping[str, Sequence[Any]] = {
   'kind': ('mlp', 'matrix'),
   'erase': ('none', 'input', 'every_map'),
+  'erase_from': ('previous', 'retained'),
   'retain_to': ('zero', 'initial'),
   'momentum': (False, True),
   'objective': ('l2', 'dot'),

@@ -5,7 +5,8 @@ Every role is a memory of its own, with its own errors back-propagated by hand:
     S_t = momentum_t S_{t-1} + inner_lr_t delta_t x_t^T
     W_t = retention_t W_{t-1} - erase inner_lr_t (W_{t-1} x_t) x_t^T - S_t
 
-applied to W, or with retention acting on W - W_initial.
+applied to W, or with retention acting on W - W_initial; what is erased may be
+read after retention has acted.
 """
 
 import numpy as np
@@ -82,11 +83,10 @@ def _run_head(initial, tokens, present, borders, rule, objective, reads):
         weights = role[name]
         centre = initial[i][name] if rule.retain_to == 'initial' else 0.0
         trace[i][name] = momentum * trace[i][name] + rate * np.outer(delta, u)
+        kept = centre + retention * (weights - centre)
+        before = kept if rule.erase_from == 'retained' else weights
         role[name] = (
-          centre
-          + retention * (weights - centre)
-          - erase * rate * np.outer(weights @ u, u)
-          - trace[i][name]
+          kept - erase * rate * np.outer(before @ u, u) - trace[i][name]
         )
     query = tokens['q'][t]
     reads[t] = _predict((roles if rule.read == 'token' else anchor)[0], query)

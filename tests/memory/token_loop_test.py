@@ -11,13 +11,13 @@ from tests.memory import problems
 from tests.memory import reference
 
 _CASES = (
-  # kind, erase, retain_to, momentum, objective, read, chunk size
-  ('mlp', 'every_map', 'initial', True, 'l2', 'token', 7),
-  ('mlp', 'input', 'zero', False, 'dot', 'chunk', 16),
-  ('mlp', 'none', 'zero', True, 'l2', 'token', 1),
-  ('matrix', 'input', 'initial', True, 'l2', 'token', 7),
-  ('matrix', 'none', 'zero', False, 'dot', 'token', 64),
-  ('matrix', 'every_map', 'zero', True, 'l2', 'chunk', 1),
+  # kind, erase, retain_to, momentum, objective, read, chunk size, erase from
+  ('mlp', 'every_map', 'initial', True, 'l2', 'token', 7, 'previous'),
+  ('mlp', 'input', 'zero', False, 'dot', 'chunk', 16, 'retained'),
+  ('mlp', 'none', 'zero', True, 'l2', 'token', 1, 'previous'),
+  ('matrix', 'input', 'initial', True, 'l2', 'token', 7, 'retained'),
+  ('matrix', 'none', 'zero', False, 'dot', 'token', 64, 'previous'),
+  ('matrix', 'every_map', 'zero', True, 'l2', 'chunk', 1, 'previous'),
 )
 
 
@@ -28,7 +28,15 @@ class TokenLoopTest(parameterized.TestCase):
 
   @parameterized.parameters(*_CASES)
   def test_equals_the_recurrence(
-    self, kind, erase, retain_to, momentum, objective, read, chunk_size
+    self,
+    kind,
+    erase,
+    retain_to,
+    momentum,
+    objective,
+    read,
+    chunk_size,
+    erase_from,
   ):
     problem = problems.make_problem(kind, momentum=momentum)
     settings = {
@@ -38,6 +46,7 @@ class TokenLoopTest(parameterized.TestCase):
       'objective': objective,
       'read': read,
       'chunk_size': chunk_size,
+      'erase_from': erase_from,
     }
     rule = problems.make_rule(kind, settings)
 
