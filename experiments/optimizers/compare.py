@@ -10,7 +10,24 @@ Command (the digits need scikit-learn: pip install -c constraints.txt -e
     --workdir=runs/compare
 
 `compare.py:digits` (a minute) and `compare.py:language` (20 minutes on two CPU
-cores) run one of the two.
+cores) run one of the two. Result (report.md, with plots): validation loss on
+the digits, at the best of six rates,
+
+  Adam                       0.024 +- 0.004
+  M3                         0.030 +- 0.015
+  preconditioned momentum    0.030 +- 0.002
+  M3, no second moment       0.034 +- 0.010
+  Muon                       0.034 +- 0.011
+  momentum                   0.040 +- 0.003
+  delta momentum             0.041 +- 0.007
+  deep momentum              0.041 +- 0.007
+  gradient descent           0.055 +- 0.003
+  DGD, erase 0.01            0.081 +- 0.002
+  DGD                        1.087 +- 0.034
+
+M3 is level with Muon within the noise of the three seeds; neither beats Adam.
+DGD as printed loses: erasing what a map answers is a regulariser too strong for
+data that it will see again.
 """
 
 import dataclasses
@@ -37,7 +54,7 @@ class CompareConfig:
   """Which trainings, how long, and the search."""
 
   tasks: tuple[str, ...] = ('digits', 'language')
-  rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+  rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
   num_seeds: int = 3  # of the digits' initial parameters
   digits_steps: int = 300
   digits_batch: int = 64  # images
