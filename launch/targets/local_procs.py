@@ -148,12 +148,12 @@ class _Group:
     patience = time.monotonic() + (_KILLED if lost else _TOGETHER)
     self._poll(lambda: None not in self._codes() or time.monotonic() > patience)
     alive = self._codes().count(None)
-    if alive or code < 0:
+    if (alive or code < 0) and self.signal is None:
       how = signal.Signals(-code).name if code < 0 else f'exit code {code}'
       others = f'; ending the other {alive}' if alive else ''
       _say(f'process {first} of {len(codes)} ended with {how}{others}.')
-    if first:
-      self._show_log(first)
+      if first:
+        self._show_log(first)
     self._kill()
     if self.signal is not None:
       return 128 + self.signal

@@ -1,0 +1,237 @@
+"""Runs of several processes: the same numbers, through all that can happen."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+from absl.testing import absltest
+import pytest
+
+from nested_learning.training import metrics
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+_EXPERIMENT = """
+from tests.training import tiny
+
+def get_config(arg):
+  train = {'num_steps': 24, 'checkpoint_every': 4, 'evaluate_every': 16}
+  return tiny.experiment(arg, train=train)
+"""
+
+# What a process does after it has joined; `me` is its number.
+_JOIN = """
+import os, signal, sys, time
+from nested_learning import distributed
+from nested_learning import errors
+
+distributed.initialize(heartbeat_seconds=10, hang_seconds=12)
+distributed.barrier('start')
+me = int(os.environ['JAX_PROCESS_ID'])
+print('joined', flush=True)
+try:
+{body}
+except errors.UserError as error:
+  distributed.end(2, str(error))
+  sys.exit(2)
+"""
+
+
+def _children(pid: int) -> dict[int, int]:
+  """From the number of a process of the run to its process id."""
+  path = pathlib.Path(f'/proc/{pid}/task/{pid}/children')
+  found = {}
+  for child in map(int, path.read_text().split()):
+    environ = pathlib.Path(f'/proc/{child}/environ').read_bytes().split(b'\0')
+    for entry in environ:
+      if entry.startswith(b'JAX_PROCESS_ID='):
+        found[int(entry.partition(b'=')[2])] = child
+  return found
+
+
+@pytest.mark.slow
+class RunTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    folder = self.create_tempdir()
+    self.root = pathlib.Path(folder.full_path)
+    folder.create_file('experiments/small.py', content=_EXPERIMENT)
+
+  def start(self, name, *args, devices=1):
+    command = [
+      sys.executable,
+      _ROOT / 'launch' / 'run.py',
+      f'--config=experiments/small.py:{self.root}',
+      f'--workdir={self.root / name}',
+      *args,
+    ]
+    environ = {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)}
+    return subprocess.Popen(
+      command,
+      cwd=self.root,
+      env={**os.environ, **environ},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+
+  def finish(self, process, code):
+    output, _ = process.communicate(timeout=240)
+    self.assertEqual(process.returncode, code, output)
+    return output
+
+  def wait_for(self, step, process):
+    while not (self.root / 'run' / 'checkpoints' / str(step)).exists():
+      self.assertIsNone(process.poll(), process.stdout)
+      time.sleep(0.02)
+
+  def losses(self, name):
+    lines = metrics.read_metrics(self.root / name / 'metrics.jsonl')
+    return {line['step']: line['loss'] for line in lines if 'loss' in line}
+
+  def test_killed_stopped_and_resumed_by_other_numbers_of_processes(self):
+    self.finish(self.start('whole', devices=2), 0)
+    expected = self.losses('whole')
+    self.assertLen(expected, 24)
+
+    process = self.start('run', '--target=local-procs:2x2')
+    self.wait_for(4, process)
+    os.kill(_children(process.pid)[1], signal.SIGKILL)
+    killed = time.monotonic()
+    output = self.finish(process, 137)
+    self.assertLess(time.monotonic() - killed, 10)
+    self.assertIn('process 1 of 2 ended with SIGKILL; ending the oth', output)
+
+    process = self.start('run', '--target=local-procs:4x1')
+    self.wait_for(12, process)
+    process.send_signal(signal.SIGTERM)
+    output = self.finish(process, 143)
+    self.assertRegex(output, r'Going on from step \d+ in')
+    self.assertRegex(output, r'SIGTERM: saved step \d+ in .*same command again')
+
+    output = self.finish(self.start('run', devices=4), 0)
+    self.assertRegex(output, r'Going on from step 1\d in')
+    losses = self.losses('run')
+    self.assertEqual(losses.keys(), expected.keys())
+    for step, loss in expected.items():
+      self.assertAlmostEqual(losses[step], loss, delta=1e-5, msg=f'{step=}')
+    whole, run = (
+      json.loads((self.root / name / 'summary.json').read_text())
+      for name in ('whole', 'run')
+    )
+    self.assertAlmostEqual(
+      run['bits_per_byte'], whole['bits_per_byte'], delta=1e-5
+    )
+    log = (self.root / 'run' / 'logs' / 'process-1.log').read_text()
+    self.assertNotIn('step', log)  # one process logs
+
+  def test_mistake_is_said_once(self):
+    process = self.start(
+      'run', '--target=local-procs:2', f'--set=data.source={self.root}/none'
+    )
+    output = self.finish(process, 2)
+    said = [line for line in output.splitlines() if 'run.py: ' in line]
+    self.assertLen(said, 1, output)
+    self.assertIn(f'{self.root}/none', said[0])
+
+
+@pytest.mark.slow
+class EndTest(absltest.TestCase):
+  """What the others do when one of two processes does not go on."""
+
+  def run_both(self, body):
+    """Returns exit codes, outputs and seconds since both had joined."""
+    code = _JOIN.format(body=textwrap.indent(textwrap.dedent(body), '  '))
+    processes = []
+    for i in range(2):
+      environ = {
+        'JAX_PLATFORMS': 'cpu',
+        'JAX_COORDINATOR_ADDRESS': f'localhost:{20000 + os.getpid() % 20000}',
+        'JAX_NUM_PROCESSES': '2',
+        'JAX_PROCESS_ID': str(i),
+      }
+      processes.append(
+        subprocess.Popen(
+          [sys.executable, '-c', code],
+          cwd=_ROOT,
+          env={**os.environ, **environ},
+          stdout=subprocess.PIPE,
+          stderr=subprocess.PIPE,
+          text=True,
+        )
+      )
+    for process in processes:
+      self.assertEqual(process.stdout.readline(), 'joined\n')
+    start = time.monotonic()
+    outputs = [process.communicate(timeout=90)[1] for process in processes]
+    seconds = time.monotonic() - start
+    return [process.returncode for process in processes], outputs, seconds
+
+  def test_fails_alone(self):
+    codes, outputs, seconds = self.run_both("""
+      if me == 1:
+        raise errors.UserError('this one is wrong.')
+      while True:
+        distributed.progress()
+        time.sleep(1)
+    """)
+    self.assertEqual(codes, [-signal.SIGABRT, 2])
+    self.assertIn('process 1 of 2: this one is wrong.', outputs[1])
+    self.assertLess(seconds, 40)  # ten to wait, ten of silence, and more
+
+  def test_fail_alike(self):
+    codes, outputs, seconds = self.run_both("""
+      raise errors.UserError('both are wrong.')
+    """)
+    self.assertEqual(codes, [2, 2])
+    self.assertEqual(outputs[0].splitlines()[-1], 'both are wrong.')
+    self.assertNotIn('both are wrong.', outputs[1])
+    self.assertLess(seconds, 10)
+
+  def test_hangs(self):
+    codes, outputs, seconds = self.run_both("""
+      def wait_for_data():
+        time.sleep(80)
+
+      if me == 1:
+        wait_for_data()
+      while True:
+        distributed.progress()
+        time.sleep(1)
+    """)
+    self.assertEqual(codes, [-signal.SIGABRT, 42])
+    self.assertIn('process 1 of 2: no progress in 12 s', outputs[1])
+    self.assertIn('in wait_for_data', outputs[1])
+    self.assertLess(seconds, 45)
+
+  def test_does_not_come(self):
+    codes, outputs, _ = self.run_both("""
+      if me == 1:
+        time.sleep(4)
+        os._exit(0)
+      try:
+        distributed.barrier('here', timeout_seconds=1)
+      except TimeoutError as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(3)
+    """)
+    self.assertEqual(codes[0], 3)
+    self.assertRegex(outputs[0], "'here:1' in 1 s; missing: 1")
+
+  def test_differ(self):
+    codes, outputs, _ = self.run_both("""
+      distributed.check_alike('the same')
+      assert distributed.first_does('it', lambda: f'by {me}') == 'by 0'
+      distributed.check_alike(f'config of {me}')
+    """)
+    self.assertEqual(codes, [2, 2])
+    self.assertIn('process 1 has a config with the hash', outputs[0])
+
+
+if __name__ == '__main__':
+  absltest.main()
