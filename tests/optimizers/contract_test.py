@@ -143,7 +143,7 @@ class ContractTest(parameterized.TestCase):
       state = tx.init(params)
       gradients = make_gradients(params)
 
-      @functools.partial(jax.jit, donate_argnums=1)
+      @functools.partial(compiling.jit, donate_argnums=1)
       def step(params, state):
         updates, state = tx.update(
           gradients, state, params, **extra(name, params)
@@ -207,12 +207,14 @@ class ContractTest(parameterized.TestCase):
     params = {key: make_params()[key] for key in ('kernel', 'bias')}
     tx, more = make(name), extra(name, params)
     gradients = make_gradients(params)
-    expected, _ = jax.jit(tx.update)(gradients, tx.init(params), params, **more)
+    expected, _ = compiling.jit(tx.update)(
+      gradients, tx.init(params), params, **more
+    )
     steps = optax.MultiSteps(tx, 2)
     state = steps.init(params)
     doubled = jax.tree.map(lambda g: 2 * g, gradients)
     nothing = jax.tree.map(jnp.zeros_like, gradients)
-    update = jax.jit(steps.update)
+    update = compiling.jit(steps.update)
     _, state = update(doubled, state, params, **more)
     updates, _ = update(nothing, state, params, **more)
     assert_close(updates, expected)
@@ -228,7 +230,7 @@ class ContractTest(parameterized.TestCase):
         make_gradients(params), tx.init(params), params, **extra(name, params)
       )[0]
 
-    updates = jax.jit(jax.vmap(step))(both)
+    updates = compiling.jit(jax.vmap(step))(both)
     assert_close(
       jax.tree.map(lambda leaf: leaf[0], updates), step(params), 1e-4
     )
@@ -350,7 +352,7 @@ class FlaxTest(parameterized.TestCase):
       tx=make(name, rate),
     )
     loss_fn = lambda params: loss_of(model.apply({'params': params}, x))
-    step = jax.jit(
+    step = compiling.jit(
       lambda state: state.apply_gradients(grads=jax.grad(loss_fn)(state.params))
     )
     before = loss_fn(state.params)
