@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -72,15 +73,23 @@ class RunLog:
 
   def defer(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
     """Takes the numbers of a step that was just started; reports the last."""
-    self.flush()
+    self._report_deferred()
     self._deferred = step, metrics
 
   def flush(self) -> None:
     """Waits for the numbers of the step last deferred, and reports them.
 
+    What was written until now stays, whatever happens to the process: a bucket
+    that is mounted keeps a file only when it is asked to.
+
     Raises:
       FloatingPointError: Its loss or gradient is not finite.
     """
+    self._report_deferred()
+    if self._writes:
+      os.fsync(self._lines.fileno())
+
+  def _report_deferred(self) -> None:
     if self._deferred is not None:
       (step, metrics), self._deferred = self._deferred, None
       metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
