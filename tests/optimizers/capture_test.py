@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nested_learning import optimizers
+from tests import compiling
 
 
 def apply_plainly(kernel, x):
@@ -97,6 +98,44 @@ class CaptureTest(parameterized.TestCase):
     expected = jax.grad(loss_fn)(kernel, x) + gram @ kernel
     np.testing.assert_allclose(gradient, expected, rtol=1e-5)
     np.testing.assert_allclose(extra['energy'], jnp.trace(gram), rtol=1e-5)
+
+  @parameterized.product(
+    axis=(0, 1),
+    axis_type=(jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit),
+  )
+  def test_sharded_equals_unsharded(self, axis, axis_type):
+    keys = jax.random.split(jax.random.key(0), 3)
+    kernels = {
+      'first': jax.random.normal(keys[0], (8, 16)),
+      'second': jax.random.normal(keys[1], (16, 8)),
+    }
+    x = jax.random.normal(keys[2], (6, 8))
+    explicit = axis_type == jax.sharding.AxisType.Explicit
+
+    def loss_fn(kernels, x, where):
+      hidden = jnp.sin(jnp.einsum('bi,io->bo', x, kernels['first'], **where))
+      y = jnp.einsum('bi,io->bo', hidden, kernels['second'], **where)
+      return jnp.sum(y**2) / 6
+
+    def run(kernels, x, where):
+      loss = lambda kernels, x: loss_fn(kernels, x, where)
+      return compiling.jit(optimizers.value_and_delta_grad(loss))(kernels, x)
+
+    expected = run(kernels, x, {})
+    mesh = jax.make_mesh((8,), ('x',), axis_types=(axis_type,))
+    spec = (jax.P('x', None), jax.P(None, 'x'))[axis]
+    with jax.set_mesh(mesh):
+      kernels = jax.device_put(kernels, jax.NamedSharding(mesh, spec))
+      x = jax.device_put(x, jax.NamedSharding(mesh, jax.P()))
+      where = {'out_sharding': jax.P()} if explicit else {}
+      actual = run(kernels, x, where)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+      actual,
+      expected,
+    )
+    if explicit:
+      self.assertEqual(actual[1]['first'].sharding.spec, spec)
 
   def test_auxiliary_outputs_pass(self):
     loss_fn = lambda kernel, x: (jnp.sum(x @ kernel), {'x': x})
