@@ -197,10 +197,14 @@ def _free_port() -> int:
     return listener.getsockname()[1]
 
 
+# Looked up here: between fork and exec little is safe.
+_PRCTL = getattr(ctypes.CDLL(None), 'prctl', None)
+
+
 def _end_with_parent() -> None:
   """Asks Linux for SIGTERM should the launcher itself be killed."""
-  with contextlib.suppress(OSError, AttributeError):
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+  if _PRCTL is not None:
+    _PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _say(text: str) -> None:

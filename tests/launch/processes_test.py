@@ -10,6 +10,7 @@ import textwrap
 import time
 
 from absl.testing import absltest
+from absl.testing import parameterized
 import pytest
 
 from nested_learning.training import metrics
@@ -24,15 +25,32 @@ def get_config(arg):
   return tiny.experiment(arg, train=train)
 """
 
+_BUG = """
+import dataclasses
+import jax
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  text: str = 'three'
+
+def get_config(arg=None):
+  return Config()
+
+def run(config, workdir, mode):
+  if jax.process_index() == 1:
+    int(config.text)
+"""
+
 # What a process does after it has joined; `me` is its number.
 _JOIN = """
 import os, signal, sys, time
+import jax
 from nested_learning import distributed
 from nested_learning import errors
 
 distributed.initialize(heartbeat_seconds=10, hang_seconds=12)
 distributed.barrier('start')
-me = int(os.environ['JAX_PROCESS_ID'])
+me = jax.process_index()
 print('joined', flush=True)
 try:
 {body}
@@ -139,27 +157,53 @@ class RunTest(absltest.TestCase):
     self.assertLen(said, 1, output)
     self.assertIn(f'{self.root}/none', said[0])
 
+  def test_bug_of_one_process_is_worth_another_attempt(self):
+    path = self.root / 'experiments' / 'bug.py'
+    path.write_text(_BUG)
+    arguments = (f'--config={path}', '--target=local-procs:2')
+    output = self.finish(self.start('run', *arguments, '--max_restarts=1'), 42)
+    said = 'process 1 of 2 ended with exit code 42'
+    self.assertEqual(output.count(said), 2, output)
+    self.assertIn('ValueError: invalid literal', output)
+
+  def test_launcher_that_is_killed_leaves_nothing_behind(self):
+    names = ('num_steps', 'checkpoint_every', 'evaluate_every')
+    changes = [f'--set=train.{name}=400' for name in names]
+    process = self.start('run', '--target=local-procs:2', *changes)
+    while len(self.losses('run')) < 2:
+      self.assertIsNone(process.poll())
+      time.sleep(0.02)
+    children = _children(process.pid).values()
+    process.kill()
+    process.communicate(timeout=60)  # until the last one has closed its output
+    for child in children:
+      self.assertFalse(os.path.exists(f'/proc/{child}/exe'))
+    # They have saved, at a step at which they would not have otherwise.
+    folder = self.root / 'run' / 'checkpoints'
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+    self.assertBetween(max(steps), 2, 399)
+
 
 @pytest.mark.slow
-class EndTest(absltest.TestCase):
+class EndTest(parameterized.TestCase):
   """What the others do when one of two processes does not go on."""
 
-  def run_both(self, body):
+  def run_both(self, body, environs=None):
     """Returns exit codes, outputs and seconds since both had joined."""
     code = _JOIN.format(body=textwrap.indent(textwrap.dedent(body), '  '))
     processes = []
     for i in range(2):
-      environ = {
-        'JAX_PLATFORMS': 'cpu',
+      explicit = {
         'JAX_COORDINATOR_ADDRESS': f'localhost:{20000 + os.getpid() % 20000}',
         'JAX_NUM_PROCESSES': '2',
         'JAX_PROCESS_ID': str(i),
       }
+      environ = environs[i] if environs else explicit
       processes.append(
         subprocess.Popen(
           [sys.executable, '-c', code],
           cwd=_ROOT,
-          env={**os.environ, **environ},
+          env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environ},
           stdout=subprocess.PIPE,
           stderr=subprocess.PIPE,
           text=True,
@@ -171,6 +215,39 @@ class EndTest(absltest.TestCase):
     outputs = [process.communicate(timeout=90)[1] for process in processes]
     seconds = time.monotonic() - start
     return [process.returncode for process in processes], outputs, seconds
+
+  @parameterized.named_parameters(
+    (
+      'slurm',
+      lambda i: {
+        'SLURM_JOB_ID': str(os.getpid()),
+        'SLURM_STEP_NODELIST': 'localhost',
+        'SLURM_NTASKS': '2',
+        'SLURM_PROCID': str(i),
+        'SLURM_LOCALID': str(i),
+      },
+    ),
+    (
+      'open_mpi_5',
+      lambda i: {
+        'OMPI_COMM_WORLD_SIZE': '2',
+        'OMPI_COMM_WORLD_RANK': str(i),
+        'OMPI_COMM_WORLD_LOCAL_SIZE': '2',
+        'OMPI_COMM_WORLD_LOCAL_RANK': str(i),
+        'PMIX_NAMESPACE': f'prterun-{os.getpid()}@1',
+      },
+    ),
+  )
+  def test_meet(self, environ):
+    codes, outputs, _ = self.run_both(
+      """
+      print('number', me, 'of', jax.process_count(), file=sys.stderr)
+      """,
+      [environ(0), environ(1)],
+    )
+    self.assertEqual(codes, [0, 0])
+    for i, output in enumerate(outputs):
+      self.assertIn(f'number {i} of 2\n', output)
 
   def test_fails_alone(self):
     codes, outputs, seconds = self.run_both("""
