@@ -20,7 +20,7 @@ COMMONSENSE = {
   'boolq': 'acc',
 }
 # Nested Learning, table 2: perplexity of wikitext, accuracies, their mean.
-_PAPER = (
+PAPER = (
   ('Transformer++ 760M', 24.18, 37.1, 67.2, 43.8, 53.0, 65.6, 33.4, 39.1, 61.7),
   ('Titans 760M', 20.08, 38.1, 69.1, 48.5, 52.7, 66.2, 35.7, 40.3, 62.8),
   ('Hope 760M', 18.68, 38.8, 69.2, 49.1, 53.6, 66.8, 36.1, 41.2, 63.4),
@@ -122,7 +122,7 @@ def _commonsense_row(name: str, summary: dict[str, Any]) -> list[Any] | None:
 
 
 def _commonsense_section(ours: list[Any]) -> str:
-  rows = [[*row, sum(row[2:]) / len(row[2:])] for row in _PAPER]
+  rows = [[*row, sum(row[2:]) / len(row[2:])] for row in PAPER]
   head = ('model', *COMMONSENSE, 'mean')
   return (
     'Beside the numbers printed in arXiv:2512.24695, table 2 (perplexity of '

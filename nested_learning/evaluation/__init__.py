@@ -12,8 +12,14 @@ from nested_learning.evaluation.by_position import gain_by_position
 from nested_learning.evaluation.by_position import mean_over_bins
 from nested_learning.evaluation.by_position import plot
 from nested_learning.evaluation.by_position import write_table
+from nested_learning.evaluation.continuation import make_write
+from nested_learning.evaluation.continuation import WriteConfig
 from nested_learning.evaluation.evaluate import context_position
 from nested_learning.evaluation.evaluate import Evaluation
 from nested_learning.evaluation.evaluate import EvaluationConfig
 from nested_learning.evaluation.evaluate import make_evaluate
 from nested_learning.evaluation.evaluate import Totals
+from nested_learning.evaluation.requests import encode_pair
+from nested_learning.evaluation.requests import Request
+from nested_learning.evaluation.scoring import make_score
+from nested_learning.evaluation.scoring import Score

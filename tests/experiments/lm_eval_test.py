@@ -145,7 +145,7 @@ class RunTest(absltest.TestCase):
 
 class CommonsenseTest(absltest.TestCase):
   def test_the_mean_is_that_of_the_paper(self):
-    means = [sum(row[2:]) / len(row[2:]) for row in lm_eval_report._PAPER]
+    means = [sum(row[2:]) / len(row[2:]) for row in lm_eval_report.PAPER]
     self.assertSequenceAlmostEqual(
       means, [50.11, 51.68, 52.28, 53.38, 56.82, 58.04], delta=0.011
     )
