@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nested_learning.memory import chunk_rule
 from nested_learning.memory import interface
 from nested_learning.memory import networks
 from nested_learning.memory import rows
@@ -96,22 +97,22 @@ class _Chunks(NamedTuple):
 class _ChunkKeys(NamedTuple):
   """What of a chunk depends on its feed alone."""
 
-  keys: rules.Keys
+  keys: chunk_rule.Keys
   scores: jax.Array | None  # with rule.read 'token'
 
 
 def _make_keys(rule, feed, chunk, write):
   reset, does_write = chunk.marks(write)
   rates = writes.feed_rates(feed, does_write)
-  keys = rules.make_keys(
+  keys = chunk_rule.make_keys(
     feed.key,
     rates,
-    rules.make_decays(rates, reset, erase_from=rule.erase_from),
+    chunk_rule.make_decays(rates, reset, erase_from=rule.erase_from),
     erase=writes.erases(rule, 'in'),
   )
   scores = None
   if rule.read == 'token':
-    scores = rules.make_scores(keys, feed.query)
+    scores = chunk_rule.make_scores(keys, feed.query)
   return _ChunkKeys(keys, scores)
 
 
@@ -186,13 +187,13 @@ def _chunk(network, rule, initial, project, write, state, chunk):
     rates = writes.map_rates(rule, name, seen, does_write)
     keys = first.keys
     if name != 'in':
-      keys = rules.make_keys(
+      keys = chunk_rule.make_keys(
         seen.inputs[name],
         rates,
         writes.per_map(keys.decays, name),
         erase=writes.erases(rule, name),
       )
-    solved[name] = rules.solve_chunk(
+    solved[name] = chunk_rule.solve_chunk(
       rules.Carry(weights, state.trace and state.trace[name]),
       writes.reference(rule, initial[name]),
       initial[name],
@@ -207,19 +208,22 @@ def _chunk(network, rule, initial, project, write, state, chunk):
 
     def linear(name, q):
       scores = first.scores if name == 'in' else None
-      return rules.read_chunk(solved[name], q, scores)
+      return chunk_rule.read_chunk(solved[name], q, scores)
 
     read = writes.read_vector(network, linear, seen.feed.query)
-  ended = {name: rules.end_chunk(chunk) for name, chunk in solved.items()}
+  ended = {name: chunk_rule.end_chunk(chunk) for name, chunk in solved.items()}
   memory = {name: carry.weights for name, carry in ended.items()}
   trace = state.trace and {name: carry.trace for name, carry in ended.items()}
-  bounded = writes.bound(rule, initial, memory)
+  bounded = memory, trace
+  if write:
+    bounded = writes.bound(rule, initial, memory, trace)
   if chunk.mask is None:
-    state = interface.State(bounded, None, trace, state.offset)
+    memory, trace = bounded
+    state = interface.State(memory, None, trace, state.offset)
   else:
     offset = state.offset + jnp.sum(chunk.mask, axis=1, dtype=jnp.int32)
     ends = offset == rule.chunk_size
-    memory = rows.where(ends, bounded, memory)
+    memory, trace = rows.where(ends, bounded, (memory, trace))
     if chunk.reset is not None:  # the anchor of what is left of this chunk
       anchor = rows.where(
         jnp.any(chunk.reset, axis=1),

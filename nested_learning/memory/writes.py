@@ -121,18 +121,34 @@ def reference(rule: interface.Rule, initial: jax.Array) -> jax.Array | None:
   return initial if rule.retain_to == 'initial' else None
 
 
-def bound(rule: interface.Rule, initial: Any, memory: Any) -> Any:
-  """Scales back what left the initial memory farther than max_norm."""
+def bound(
+  rule: interface.Rule, initial: Any, memory: Any, trace: Any
+) -> tuple[Any, Any]:
+  """Scales back what left the initial memory farther than max_norm.
+
+  The trace is scaled with it: it would carry the memory out again.
+
+  Args:
+    rule: Of the memory.
+    initial: Initial memory per map, [(b,) h, ..., out, in].
+    memory: Its weights.
+    trace: Its momentum's buffer, or None.
+
+  Returns:
+    Memory and trace.
+  """
   if rule.max_norm is None:
-    return memory
+    return memory, trace
 
-  def leaf(start, weights):
-    change = weights - start
-    square = jnp.sum(jnp.square(change), axis=(-1, -2), keepdims=True)
-    norm = jnp.sqrt(square + 1e-12)
-    return start + change * jnp.minimum(1.0, rule.max_norm / norm)
+  def factor(start, weights):
+    square = jnp.sum(jnp.square(weights - start), axis=(-1, -2), keepdims=True)
+    return jnp.minimum(1.0, rule.max_norm * jax.lax.rsqrt(square + 1e-12))
 
-  return jax.tree.map(leaf, initial, memory)
+  factors = jax.tree.map(factor, initial, memory)
+  memory = jax.tree.map(
+    lambda f, start, w: start + f * (w - start), factors, initial, memory
+  )
+  return memory, trace and jax.tree.map(jnp.multiply, factors, trace)
 
 
 def result(

@@ -224,6 +224,9 @@ class _LongStream(parameterized.TestCase):
     state, (largest, finite) = run(keys)
     self.assertTrue(np.all(finite))
     self.assertGreater(np.max(largest), 0.1)
+    # Errors are of a chunk's start, so 64 steps overshoot; they do not add up.
+    quarter = len(largest) // 4
+    self.assertLess(np.max(largest[-quarter:]), 10 * np.max(largest[:quarter]))
     for leaf in jax.tree.leaves(state):
       self.assertTrue(np.all(np.isfinite(leaf)))
     for name, weights in state.memory.items():
