@@ -8,7 +8,7 @@ The argument is a family of `models.zoo` and a name of `tasks.TASKS`. Models
 have two layers, 64 wide, all of whose levels take every step. Any setting can
 be another: --set=data.task.num_rewrites=8 --set=data.longer=2,8.
 
-Hardware: two CPU cores, one to three minutes. Results, one seed, rows all right:
+Hardware: two CPU cores, one to three minutes. Rows all right, one seed:
   transformer,anbn with --set=train.num_steps=600: 100 % of strings of 2 to 50
     symbols, 37 % of 51 to 100.
   transformer,mqar_small with 4 pairs in rows of 32 tokens and 2,500 steps of 64

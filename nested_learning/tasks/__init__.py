@@ -1,5 +1,6 @@
 """Generated tasks that tell good memories from bad ones."""
 
+from nested_learning.tasks import suites
 from nested_learning.tasks.compression import CompressionConfig
 from nested_learning.tasks.formal_languages import FormalLanguageConfig
 from nested_learning.tasks.groups import WordProblemConfig
