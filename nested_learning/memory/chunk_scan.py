@@ -90,7 +90,8 @@ class _Chunks(NamedTuple):
     if self.mask is not None:
       does_write = self.mask & write
     elif not write:
-      does_write = jnp.zeros(jax.tree.leaves(self.inputs)[0].shape[-2], bool)
+      size = jax.tree.leaves(self.inputs)[0].shape[-2]
+      does_write = jnp.zeros((1, size), bool)
     return column(self.reset), column(does_write)
 
 

@@ -25,7 +25,7 @@ from nested_learning import errors
 from nested_learning import parameters
 from nested_learning.training import config as config_lib
 
-_FORMAT = 'nested_learning 1'
+_FORMAT = 'nested_learning 2'
 # Settings of the model that change neither its parameters nor its numbers.
 _FREE = frozenset({'max_length', 'remat'})
 

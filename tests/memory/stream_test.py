@@ -166,10 +166,8 @@ class StreamTest(parameterized.TestCase):
       quiet = np.zeros((2, num_tokens), bool)
       _, state = stream(stream.start, 0, 10)
       _, after = stream(state, 0, num_tokens, reset=quiet, write=False)
-      if stream.rule.max_norm is None:
-        assert_close(after.memory, state.memory, 0.0)
-      else:  # chunks ended, and with them the memory was bounded
-        assert_close(after.trace, state.trace, 0.0)
+      assert_close(after.memory, state.memory, 0.0)
+      assert_close(after.trace, state.trace, 0.0)
       read, after = stream(
         stream.start, 0, num_tokens, reset=quiet, write=False
       )
@@ -178,6 +176,38 @@ class StreamTest(parameterized.TestCase):
       # The memory at rest gives the same token the same read, anywhere.
       read_again, _ = stream(after, 0, num_tokens, reset=quiet, write=False)
       assert_close(read_again, read)
+
+  @parameterized.product(settings=_SETTINGS, feed=('made', 'given'))
+  def test_writes_off_from_the_start(self, settings, feed):
+    problem = problems.make_problem(
+      settings['kind'], momentum=settings['momentum'], num_tokens=32
+    )
+    rule = problems.make_rule(settings['kind'], settings)
+    start = memory.init_state(
+      problem.initial, problems.BATCH, momentum=settings['momentum']
+    )
+
+    @compiling.jit
+    def run(inputs):
+      project = problem.project
+      if feed == 'given':
+        inputs, project = project(problem.initial, inputs), None
+      return [
+        memory.chunk_scan(
+          problem.network,
+          rule,
+          problem.initial,
+          state,
+          inputs,
+          project=project,
+          write=False,
+        )
+        for state in (None, start)
+      ]
+
+    (at_start, state), (carried, _) = run(problem.inputs)
+    assert_close(at_start.read, carried.read)
+    assert_close(state.memory, start.memory, 0.0)
 
   @parameterized.parameters(*[(s,) for s in _SETTINGS])
   def test_documents_are_alone(self, settings):
