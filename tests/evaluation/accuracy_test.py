@@ -111,23 +111,6 @@ class CountTest(parameterized.TestCase):
     self.assertAlmostEqual(result.loss, error[batch['mask']].mean(), places=5)
     self.assertEqual(result.numbers, {'squared_error': result.loss})
 
-  def test_pieces_of_a_real_model_are_the_whole(self):
-    config = dataclasses.replace(tiny.MODEL, max_length=64)
-    model = models.make_model(config)
-    params = jax.jit(model.init_params)(jax.random.key(0))
-    data = tasks.TaskDataConfig(tasks.make_config('mqar_small'), batch_size=2)
-    batch = next(tasks.make_iterator(data))
-    pieces = [
-      {name: x[:, i : i + 16] for name, x in batch.items()}
-      for i in range(0, 64, 16)
-    ]
-    count = evaluation.make_count(model)
-    whole, cut = (
-      evaluation.TaskEvaluation(count(params, [b])) for b in ([batch], pieces)
-    )
-    self.assertAlmostEqual(whole.loss, cut.loss, places=4)
-    self.assertEqual(whole.num_targets, cut.num_targets)
-
 
 class AnswersTest(absltest.TestCase):
   def test_writes_what_the_model_says_greedily(self):

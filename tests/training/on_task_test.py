@@ -139,13 +139,9 @@ class OnTaskTest(parameterized.TestCase):
     self.assertEqual(verdict.startswith('mean squared error'), is_numbers)
     self.assertIn(verdict.strip(), (self.workdir / 'report.md').read_text())
 
-  @parameterized.parameters(
-    ('numbers', 'squared_error', 'read_in'),
-    ('compression', 'accuracy', 'hidden'),
-  )
-  def test_learns_without_tokens_in_or_out(self, name, number, param):
-    config = _experiment(self.root, name)
-    self.assertIn(param, training.describe(config))
+  def test_learns_numbers(self):
+    config = _experiment(self.root, 'numbers')
+    self.assertIn('read_in', training.describe(config))
     subject = subjects.make_subject(config)
     optimizer = training.make_optimizer(config, subject.model.table)
     state = jax.jit(training.make_init(config, subject.model, optimizer))(
@@ -162,7 +158,7 @@ class OnTaskTest(parameterized.TestCase):
       losses.append(float(metrics['loss']))
     self.assertLess(losses[-1], losses[0])
     evaluated = subject.evaluate(state.params, [batch])
-    self.assertIn(number, evaluated.numbers)
+    self.assertIn('squared_error', evaluated.numbers)
     self.assertLess(evaluated.score, losses[0])
 
   def test_resumed_is_uninterrupted_bit_for_bit(self):
