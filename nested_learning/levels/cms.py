@@ -1,24 +1,37 @@
-r"""The Continuum Memory System: a chain of MLPs that learn at different clocks.
+r"""The Continuum Memory System: MLPs that learn at different clocks.
 
-.. math:: y = MLP^{(K)}( ... MLP^{(2)}( MLP^{(1)}(x)))
+Each level is a pre-norm residual SwiGLU MLP, f_1 the fastest. They are
+connected in one of three ways:
 
-Each level is a pre-norm residual SwiGLU MLP, fastest first. A Transformer's MLP
-is the chain of one level. On what clock a level's parameters change is not this
-file's matter: see `nested_learning.levels.multi_timescale` for training.
+* 'sequential': x <- x + f_l(x) for one level after the other;
+* 'independent': every level sees the chain's input and a learned weighted sum
+  is added, x + \sum_l w_l f_l(x); with weights of 1, where they start, this is
+  one MLP as wide as all levels together;
+* 'nested': sequential, and a level that learns inside a sequence starts anew
+  from its parameters at every update of the next slower one.
+
+A Transformer's MLP is the chain of one level. On what clock a level's
+parameters change is not this file's matter: see
+`nested_learning.levels.multi_timescale` for training and
+`nested_learning.levels.in_context` for learning inside a sequence.
 
 References:
-  Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eqs. 70-71, 73, 97.
+  Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eqs. 70-74, 97.
 """
 
 from collections.abc import Sequence
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from nested_learning import errors
 from nested_learning import parameters
 from nested_learning.layers import norm
+
+CONNECTIONS = ('sequential', 'independent', 'nested')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,25 +52,112 @@ class LevelConfig:
       )
 
 
+@dataclasses.dataclass(frozen=True)
+class ChainConfig:
+  """How the levels are connected; the default is the paper's Figure 5."""
+
+  connection: str = 'sequential'  # or 'independent', 'nested' (eqs. 73, 74, 72)
+  order: str = 'fastest_first'  # which acts first; or 'slowest_first' (eq. 70)
+
+  def __post_init__(self):
+    if self.connection not in CONNECTIONS:
+      raise errors.UserError(
+        f'model.chain.connection={self.connection!r} must be one of '
+        f'{", ".join(map(repr, CONNECTIONS))}.'
+      )
+    if self.order not in ('fastest_first', 'slowest_first'):
+      raise errors.UserError(
+        f"model.chain.order={self.order!r} must be 'fastest_first' or "
+        "'slowest_first'."
+      )
+
+
+def check(levels: Sequence[LevelConfig], chain: ChainConfig) -> None:
+  """Refuses levels that do not make the chain.
+
+  Args:
+    levels: As in a model's config, listed fastest first.
+    chain: How they are connected.
+
+  Raises:
+    errors.UserError: A slower level is listed before a faster one, or a nested
+      chain has a chunk size that is not a multiple of the one before it.
+  """
+  for faster, slower in itertools.pairwise(levels):
+    check_pair(
+      (faster.name, faster.chunk_size), (slower.name, slower.chunk_size), chain
+    )
+
+
+def check_pair(
+  faster: tuple[str, int | None],
+  slower: tuple[str, int | None],
+  chain: ChainConfig,
+) -> None:
+  """Refuses two neighbours of a chain; see `check`.
+
+  Args:
+    faster: Name and chunk size in tokens; None is every step.
+    slower: Those of the level after it.
+    chain: How they are connected.
+  """
+  (name, size), (next_name, next_size) = faster, slower
+  if size is not None and (next_size is None or next_size < size):
+    raise errors.UserError(
+      f'level {name!r} (chunk_size={size}) is listed before {next_name!r} '
+      f'(chunk_size={next_size}), which is faster; list levels fastest first '
+      "(model.chain.order='slowest_first' lets the slowest act first)."
+    )
+  if chain.connection == 'nested' and size is not None and next_size % size:
+    raise errors.UserError(
+      f'level {next_name!r} has chunk_size={next_size}, no multiple of the '
+      f'{size} of level {name!r} inside it; in a nested chain set it to '
+      f'{next_size // size * size} or {(next_size // size + 1) * size}.'
+    )
+
+
 def table(levels: Sequence[LevelConfig], *, embed_dim: int) -> parameters.Table:
-  """The parameters of a chain, one entry per level."""
+  """The parameters of the levels, one entry per level."""
   return {level.name: _level_table(level, embed_dim) for level in levels}
 
 
+def mix_table(
+  levels: Sequence[LevelConfig], chain: ChainConfig
+) -> parameters.Table:
+  """What a chain has beside its levels: 'mix' [levels], if independent."""
+  if chain.connection != 'independent':
+    return {}
+  return {
+    'mix': parameters.Param((len(levels),), (None,), parameters.constant(1.0))
+  }
+
+
 def apply(
-  levels: Sequence[LevelConfig], params: Any, x: jax.Array
+  levels: Sequence[LevelConfig],
+  params: Any,
+  x: jax.Array,
+  *,
+  chain: ChainConfig = ChainConfig(),
+  mix: jax.Array | None = None,
 ) -> jax.Array:
-  """Passes x [b, t, e] through the chain, fastest level first.
+  """Passes x [b, t, e] through the chain.
 
   Args:
-    levels: The chain.
+    levels: The levels, fastest first.
     params: Parameters of `table`.
     x: [b, t, e], its dtype is that of the arithmetic.
+    chain: How they are connected.
+    mix: [levels], the parameter of `mix_table` where levels are independent.
 
   Returns:
     [b, t, e].
   """
-  for level in levels:
+  if chain.connection == 'independent':
+    outputs = [_mlp(params[level.name], x) for level in levels]
+    weights = mix.astype(x.dtype)
+    return x + sum(weights[i] * y for i, y in enumerate(outputs))
+  first = 1 if chain.order == 'fastest_first' else -1
+  for level in levels[::first]:
     x = x + _mlp(params[level.name], x)
   return x
 

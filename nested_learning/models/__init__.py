@@ -1,5 +1,6 @@
 """Models, and the zoo of named sizes."""
 
+from nested_learning.levels.cms import ChainConfig
 from nested_learning.levels.cms import LevelConfig
 from nested_learning.models import zoo
 from nested_learning.models.language_model import level_labels

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_learning import parameters
+from nested_learning import sharding
 from nested_learning.layers import layer
 from nested_learning.layers import norm
 from nested_learning.levels import cms
@@ -36,6 +37,7 @@ class ModelConfig:
   max_length: int = (
     4096  # tokens of a call, and of the state of attention to all
   )
+  chain: cms.ChainConfig = cms.ChainConfig()  # how the levels are connected
   dtype: str = 'float32'  # of projections and MLPs; or 'bfloat16'
   remat: str = 'none'  # 'layer' recomputes each block in the backward pass
 
@@ -46,6 +48,7 @@ class ModelConfig:
         f"level names {names} must be unique and not 'base', which labels the "
         'parameters outside the chain.'
       )
+    cms.check(self.levels, self.chain)
     if not self.pattern:
       raise ValueError('model.mixer=() has no mixer; name at least one.')
     if self.num_layers % len(self.pattern):
@@ -112,13 +115,14 @@ def make_model(config: ModelConfig) -> Model:
 
   def forward(params, state, tokens, *, reset=None, mask=None, write=True):
     scale = config.embed_dim**0.5
-    x = params['embedding'][tokens].astype(dtype) * scale
+    embedding = sharding.gather(params['embedding'], table['embedding'])
+    x = embedding[tokens].astype(dtype) * scale
     marks = layer.Marks(reset, mask, write)
     x, state = trunk.apply(params, state, x, marks)
     logits = jnp.einsum(
       'bte,ve->btv',
       x,
-      params['embedding'].astype(dtype),
+      embedding.astype(dtype),
       preferred_element_type=jnp.promote_types(dtype, jnp.float32),
     )
     return logits, state
@@ -223,6 +227,7 @@ def _make_block(
     'norm': norm.scale_param(config.embed_dim),
     'mixer': mixer.table,
     'levels': cms.table(config.levels, embed_dim=config.embed_dim),
+    **cms.mix_table(config.levels, config.chain),
   }
 
   def init_state(params, batch_size):
@@ -230,9 +235,17 @@ def _make_block(
 
   def apply(params, state, x, marks):
     def block(params, state, x):
+      params, x = sharding.gather(params, table), sharding.keep_rows(x)
       normed = norm.rms_norm(params['norm'], x)
       mixed, state = mixer.apply(params['mixer'], state, normed, marks)
-      return cms.apply(config.levels, params['levels'], x + mixed), state
+      x = cms.apply(
+        config.levels,
+        params['levels'],
+        x + mixed,
+        chain=config.chain,
+        mix=params.get('mix'),
+      )
+      return x, state
 
     if config.remat == 'layer':
       block = jax.checkpoint(block)
