@@ -17,50 +17,65 @@ _TABLE = {
 
 class ShardingTest(parameterized.TestCase):
   @parameterized.parameters(
-    ((-1, 1), (8, 1)), ((-1, 4), (2, 4)), ((1, 8), (1, 8))
+    # data, model, fsdp -> data, fsdp, model
+    ((-1, 1, 1), (8, 1, 1)),
+    ((-1, 4, 1), (2, 1, 4)),
+    ((1, 8, 1), (1, 1, 8)),
+    ((-1, 2, 2), (2, 2, 2)),
+    ((1, 1, 8), (1, 8, 1)),
   )
   def test_mesh_takes_all_devices(self, config, shape):
     mesh = sharding.make_mesh(sharding.MeshConfig(*config))
-    self.assertEqual((mesh.shape['data'], mesh.shape['model']), shape)
+    self.assertEqual(tuple(mesh.shape[axis] for axis in sharding.AXES), shape)
 
   def test_mesh_of_one_device(self):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    self.assertEqual(dict(mesh.shape), {'data': 1, 'model': 1})
+    self.assertEqual(dict(mesh.shape), {'data': 1, 'fsdp': 1, 'model': 1})
 
-  @parameterized.parameters((3, 1), (-1, 3), (-1, 16))
-  def test_mesh_that_does_not_fit(self, data, model):
-    config = sharding.MeshConfig(data=data, model=model)
-    with self.assertRaisesRegex(ValueError, f'model={model} .* 8 devices'):
+  @parameterized.parameters((3, 1, 1), (-1, 3, 1), (-1, 16, 1), (2, 2, 4))
+  def test_mesh_that_does_not_fit(self, data, model, fsdp):
+    config = sharding.MeshConfig(data=data, model=model, fsdp=fsdp)
+    message = f'fsdp={fsdp} x model={model} .* 8 devices'
+    with self.assertRaisesRegex(errors.UserError, message):
       sharding.make_mesh(config)
 
   @parameterized.parameters(
-    # rows, mesh.model, devices, processes -> devices along data
-    (4, 1, 8, 1, 4),
-    (6, 1, 8, 1, 6),
-    (7, 1, 8, 1, 7),
-    (9, 1, 8, 1, 3),
-    (6, 2, 8, 1, 3),
-    (64, 1, 8, 1, 8),
-    (4, 1, 8, 4, 4),  # one of the two devices of each process
-    (8, 1, 8, 4, 8),
-    (12, 1, 8, 2, 6),
-    (2, 4, 8, 4, 2),  # a group spans two processes
+    # rows, mesh.model, mesh.fsdp, devices, processes -> devices along data
+    (4, 1, 1, 8, 1, 4),
+    (6, 1, 1, 8, 1, 6),
+    (7, 1, 1, 8, 1, 7),
+    (9, 1, 1, 8, 1, 3),
+    (6, 2, 1, 8, 1, 3),
+    (64, 1, 1, 8, 1, 8),
+    (4, 1, 1, 8, 4, 4),  # one of the two devices of each process
+    (8, 1, 1, 8, 4, 8),
+    (12, 1, 1, 8, 2, 6),
+    (2, 4, 1, 8, 4, 2),  # a group spans two processes
+    (6, 1, 2, 8, 1, 3),
+    (12, 1, 4, 8, 1, 1),
+    (12, 2, 2, 16, 2, 3),
   )
   def test_rows_decide_how_many_devices_work(
-    self, num_rows, model, num_devices, num_processes, data
+    self, num_rows, model, fsdp, num_devices, num_processes, data
   ):
     shape = sharding.mesh_shape(
-      sharding.MeshConfig(model=model),
+      sharding.MeshConfig(model=model, fsdp=fsdp),
       num_devices=num_devices,
       num_processes=num_processes,
       num_rows=num_rows,
     )
-    self.assertEqual(shape, (data, model))
+    self.assertEqual(shape, (data, fsdp, model))
 
   @parameterized.parameters(
     (6, (-1, 1), 4, '6 rows .* the 4 processes; .* multiple of 4 times'),
-    (6, (4, 2), 1, '6 rows .* 4 devices on the mesh axis data; .* mesh.data'),
+    (
+      6,
+      (4, 2),
+      1,
+      '6 rows .* 4 devices on the mesh axes data and .* mesh.data',
+    ),
     (3, (-1, 4), 4, '3 rows .* the 2 devices'),
+    (6, (-1, 1, 4), 1, '6 rows .* multiple of 4 times'),
   )
   def test_rows_that_do_not_divide(self, num_rows, config, processes, message):
     with self.assertRaisesRegex(errors.UserError, message):
@@ -78,10 +93,11 @@ class ShardingTest(parameterized.TestCase):
     self.assertLen(rows.sharding.device_set, 6)
     self.assertEqual(sharding.process_slice(mesh), (0, 1))
 
-  @parameterized.parameters((0, 1), (-2, 1), (1, 0))
-  def test_mesh_sizes_are_positive(self, data, model):
-    with self.assertRaisesRegex(ValueError, f'data={data}.*model={model}'):
-      sharding.MeshConfig(data, model)
+  @parameterized.parameters((0, 1, 1), (-2, 1, 1), (1, 0, 1), (1, 1, 0))
+  def test_mesh_sizes_are_positive(self, data, model, fsdp):
+    message = f'data={data}.*fsdp={fsdp}.*model={model}'
+    with self.assertRaisesRegex(ValueError, message):
+      sharding.MeshConfig(data, model, fsdp)
 
   def test_shardings_follow_the_rules(self):
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, model=4))

@@ -149,7 +149,7 @@ def num_rows(batch_size: int, mesh: Any) -> int:
   """Rows of a batch: as asked, rounded up to what the mesh divides."""
   if batch_size < 1:
     raise errors.UserError(f'batch_size={batch_size} must be at least 1.')
-  groups = 1 if mesh is None else mesh.shape['data']
+  groups = 1 if mesh is None else sharding.num_row_groups(mesh)
   return -(-batch_size // groups) * groups
 
 

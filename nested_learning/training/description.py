@@ -67,14 +67,14 @@ def describe(config: config_lib.ExperimentConfig) -> str:
 
 def _mesh(config: config_lib.ExperimentConfig) -> Any:
   """The mesh of a config, or its shape where it needs other devices."""
-  shape = config.mesh.data, config.mesh.model
+  shape = config.mesh.data, config.mesh.fsdp, config.mesh.model
   if config.mesh.data == -1:
     shape = sharding.mesh_shape(
       config.mesh,
-      num_devices=max(jax.device_count(), config.mesh.model),
+      num_devices=max(jax.device_count(), config.mesh.fsdp * config.mesh.model),
       num_rows=config.micro_batch_size,
     )
-  return jsharding.AbstractMesh(shape, ('data', 'model'))
+  return jsharding.AbstractMesh(shape, sharding.AXES)
 
 
 def _groups(model: models.Model) -> list[tuple[str, ...]]:

@@ -15,6 +15,9 @@ from nested_learning import models
 from nested_learning import sharding
 from nested_learning.training import config as config_lib
 
+# Of `memory.State`, [b, h, ...].
+_PER_HEAD = ('memory', 'anchor', 'trace')
+
 
 class TrainState(NamedTuple):
   """What a step takes and gives.
@@ -122,7 +125,7 @@ def abstract_state(
   """The training state as shapes, types and shardings; nothing is allocated.
 
   Parameters are sharded by their table, and whatever the optimiser keeps of a
-  parameter like the parameter. The stream is sharded over its rows.
+  parameter like the parameter. The stream is sharded over rows and heads.
 
   Args:
     config: The experiment.
@@ -137,12 +140,13 @@ def abstract_state(
     errors.UserError: The rows of a micro-batch do not divide over the mesh.
   """
   rows = config.data.batch_size // config.train.accumulate
-  if rows % mesh.shape['data']:
+  groups = sharding.num_row_groups(mesh)
+  if rows % groups:
     raise errors.UserError(
       f'{rows} rows (data.batch_size={config.data.batch_size} over '
       f'train.accumulate={config.train.accumulate}) are not a multiple of '
-      f'the {mesh.shape["data"]} devices on the mesh axis data; change '
-      'data.batch_size, train.accumulate or mesh.data.'
+      f'the {groups} devices on the mesh axes data and fsdp; change '
+      'data.batch_size, train.accumulate, mesh.data or mesh.fsdp.'
     )
   init = make_init(config, model, optimizer)
   shapes = jax.eval_shape(init, jax.random.key(0))
@@ -197,19 +201,21 @@ def _shard_like_params(tree, params, shardings, mesh):
 def _shard_rows(model, params, mesh, *, stacked=False):
   """Shardings of the model's state over rows, wherever they are counted.
 
-  The axis that counts rows is the one that grows with their number; `stacked`
-  states have one more axis in front.
+  The axis that counts rows is the one that grows with their number, and heads
+  follow it in what a memory carries; `stacked` states have one more in front.
   """
   one, two = (
     jax.eval_shape(lambda p, size=size: model.init_state(p, size), params)
     for size in (1, 2)
   )
 
-  def leaf(a, b):
+  def leaf(path, a, b):
     differs = [m != n for m, n in zip(a.shape, b.shape, strict=True)]
-    before = (None,) * (differs.index(True) + stacked)
-    return jsharding.NamedSharding(
-      mesh, jsharding.PartitionSpec(*before, 'data')
-    )
+    rows = differs.index(True)
+    spec = [None] * (stacked + rows) + [sharding.ROWS]
+    if any(getattr(key, 'name', None) in _PER_HEAD for key in path):
+      if a.shape[rows + 1] % mesh.shape['model'] == 0:
+        spec.append('model')
+    return jsharding.NamedSharding(mesh, jsharding.PartitionSpec(*spec))
 
-  return jax.tree.map(leaf, one, two)
+  return jax.tree_util.tree_map_with_path(leaf, one, two)

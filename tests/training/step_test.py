@@ -155,7 +155,7 @@ class StepTest(parameterized.TestCase):
     key = state.stream.key  # [micro-batch, layer, row, slot, head, dim]
     self.assertEqual(key.shape[:3], (1, 1, 8))
     self.assertEqual(
-      key.sharding.spec, jsharding.PartitionSpec(None, None, 'data')
+      key.sharding.spec, jsharding.PartitionSpec(None, None, sharding.ROWS)
     )
 
   def test_refuses_rows_that_do_not_divide_over_the_mesh(self):
