@@ -8,7 +8,7 @@ or token by token gives the same logits.
 
 from collections.abc import Callable, Sequence
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,9 @@ class Model(NamedTuple):
     init_params: `init_params(key) -> params`.
     init_state: `init_state(params, batch_size) -> state` at a stream's start.
     forward: see `make_model`.
+    losses: `losses(params, state, tokens, targets, token_loss, *, reset=None)`
+      gives the losses [b, t] where that takes less memory than to make logits
+      first; None where it does not.
   """
 
   config: ModelConfig
@@ -85,6 +88,7 @@ class Model(NamedTuple):
   init_params: Callable[[jax.Array], Any]
   init_state: Callable[[Any, int], Any]
   forward: Callable[..., tuple[jax.Array, Any]]
+  losses: Callable[..., tuple[jax.Array, Any]] | None = None
 
 
 def make_model(config: ModelConfig) -> Model:
@@ -184,21 +188,28 @@ def max_stream_length(config: ModelConfig) -> int | None:
 
 
 def level_labels(
-  config: ModelConfig, table: parameters.Table | None = None
+  config: ModelConfig,
+  table: parameters.Table | None = None,
+  *,
+  of: Literal['training', 'chain'] = 'training',
 ) -> Any:
   """The level of each parameter: its name, or 'base' outside the chain.
 
-  A level without a chunk size takes every step and is labelled 'base' as well.
+  In training, a level without a chunk size takes every step and is labelled
+  'base' as well.
 
   Args:
     config: The model.
     table: Of another model around the same trunk; None for the language model.
+    of: Whether the clocks are those of training, or only the chain is asked.
 
   Returns:
     A tree of names with the table's structure.
   """
   labels = {
-    level.name: 'base' if level.chunk_size is None else level.name
+    level.name: 'base'
+    if level.chunk_size is None and of == 'training'
+    else level.name
     for level in config.levels
   }
 

@@ -1,0 +1,541 @@
+r"""Learning inside the sequence: levels that step on what was just read.
+
+A stream is read in segments of S tokens, S the greatest common divisor of the
+levels' chunk sizes. While a segment is read, weights stand still. At its end
+every level whose chunk ends there takes one step of its own optimiser,
+
+.. math:: \theta^{(l)} \leftarrow \theta^{(l)}
+    + f_l\left(\frac{1}{n} \sum \nabla_{\theta^{(l)}} \ell_t\right)
+
+over the n next-token losses of its chunk. So a token's logits depend on no step
+that has used it. Every row of a batch owns the weights of its levels; all other
+parameters are shared and stand still.
+
+A chunk may end anywhere in a call, and a call anywhere in a segment. The state
+therefore has the model's state twice: where the stream is, from which the next
+token is read, and where the segment began, with the segment's tokens. At the
+segment's end it is read again from there, whole, by one program of one shape,
+and what that gives is the gradient and the state that the next segment starts
+from. What levels learn is then the same bits however the stream was cut, and
+the state has a constant size. Calls of whole segments read each only once.
+
+Two conventions. Each segment is judged by its own S - 1 transitions: what it
+predicts of the next one is judged by nobody, since the weights that predicted
+it are gone when it is read. And a reset is a new document for the mixers alone:
+levels keep what they learned, which is what they are for.
+
+References:
+  Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eqs. 71-73.
+  Sun et al., arXiv:2512.23675, 2025 (one level, trained end to end).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nested_learning import errors
+from nested_learning.levels import partition
+
+
+class LevelState(NamedTuple):
+  """One level in every row; all leaves begin with the rows [b].
+
+  Attributes:
+    params: The level's weights.
+    optimizer: State of its optimiser.
+    accumulated: Sum of gradients since the last step; () where a chunk is one
+      segment.
+    num_targets: float32, predictions in that sum.
+    num_updates: int32, steps so far.
+    gradient_norm: Norm of the gradient of the last step.
+    update_norm: Norm of the last step.
+    drift: Distance of the weights from their start, over the start's norm.
+    frozen: Whether a step diverged: the weights are those of the start again,
+      and stay so.
+  """
+
+  params: Any
+  optimizer: Any
+  accumulated: Any
+  num_targets: jax.Array
+  num_updates: jax.Array
+  gradient_norm: jax.Array
+  update_norm: jax.Array
+  drift: jax.Array
+  frozen: jax.Array
+
+
+class Segment(NamedTuple):
+  """The segment that is being read.
+
+  Attributes:
+    model: The model's state before its first token, rows first.
+    tokens: int32 [b, s].
+    reset: bool [b, s].
+    count: int32 [b], tokens that were read, less than s.
+  """
+
+  model: Any
+  tokens: jax.Array
+  reset: jax.Array
+  count: jax.Array
+
+
+class State(NamedTuple):
+  """A stream of a model whose levels learn; all leaves begin with [b].
+
+  Attributes:
+    model: The model's state after the last token, rows first.
+    segment: What is needed to learn from the segment when it is whole.
+    num_segments: int32 [b], whole segments so far: the clock of the levels.
+    levels: From name to `LevelState`.
+  """
+
+  model: Any
+  segment: Segment
+  num_segments: jax.Array
+  levels: Mapping[str, LevelState]
+
+
+class Reader(NamedTuple):
+  """A model whose levels learn while they read.
+
+  Attributes:
+    segment_size: Tokens of a segment.
+    init_state: `init_state(params, batch_size) -> State`.
+    read: `read(params, state, tokens, *, reset=None, mask=None, write=True)`
+      gives logits [b, t, v] and the state after the tokens; the same contract
+      as a model's `forward`. With write=False neither memories nor levels
+      change, and the tokens are forgotten at the segment's end.
+    read_segments: `read_segments(params, state, tokens, *, reset=None)` is the
+      same for whole segments from the border of one; a third cheaper.
+    losses: `losses(params, state, tokens, targets, token_loss, *, reset=None)`
+      gives the losses [b, t] of whole segments instead of their logits, which
+      the backward pass then need not keep.
+  """
+
+  segment_size: int
+  init_state: Callable[[Any, int], State]
+  read: Callable[..., tuple[jax.Array, State]]
+  read_segments: Callable[..., tuple[jax.Array, State]]
+  losses: Callable[..., tuple[jax.Array, State]]
+
+
+def make_reader(
+  forward: Callable[..., tuple[jax.Array, Any]],
+  init_state: Callable[[Any, int], Any],
+  levels: Sequence[Any],
+  labels: Any,
+  *,
+  reduce: str = 'mean',
+  nested: bool = False,
+  gradient: str = 'second_order',
+  max_drift: float = 1.0,
+) -> Reader:
+  """Makes a model's levels learn from the tokens that it reads.
+
+  Args:
+    forward: The model's, see `models.make_model`.
+    init_state: The model's.
+    levels: `levels.Level`s: which learn, every how many tokens of a row, and
+      how, by any optax transformation that needs no extra arguments.
+    labels: A tree of level names with the structure of the parameters.
+    reduce: 'mean' or 'sum' of a chunk's gradients.
+    nested: Whether a level starts anew, weights and optimiser, at every update
+      of the next slower one.
+    gradient: Of an outer loss: 'second_order' goes through the steps,
+      'first_order' takes the inner gradients as constants.
+    max_drift: A level that has gone further from its start than this times the
+      start's norm has diverged, as has one whose step is not finite.
+
+  Returns:
+    A `Reader`.
+
+  Raises:
+    errors.UserError: No level, an unknown one, chunk sizes without a common
+      divisor of at least 2 tokens, or not multiples in a nested chain.
+  """
+  if reduce not in ('mean', 'sum'):
+    raise errors.UserError(f"reduce={reduce!r} must be 'mean' or 'sum'.")
+  if gradient not in ('first_order', 'second_order'):
+    raise errors.UserError(
+      f"gradient={gradient!r} must be 'first_order' or 'second_order'."
+    )
+  levels = sorted(levels, key=lambda level: level.chunk_size)
+  size = check_levels(levels, set(jax.tree.leaves(labels)), nested=nested)
+  periods = {level.name: level.chunk_size // size for level in levels}
+
+  def own(params):
+    return {name: partition.select(params, labels, name) for name in periods}
+
+  def start_of(params, num_rows):
+    """Weights and optimisers as every row starts with them."""
+    repeat = lambda x: jnp.broadcast_to(x, (num_rows, *jnp.shape(x)))
+    weights = jax.tree.map(repeat, own(params))
+    optimizers = {
+      x.name: jax.vmap(x.optimizer.init)(weights[x.name]) for x in levels
+    }
+    return weights, optimizers
+
+  def init(params, batch_size):
+    axes = partition.row_axes(init_state, params)
+    model = partition.rows_first(axes, init_state(params, batch_size))
+    weights, optimizers = start_of(params, batch_size)
+    number = lambda dtype: jnp.zeros((batch_size,), dtype)
+    return State(
+      model=model,
+      segment=Segment(
+        model,
+        jnp.zeros((batch_size, size), jnp.int32),
+        jnp.zeros((batch_size, size), bool),
+        number(jnp.int32),
+      ),
+      num_segments=number(jnp.int32),
+      levels={
+        name: LevelState(
+          params=weights[name],
+          optimizer=optimizers[name],
+          accumulated=jax.tree.map(_zeros, weights[name]) if period > 1 else (),
+          num_targets=number(jnp.float32),
+          num_updates=number(jnp.int32),
+          gradient_norm=number(jnp.float32),
+          update_norm=number(jnp.float32),
+          drift=number(jnp.float32),
+          frozen=number(bool),
+        )
+        for name, period in periods.items()
+      },
+    )
+
+  def forward_row(params, axes, weights, model, tokens, reset, mask, write):
+    """The model's forward for one row, with its own levels."""
+    add_axis = lambda x: None if x is None else x[None]
+    logits, model = forward(
+      partition.merge(params, labels, weights),
+      partition.add_row_axis(axes, model),
+      tokens[None],
+      reset=add_axis(reset),
+      mask=add_axis(mask),
+      write=write,
+    )
+    return logits[0], partition.drop_row_axis(axes, model)
+
+  def forward_rows(params, state, tokens, reset, mask, write):
+    axes = partition.row_axes(init_state, params)
+    weights = {name: level.params for name, level in state.levels.items()}
+    row = lambda *args: forward_row(params, axes, *args, write)
+    return jax.vmap(row)(weights, state.model, tokens, reset, mask)
+
+  def learn_rows(params, levels_state, model, tokens, reset):
+    """Reads whole segments; what they say of the weights they are read with."""
+    axes = partition.row_axes(init_state, params)
+
+    def loss(weights, model, tokens, reset):
+      logits, model = forward_row(
+        params, axes, weights, model, tokens, reset, None, True
+      )
+      losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits[:-1], tokens[1:]
+      )
+      counts = jnp.ones_like(losses)
+      if reset is not None:  # a document does not predict the next one
+        counts = 1 - reset[1:].astype(losses.dtype)
+      return jnp.sum(losses * counts), (logits, model, jnp.sum(counts))
+
+    weights = {name: level.params for name, level in levels_state.items()}
+    gradients, aux = jax.vmap(jax.grad(loss, has_aux=True))(
+      weights, model, tokens, reset
+    )
+    if gradient == 'first_order':
+      gradients = jax.lax.stop_gradient(gradients)
+    return gradients, *aux
+
+  def step(level, state, gradients, num_targets, start, due):
+    """One step of a level's optimiser in the rows where it is due."""
+    weights, optimizer = start
+    divisor = jnp.maximum(num_targets, 1) if reduce == 'mean' else 1.0
+    gradients = jax.tree.map(
+      lambda g, w: (g / _like(divisor, g)).astype(w.dtype),
+      gradients,
+      state.params,
+    )
+    updates, new_optimizer = jax.vmap(level.optimizer.update)(
+      gradients, state.optimizer, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    gradient_norm, update_norm = map(partition.norm, (gradients, updates))
+    distance = partition.norm(jax.tree.map(jnp.subtract, params, weights))
+    drift = distance / jnp.maximum(partition.norm(weights), 1e-12)
+    sound = jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
+    sound &= drift <= max_drift
+    stepped = due & sound & ~state.frozen
+    diverged = due & ~sound & ~state.frozen
+    take = lambda new, old: partition.where(stepped, new, old)
+    give_up = lambda new, old: partition.where(diverged, new, old)
+    seen = due & ~state.frozen
+    return state._replace(
+      params=give_up(weights, take(params, state.params)),
+      optimizer=give_up(optimizer, take(new_optimizer, state.optimizer)),
+      num_updates=state.num_updates + stepped,
+      gradient_norm=partition.where(seen, gradient_norm, state.gradient_norm),
+      update_norm=partition.where(seen, update_norm, state.update_norm),
+      drift=give_up(jnp.zeros_like(drift), take(drift, state.drift)),
+      frozen=state.frozen | diverged,
+    )
+
+  def step_if_due(level, state, gradients, num_targets, start, active, due):
+    if periods[level.name] == 1:
+      return step(level, state, gradients, num_targets, start, due)
+    add = lambda total, g: total + g.astype(total.dtype)
+    total = jax.tree.map(add, state.accumulated, gradients)
+    count = state.num_targets + num_targets
+    state = state._replace(
+      accumulated=partition.where(active, total, state.accumulated),
+      num_targets=partition.where(active, count, state.num_targets),
+    )
+
+    def update(state):
+      state = step(
+        level, state, state.accumulated, state.num_targets, start, due
+      )
+      zero = lambda x: partition.where(due, jnp.zeros_like(x), x)
+      return state._replace(
+        accumulated=jax.tree.map(zero, state.accumulated),
+        num_targets=zero(state.num_targets),
+      )
+
+    return jax.lax.cond(jnp.any(due), update, lambda state: state, state)
+
+  def learn(params, states, gradients, num_targets, num_segments, active):
+    """Takes the steps that are due after a segment, in the active rows."""
+    weights, optimizers = start_of(params, active.shape[0])
+    states, due = dict(states), {}
+    for level in levels:
+      name = level.name
+      due[name] = active & (num_segments % periods[name] == 0)
+      states[name] = step_if_due(
+        level,
+        states[name],
+        gradients[name],
+        num_targets,
+        (weights[name], optimizers[name]),
+        active,
+        due[name],
+      )
+    for faster, slower in itertools.pairwise(periods if nested else ()):
+      anew = lambda new, old, rows=due[slower]: partition.where(rows, new, old)
+      states[faster] = states[faster]._replace(
+        params=anew(weights[faster], states[faster].params),
+        optimizer=anew(optimizers[faster], states[faster].optimizer),
+        drift=anew(jnp.zeros_like(num_targets), states[faster].drift),
+      )
+    return states
+
+  def scan_segments(params, state, tokens, reset, extra, emit):
+    """Whole segments from the border of one; `emit` makes the outputs."""
+    batch_size, num_tokens = tokens.shape
+    if num_tokens % size:
+      raise ValueError(f'{num_tokens} tokens are no whole segments of {size}.')
+    everywhere = jnp.ones((batch_size,), bool)
+
+    def body(carry, inputs):
+      model, num_segments, states = carry
+      tokens, reset, extra = inputs
+      gradients, logits, model, num_targets = learn_rows(
+        params, states, model, tokens, reset
+      )
+      num_segments = num_segments + 1
+      states = learn(
+        params, states, gradients, num_targets, num_segments, everywhere
+      )
+      return (model, num_segments, states), emit(logits, extra)
+
+    cut = lambda x: jnp.swapaxes(
+      x.reshape(batch_size, -1, size, *x.shape[2:]), 0, 1
+    )
+    carry = state.model, state.num_segments, dict(state.levels)
+    carry, outputs = _scan(
+      body, carry, jax.tree.map(cut, (tokens, reset, extra))
+    )
+    model, num_segments, states = carry
+    outputs = jnp.swapaxes(outputs, 0, 1)
+    outputs = outputs.reshape(batch_size, num_tokens, *outputs.shape[3:])
+    segment = state.segment._replace(model=model)
+    return outputs, State(model, segment, num_segments, states)
+
+  def read_segments(params, state, tokens, *, reset=None):
+    state = init(params, tokens.shape[0]) if state is None else state
+    return scan_segments(
+      params, state, tokens, reset, None, lambda logits, _: logits
+    )
+
+  def losses(params, state, tokens, targets, token_loss, *, reset=None):
+    state = init(params, tokens.shape[0]) if state is None else state
+    return scan_segments(params, state, tokens, reset, targets, token_loss)
+
+  def end_segments(params, state):
+    """Learns in the rows whose segment is whole, and begins the next."""
+    whole = state.segment.count == size
+
+    def end(state):
+      segment = state.segment
+      gradients, _, model, num_targets = learn_rows(
+        params, state.levels, segment.model, segment.tokens, segment.reset
+      )
+      num_segments = state.num_segments + whole
+      model = partition.where(whole, model, state.model)
+      return State(
+        model,
+        segment._replace(
+          model=partition.where(whole, model, segment.model),
+          count=jnp.where(whole, 0, segment.count),
+        ),
+        num_segments,
+        learn(
+          params, state.levels, gradients, num_targets, num_segments, whole
+        ),
+      )
+
+    return jax.lax.cond(jnp.any(whole), end, lambda state: state, state)
+
+  def read_piece(params, state, tokens, reset, mask):
+    """Reads tokens [b, n], those there in front, that end no segment early."""
+    logits, model = forward_rows(params, state, tokens, reset, mask, True)
+    segment, rows = state.segment, jnp.arange(tokens.shape[0])[:, None]
+    places = segment.count[:, None] + jnp.arange(tokens.shape[1])
+    places = jnp.where(mask, places, size)  # the others fall off the end
+    put = lambda into, x: into.at[rows, places].set(x, mode='drop')
+    segment = segment._replace(
+      tokens=put(segment.tokens, tokens),
+      reset=put(segment.reset, reset),
+      count=segment.count + jnp.sum(mask, axis=1, dtype=jnp.int32),
+    )
+    state = state._replace(model=model, segment=segment)
+    return logits, end_segments(params, state)
+
+  def read(params, state, tokens, *, reset=None, mask=None, write=True):
+    batch_size, num_tokens = tokens.shape
+    if state is None and mask is None and write and not num_tokens % size:
+      return read_segments(params, state, tokens, reset=reset)
+    state = init(params, batch_size) if state is None else state
+    if not write:
+      logits, model = forward_rows(params, state, tokens, reset, mask, False)
+      border = state.segment.count == 0
+      segment = state.segment._replace(
+        model=partition.where(border, model, state.segment.model)
+      )
+      return logits, state._replace(model=model, segment=segment)
+    shape = batch_size, num_tokens
+    mask = jnp.ones(shape, bool) if mask is None else mask
+    reset = jnp.zeros(shape, bool) if reset is None else reset & mask
+    # Tokens that are there move to the front, and back at the end.
+    front = jnp.argsort(~mask, axis=1, stable=True)
+    take = lambda x, i: jnp.take_along_axis(x, i, axis=1)
+    tokens, reset = take(tokens.astype(jnp.int32), front), take(reset, front)
+    total = jnp.sum(mask, axis=1, dtype=jnp.int32)
+    width, rows = min(size, num_tokens), jnp.arange(batch_size)[:, None]
+
+    def body(carry, _):
+      state, done = carry
+      count = jnp.minimum(size - state.segment.count, total - done)
+      count = jnp.minimum(count, width)
+      there = jnp.arange(width) < count[:, None]
+      places = done[:, None] + jnp.arange(width)
+      index = jnp.minimum(places, num_tokens - 1)
+      logits, state = read_piece(
+        params, state, take(tokens, index), take(reset, index) & there, there
+      )
+      places = jnp.where(there, places, num_tokens)
+      return (state, done + count), (logits, places)
+
+    num_pieces = (num_tokens + 2 * size - 2) // size
+    (state, _), (logits, places) = jax.lax.scan(
+      body, (state, jnp.zeros_like(total)), None, length=num_pieces
+    )
+    out = jnp.zeros((batch_size, num_tokens, logits.shape[-1]), logits.dtype)
+    out = out.at[rows, places].set(logits, mode='drop')
+    rank = jnp.argsort(front, axis=1)
+    return jnp.take_along_axis(out, rank[..., None], axis=1), state
+
+  return Reader(size, init, read, read_segments, losses)
+
+
+def check_levels(
+  levels: Sequence[Any], names: set[str], *, nested: bool
+) -> int:
+  """Refuses levels that cannot learn together, and gives their segment's size.
+
+  Args:
+    levels: By chunk size, smallest first.
+    names: Those that there are.
+    nested: Whether chunk sizes must be multiples of one another.
+
+  Returns:
+    Tokens of a segment.
+
+  Raises:
+    errors.UserError: See `make_reader`.
+  """
+  if not levels:
+    raise errors.UserError('no level learns; give at least one.')
+  for level in levels:
+    if level.name not in names:
+      raise errors.UserError(
+        f'no level {level.name!r}; there are {", ".join(sorted(names))}.'
+      )
+  if len({level.name for level in levels}) < len(levels):
+    raise errors.UserError('a level is named twice; give each one clock.')
+  for faster, slower in itertools.pairwise(levels):
+    if nested and slower.chunk_size % faster.chunk_size:
+      raise errors.UserError(
+        f'level {slower.name!r} has chunk_size={slower.chunk_size}, no '
+        f'multiple of the {faster.chunk_size} of level {faster.name!r} inside '
+        'it; a nested chain needs multiples.'
+      )
+  size = math.gcd(*(level.chunk_size for level in levels))
+  if size < 2:
+    sizes = [level.chunk_size for level in levels]
+    raise errors.UserError(
+      f'chunk sizes {sizes} have no common divisor of at least 2 tokens, which '
+      'a next-token loss needs; make them multiples of one.'
+    )
+  return size
+
+
+def _scan(body, carry, inputs):
+  """`jax.lax.scan` whose backward pass keeps about 2 sqrt(n) carries.
+
+  Groups of sqrt(n) steps are recomputed from their start, and each step in
+  them from its own.
+  """
+  num_steps = jax.tree.leaves(inputs)[0].shape[0]
+  size = max(math.isqrt(num_steps), 1)
+  whole = num_steps // size * size
+  body = jax.checkpoint(body)
+  group = jax.checkpoint(lambda carry, xs: jax.lax.scan(body, carry, xs))
+  groups = jax.tree.map(
+    lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), inputs
+  )
+  carry, outputs = jax.lax.scan(group, carry, groups)
+  outputs = outputs.reshape(whole, *outputs.shape[2:])
+  if whole < num_steps:
+    rest = jax.tree.map(lambda x: x[whole:], inputs)
+    carry, last = jax.lax.scan(body, carry, rest)
+    outputs = jnp.concatenate([outputs, last])
+  return carry, outputs
+
+
+def _like(divisor, x):
+  """A divisor of whole rows, or a number, for x [b, ...]."""
+  if jnp.ndim(divisor) == 0:
+    return divisor
+  return divisor.reshape(divisor.shape + (1,) * (x.ndim - 1))
+
+
+def _zeros(x):
+  return jnp.zeros_like(x, dtype=jnp.promote_types(x.dtype, jnp.float32))

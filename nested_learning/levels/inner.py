@@ -1,0 +1,118 @@
+"""Which levels learn inside a sequence, and how: as a config."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any
+
+import optax
+
+from nested_learning import errors
+from nested_learning import optimizers
+from nested_learning.levels.multi_timescale import Level
+
+_OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+  'sgd': optax.sgd,
+  'momentum': lambda rate: optax.sgd(rate, momentum=0.9),
+  'adam': lambda rate: optax.adam(rate, b1=0.9, b2=0.95),
+  'm3': optimizers.m3,
+  'delta_momentum': optimizers.delta_momentum,
+  'preconditioned_momentum': optimizers.preconditioned_momentum,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class InnerConfig:
+  """How the levels of a chain learn from what they read.
+
+  Tuples have one entry per level of the chain, fastest first.
+  """
+
+  # Tokens of a row between two steps of a level; None: it rests. () is off.
+  # The papers have 512, 2K, 8K and 32K.
+  chunk_sizes: tuple[int | None, ...] = ()
+  learning_rates: tuple[float, ...] = (0.1,)  # one per level, or one for all
+  optimizer: str = 'sgd'  # or momentum, adam, m3, delta_momentum, ...
+  clip_norm: float | None = 1.0  # longest gradient of a level; None is any
+  reduce: str = 'mean'  # of the gradients of a chunk; 'sum' is the paper's
+  gradient: str = 'second_order'  # of training, through the steps; first_order
+  max_drift: float = 1.0  # norms of its start that a level may go from there
+
+  def __post_init__(self):
+    for size in self.chunk_sizes:
+      _check('chunk_sizes', self.chunk_sizes, size is None or size >= 2, '>= 2')
+    for rate in self.learning_rates:
+      fine = 0 <= rate < float('inf')
+      _check('learning_rates', self.learning_rates, fine, 'numbers from 0 up')
+    if self.optimizer not in _OPTIMIZERS:
+      raise errors.UserError(
+        f'inner.optimizer={self.optimizer!r} must be one of '
+        f'{", ".join(_OPTIMIZERS)}.'
+      )
+    if len(self.learning_rates) not in (1, len(self.chunk_sizes) or 1):
+      raise errors.UserError(
+        f'inner.learning_rates={self.learning_rates} must have one number, or '
+        f'one for each of inner.chunk_sizes={self.chunk_sizes}.'
+      )
+    clip = self.clip_norm
+    _check('clip_norm', clip, clip is None or clip > 0, 'above 0, or None')
+    _check('reduce', self.reduce, self.reduce in ('mean', 'sum'), 'mean or sum')
+    orders = ('first_order', 'second_order')
+    _check(
+      'gradient', self.gradient, self.gradient in orders, ' or '.join(orders)
+    )
+    _check('max_drift', self.max_drift, self.max_drift > 0, 'above 0')
+
+  @property
+  def is_on(self) -> bool:
+    """Whether any level learns."""
+    return any(size is not None for size in self.chunk_sizes)
+
+
+def make_levels(config: InnerConfig, names: Sequence[str]) -> list[Level]:
+  """The levels that learn, with their clocks and optimisers.
+
+  Args:
+    config: How they learn.
+    names: Of the levels of the chain, fastest first.
+
+  Returns:
+    One `Level` for each that does not rest.
+
+  Raises:
+    errors.UserError: The config is for another number of levels, or lists a
+      slower one before a faster one.
+  """
+  sizes = config.chunk_sizes
+  if len(sizes) != len(names):
+    raise errors.UserError(
+      f'inner.chunk_sizes={sizes} must have one entry for each of the '
+      f'{len(names)} levels of the chain ({", ".join(names)}); None rests.'
+    )
+  given = [size for size in sizes if size is not None]
+  if given != sorted(given):
+    raise errors.UserError(
+      f'inner.chunk_sizes={sizes} has a slower level before a faster one; '
+      'levels are listed fastest first, so that sizes rise.'
+    )
+  rates = config.learning_rates
+  rates = rates * len(names) if len(rates) == 1 else rates
+  return [
+    Level(name, size, make_optimizer(config, rate))
+    for name, size, rate in zip(names, sizes, rates, strict=True)
+    if size is not None
+  ]
+
+
+def make_optimizer(
+  config: InnerConfig, learning_rate: float
+) -> optax.GradientTransformation:
+  """The optimiser of a level with this rate."""
+  made = _OPTIMIZERS[config.optimizer](learning_rate)
+  if config.clip_norm is None:
+    return made
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), made)
+
+
+def _check(name: str, value: Any, passed: bool, rule: str) -> None:
+  if not passed:
+    raise errors.UserError(f'inner.{name}={value} must be {rule}.')

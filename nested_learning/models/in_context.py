@@ -1,0 +1,70 @@
+"""A model whose levels learn from what they read, as a model."""
+
+from nested_learning.levels import in_context
+from nested_learning.levels import inner
+from nested_learning.models import language_model
+
+
+def make_reader(
+  model: language_model.Model, config: inner.InnerConfig
+) -> in_context.Reader:
+  """Makes the levels of a model's chain learn while they read.
+
+  Args:
+    model: From `make_model`, or another around the same trunk.
+    config: Which levels, how often and how.
+
+  Returns:
+    A `Reader`.
+
+  Raises:
+    errors.UserError: The config does not fit the model's chain.
+  """
+  names = [level.name for level in model.config.levels]
+  return in_context.make_reader(
+    model.forward,
+    model.init_state,
+    inner.make_levels(config, names),
+    language_model.level_labels(model.config, model.table, of='chain'),
+    reduce=config.reduce,
+    nested=model.config.chain.connection == 'nested',
+    gradient=config.gradient,
+    max_drift=config.max_drift,
+  )
+
+
+def learn_in_context(
+  model: language_model.Model,
+  config: inner.InnerConfig,
+  *,
+  whole_segments: bool = False,
+) -> language_model.Model:
+  """The same model, its levels learning while it reads.
+
+  Its parameters are those of `model`, which no call changes; its state has the
+  levels of every row. So whatever trains, evaluates or samples a model does
+  that with one that learns.
+
+  Args:
+    model: From `make_model`.
+    config: Which levels, how often and how; if none, `model` is returned.
+    whole_segments: Whether every call is of whole segments, with no mask, which
+      is a third cheaper.
+
+  Returns:
+    A `Model`, with `losses`.
+  """
+  if not config.is_on:
+    return model
+  reader = make_reader(model, config)
+
+  def forward(params, state, tokens, *, reset=None, mask=None, write=True):
+    if whole_segments and write and mask is None:
+      return reader.read_segments(params, state, tokens, reset=reset)
+    return reader.read(
+      params, state, tokens, reset=reset, mask=mask, write=write
+    )
+
+  return model._replace(
+    init_state=reader.init_state, forward=forward, losses=reader.losses
+  )

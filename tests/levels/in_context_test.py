@@ -1,0 +1,386 @@
+"""Levels that learn inside a sequence, against the loop they stand for."""
+
+import dataclasses
+import functools
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nested_learning import errors
+from nested_learning import layers
+from nested_learning import levels
+from nested_learning import models
+from nested_learning.levels import partition
+from tests import compiling
+
+_ROWS, _LENGTH, _VOCAB = 2, 16, 11
+_FAST, _SLOW = 4, 8  # tokens
+_CONFIG = models.ModelConfig(
+  vocab_size=_VOCAB,
+  num_layers=1,
+  embed_dim=8,
+  mixer=layers.AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=4),
+  levels=(
+    models.LevelConfig('fast', mlp_dim=6),
+    models.LevelConfig('slow', mlp_dim=6),
+  ),
+  max_length=_LENGTH,
+)
+_INNER = levels.InnerConfig(
+  (_FAST, _SLOW), (0.03, 0.02), optimizer='adam', clip_norm=None
+)
+
+
+def learning(config=_CONFIG, **changes):
+  """The model, and the same one learning."""
+  model = models.make_model(config)
+  inner = dataclasses.replace(_INNER, **changes)
+  return model, models.learn_in_context(model, inner)
+
+
+def own(params, name):
+  labels = models.level_labels(_CONFIG, of='chain')
+  return partition.select(params, labels, name)
+
+
+@functools.cache
+def init(dtype=np.float32):
+  params = compiling.jit(models.make_model(_CONFIG).init_params)(
+    jax.random.key(0)
+  )
+  # Sharper than at the start, so that losses and their steps have a size.
+  return jax.tree.map(lambda x: jnp.asarray(1.5 * x, dtype), params)
+
+
+def draw(seed=0):
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(_VOCAB, size=(_ROWS, _LENGTH)).astype(np.int32)
+  return tokens, rng.uniform(size=tokens.shape) < 0.15
+
+
+def segment_loss(model, params, state, tokens, reset):
+  """Sum over the transitions of a segment that cross no reset."""
+  logits, state = model.forward(params, state, tokens, reset=reset)
+  losses = optax.softmax_cross_entropy_with_integer_labels(
+    logits[:, :-1], tokens[:, 1:]
+  )
+  counts = ~reset[:, 1:]
+  return jnp.sum(losses * counts), (logits, state, jnp.sum(counts))
+
+
+def loop(params, tokens, reset, *, nested=False):
+  """The definition, for one row [1, t]: both levels with Adam."""
+  model = models.make_model(_CONFIG)
+  grad = compiling.jit(
+    jax.grad(functools.partial(segment_loss, model), has_aux=True)
+  )
+  clocks = {'fast': (_FAST, 0.03), 'slow': (_SLOW, 0.02)}
+  adams = {
+    name: optax.adam(rate, 0.9, 0.95) for name, (_, rate) in clocks.items()
+  }
+  start = params
+  weights = {name: own(params, name) for name in clocks}
+  opts = {name: adams[name].init(weights[name]) for name in clocks}
+  sums = {
+    name: (jax.tree.map(jnp.zeros_like, weights[name]), 0) for name in clocks
+  }
+  labels = models.level_labels(_CONFIG, of='chain')
+  state, outputs = model.init_state(params, 1), []
+  for end in range(_FAST, tokens.shape[1] + 1, _FAST):
+    part = slice(end - _FAST, end)
+    merged = partition.merge(start, labels, weights)
+    gradients, (logits, state, count) = grad(
+      merged, state, tokens[:, part], reset[:, part]
+    )
+    outputs.append(logits)
+    for name, (size, _) in clocks.items():
+      total, number = sums[name]
+      total = jax.tree.map(jnp.add, total, own(gradients, name))
+      sums[name] = total, number + count
+      if end % size:
+        continue
+      total, number = sums[name]
+      mean = jax.tree.map(lambda g, n=number: g / n, total)
+      updates, opts[name] = adams[name].update(mean, opts[name], weights[name])
+      weights[name] = optax.apply_updates(weights[name], updates)
+      sums[name] = jax.tree.map(jnp.zeros_like, total), 0
+    if nested and not end % _SLOW:
+      weights['fast'] = own(start, 'fast')
+      opts['fast'] = adams['fast'].init(weights['fast'])
+  return jnp.concatenate(outputs, axis=1), weights
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=tolerance, atol=tolerance
+    ),
+    actual,
+    expected,
+  )
+
+
+def assert_equal(actual, expected):
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+class InContextTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    init()  # outside of any trace
+
+  @parameterized.parameters('sequential', 'nested')
+  def test_equals_the_loop(self, connection):
+    chain = models.ChainConfig(connection)
+    _, learner = learning(dataclasses.replace(_CONFIG, chain=chain))
+    tokens, reset = draw()
+    read = lambda p, t, r: learner.forward(p, None, t, reset=r)
+    logits, state = compiling.jit(read)(init(), tokens, reset)
+    for row in range(_ROWS):
+      one = slice(row, row + 1)
+      expected, weights = loop(
+        init(), tokens[one], reset[one], nested=connection == 'nested'
+      )
+      assert_close(logits[one], expected, 1e-4)
+      found = {name: level.params for name, level in state.levels.items()}
+      assert_close(jax.tree.map(lambda x, r=row: x[r], found), weights, 1e-4)
+    if connection == 'nested':
+      drift = state.levels['fast'].drift
+      np.testing.assert_array_equal(drift, np.zeros(_ROWS))
+      self.assertGreater(state.levels['slow'].drift.min(), 0)
+
+  def test_any_split_gives_the_same(self):
+    _, learner = learning()
+    tokens, reset = draw()
+    read = compiling.jit(
+      lambda p, s, r, m: learner.forward(p, s, tokens, reset=r, mask=m)
+    )
+    start = learner.init_state(init(), _ROWS)
+    whole, after = read(init(), start, reset, np.ones_like(reset))
+    rng = np.random.default_rng(1)
+    for num_calls in (2, 5):
+      # Calls are masks of one shape, each row cut at places of its own.
+      call = np.sort(rng.integers(num_calls, size=tokens.shape), axis=1)
+      state, total = start, 0.0
+      for i in range(num_calls):
+        logits, state = read(init(), state, reset, call == i)
+        total += np.where((call == i)[..., None], logits, 0.0)
+      assert_close(total, whole)
+      assert_equal(state, after)
+    aligned = compiling.jit(
+      lambda p, r: learner.forward(p, None, tokens, reset=r)
+    )
+    logits, state = aligned(init(), reset)
+    assert_close(logits, whole)
+    assert_close((state.model, state.levels), (after.model, after.levels))
+
+  def test_token_by_token_updates_come_at_their_counts(self):
+    _, learner = learning()
+    tokens, reset = draw()
+    read = compiling.jit(lambda p, s, t, r: learner.forward(p, s, t, reset=r))
+    state, outputs = learner.init_state(init(), _ROWS), []
+    for t in range(_LENGTH):
+      one = slice(t, t + 1)
+      logits, state = read(init(), state, tokens[:, one], reset[:, one])
+      outputs.append(logits)
+      for name, size in (('fast', _FAST), ('slow', _SLOW)):
+        np.testing.assert_array_equal(
+          state.levels[name].num_updates, np.full(_ROWS, (t + 1) // size)
+        )
+    whole = compiling.jit(
+      lambda p: learner.forward(p, None, tokens, reset=reset)
+    )
+    assert_close(np.concatenate(outputs, axis=1), whole(init())[0])
+
+  def test_a_logit_sees_nothing_after_its_token(self):
+    _, learner = learning()
+    read = compiling.jit(lambda t: learner.forward(init(), None, t)[0])
+    tokens, _ = draw()
+    before = read(tokens)
+    for t in (3, 4, 9):
+      changed = tokens.copy()
+      changed[:, t] = (changed[:, t] + 1) % _VOCAB
+      after = read(changed)
+      np.testing.assert_array_equal(after[:, :t], before[:, :t])
+      differs = np.abs(after - before).max(axis=(0, 2))
+      self.assertTrue(np.all(differs[t:] > 0))
+
+  def test_rates_of_zero_are_the_plain_model_bit_for_bit(self):
+    tokens, reset = draw()
+    for optimizer in ('sgd', 'm3'):
+      model, learner = learning(
+        learning_rates=(0.0,), optimizer=optimizer, clip_norm=1.0
+      )
+      plain = compiling.jit(
+        lambda s, t, r, m, f=model.forward: f(init(), s, t, reset=r, mask=m)
+      )
+      state, outputs = model.init_state(init(), _ROWS), []
+      everything = np.ones((_ROWS, _FAST), bool)
+      for start in range(0, _LENGTH, _FAST):
+        part = slice(start, start + _FAST)
+        logits, state = plain(
+          state, tokens[:, part], reset[:, part], everything
+        )
+        outputs.append(logits)
+      outputs = np.concatenate(outputs, axis=1)
+      aligned = compiling.jit(
+        lambda r, f=learner.forward: f(init(), None, tokens, reset=r)
+      )
+      np.testing.assert_array_equal(aligned(reset)[0], outputs)
+      general = compiling.jit(
+        lambda s, r, f=learner.forward: f(init(), s, tokens, reset=r)
+      )
+      logits, after = general(learner.init_state(init(), _ROWS), reset)
+      np.testing.assert_array_equal(logits, outputs)
+      axes = partition.row_axes(model.init_state, init())
+      assert_equal(after.model, partition.rows_first(axes, state))
+      assert_equal(
+        jax.tree.map(lambda x: x[0], after.levels['slow'].params),
+        own(init(), 'slow'),
+      )
+
+  def test_writes_off_changes_no_level(self):
+    model, learner = learning()
+    tokens, reset = draw()
+    off = lambda f, s: compiling.jit(
+      lambda s, r: f(init(), s, tokens, reset=r, write=False)
+    )(s, reset)
+    start = learner.init_state(init(), _ROWS)
+    logits, state = off(learner.forward, start)
+    assert_close(logits, off(model.forward, model.init_state(init(), _ROWS))[0])
+    assert_equal(state.levels, start.levels)
+
+  def test_rows_are_alone_whatever_the_optimiser(self):
+    tokens, _ = draw()
+    for optimizer in ('momentum', 'delta_momentum'):
+      _, learner = learning(optimizer=optimizer, learning_rates=(0.02,))
+      read = lambda t, f=learner.forward: compiling.jit(
+        lambda t: f(init(), None, t)
+      )(t)
+      logits, state = read(tokens)
+      alone, last = read(tokens[1:])
+      assert_close(logits[1:], alone)
+      assert_close(jax.tree.map(lambda x: x[1:], state.levels), last.levels)
+      self.assertGreater(last.levels['fast'].drift[0], 1e-4)
+
+  def test_sum_is_the_mean_times_the_targets(self):
+    tokens, _ = draw()
+    drift = {}
+    for reduce in ('mean', 'sum'):
+      _, learner = learning(
+        optimizer='sgd', learning_rates=(1e-3,), reduce=reduce
+      )
+      read = compiling.jit(lambda t, f=learner.forward: f(init(), None, t)[1])
+      state = read(tokens[:, :_FAST])
+      drift[reduce] = state.levels['fast'].drift
+      self.assertEqual(state.levels['slow'].drift.max(), 0)
+    np.testing.assert_allclose(
+      drift['sum'], (_FAST - 1) * drift['mean'], rtol=1e-3
+    )
+
+  def test_a_level_that_diverges_is_frozen_alone(self):
+    _, learner = learning(learning_rates=(1e3, 1e-2))
+    tokens, _ = draw()
+    read = compiling.jit(lambda s: learner.forward(init(), s, tokens))
+    logits, state = read(learner.init_state(init(), _ROWS))
+    self.assertTrue(np.all(np.isfinite(logits)))
+    fast, slow = state.levels['fast'], state.levels['slow']
+    np.testing.assert_array_equal(fast.frozen, [True, True])
+    np.testing.assert_array_equal(fast.num_updates, [0, 0])
+    assert_equal(jax.tree.map(lambda x: x[1], fast.params), own(init(), 'fast'))
+    np.testing.assert_array_equal(slow.frozen, [False, False])
+    np.testing.assert_array_equal(slow.num_updates, [2, 2])
+
+  def test_a_row_that_is_not_finite_is_frozen_alone(self):
+    _, learner = learning()
+    tokens, _ = draw()
+    read = compiling.jit(lambda s: learner.forward(init(), s, tokens))
+    state = learner.init_state(init(), _ROWS)
+    slow = state.levels['slow']
+    poison = jax.tree.map(lambda x: x.at[1].set(jnp.nan), slow.accumulated)
+    state.levels['slow'] = slow._replace(accumulated=poison)
+    logits, after = read(state)
+    self.assertTrue(np.all(np.isfinite(logits)))
+    np.testing.assert_array_equal(after.levels['slow'].frozen, [False, True])
+    np.testing.assert_array_equal(after.levels['slow'].num_updates, [2, 0])
+    np.testing.assert_array_equal(after.levels['fast'].frozen, [False, False])
+
+  def test_meta_gradient_against_finite_differences(self):
+    self.enterContext(jax.enable_x64(True))
+    config = dataclasses.replace(_CONFIG, dtype='float64')
+    tokens, reset = draw()
+    targets = np.roll(tokens, -1, axis=1)
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    params = init(np.float64)
+    rng = np.random.default_rng(2)
+    direction = jax.tree.map(lambda x: rng.normal(size=x.shape), params)
+    move = lambda step: jax.tree.map(
+      lambda x, d: x + step * d, params, direction
+    )
+    slopes = {}
+    for gradient in ('second_order', 'first_order'):
+      # SGD: Adam's first step is a sign, whose slope is nothing to go by.
+      _, learner = learning(
+        config, optimizer='sgd', learning_rates=(0.3,), gradient=gradient
+      )
+
+      def loss(params, learner=learner):
+        losses, _ = learner.losses(
+          params, None, tokens, targets, cross_entropy, reset=reset
+        )
+        return jnp.mean(losses)
+
+      value_and_grad = compiling.jit(jax.value_and_grad(loss))
+      _, grads = value_and_grad(params)
+      slopes[gradient] = sum(
+        np.sum(g * d)
+        for g, d in zip(
+          jax.tree.leaves(grads), jax.tree.leaves(direction), strict=True
+        )
+      )
+      step = 1e-5
+      finite = value_and_grad(move(step))[0] - value_and_grad(move(-step))[0]
+      finite = finite / (2 * step)
+    np.testing.assert_allclose(slopes['second_order'], finite, rtol=1e-6)
+    self.assertGreater(abs(slopes['first_order'] - finite), 1e-3 * abs(finite))
+
+  @parameterized.named_parameters(
+    (
+      'count',
+      {'chunk_sizes': (4,), 'learning_rates': (1.0,)},
+      'one entry for each of the 2 levels',
+    ),
+    ('order', {'chunk_sizes': (8, 4)}, 'slower level before a faster one'),
+    ('one', {'chunk_sizes': (1, 4)}, r'chunk_sizes=\(1, 4\) must be >= 2'),
+    ('divisor', {'chunk_sizes': (4, 9)}, r'\[4, 9\] have no common divisor'),
+    ('rate', {'learning_rates': (-1.0,)}, 'numbers from 0 up'),
+    ('rates', {'learning_rates': (1.0,) * 3}, 'one for each of'),
+    ('optimizer', {'optimizer': 'adm'}, "'adm' must be one of sgd, "),
+    ('reduce', {'reduce': 'max'}, 'reduce=max must be mean or sum'),
+    ('gradient', {'gradient': 'third'}, 'gradient=third must be'),
+    ('clip', {'clip_norm': 0.0}, 'clip_norm=0.0 must be above 0'),
+    ('drift', {'max_drift': 0.0}, 'max_drift=0.0 must be above 0'),
+  )
+  def test_refuses(self, changes, message):
+    with self.assertRaisesRegex(errors.UserError, message):
+      learning(**changes)
+
+  def test_refuses_a_nested_chain_without_multiples(self):
+    chain = models.ChainConfig('nested')
+    with self.assertRaisesRegex(errors.UserError, "'slow' .* no multiple of"):
+      learning(dataclasses.replace(_CONFIG, chain=chain), chunk_sizes=(4, 6))
+
+  def test_a_level_may_rest(self):
+    _, learner = learning(chunk_sizes=(None, 4))
+    state = jax.eval_shape(lambda p: learner.init_state(p, 1), init())
+    self.assertEqual(list(state.levels), ['slow'])
+    model, off = learning(chunk_sizes=(), learning_rates=(0.1,))
+    self.assertEqual(off.forward.__qualname__, model.forward.__qualname__)
+
+
+if __name__ == '__main__':
+  absltest.main()
