@@ -333,13 +333,19 @@ def make_self_modifying_titans(
       extra=raw,
     )
 
-  def set_rates(params, name, feed):
+  def per_row(bias, batch_size):
+    """A copy per row: the scan's backward pass then sums over no rows."""
+    return jax.tree.map(
+      lambda x: jnp.broadcast_to(x[:, None, None], (batch_size, heads, 1, 1)),
+      bias,
+    )
+
+  def set_rates(bias, feed):
     """The feed with the rates at which one group of memories writes."""
     raw = feed.extra
 
     def rate(role):
-      bias = params['bias'][name][role]
-      return jax.nn.sigmoid(raw[role] + bias[:, None, None])
+      return jax.nn.sigmoid(raw[role] + bias[role])
 
     one = jnp.ones((*feed.key.shape[:3], 1), wide)
     match c.retention:
@@ -387,16 +393,18 @@ def make_self_modifying_titans(
   def apply(params, state, inputs, marks):
     start = TitansState(None, None, None) if state is None else state
     weights = lambda name: params[name].astype(dtype)
-    x = jnp.einsum('bte,eshd->btshd', inputs, weights('in'))
+    # Channels of a head lie together, so that heads stay where they are kept.
+    x = jnp.einsum('bte,eshd->bthsd', inputs, weights('in'))
+    kernel = params['conv']['kernel'].reshape(-1, len(_VECTORS), heads, dim)
     x, conv = convolution.apply(
-      params['conv'],
+      {'kernel': jnp.swapaxes(kernel, 1, 2).reshape(-1, channels)},
       start.conv,
       x.reshape(*x.shape[:2], channels),
       reset=marks.reset,
       mask=marks.mask,
     )
-    x = x.reshape(*x.shape[:2], len(_VECTORS), heads, dim)
-    k, v, q = jnp.einsum('btshd->sbhtd', x.astype(wide))
+    x = x.reshape(*x.shape[:2], heads, len(_VECTORS), dim)
+    k, v, q = jnp.einsum('bthsd->sbhtd', x.astype(wide))
     features = _FEATURES[c.features]
     v = jax.nn.silu(v)
     made = {
@@ -409,11 +417,12 @@ def make_self_modifying_titans(
       raw = jnp.einsum('bte,erh->rbht', inputs, weights('rates')).astype(wide)
       raw = dict(zip(rates, raw[..., None], strict=True))
     feed_inputs = made, raw
+    bias = per_row(params['bias'], inputs.shape[0])
 
     others = None
     if 'others' in networks:
       make_feed = lambda weights, inputs: set_rates(
-        params, 'others', project(weights, inputs)
+        bias['others'], project(weights, inputs)
       )
       result, others = run(
         'others', params, start.others, feed_inputs, marks, make_feed
@@ -421,7 +430,7 @@ def make_self_modifying_titans(
       feed = result.feed
     else:
       feed = project(None, feed_inputs)
-    feed = set_rates(params, 'main', feed)
+    feed = set_rates(bias['main'], feed)
     result, main = run('main', params, start.main, feed, marks, None)
 
     read = jnp.einsum('bhtd->bthd', result.read)
