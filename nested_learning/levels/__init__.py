@@ -1,6 +1,11 @@
 """Levels: memories and MLPs on clocks of their own."""
 
+from nested_learning.levels.health import Health
+from nested_learning.levels.health import health
+from nested_learning.levels.health import warnings
+from nested_learning.levels.in_context import segment_size
 from nested_learning.levels.inner import InnerConfig
+from nested_learning.levels.inner import make_levels
 from nested_learning.levels.multi_timescale import Level
 from nested_learning.levels.multi_timescale import multi_timescale
 from nested_learning.levels.multi_timescale import MultiTimescaleState

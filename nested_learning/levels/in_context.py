@@ -167,7 +167,8 @@ def make_reader(
       f"gradient={gradient!r} must be 'first_order' or 'second_order'."
     )
   levels = sorted(levels, key=lambda level: level.chunk_size)
-  size = check_levels(levels, set(jax.tree.leaves(labels)), nested=nested)
+  _check_levels(levels, set(jax.tree.leaves(labels)), nested)
+  size = segment_size(levels)
   periods = {level.name: level.chunk_size // size for level in levels}
 
   def own(params):
@@ -465,22 +466,30 @@ def make_reader(
   return Reader(size, init, read, read_segments, losses)
 
 
-def check_levels(
-  levels: Sequence[Any], names: set[str], *, nested: bool
-) -> int:
-  """Refuses levels that cannot learn together, and gives their segment's size.
+def segment_size(levels: Sequence[Any]) -> int:
+  """Tokens of a segment: what all chunk sizes are multiples of.
 
   Args:
-    levels: By chunk size, smallest first.
-    names: Those that there are.
-    nested: Whether chunk sizes must be multiples of one another.
+    levels: What has a `chunk_size`, at least one.
 
   Returns:
-    Tokens of a segment.
+    Their greatest common divisor.
 
   Raises:
-    errors.UserError: See `make_reader`.
+    errors.UserError: It is less than 2 tokens.
   """
+  sizes = [level.chunk_size for level in levels]
+  size = math.gcd(*sizes)
+  if size < 2:
+    raise errors.UserError(
+      f'chunk sizes {sizes} have no common divisor of at least 2 tokens, which '
+      'a next-token loss needs; make them multiples of one.'
+    )
+  return size
+
+
+def _check_levels(levels, names, nested):
+  """Refuses levels that cannot learn together; they are by chunk size."""
   if not levels:
     raise errors.UserError('no level learns; give at least one.')
   for level in levels:
@@ -497,14 +506,6 @@ def check_levels(
         f'multiple of the {faster.chunk_size} of level {faster.name!r} inside '
         'it; a nested chain needs multiples.'
       )
-  size = math.gcd(*(level.chunk_size for level in levels))
-  if size < 2:
-    sizes = [level.chunk_size for level in levels]
-    raise errors.UserError(
-      f'chunk sizes {sizes} have no common divisor of at least 2 tokens, which '
-      'a next-token loss needs; make them multiples of one.'
-    )
-  return size
 
 
 def _scan(body, carry, inputs):

@@ -7,6 +7,7 @@ from nested_learning import data as data_lib
 from nested_learning import errors
 from nested_learning import evaluation as evaluation_lib
 from nested_learning import inference
+from nested_learning import levels
 from nested_learning import models
 from nested_learning import sharding
 from nested_learning import tasks
@@ -66,6 +67,8 @@ class ExperimentConfig:
   )
   generate: inference.GenerateConfig = inference.GenerateConfig()
   mesh: sharding.MeshConfig = sharding.MeshConfig()
+  # Levels that learn inside every row, in training and evaluation.
+  inner: levels.InnerConfig = levels.InnerConfig()
   seed: int = 0  # of the initial parameters
 
   def __post_init__(self):
@@ -88,6 +91,15 @@ class ExperimentConfig:
           f'not a multiple of the {self.batch_tokens} tokens of a step '
           '(data.batch_size x data.sequence_length); set it to '
           f'{above}, or to None for an update at every step.'
+        )
+    if self.inner.is_on:
+      names = [level.name for level in self.model.levels]
+      size = levels.segment_size(levels.make_levels(self.inner, names))
+      if num_tokens % size:
+        raise errors.UserError(
+          f'data.sequence_length={num_tokens} is not a multiple of the {size} '
+          'tokens between two looks at inner.chunk_sizes='
+          f'{self.inner.chunk_sizes}; change the one or the other.'
         )
     limit = models.max_stream_length(self.model)
     if self.carries_state and limit is not None:

@@ -70,6 +70,13 @@ def make_subject(config: config_lib.ExperimentConfig) -> subject_lib.Subject:
       f'least {task.vocab_size}.'
     )
   model = make_model(config.model, task)
+  if config.inner.is_on:
+    if isinstance(task, tasks.RegressionConfig | tasks.CompressionConfig):
+      raise errors.UserError(
+        f'data.task={name} has no next token for levels to learn from; set '
+        'inner.chunk_sizes=().'
+      )
+    model = models.learn_in_context(model, config.inner)
   kind = _kind(task)
   count = evaluation.make_count(model, kind.token_loss)
   row = tasks.make_row(config.data, 0)

@@ -35,7 +35,9 @@ def make_subject(config: config_lib.ExperimentConfig) -> subject_lib.Subject:
   """Makes the subject of an experiment on text; see `subjects.make_subject`."""
   tokenizer = make_tokenizer(config)
   encode_prompt(config, tokenizer)  # refuses one that is too long, early
-  model = models.make_model(config.model)
+  model = models.learn_in_context(
+    models.make_model(config.model), config.inner, whole_segments=True
+  )
   row = (config.data.sequence_length,)
 
   def make_evaluate(write):

@@ -87,10 +87,16 @@ def make_step(
     num_targets = jnp.maximum(jnp.sum(batch['mask']), 1)
 
     def mean_loss(params, stream, micro):
-      outputs, stream = model.forward(
-        params, stream, micro['tokens'], reset=micro['reset']
+      tokens, targets, reset = (
+        micro[name] for name in ('tokens', 'targets', 'reset')
       )
-      loss = token_loss(outputs, micro['targets'])
+      if model.losses is None:
+        outputs, stream = model.forward(params, stream, tokens, reset=reset)
+        loss = token_loss(outputs, targets)
+      else:
+        loss, stream = model.losses(
+          params, stream, tokens, targets, token_loss, reset=reset
+        )
       loss = jnp.sum(loss * micro['mask']) / num_targets
       return loss, stream if config.carries_state else None
 
