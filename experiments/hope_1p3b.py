@@ -6,7 +6,7 @@ Command:
     --set=data.tokenizer=TOKENIZER.model
   python launch/run.py --config=experiments/hope_1p3b.py --mode=describe
 
-Hardware: 256 devices; --set=mesh.data= for another number.
+Hardware: meant for 256 devices, runs on any number that its rows divide over.
 Result: not trained yet.
 """
 
@@ -21,5 +21,5 @@ def get_config() -> training.ExperimentConfig:
     'hope_1p3b',
     learning_rate=7e-4,
     num_tokens=100e9,
-    mesh=sharding.MeshConfig(data=64, model=4),
+    mesh=sharding.MeshConfig(data=-1, fsdp=8, model=2),
   )

@@ -6,7 +6,7 @@ Command:
     --set=data.tokenizer=TOKENIZER.model
   python launch/run.py --config=experiments/hope_760m.py --mode=describe
 
-Hardware: 64 devices; --set=mesh.data= for another number.
+Hardware: meant for 64 devices, runs on any number that its rows divide over.
 Result: not trained yet.
 """
 
@@ -21,5 +21,5 @@ def get_config() -> training.ExperimentConfig:
     'hope_760m',
     learning_rate=1.25e-3,
     num_tokens=30e9,
-    mesh=sharding.MeshConfig(data=64),
+    mesh=sharding.MeshConfig(data=-1, fsdp=8),
   )

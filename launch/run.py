@@ -27,6 +27,7 @@ if str(_ROOT) not in sys.path:
 # JAX is imported with the config: --help and a wrong flag are answered at once.
 from launch import targets  # noqa: E402
 from launch import workdirs  # noqa: E402
+from launch.targets import accelerators  # noqa: E402
 from nested_learning import configs  # noqa: E402
 from nested_learning import distributed  # noqa: E402
 from nested_learning import errors  # noqa: E402
@@ -46,9 +47,15 @@ _SET = flags.DEFINE_multi_string(
 _MODE = flags.DEFINE_enum(
   'mode',
   'train',
-  ['train', 'eval', 'generate', 'describe'],
-  'train; eval or generate from the last checkpoint in --workdir; or describe '
-  'the model and what it costs, without training.',
+  ['train', 'eval', 'generate', 'describe', 'compile'],
+  'train; eval or generate from the last checkpoint in --workdir; describe '
+  'the model and what it costs, without training; or compile its steps for '
+  '--topology, which need not be there.',
+)
+_SUGGEST = flags.DEFINE_bool(
+  'suggest',
+  False,
+  '--mode=compile: find a mesh and a number of micro-batches that fit.',
 )
 _PROMPT = flags.DEFINE_string(
   'prompt', None, 'Short for --set=generate.prompt=...'
@@ -126,7 +133,7 @@ def _run() -> int | None:
   target, size = targets.find(_TARGET.value)
   if target != 'local':
     return _launch(target, size)
-  if flags.FLAGS.topology is not None:
+  if flags.FLAGS.topology is not None and mode != 'compile':
     raise errors.UserError(
       f'--topology={flags.FLAGS.topology} is for --target=tpu-vm, gke and '
       'slurm; --target=local takes the devices that this machine has.'
@@ -139,6 +146,8 @@ def _run() -> int | None:
     raise errors.UserError(
       f'--mode={mode} needs a folder for the run: --workdir=runs/NAME.'
     )
+  if mode == 'compile':
+    return _compile(workdir)
   if mode != 'describe':
     distributed.initialize(
       coordinator_address=_COORDINATOR.value,
@@ -162,6 +171,31 @@ def _run() -> int | None:
 
     run = training.run
   return run(config, workdir and str(workdir), mode)
+
+
+def _compile(workdir: pathlib.Path) -> int:
+  """Compiles for machines that need not be there; 1 where it does not fit."""
+  if flags.FLAGS.topology is None:
+    raise errors.UserError(
+      '--mode=compile needs --topology, for instance v5e:4x4 or h100:1x8.'
+    )
+  topology = accelerators.find(flags.FLAGS.topology)
+  experiment = _load(workdir)
+  if experiment.run is not None:
+    raise errors.UserError(
+      f'--config={_CONFIG.value} runs by itself, and has no training step to '
+      'compile.'
+    )
+  from nested_learning import compilation
+  from nested_learning.training import ahead_of_time
+
+  pod = compilation.Pod(
+    topology.generation.name, topology.shape, topology.num_slices
+  )
+  summary = ahead_of_time.run(
+    experiment.config, pod, workdir, suggest=_SUGGEST.value
+  )
+  return 0 if summary['fits'] else 1
 
 
 def _prepare(experiment, workdir: pathlib.Path | None) -> str | None:

@@ -22,7 +22,12 @@ def matmul_flops(function: Callable[..., Any], *args: Any) -> int:
     The number for one call. Of a `cond` the most expensive branch counts; a
     `while` loop, whose length is not known, counts as one pass.
   """
-  return _count(jax.make_jaxpr(function)(*args).jaxpr)
+  return jaxpr_flops(jax.make_jaxpr(function)(*args))
+
+
+def jaxpr_flops(jaxpr: Any) -> int:
+  """The same of a function that is traced already, by its jaxpr."""
+  return _count(_open(jaxpr))
 
 
 def _count(jaxpr) -> int:

@@ -24,6 +24,7 @@ _TIERS = (
     'parameters',
     'sharding',
     'costs',
+    'compilation',
     'configs',
     'data',
     'optimizers',

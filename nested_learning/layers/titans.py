@@ -378,17 +378,18 @@ def make_self_modifying_titans(
       engine = memory.token_loop
       if state is None:
         state = memory.init_state(initial, first.shape[0], momentum=c.momentum)
-    return engine(
-      network,
-      c.rule(name),
-      initial,
-      state,
-      inputs,
-      project=project,
-      reset=marks.reset,
-      mask=marks.mask,
-      write=marks.write,
-    )
+    with jax.named_scope('memory'):  # in profiles and compiled programs
+      return engine(
+        network,
+        c.rule(name),
+        initial,
+        state,
+        inputs,
+        project=project,
+        reset=marks.reset,
+        mask=marks.mask,
+        write=marks.write,
+      )
 
   def apply(params, state, inputs, marks):
     start = TitansState(None, None, None) if state is None else state

@@ -51,18 +51,51 @@ def describe(config: config_lib.ExperimentConfig) -> str:
       f'# {config.name}',
       f'{num_params:,} parameters in {config.model.num_layers} layers; '
       f'{config.batch_tokens:,} tokens per step.',
-      _table(('parameters', 'number', 'share'), _groups(model)),
-      _table(
+      table(('parameters', 'number', 'share'), _groups(model)),
+      table(
         ('level', 'chunk size, tokens', 'steps', 'parameters', 'updates'),
         _levels(config, state.params),
       ),
+      layout(config, mesh),
       f'Memory per device on the mesh ({sizes}), without activations:',
-      _table(
+      table(
         ('', 'MiB per device'),
         [(name, f'{size / 2**20:,.1f}') for name, size in memory],
       ),
     ]
   )
+
+
+def layout(config: config_lib.ExperimentConfig, mesh: Any) -> str:
+  """Which parameter lies along which axis of a mesh, as a Markdown table.
+
+  The optimiser keeps what it knows of a parameter where the parameter is.
+
+  Args:
+    config: The experiment.
+    mesh: A mesh, or an abstract one.
+  """
+  rows = []
+  for path, param in jax.tree.leaves_with_path(
+    subjects.make_model(config).table,
+    is_leaf=lambda x: isinstance(x, parameters.Param),
+  ):
+    spec = sharding.param_spec(param, mesh)
+    along = [
+      f'{axis or i}: {place}'
+      for i, (axis, place) in enumerate(zip(param.axes, spec, strict=True))
+      if place and mesh.shape[place] > 1
+    ]
+    shape = jsharding.NamedSharding(mesh, spec).shard_shape(param.shape)
+    rows.append(
+      (
+        parameters.path_name(path),
+        'x'.join(map(str, param.shape)),
+        ', '.join(along) or 'whole',
+        f'{4 * math.prod(shape) / 2**20:,.2f}',
+      )
+    )
+  return table(('parameter', 'shape', 'lies along', 'MiB per device'), rows)
 
 
 def _mesh(config: config_lib.ExperimentConfig) -> Any:
@@ -124,8 +157,13 @@ def _bytes(tree: Any) -> int:
   )
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-  """A Markdown table, its columns aligned so that it reads as plain text."""
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+  """A Markdown table, its columns aligned so that it reads as plain text.
+
+  Args:
+    header: Names of the columns.
+    rows: Their cells.
+  """
   lines = [header, *rows]
   widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
   text = [

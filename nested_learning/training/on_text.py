@@ -31,14 +31,14 @@ difference is what they learn while they read.
 The numbers are in [{_POSITION_TABLE}]({_POSITION_TABLE})."""
 
 
+token_loss = evaluation.cross_entropy
+
+
 def make_subject(config: config_lib.ExperimentConfig) -> subject_lib.Subject:
   """Makes the subject of an experiment on text; see `subjects.make_subject`."""
   tokenizer = make_tokenizer(config)
   encode_prompt(config, tokenizer)  # refuses one that is too long, early
-  model = models.learn_in_context(
-    models.make_model(config.model), config.inner, whole_segments=True
-  )
-  row = (config.data.sequence_length,)
+  model = make_model(config)
 
   def make_evaluate(write):
     lengths = byte_lengths(config, tokenizer)
@@ -68,13 +68,8 @@ def make_subject(config: config_lib.ExperimentConfig) -> subject_lib.Subject:
   subject = subject_lib.Subject(
     model=model,
     fingerprint=tokenizer.fingerprint,
-    row={
-      'tokens': (row, np.int32),
-      'targets': (row, np.int32),
-      'mask': (row, np.bool_),
-      'reset': (row, np.bool_),
-    },
-    token_loss=evaluation.cross_entropy,
+    row=make_row(config),
+    token_loss=token_loss,
     make_batches=functools.partial(_make_batches, config.data),
     evaluate=make_evaluate(True),
     conclude=conclude,
@@ -84,6 +79,26 @@ def make_subject(config: config_lib.ExperimentConfig) -> subject_lib.Subject:
     watched=('bits_per_byte', 'bits per byte'),
   )
   return subject
+
+
+def make_model(config: config_lib.ExperimentConfig) -> models.Model:
+  """The model, with the levels that learn from what they read."""
+  return models.learn_in_context(
+    models.make_model(config.model), config.inner, whole_segments=True
+  )
+
+
+def make_row(
+  config: config_lib.ExperimentConfig,
+) -> dict[str, tuple[tuple[int, ...], Any]]:
+  """From each array of a batch to the shape of a row and its type."""
+  shape = (config.data.sequence_length,)
+  return {
+    'tokens': (shape, np.int32),
+    'targets': (shape, np.int32),
+    'mask': (shape, np.bool_),
+    'reset': (shape, np.bool_),
+  }
 
 
 def make_tokenizer(config: config_lib.ExperimentConfig) -> data_lib.Tokenizer:

@@ -1,6 +1,6 @@
 """The training state, where its parts lie on a mesh, and one step of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -120,6 +120,47 @@ def make_step(
     return TrainState(params, opt_state, stream), metrics
 
   return step
+
+
+def trace_step(
+  config: config_lib.ExperimentConfig,
+  model: models.Model,
+  optimizer: optax.GradientTransformation,
+  mesh: Any,
+  *,
+  row: Mapping[str, tuple[tuple[int, ...], Any]],
+  token_loss: Callable[..., jax.Array] = evaluation.cross_entropy,
+) -> Any:
+  """Traces the step on a mesh, for the compiler; nothing is allocated.
+
+  Args:
+    config: The experiment.
+    model: Its model.
+    optimizer: Its optimiser.
+    mesh: The mesh, also of devices that are not there.
+    row: From each array of a batch to the shape of a row and its type.
+    token_loss: From the model's outputs and the targets to the loss [b, t].
+
+  Returns:
+    A `jax.stages.Traced`, of `step(state, batch) -> (state, metrics)`.
+  """
+  abstract = abstract_state(config, model, optimizer, mesh)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  rows = sharding.batch_sharding(mesh)
+  step = jax.jit(
+    make_step(config, model, optimizer, token_loss),
+    in_shardings=(shardings, rows),
+    out_shardings=(shardings, sharding.replicated(mesh)),
+    donate_argnums=0,
+  )
+  batch = {
+    name: jax.ShapeDtypeStruct(
+      (config.data.batch_size, *shape), dtype, sharding=rows
+    )
+    for name, (shape, dtype) in row.items()
+  }
+  with jax.set_mesh(mesh):
+    return step.trace(abstract, batch)
 
 
 def abstract_state(

@@ -1,5 +1,10 @@
 """From an experiment to its subject: a text or a task."""
 
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
 from nested_learning import models
 from nested_learning import tasks
 from nested_learning.training import config as config_lib
@@ -24,6 +29,24 @@ def make_subject(config: config_lib.ExperimentConfig) -> subject_lib.Subject:
   if isinstance(config.data, tasks.TaskDataConfig):
     return on_task.make_subject(config)
   return on_text.make_subject(config)
+
+
+class Computed(NamedTuple):
+  """What of a subject is compiled: fields of `Subject`, without a text."""
+
+  model: models.Model
+  row: Mapping[str, tuple[tuple[int, ...], Any]]
+  token_loss: Callable[..., jax.Array]
+
+
+def make_computed(config: config_lib.ExperimentConfig) -> Computed:
+  """What a step computes, which needs no text and no tokenizer."""
+  if isinstance(config.data, tasks.TaskDataConfig):
+    subject = on_task.make_subject(config)
+    return Computed(subject.model, subject.row, subject.token_loss)
+  return Computed(
+    on_text.make_model(config), on_text.make_row(config), on_text.token_loss
+  )
 
 
 def make_model(config: config_lib.ExperimentConfig) -> models.Model:

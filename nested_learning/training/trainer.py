@@ -90,7 +90,18 @@ def train(
         f'{num_steps}; raise it or use another --workdir.'
       )
     compile_start = time.perf_counter()
-    train_step = _compile(config, subject, optimizer, abstract, mesh)
+    train_step = (  # an executable, which no later call can recompile
+      step_lib.trace_step(
+        config,
+        model,
+        optimizer,
+        mesh,
+        row=subject.row,
+        token_loss=subject.token_loss,
+      )
+      .lower()
+      .compile()
+    )
     compile_seconds = time.perf_counter() - compile_start
 
     evaluated = None  # the evaluation of the state as it stands
@@ -177,24 +188,6 @@ def _init(config, model, optimizer, abstract):
   init = step_lib.make_init(config, model, optimizer)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
-
-
-def _compile(config, subject, optimizer, abstract, mesh):
-  """The step as an executable, which no later call can recompile."""
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  rows = sharding.batch_sharding(mesh)
-  step = jax.jit(
-    step_lib.make_step(config, subject.model, optimizer, subject.token_loss),
-    in_shardings=(shardings, rows),
-    out_shardings=(shardings, sharding.replicated(mesh)),
-    donate_argnums=0,
-  )
-  num_rows = config.data.batch_size
-  batch = {
-    name: jax.ShapeDtypeStruct((num_rows, *shape), dtype, sharding=rows)
-    for name, (shape, dtype) in subject.row.items()
-  }
-  return step.lower(abstract, batch).compile()
 
 
 def _items(state: step_lib.TrainState) -> dict[str, Any]:

@@ -1,0 +1,143 @@
+"""What a compiled program costs a device, and how long that takes at least."""
+
+import collections
+from collections.abc import Mapping
+import math
+from typing import NamedTuple
+
+from nested_learning.compilation import collectives as collectives_lib
+from nested_learning.compilation import hardware
+from nested_learning.compilation import hlo
+from nested_learning.compilation import matmuls
+from nested_learning.compilation import memory_traffic
+
+ASSUMPTIONS = (
+  'matrix units at their published peak; float32 products as often as their '
+  'precision needs passes',
+  'every operand of an instruction is read and every result written once, at '
+  'the published bandwidth of the memory; slices as slices',
+  'a collective uses the ring algorithm along one axis of the torus, both '
+  'directions, or the switch of a node',
+  'computation and memory traffic overlap, collectives overlap with nothing; '
+  'step_seconds_overlapped lets them overlap with everything',
+  'latency is free',
+)
+
+
+class Analysis(NamedTuple):
+  """What one device does in one run of a program.
+
+  Attributes:
+    flops: Of matmuls, by precision: 'native', 'default', 'high', 'highest'.
+    memory_flops: Those inside memories, of any precision.
+    memory_bytes: Bytes that go through the device's memory.
+    collectives: What is sent, one entry per collective.
+  """
+
+  flops: Mapping[str, int]
+  memory_flops: int
+  memory_bytes: float
+  collectives: tuple[collectives_lib.Collective, ...]
+
+  @property
+  def total_flops(self) -> int:
+    """FLOPs of all precisions."""
+    return sum(self.flops.values())
+
+  @property
+  def sent_bytes(self) -> dict[tuple[str, str], float]:
+    """Bytes that a device sends, by kind and axes, largest first."""
+    sent = collections.Counter()
+    for collective in self.collectives:
+      axes = '_'.join(collective.axes) or 'none'
+      sent[collective.kind, axes] += collective.num_bytes * collective.times
+    return dict(sent.most_common())
+
+  @property
+  def in_memory_loops(self) -> list[collectives_lib.Collective]:
+    """Collectives inside the scan over a memory's chunks: there are none."""
+    return [
+      collective
+      for collective in self.collectives
+      if any(is_of_memory(loop) for loop in collective.loops)
+    ]
+
+
+def is_of_memory(op_name: str) -> bool:
+  """Whether an instruction's name says that it is part of a memory."""
+  return any('memory' in part for part in op_name.split('/'))
+
+
+def analyze(text: str, mesh_shape: Mapping[str, int]) -> Analysis:
+  """Reads the costs of a program off its text.
+
+  Args:
+    text: From `compiled.as_text()`.
+    mesh_shape: Sizes of the mesh axes by name, in the mesh's own order.
+
+  Returns:
+    The costs of one run on one device.
+  """
+  program = hlo.parse(text)
+  flops, memory_flops = collections.Counter(), 0
+  for executed in hlo.walk(program):
+    instruction = executed.instruction
+    if instruction.opcode not in ('dot', 'convolution', 'custom-call'):
+      continue
+    computation = program.computations[executed.computation]
+    operands = [
+      computation[name].shapes[0]
+      for name in instruction.operands
+      if name in computation and computation[name].shapes
+    ]
+    found = executed.times * matmuls.flops(instruction, operands)
+    if found:
+      flops[matmuls.precision(instruction, operands)] += found
+      memory_flops += found * is_of_memory(instruction.op_name)
+  return Analysis(
+    dict(flops),
+    memory_flops,
+    memory_traffic.num_bytes(program),
+    tuple(collectives_lib.find(program, mesh_shape)),
+  )
+
+
+def estimate_seconds(
+  analysis: Analysis, chip: hardware.Chip, *, num_per_node: int | None = None
+) -> dict[str, float]:
+  """How long one run takes, under `ASSUMPTIONS`.
+
+  Args:
+    analysis: The costs.
+    chip: What the device is; several devices of a chip share it evenly.
+    num_per_node: Devices that are joined by links; beyond them, and between
+      slices, is the network. None where all of a slice are.
+
+  Returns:
+    Seconds by what takes them, and of the step.
+  """
+  share = 1 / chip.devices_per_chip
+  passes = {'native': 1, **chip.float32_passes}
+  matmul = sum(n * passes[kind] for kind, n in analysis.flops.items())
+  linked = networked = 0.0
+  for collective in analysis.collectives:
+    size = collective.num_bytes * collective.times
+    if collective.kind == 'send' or collective.spans > (
+      num_per_node or math.inf
+    ):
+      networked += size
+    else:
+      linked += size
+  seconds = {
+    'matmul_seconds': matmul / (chip.flops * share),
+    'hbm_seconds': analysis.memory_bytes / (chip.hbm_bandwidth * share),
+    'link_seconds': linked / (chip.link_bandwidth * share),
+    'network_seconds': networked / (chip.network_bandwidth * share),
+  }
+  on_chip = max(seconds['matmul_seconds'], seconds['hbm_seconds'])
+  sending = seconds['link_seconds'] + seconds['network_seconds']
+  seconds['step_seconds'] = on_chip + sending
+  seconds['step_seconds_overlapped'] = max(
+    on_chip, *list(seconds.values())[2:4]
+  )
+  return seconds

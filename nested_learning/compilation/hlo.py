@@ -1,0 +1,228 @@
+"""Reads the text of a compiled program, loops and their lengths with it.
+
+XLA's own analysis counts the body of a loop once. Here a program is walked as
+it runs: every instruction comes with how often it does.
+"""
+
+from collections.abc import Iterator
+import math
+import re
+from typing import NamedTuple
+
+_ITEM_BYTES = {
+  'pred': 1,
+  's4': 0.5,
+  'u4': 0.5,
+  's8': 1,
+  'u8': 1,
+  's16': 2,
+  'u16': 2,
+  'bf16': 2,
+  'f16': 2,
+  's32': 4,
+  'u32': 4,
+  'f32': 4,
+  's64': 8,
+  'u64': 8,
+  'f64': 8,
+  'c64': 8,
+  'c128': 16,
+}
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
+_INSTRUCTION = re.compile(
+  r'^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*?)\)(.*)$'
+)
+_SHAPE = re.compile(r'\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](\{[^}]*\})?')
+_NAME = re.compile(r'%([\w.\-]+)')
+_CALLED = re.compile(
+  r'\b(calls|body|condition|to_apply|branch_computations|true_computation|'
+  r'false_computation|called_computations)=(\{[^}]*\}|%[\w.\-]+)'
+)
+_FAST_MEMORY = re.compile(r'S\([1-9]\d*\)')
+
+
+class Shape(NamedTuple):
+  """An array of a program.
+
+  Attributes:
+    dtype: As XLA writes it.
+    dims: Its sizes, on one device.
+    is_far: Whether it lies in the device's large memory.
+  """
+
+  dtype: str
+  dims: tuple[int, ...]
+  is_far: bool = True
+
+  @property
+  def num_bytes(self) -> float:
+    """Bytes of its values."""
+    return math.prod(self.dims) * _ITEM_BYTES.get(self.dtype, 1)
+
+
+class Instruction(NamedTuple):
+  """One line of a program.
+
+  Attributes:
+    name: Unique in the program.
+    shapes: Of its result; several for a tuple.
+    opcode: What it does.
+    operands: Names of instructions of the same computation; for a parameter
+      or a constant, its number.
+    rest: All that follows, as text.
+    is_root: Whether it is the result of its computation.
+  """
+
+  name: str
+  shapes: tuple[Shape, ...]
+  opcode: str
+  operands: tuple[str, ...]
+  rest: str
+  is_root: bool
+
+  @property
+  def op_name(self) -> str:
+    """Where it comes from, as JAX names that."""
+    match = re.search(r'op_name="([^"]*)"', self.rest)
+    return match[1] if match else ''
+
+  def called(self, *kinds: str) -> list[str]:
+    """Computations that it names, of these kinds."""
+    return [
+      name
+      for kind, names in _CALLED.findall(self.rest)
+      if kind in kinds
+      for name in _NAME.findall(names)
+    ]
+
+
+class Program(NamedTuple):
+  """A compiled program.
+
+  Attributes:
+    computations: Instructions by name, in order, by the computation's name.
+    entry: The computation that is the program.
+  """
+
+  computations: dict[str, dict[str, Instruction]]
+  entry: str
+
+
+class Executed(NamedTuple):
+  """An instruction as it runs.
+
+  Attributes:
+    instruction: The instruction.
+    computation: The computation it belongs to.
+    times: How often it runs in one run of the program.
+    loops: Where each loop around it comes from, outermost first.
+    is_fused: Whether it is part of a fusion, so that it reads no memory.
+  """
+
+  instruction: Instruction
+  computation: str
+  times: int
+  loops: tuple[str, ...]
+  is_fused: bool
+
+
+def parse(text: str) -> Program:
+  """Reads what `compiled.as_text()` gives.
+
+  Args:
+    text: The text of an optimised module.
+
+  Returns:
+    The program.
+
+  Raises:
+    ValueError: There is no program in it.
+  """
+  computations, entry, current = {}, None, None
+  for line in text.splitlines():
+    match = _COMPUTATION.match(line)
+    if match:
+      current = computations.setdefault(match[2], {})
+      entry = match[2] if match[1] else entry
+      continue
+    match = _INSTRUCTION.match(line)
+    if match and current is not None:
+      root, name, shapes, opcode, operands, rest = match.groups()
+      inputs = tuple(_NAME.findall(operands)) or (operands,)
+      current[name] = Instruction(
+        name, _shapes(shapes), opcode, inputs, rest, bool(root)
+      )
+  if entry is None:
+    raise ValueError(f'{text[:40]!r}... holds no compiled program.')
+  return Program(computations, entry)
+
+
+def walk(program: Program) -> Iterator[Executed]:
+  """Yields every instruction with how often it runs.
+
+  Every branch of a conditional counts as taken. A loop whose length is not
+  written in it counts once.
+
+  Args:
+    program: From `parse`.
+  """
+  yield from _walk(program, program.entry, 1, (), False)
+
+
+def trip_count(program: Program, loop: Instruction) -> int:
+  """How often the body of a `while` runs; 1 where that is not written.
+
+  Args:
+    program: The program.
+    loop: An instruction `while`.
+  """
+  known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
+  if known:
+    return int(known[1])
+  (condition,) = loop.called('condition')
+  bounds = [
+    int(instruction.operands[0])
+    for name in (condition, *_below(program, condition))
+    for instruction in program.computations[name].values()
+    if instruction.opcode == 'constant'
+    and instruction.shapes[0].dtype in ('s32', 'u32', 's64')
+    and re.fullmatch(r'\d+', instruction.operands[0])
+  ]
+  return max(bounds, default=1)
+
+
+def _walk(program, name, times, loops, is_fused):
+  for instruction in program.computations[name].values():
+    yield Executed(instruction, name, times, loops, is_fused)
+    if instruction.opcode == 'while':
+      inner = times * trip_count(program, instruction)
+      (body,) = instruction.called('body')
+      here = (*loops, instruction.op_name)
+      yield from _walk(program, body, inner, here, is_fused)
+      continue
+    kinds = ['calls', 'branch_computations', 'called_computations']
+    kinds += ['true_computation', 'false_computation']
+    if instruction.opcode in ('call', 'async-start'):
+      kinds.append('to_apply')
+    fused = is_fused or instruction.opcode == 'fusion'
+    for called in instruction.called(*kinds):
+      if called in program.computations:
+        yield from _walk(program, called, times, loops, fused)
+
+
+def _below(program, name):
+  for instruction in program.computations[name].values():
+    for called in instruction.called('calls', 'to_apply'):
+      yield called
+      yield from _below(program, called)
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+  return tuple(
+    Shape(
+      dtype,
+      tuple(map(int, filter(None, dims.split(',')))),
+      not _FAST_MEMORY.search(layout or ''),
+    )
+    for dtype, dims, layout in _SHAPE.findall(text)
+  )

@@ -1,0 +1,101 @@
+"""The matmul FLOPs of a compiled program, as its instructions say them."""
+
+import math
+import re
+
+from nested_learning.compilation import hlo
+
+_WINDOW_FIELDS = ('size', 'stride', 'pad', 'lhs_dilate', 'rhs_dilate')
+
+
+def flops(instruction: hlo.Instruction, operands: list[hlo.Shape]) -> int:
+  """FLOPs of one product, multiply and add apart; 0 of anything else.
+
+  Args:
+    instruction: A dot, a convolution (which is what a TPU makes of dots), or a
+      call of a GPU's library.
+    operands: Shapes of what it multiplies.
+  """
+  match instruction.opcode:
+    case 'dot':
+      contracted = _numbers(instruction.rest, 'lhs_contracting_dims')
+      return _dot(instruction, operands, contracted)
+    case 'custom-call' if '"dot_dimension_numbers"' in instruction.rest:
+      found = re.search(
+        r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.rest
+      )
+      return _dot(instruction, operands, map(int, re.findall(r'\d+', found[1])))
+    case 'convolution':
+      return _convolution(instruction, operands)
+  return 0
+
+
+def precision(instruction: hlo.Instruction, operands: list[hlo.Shape]) -> str:
+  """'default', 'high' or 'highest' of float32; 'native' of smaller types."""
+  if operands[0].dtype != 'f32':
+    return 'native'
+  found = re.search(r'operand_precision=\{(\w+)', instruction.rest)
+  return found[1] if found else 'default'
+
+
+def _dot(instruction, operands, contracted):
+  inner = math.prod(operands[0].dims[axis] for axis in contracted)
+  return 2 * inner * math.prod(instruction.shapes[0].dims)
+
+
+def _convolution(instruction, operands):
+  """Products of pairs that meet; padding and gaps meet nothing."""
+  labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.rest)
+  lhs, rhs, out = labels.groups()
+  left, right = operands[0].dims, operands[1].dims
+  result = instruction.shapes[0].dims
+  groups = re.search(r'batch_group_count=(\d+)', instruction.rest)
+  # Of the kernel, 'i' is already divided by the groups of features.
+  total = result[out.index('b')] * result[out.index('f')]
+  total *= right[rhs.index('i')]
+  window = _window(instruction.rest)
+  spatial = sorted(label for label in lhs if label.isdigit())
+  for axis, label in enumerate(spatial):
+    total *= _num_pairs(
+      left[lhs.index(label)],
+      right[rhs.index(label)],
+      result[out.index(label)],
+      {name: values[axis] for name, values in window.items()},
+    )
+  return 2 * total // (int(groups[1]) if groups else 1)
+
+
+def _num_pairs(num_in: int, num_kernel: int, num_out: int, window) -> int:
+  """Pairs of a kernel's place and an output that read an input."""
+  stride, low = int(window['stride']), int(window['pad'].split('_')[0])
+  spread, gap = int(window['lhs_dilate']), int(window['rhs_dilate'])
+  total = 0
+  for place in range(num_kernel):
+    offset = place * gap - low
+    # Outputs o with 0 <= o * stride + offset < num_in * spread, on an input.
+    if spread == 1 and stride == 1:
+      total += max(min(num_out, num_in - offset) - max(0, -offset), 0)
+      continue
+    total += sum(
+      0 <= at < num_in * spread and at % spread == 0
+      for at in range(offset, offset + num_out * stride, stride)
+    )
+  return total
+
+
+def _window(text: str) -> dict[str, list[str]]:
+  found = re.search(r'window=\{([^}]*)\}', text)
+  fields = dict(re.findall(r'(\w+)=([\w\-]+)', found[1])) if found else {}
+  # Pads may be negative, and fields of several axes are joined by x.
+  parts = {name: fields[name].split('x') for name in fields}
+  rank = max(map(len, parts.values()), default=0)
+  standard = {'pad': '0_0'}
+  return {
+    name: parts.get(name, [standard.get(name, '1')] * rank)
+    for name in _WINDOW_FIELDS
+  }
+
+
+def _numbers(text: str, name: str) -> list[int]:
+  found = re.search(rf'\b{name}=\{{([\d,]*)\}}', text)
+  return [int(x) for x in found[1].split(',') if x] if found else []

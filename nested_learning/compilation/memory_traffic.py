@@ -1,0 +1,130 @@
+"""Bytes that a compiled program moves through the device's memory."""
+
+from collections.abc import Mapping
+
+from nested_learning.compilation import hlo
+
+_FREE = frozenset(
+  (
+    'parameter',
+    'constant',
+    'get-tuple-element',
+    'tuple',
+    'bitcast',
+    'while',
+    'conditional',
+    'call',
+    'after-all',
+    'async-start',
+    'async-update',
+    'async-done',
+    'copy-done',
+    'slice-done',
+    'optimization-barrier',
+    'partition-id',
+    'replica-id',
+  )
+)
+_VIEWS = ('bitcast', 'reshape')
+_SLICES = ('dynamic-slice', 'slice', 'gather')
+
+
+def num_bytes(program: hlo.Program) -> float:
+  """Bytes that one device reads and writes in one run.
+
+  An instruction reads its operands and writes its result, once each; a fusion
+  that takes a slice of an operand reads that slice alone, and one that writes
+  a slice in place writes that alone. What is in fast memory is free.
+
+  Args:
+    program: From `hlo.parse`.
+  """
+  total = 0.0
+  known: dict[tuple[str, str], float] = {}
+  for executed in hlo.walk(program):
+    if executed.is_fused or executed.instruction.opcode in _FREE:
+      continue
+    key = executed.computation, executed.instruction.name
+    if key not in known:
+      known[key] = _instruction_bytes(
+        program, program.computations[key[0]], executed.instruction
+      )
+    total += executed.times * known[key]
+  return total
+
+
+def _instruction_bytes(
+  program: hlo.Program,
+  computation: Mapping[str, hlo.Instruction],
+  instruction: hlo.Instruction,
+) -> float:
+  operands = [computation.get(name) for name in instruction.operands]
+  fused = None
+  if instruction.opcode == 'fusion':
+    (name,) = instruction.called('calls')
+    fused = program.computations[name]
+    parameters = {
+      int(x.operands[0]): x for x in fused.values() if x.opcode == 'parameter'
+    }
+  elif instruction.opcode in (*_SLICES, 'dynamic-update-slice'):
+    return _slice_bytes(instruction, operands)
+  elif instruction.opcode.endswith('-start'):  # the result names its operands
+    return _far(instruction.shapes)
+  total = 0.0
+  for i, operand in enumerate(operands):
+    if operand is None:
+      continue
+    read = _far(operand.shapes)
+    if fused is not None and read:
+      read = min(read, _read_of(fused, parameters[i]))
+    total += read
+  written = _far(instruction.shapes)
+  if fused is not None and written:
+    written = min(written, _written_by(fused))
+  return total + written
+
+
+def _slice_bytes(instruction, operands):
+  if instruction.opcode == 'dynamic-update-slice':
+    return 2 * _far(operands[1].shapes if operands[1] else ())
+  return 2 * _far(instruction.shapes)
+
+
+def _read_of(fused, parameter) -> float:
+  """Bytes of a fusion's operand that it looks at."""
+  total = 0.0
+  for user in fused.values():
+    if parameter.name not in user.operands:
+      continue
+    if user.opcode in _VIEWS:
+      total += _read_of(fused, user)
+    elif user.opcode in _SLICES and user.operands[0] == parameter.name:
+      total += sum(shape.num_bytes for shape in user.shapes)
+    elif (
+      user.opcode == 'dynamic-update-slice'
+      and user.operands[0] == parameter.name
+    ):
+      continue  # in place
+    else:
+      return float('inf')
+  return total
+
+
+def _written_by(fused) -> float:
+  """Bytes of a fusion's result that it makes."""
+  (root,) = (x for x in fused.values() if x.is_root)
+  parts = [root]
+  if root.opcode == 'tuple':
+    parts = [fused[name] for name in root.operands]
+  total = 0.0
+  for part in parts:
+    while part.opcode in _VIEWS:
+      part = fused[part.operands[0]]
+    if part.opcode == 'dynamic-update-slice':
+      part = fused[part.operands[1]]
+    total += sum(shape.num_bytes for shape in part.shapes)
+  return total
+
+
+def _far(shapes) -> float:
+  return sum(shape.num_bytes for shape in shapes if shape.is_far)
