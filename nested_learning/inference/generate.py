@@ -89,6 +89,74 @@ def check_length(
     )
 
 
+class DrawConfig(NamedTuple):
+  """How tokens are drawn, see `make_generate`."""
+
+  num_tokens: int
+  temperature: float = 1.0
+  top_k: int | None = None
+  top_p: float = 1.0
+  stop_token: int | None = None
+  vocab_size: int | None = None
+
+
+def make_draw(
+  forward: Callable[..., tuple[jax.Array, Any]], config: DrawConfig
+) -> Callable[..., Generated]:
+  """Makes `draw(params, logits, state, key) -> Generated`.
+
+  It draws from logits [b, v], reads what it drew with `forward(params, state,
+  tokens, mask=mask)`, and so on until all rows have ended.
+
+  Args:
+    forward: Of a model.
+    config: How many tokens, and how they are drawn.
+
+  Returns:
+    A function to be jitted.
+  """
+  stop_token = config.stop_token
+  fill = 0 if stop_token is None else stop_token
+
+  def draw(params, logits, state, key):
+    def body(loop: _Loop) -> _Loop:
+      token = sampling.sample(
+        jax.random.fold_in(key, loop.step),
+        loop.logits[:, : config.vocab_size],
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+      )
+      running = loop.running
+      if stop_token is not None:
+        running = running & (token != stop_token)
+        token = jnp.where(running, token, stop_token)
+      logits, state = forward(
+        params, loop.state, token[:, None], mask=running[:, None]
+      )
+      tokens = loop.tokens.at[:, loop.step].set(token)
+      return _Loop(loop.step + 1, logits[:, 0], state, tokens, running)
+
+    def unfinished(loop: _Loop):
+      return (loop.step < config.num_tokens) & loop.running.any()
+
+    batch_size = logits.shape[0]
+    loop = _Loop(
+      jnp.zeros((), jnp.int32),
+      logits,
+      state,
+      tokens=jnp.full((batch_size, config.num_tokens), fill, jnp.int32),
+      running=jnp.ones((batch_size,), bool),
+    )
+    tokens = jax.lax.while_loop(unfinished, body, loop).tokens
+    if stop_token is None:
+      lengths = jnp.full((batch_size,), config.num_tokens, jnp.int32)
+      return Generated(tokens, lengths)
+    return Generated(tokens, jnp.sum(tokens != stop_token, axis=1))
+
+  return draw
+
+
 def make_generate(
   model: models.Model,
   *,
@@ -134,41 +202,14 @@ def make_generate(
       logits = jnp.where(piece_mask.any(axis=1)[:, None], read, logits)
     return logits, state
 
+  draw = make_draw(
+    model.forward,
+    DrawConfig(num_tokens, temperature, top_k, top_p, stop_token, vocab_size),
+  )
+
   @jax.jit
   def run(params, prompt, key, mask):
-    def draw(loop: _Loop) -> _Loop:
-      token = sampling.sample(
-        jax.random.fold_in(key, loop.step),
-        loop.logits[:, :vocab_size],
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-      )
-      running = loop.running
-      if stop_token is not None:
-        running = running & (token != stop_token)
-        token = jnp.where(running, token, stop_token)
-      logits, state = model.forward(
-        params, loop.state, token[:, None], mask=running[:, None]
-      )
-      tokens = loop.tokens.at[:, loop.step].set(token)
-      return _Loop(loop.step + 1, logits[:, 0], state, tokens, running)
-
-    def unfinished(loop: _Loop):
-      return (loop.step < num_tokens) & loop.running.any()
-
-    batch_size = prompt.shape[0]
-    fill = 0 if stop_token is None else stop_token
-    loop = _Loop(
-      jnp.zeros((), jnp.int32),
-      *read_prompt(params, prompt, mask),
-      tokens=jnp.full((batch_size, num_tokens), fill, jnp.int32),
-      running=jnp.ones((batch_size,), bool),
-    )
-    tokens = jax.lax.while_loop(unfinished, draw, loop).tokens
-    if stop_token is None:
-      return Generated(tokens, jnp.full((batch_size,), num_tokens, jnp.int32))
-    return Generated(tokens, jnp.sum(tokens != stop_token, axis=1))
+    return draw(params, *read_prompt(params, prompt, mask), key)
 
   def generate(params, prompt, key, mask=None):
     length = prompt.shape[1]

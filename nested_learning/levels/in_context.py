@@ -114,6 +114,9 @@ class Reader(NamedTuple):
       change, and the tokens are forgotten at the segment's end.
     read_segments: `read_segments(params, state, tokens, *, reset=None)` is the
       same for whole segments from the border of one; a third cheaper.
+    read_piece: `read_piece(params, state, tokens, *, reset, mask)` reads tokens
+      that are in front of their rows and end within the segment, and keeps them
+      for its end, but takes no step.
     losses: `losses(params, state, tokens, targets, token_loss, *, reset=None)`
       gives the losses [b, t] of whole segments instead of their logits, which
       the backward pass then need not keep.
@@ -123,6 +126,7 @@ class Reader(NamedTuple):
   init_state: Callable[[Any, int], State]
   read: Callable[..., tuple[jax.Array, State]]
   read_segments: Callable[..., tuple[jax.Array, State]]
+  read_piece: Callable[..., tuple[jax.Array, State]]
   losses: Callable[..., tuple[jax.Array, State]]
 
 
@@ -404,8 +408,7 @@ def make_reader(
 
     return jax.lax.cond(jnp.any(whole), end, lambda state: state, state)
 
-  def read_piece(params, state, tokens, reset, mask):
-    """Reads tokens [b, n], those there in front, that end no segment early."""
+  def read_piece(params, state, tokens, *, reset, mask):
     logits, model = forward_rows(params, state, tokens, reset, mask, True)
     segment, rows = state.segment, jnp.arange(tokens.shape[0])[:, None]
     places = segment.count[:, None] + jnp.arange(tokens.shape[1])
@@ -416,8 +419,7 @@ def make_reader(
       reset=put(segment.reset, reset),
       count=segment.count + jnp.sum(mask, axis=1, dtype=jnp.int32),
     )
-    state = state._replace(model=model, segment=segment)
-    return logits, end_segments(params, state)
+    return logits, state._replace(model=model, segment=segment)
 
   def read(params, state, tokens, *, reset=None, mask=None, write=True):
     batch_size, num_tokens = tokens.shape
@@ -449,8 +451,13 @@ def make_reader(
       places = done[:, None] + jnp.arange(width)
       index = jnp.minimum(places, num_tokens - 1)
       logits, state = read_piece(
-        params, state, take(tokens, index), take(reset, index) & there, there
+        params,
+        state,
+        take(tokens, index),
+        reset=take(reset, index) & there,
+        mask=there,
       )
+      state = end_segments(params, state)
       places = jnp.where(there, places, num_tokens)
       return (state, done + count), (logits, places)
 
@@ -463,7 +470,7 @@ def make_reader(
     rank = jnp.argsort(front, axis=1)
     return jnp.take_along_axis(out, rank[..., None], axis=1), state
 
-  return Reader(size, init, read, read_segments, losses)
+  return Reader(size, init, read, read_segments, read_piece, losses)
 
 
 def segment_size(levels: Sequence[Any]) -> int:

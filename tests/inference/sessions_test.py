@@ -1,0 +1,254 @@
+"""Sessions: exact however they are fed, saved, forked and rolled back."""
+
+import functools
+import pathlib
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import numpy as np
+
+from nested_learning import errors
+from nested_learning import inference
+from nested_learning import layers
+from nested_learning import levels
+from nested_learning import models
+from nested_learning.inference import session_files
+from tests import compiling
+
+_VOCAB, _LENGTH = 11, 24
+_CONFIG = models.ModelConfig(
+  vocab_size=_VOCAB,
+  num_layers=1,
+  embed_dim=8,
+  mixer=layers.AttentionConfig(2, 2, head_dim=4, window=6),
+  levels=(
+    models.LevelConfig('fast', mlp_dim=6),
+    models.LevelConfig('slow', mlp_dim=6),
+  ),
+  max_length=32,
+)
+_INNER = levels.InnerConfig((4, 8), (0.03, 0.02), optimizer='adam')
+
+
+@functools.cache
+def base():
+  """A session that was fed nothing; its programs are compiled once."""
+  with compiling.quickly():
+    model = models.make_model(_CONFIG)
+    params = jax.jit(model.init_params)(jax.random.key(0))
+    params = jax.tree.map(lambda x: 1.5 * x, params)
+    return inference.Session(model, params, _INNER, tokens_are='letters')
+
+
+def draw(num_tokens=_LENGTH, seed=0):
+  rng = np.random.default_rng(seed)
+  return rng.integers(_VOCAB, size=num_tokens).astype(np.int32)
+
+
+def begin():
+  return base().fork()
+
+
+def assert_equal(one, two):
+  np.testing.assert_array_equal(one.clock, two.clock)
+  jax.tree.map(np.testing.assert_array_equal, one.state, two.state)
+
+
+def learned(session):
+  """All but where in an open segment the session is."""
+  stream = session.state.stream
+  return stream.levels, stream.segment.model, stream.num_segments
+
+
+class SessionsTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.enterContext(compiling.quickly())
+    self.path = pathlib.Path(self.create_tempdir().full_path, 'a.session')
+
+  def load(self, **changes):
+    settings = {'tokens_are': 'letters', **changes}
+    model = settings.pop('model', base().model)
+    params = settings.pop('params', base().params)
+    return inference.Session.load(self.path, model, params, **settings)
+
+  def test_what_is_learned_is_the_same_bits_however_it_is_fed(self):
+    tokens, reset = draw(), np.arange(_LENGTH) == 13
+    whole = begin()
+    losses = whole.feed(tokens, reset=reset)
+    self.assertTrue(np.isnan(losses[0, [0, 13]]).all())
+    self.assertEqual(np.isfinite(losses).sum(), _LENGTH - 2)
+    for cuts in ([5], [3, 4, 17], range(1, _LENGTH)):
+      session, parts = begin(), []
+      for part in np.split(np.arange(_LENGTH), cuts):
+        parts.append(session.feed(tokens[part], reset=reset[part]))
+      np.testing.assert_allclose(
+        np.concatenate(parts, axis=1), losses, rtol=1e-4, atol=1e-5
+      )
+      jax.tree.map(
+        np.testing.assert_array_equal, learned(session), learned(whole)
+      )
+
+  def test_is_the_model_that_learns(self):
+    tokens = draw()[None]
+    session = begin()
+    losses = session.feed(tokens)
+    learner = models.learn_in_context(base().model, _INNER)
+    read = jax.jit(lambda p: learner.forward(p, None, tokens))
+    logits, state = read(base().params)
+    log_probability = jax.nn.log_softmax(logits[0, :-1])
+    expected = -log_probability[np.arange(_LENGTH - 1), tokens[0, 1:]]
+    np.testing.assert_allclose(losses[0, 1:], expected, rtol=1e-4)
+    updates = session.health()['slow'].num_updates
+    np.testing.assert_array_equal(updates, state.levels['slow'].num_updates)
+    np.testing.assert_array_equal(updates, [_LENGTH // 8])
+
+  def test_rows_of_different_lengths_are_sessions_of_their_own(self):
+    one, two = draw(9, seed=1), draw(14, seed=2)
+    alone = begin(), begin()
+    for session, tokens in zip(alone, (one, two), strict=True):
+      session.feed(tokens)
+    joined = inference.join([begin(), begin()])
+    tokens, mask = np.zeros((2, 14), int), np.ones((2, 14), bool)
+    tokens[0, 5:], tokens[1] = one, two  # padding in front
+    mask[0, :5] = False
+    losses = joined.feed(tokens, mask=mask)
+    self.assertTrue(np.isnan(losses[0, :6]).all())
+    for session, row in zip(joined.split(), alone, strict=True):
+      np.testing.assert_array_equal(session.clock, row.clock)
+      jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        learned(session),
+        learned(row),
+      )
+
+  def test_fork_rollback_and_loss_are_exact(self):
+    session = begin()
+    session.feed(draw(7))
+    other, witness = session.fork(), session.fork()
+    other.feed(draw(9, seed=3))
+    assert_equal(session, witness)
+    other.rollback()
+    assert_equal(other, witness)
+    loss = session.loss(draw(9, seed=3))
+    assert_equal(session, witness)
+    np.testing.assert_allclose(loss, session.feed(draw(9, seed=3)).mean())
+
+  def test_saved_and_loaded_is_the_same_session(self):
+    session = begin()
+    session.feed(draw(10))
+    self.assertEqual(session.save(self.path), self.path.stat().st_size)
+    params = jax.tree.map(np.array, base().params)
+    loaded = self.load()
+    assert_equal(loaded, session)
+    self.assertEqual(loaded.inner, _INNER)
+    more = draw(10, seed=4)
+    np.testing.assert_array_equal(loaded.feed(more), session.feed(more))
+    assert_equal(loaded, session)
+    loaded.rollback()
+    self.assertEqual(loaded.clock, [10])
+    jax.tree.map(np.testing.assert_array_equal, base().params, params)
+
+  def test_refuses_a_file_of_something_else(self):
+    session = begin()
+    session.feed(draw(5))
+    session.save(self.path)
+    before = self.path.read_bytes()
+    params = jax.tree.map(lambda x: x.copy(), base().params)
+    params['norm'] = params['norm'].at[0].add(1e-3)
+    other = models.make_model(
+      models.ModelConfig(**{**vars(_CONFIG), 'embed_dim': 16})
+    )
+    for changes, message in (
+      ({'params': params}, 'belongs to another checkpoint'),
+      ({'tokens_are': 'bytes'}, "other tokens .*'letters'.* than .*'bytes'"),
+      (
+        {'model': other, 'params': other.init_params(jax.random.key(0))},
+        'another checkpoint',
+      ),
+    ):
+      with self.assertRaisesRegex(errors.UserError, message):
+        self.load(**changes)
+    self.path.write_bytes(before[:-1])
+    with self.assertRaisesRegex(errors.UserError, 'cut short'):
+      self.load()
+    self.assertEqual(self.path.read_bytes(), before[:-1])
+    session_files.write(self.path, session_files.Content({}, {}))
+    with self.assertRaisesRegex(errors.UserError, 'is no session'):
+      self.load()
+
+  def test_generates_what_feeding_token_by_token_says(self):
+    session = begin()
+    session.feed(draw(5))
+    witness = session.fork()
+    prompt = draw(2, seed=5)
+    written = session.generate(6, prompt=prompt, temperature=0)
+    assert_equal(session, witness)
+    witness.feed(prompt)
+    expected = int(np.argmax(witness.state.logits[0]))
+    self.assertEqual(int(written.tokens[0, 0]), expected)
+    kept = session.fork()
+    written = kept.generate(6, prompt=prompt, temperature=0, keep=True)
+    fed = session.fork()
+    fed.feed(prompt)
+    fed.feed(np.asarray(written.tokens))
+    assert_equal(kept, fed)
+
+  def test_attention_to_all_begins_anew_and_levels_remember(self):
+    mixer = layers.AttentionConfig(2, 2, head_dim=4)
+    model = models.make_model(
+      models.ModelConfig(**{**vars(_CONFIG), 'mixer': mixer, 'max_length': 12})
+    )
+    params = jax.jit(model.init_params)(jax.random.key(0))
+    session = inference.Session(model, params, _INNER)
+    losses = session.feed(draw(50))
+    self.assertTrue(np.isfinite(losses[:, 1:]).all())
+    np.testing.assert_array_equal(session.health()['fast'].num_updates, [12])
+    position = session.state.stream.model.position
+    self.assertEqual(int(position[0, 0]), 50 % 12)
+    again = inference.Session(model, params, _INNER)
+    for part in np.split(draw(50), [11, 12, 31]):
+      again.feed(part)
+    jax.tree.map(
+      np.testing.assert_array_equal, learned(again), learned(session)
+    )
+    session.generate(11, prompt=draw(1))  # forgets, to have the room
+    self.assertEqual(session.clock, [50])
+    with self.assertRaisesRegex(errors.UserError, 'max_length=12'):
+      session.generate(12, prompt=draw(1))
+    with self.assertRaisesRegex(errors.UserError, 'segment of 16 tokens'):
+      inference.Session(model, params, levels.InnerConfig((16, 16)))
+
+  def test_a_session_with_a_frozen_level_goes_on(self):
+    wild = levels.InnerConfig((4, 8), (1e4, 0.02), 'adam', clip_norm=None)
+    session = inference.Session(base().model, base().params, wild)
+    session.feed(draw())
+    health = session.health()
+    self.assertTrue(health['fast'].frozen.all())
+    np.testing.assert_array_equal(health['slow'].num_updates, [3])
+    self.assertTrue(np.isfinite(session.feed(draw())).all())
+    self.assertRegex(levels.warnings(health)[0], "'fast' diverged in 1 of 1")
+
+  @parameterized.named_parameters(
+    ('empty', [], 'nothing to read'),
+    ('negative', [1, -1], 'token -1 is not among the 11'),
+    ('beyond', [1, 11], 'token 11 is not among the 11'),
+    ('fractions', [0.5], 'whole numbers'),
+    ('rows', [[1], [2]], 'this session has 1 rows'),
+  )
+  def test_refuses_what_is_no_text(self, tokens, message):
+    session = begin()
+    with self.assertRaisesRegex(errors.UserError, message):
+      session.feed(tokens)
+    assert_equal(session, base())
+
+  def test_refuses_to_write_after_nothing(self):
+    with self.assertRaisesRegex(errors.UserError, 'give a prompt'):
+      begin().generate(3)
+    with self.assertRaisesRegex(errors.UserError, 'num_tokens=0'):
+      begin().generate(0, prompt=draw(2))
+
+
+if __name__ == '__main__':
+  absltest.main()
