@@ -53,6 +53,8 @@ def find_devices(
         found = _gpus(name, sizes)
       else:
         found = _tpus(name, sizes, num_slices)
+    except errors.UserError:
+      raise
     except (
       ImportError,
       RuntimeError,
