@@ -49,6 +49,7 @@ SIZES = {
   '340m': Size(24, 1024, 16, 2304),
   '760m': Size(24, 1536, 16, 3600),
   '1p3b': Size(18, 2048, 8, 7104),
+  '7b': Size(32, 4096, 16, 9984),  # no paper's
 }
 
 # Tokens between updates of the three levels of a CMS, fastest first, at half a

@@ -21,6 +21,7 @@ class SizesTest(parameterized.TestCase):
     'hope_340m.py',
     'hope_760m.py',
     'hope_1p3b.py',
+    'hope_7b.py',
   )
   def test_repeats_from_json_and_is_described(self, spec):
     config = configs.load(str(_FOLDER / spec))
@@ -35,6 +36,7 @@ class SizesTest(parameterized.TestCase):
     ('hope_340m.py', 341_544_960),
     ('hope_760m.py', 759_452_928),
     ('hope_1p3b.py', 1_304_910_912),
+    ('hope_7b.py', 7_012_366_336),
   )
   def test_is_as_large_as_its_name(self, spec, count):
     config = configs.load(str(_FOLDER / spec))
