@@ -256,8 +256,8 @@ def make_self_modifying_titans(
 
   table = {
     'in': parameters.Param(
-      (embed_dim, len(_VECTORS), heads, dim),
-      ('embed', None, 'heads', None),
+      (embed_dim, heads, len(_VECTORS), dim),
+      ('embed', 'heads', None, None),
       parameters.fan_in(embed_dim),
     ),
     'conv': convolution.table(_CONV_WIDTH, channels, None),
@@ -395,10 +395,9 @@ def make_self_modifying_titans(
     start = TitansState(None, None, None) if state is None else state
     weights = lambda name: params[name].astype(dtype)
     # Channels of a head lie together, so that heads stay where they are kept.
-    x = jnp.einsum('bte,eshd->bthsd', inputs, weights('in'))
-    kernel = params['conv']['kernel'].reshape(-1, len(_VECTORS), heads, dim)
+    x = jnp.einsum('bte,ehsd->bthsd', inputs, weights('in'))
     x, conv = convolution.apply(
-      {'kernel': jnp.swapaxes(kernel, 1, 2).reshape(-1, channels)},
+      params['conv'],
       start.conv,
       x.reshape(*x.shape[:2], channels),
       reset=marks.reset,

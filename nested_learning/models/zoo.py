@@ -199,22 +199,38 @@ def make_config(name: str, **changes) -> language_model.ModelConfig:
       f'no model {name!r} in the zoo; the nearest are {", ".join(nearest)}.'
     )
   family, size = _named()[name]
-  mixer = family.mixer(size)
+  return make_sized(family, size, **changes)
+
+
+def make_sized(
+  family: str, size: Size, **changes
+) -> language_model.ModelConfig:
+  """The config of a family at any size; see `make_config`.
+
+  Args:
+    family: One of `FAMILIES`.
+    size: Its width and depth.
+    **changes: Fields of the config to set otherwise.
+
+  Returns:
+    A `ModelConfig`.
+  """
+  mixer = FAMILIES[family].mixer(size)
   length = len(mixer) if isinstance(mixer, tuple) else 1  # of the pattern
   config = language_model.ModelConfig(
     vocab_size=size.vocab_size,
     num_layers=-(-size.num_layers // length) * length,
     embed_dim=size.embed_dim,
     mixer=mixer,
-    levels=family.levels(size),
+    levels=FAMILIES[family].levels(size),
     max_length=size.max_length,
   )
   return dataclasses.replace(config, **changes)
 
 
-def _named() -> dict[str, tuple[Family, Size]]:
+def _named() -> dict[str, tuple[str, Size]]:
   return {
-    f'{family_name}_{size_name}': (family, size)
-    for family_name, family in FAMILIES.items()
-    for size_name, size in SIZES.items()
+    f'{family}_{name}': (family, size)
+    for family in FAMILIES
+    for name, size in SIZES.items()
   }
