@@ -21,7 +21,7 @@ from nested_learning import inference
 from nested_learning import models
 from nested_learning import training
 from nested_learning.layers import attention
-from nested_learning.layers import titans
+from nested_learning.layers import memory_mixer
 
 _ROWS = 4
 _TOKENS = 512
@@ -30,7 +30,7 @@ _TOKENS = 512
 def get_config(arg: str | None = None) -> training.ExperimentConfig:
   """The experiment; `arg` is the mixer, 'hope' (default) or 'transformer'."""
   if arg in (None, 'hope'):
-    mixer = titans.SelfModifyingTitansConfig(num_heads=4, head_dim=32)
+    mixer = memory_mixer.MemoryMixerConfig(num_heads=4, head_dim=32)
     levels = (
       models.LevelConfig('fast', mlp_dim=192),
       models.LevelConfig('slow', mlp_dim=192, chunk_size=2 * _ROWS * _TOKENS),

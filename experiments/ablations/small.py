@@ -9,7 +9,7 @@ from nested_learning import evaluation
 from nested_learning import inference
 from nested_learning import models
 from nested_learning import training
-from nested_learning.layers import titans
+from nested_learning.layers import memory_mixer
 
 METRICS = (
   'bits_per_byte',
@@ -39,7 +39,7 @@ def make_config(name: str, *, num_levels: int = 2) -> training.ExperimentConfig:
       vocab_size=257,  # bytes, and the mark between documents
       num_layers=2,
       embed_dim=64,
-      mixer=titans.SelfModifyingTitansConfig(num_heads=2, head_dim=32),
+      mixer=memory_mixer.MemoryMixerConfig(num_heads=2, head_dim=32),
       levels=tuple(
         models.LevelConfig(
           f'level_{i}',

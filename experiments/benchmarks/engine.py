@@ -44,7 +44,7 @@ from nested_learning import parameters
 from nested_learning import training
 from nested_learning.layers import attention
 from nested_learning.layers import layer
-from nested_learning.layers import titans
+from nested_learning.layers import memory_mixer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _layers(config: BenchmarkConfig, matmul_rate: float) -> dict[str, float]:
     )
   functions = {}
   for name, mixer in mixers.items():
-    made = titans.make_self_modifying_titans(
+    made = memory_mixer.make_memory_mixer(
       mixer, embed_dim=config.embed_dim, dtype=jnp.float32
     )
     params = parameters.init(jax.random.key(0), made.table)
@@ -134,7 +134,7 @@ def _layers(config: BenchmarkConfig, matmul_rate: float) -> dict[str, float]:
     functions[name] = jax.jit(jax.grad(loss, argnums=(0, 1))), params, inputs
   seconds = timing.fastest(functions, config.repeats)
   rates = {name: num_tokens / value for name, value in seconds.items()}
-  default = titans.SelfModifyingTitansConfig(1, 1).chunk_size
+  default = memory_mixer.MemoryMixerConfig(1, 1).chunk_size
   chosen = f'chunk_{default}' if f'chunk_{default}' in rates else min(rates)
   return {
     'chunk_over_token_loop': rates[chosen] / rates['token_loop'],
@@ -260,7 +260,7 @@ def _hope(config: BenchmarkConfig, max_length: int) -> models.ModelConfig:
 
 def _mixer(config: BenchmarkConfig, **changes):
   head_dim = config.embed_dim // config.num_heads
-  return titans.SelfModifyingTitansConfig(config.num_heads, head_dim, **changes)
+  return memory_mixer.MemoryMixerConfig(config.num_heads, head_dim, **changes)
 
 
 def _transformer_as_large(hope: models.ModelConfig) -> models.ModelConfig:

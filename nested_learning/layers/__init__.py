@@ -6,4 +6,4 @@ from nested_learning.layers.hybrids import MemoryAsLayerConfig
 from nested_learning.layers.layer import Layer
 from nested_learning.layers.layer import Marks
 from nested_learning.layers.memory_as_context import MemoryAsContextConfig
-from nested_learning.layers.titans import SelfModifyingTitansConfig
+from nested_learning.layers.memory_mixer import MemoryMixerConfig

@@ -22,15 +22,15 @@ import jax
 
 from nested_learning.layers import attention
 from nested_learning.layers import layer
+from nested_learning.layers import memory_mixer
 from nested_learning.layers import norm
-from nested_learning.layers import titans
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryAsLayerConfig:
   """A memory, and attention to what it makes of the tokens."""
 
-  memory: titans.SelfModifyingTitansConfig
+  memory: memory_mixer.MemoryMixerConfig
   attention: attention.AttentionConfig
 
 
@@ -38,7 +38,7 @@ class MemoryAsLayerConfig:
 class MemoryAsGateConfig:
   """Attention and a memory side by side, each gating the other."""
 
-  memory: titans.SelfModifyingTitansConfig
+  memory: memory_mixer.MemoryMixerConfig
   attention: attention.AttentionConfig
 
 
@@ -118,7 +118,7 @@ def _make_parts(config, embed_dim, max_length, dtype):
   # The memory's part is 'titans': 'memory' is the name of initial memories,
   # which weight decay leaves alone.
   return {
-    'titans': titans.make_self_modifying_titans(
+    'titans': memory_mixer.make_memory_mixer(
       config.memory, embed_dim=embed_dim, dtype=dtype
     ),
     'attention': attention.make_attention(

@@ -34,8 +34,8 @@ import jax.numpy as jnp
 from nested_learning.layers import attention
 from nested_learning.layers import hybrids
 from nested_learning.layers import layer
+from nested_learning.layers import memory_mixer
 from nested_learning.layers import norm
-from nested_learning.layers import titans
 from nested_learning.memory import rows
 
 
@@ -43,7 +43,7 @@ from nested_learning.memory import rows
 class MemoryAsContextConfig:
   """A memory read into attention's context; its chunk is the segment."""
 
-  memory: titans.SelfModifyingTitansConfig
+  memory: memory_mixer.MemoryMixerConfig
   attention: attention.AttentionConfig
 
   def __post_init__(self):
@@ -71,7 +71,7 @@ class ContextState(NamedTuple):
   """
 
   reads: jax.Array
-  titans: titans.TitansState
+  titans: memory_mixer.MemoryMixerState
   attention: Any
   offset: jax.Array
 
@@ -90,7 +90,7 @@ def make_memory_as_context(
     A `Layer`.
   """
   size = config.memory.chunk_size
-  memory = titans.make_self_modifying_titans(
+  memory = memory_mixer.make_memory_mixer(
     config.memory, embed_dim=embed_dim, dtype=dtype
   )
   # A segment is a read and a token for each of its tokens: all are in sight.
@@ -175,7 +175,7 @@ def make_memory_as_context(
   return layer.Layer(table, init_state, apply)
 
 
-def _at_segment_start(state: ContextState) -> titans.TitansState:
+def _at_segment_start(state: ContextState) -> memory_mixer.MemoryMixerState:
   """The memory as the segment found it, with the convolution of the reads."""
   main = state.titans.main
   found = rows.where(main.offset == 0, main.memory, main.anchor)

@@ -215,16 +215,15 @@ def _chunk(network, rule, initial, project, write, state, chunk):
   ended = {name: chunk_rule.end_chunk(chunk) for name, chunk in solved.items()}
   memory = {name: carry.weights for name, carry in ended.items()}
   trace = state.trace and {name: carry.trace for name, carry in ended.items()}
-  bounded = memory, trace
-  if write:
-    bounded = writes.bound(rule, initial, memory, trace)
+  bounded = writes.bound(rule, initial, memory, trace)
   if chunk.mask is None:
-    memory, trace = bounded
+    if write:
+      memory, trace = bounded
     state = interface.State(memory, None, trace, state.offset)
   else:
     offset = state.offset + jnp.sum(chunk.mask, axis=1, dtype=jnp.int32)
     ends = offset == rule.chunk_size
-    memory, trace = rows.where(ends, bounded, (memory, trace))
+    memory, trace = rows.where(ends & write, bounded, (memory, trace))
     if chunk.reset is not None:  # the anchor of what is left of this chunk
       anchor = rows.where(
         jnp.any(chunk.reset, axis=1),

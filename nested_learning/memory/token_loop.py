@@ -89,9 +89,8 @@ def token_loop(
       )
     offset = state.offset + mask
     ends = offset == rule.chunk_size
-    if write:
-      bounded = writes.bound(rule, initial, memory, trace)
-      memory, trace = rows.where(ends, bounded, (memory, trace))
+    bounded = writes.bound(rule, initial, memory, trace)
+    memory, trace = rows.where(ends & write, bounded, (memory, trace))
     state = interface.State(memory, anchor, trace, jnp.where(ends, 0, offset))
     return state, writes.result(rule, read, seen)
 

@@ -6,11 +6,11 @@ from nested_learning.layers import attention
 from nested_learning.layers import hybrids
 from nested_learning.layers import layer
 from nested_learning.layers import memory_as_context
-from nested_learning.layers import titans
+from nested_learning.layers import memory_mixer
 
 MixerConfig = (
   attention.AttentionConfig
-  | titans.SelfModifyingTitansConfig
+  | memory_mixer.MemoryMixerConfig
   | hybrids.MemoryAsLayerConfig
   | hybrids.MemoryAsGateConfig
   | memory_as_context.MemoryAsContextConfig
@@ -36,8 +36,8 @@ def make_mixer(
   match config:
     case attention.AttentionConfig():
       return attention.make_attention(config, max_length=max_length, **sizes)
-    case titans.SelfModifyingTitansConfig():
-      return titans.make_self_modifying_titans(config, **sizes)
+    case memory_mixer.MemoryMixerConfig():
+      return memory_mixer.make_memory_mixer(config, **sizes)
     case hybrids.MemoryAsLayerConfig():
       return hybrids.make_memory_as_layer(
         config, max_length=max_length, **sizes

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from nested_learning.layers import attention
 from nested_learning.layers import hybrids
 from nested_learning.layers import memory_as_context
-from nested_learning.layers import titans
+from nested_learning.layers import memory_mixer
 from nested_learning.levels import cms
 from nested_learning.models import language_model
 
@@ -83,9 +83,9 @@ def _chain(size: Size) -> tuple[cms.LevelConfig, ...]:
 
 def _memory(
   *, expansion: int = 1, **settings
-) -> Callable[[Size], titans.SelfModifyingTitansConfig]:
+) -> Callable[[Size], memory_mixer.MemoryMixerConfig]:
   """A memory per head with these settings; hidden layers so much wider."""
-  return lambda size: titans.SelfModifyingTitansConfig(
+  return lambda size: memory_mixer.MemoryMixerConfig(
     size.num_heads,
     size.head_dim,
     hidden_dim=0 if expansion == 1 else expansion * size.head_dim,

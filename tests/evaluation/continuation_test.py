@@ -23,7 +23,7 @@ _ATTENTION = dataclasses.replace(tiny.MODEL, max_length=64)
 _TITANS = dataclasses.replace(
   _ATTENTION,
   max_length=32,
-  mixer=layers.SelfModifyingTitansConfig(
+  mixer=layers.MemoryMixerConfig(
     num_heads=2, head_dim=8, kind='matrix', adaptive=(), chunk_size=4
   ),
 )

@@ -86,7 +86,7 @@ class LayoutTest(parameterized.TestCase):
     self.assertEqual(requests.limits(tiny.MODEL, 16), requests.Limits(16, 16))
     titans = dataclasses.replace(
       tiny.MODEL,
-      mixer=layers.SelfModifyingTitansConfig(num_heads=2, head_dim=8),
+      mixer=layers.MemoryMixerConfig(num_heads=2, head_dim=8),
     )
     self.assertEqual(requests.limits(titans, 16), requests.Limits(16, None))
 

@@ -20,13 +20,13 @@ from tests.training import tiny
 _ATTENTION = dataclasses.replace(tiny.MODEL, max_length=32)
 _TITANS = dataclasses.replace(
   _ATTENTION,
-  mixer=layers.SelfModifyingTitansConfig(
+  mixer=layers.MemoryMixerConfig(
     num_heads=2, head_dim=8, kind='matrix', adaptive=(), chunk_size=4
   ),
 )
 _HOPE = dataclasses.replace(
   _ATTENTION,
-  mixer=layers.SelfModifyingTitansConfig(
+  mixer=layers.MemoryMixerConfig(
     num_heads=2, head_dim=8, chunk_size=4, chunk_size_others=4
   ),
 )

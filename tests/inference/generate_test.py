@@ -15,7 +15,7 @@ from tests.training import tiny
 
 _TITANS = dataclasses.replace(
   tiny.MODEL,
-  mixer=layers.SelfModifyingTitansConfig(
+  mixer=layers.MemoryMixerConfig(
     num_heads=2, head_dim=8, kind='matrix', adaptive=(), chunk_size=4
   ),
 )

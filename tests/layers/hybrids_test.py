@@ -12,13 +12,13 @@ from nested_learning import layers
 from nested_learning import parameters
 from nested_learning.layers import hybrids
 from nested_learning.layers import memory_as_context
-from nested_learning.layers import titans
+from nested_learning.layers import memory_mixer
 from tests import compiling
 from tests.layers import sliding_window_test
 
 _EMBED, _LENGTH, _SIZE = 6, 11, 4
 _SIZES = {'embed_dim': _EMBED, 'dtype': jnp.float64}
-_MEMORY = layers.SelfModifyingTitansConfig(
+_MEMORY = layers.MemoryMixerConfig(
   num_heads=2,
   head_dim=4,
   adaptive=(),
@@ -57,7 +57,7 @@ class _Case(parameterized.TestCase):
 class HybridsTest(_Case):
   def parts(self, params):
     """The memory over whole rows, and attention over whole rows by hand."""
-    memory = titans.make_self_modifying_titans(_MEMORY, **_SIZES)
+    memory = memory_mixer.make_memory_mixer(_MEMORY, **_SIZES)
     remember = lambda x: np.asarray(
       compiling.jit(memory.apply)(
         params['titans'], None, x, layers.Marks(self.reset)
@@ -111,7 +111,7 @@ class MemoryAsContextTest(_Case):
 
   def by_hand(self):
     """Token by token, with a copy of the memory each segment began with."""
-    memory = titans.make_self_modifying_titans(_MEMORY, **_SIZES)
+    memory = memory_mixer.make_memory_mixer(_MEMORY, **_SIZES)
 
     @compiling.jit_static('write')
     def step(state, token, write):

@@ -43,7 +43,7 @@ _ZOO = {
   'hope': dataclasses.replace(
     _TRANSFORMER,
     levels=_CHAIN,
-    mixer=layers.SelfModifyingTitansConfig(
+    mixer=layers.MemoryMixerConfig(
       num_heads=4, head_dim=4, chunk_size=8, chunk_size_others=4
     ),
   ),

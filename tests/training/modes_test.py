@@ -15,7 +15,7 @@ from nested_learning import sharding
 from nested_learning import training
 from tests.training import tiny
 
-_TITANS = layers.SelfModifyingTitansConfig(
+_TITANS = layers.MemoryMixerConfig(
   num_heads=2, head_dim=8, kind='matrix', adaptive=(), chunk_size=16
 )
 

@@ -41,7 +41,7 @@ class OptimizerTest(absltest.TestCase):
     self.root = pathlib.Path(self.create_tempdir().full_path)
 
   def test_decays_matrices_alone(self):
-    mixer = layers.SelfModifyingTitansConfig(num_heads=2, head_dim=8)
+    mixer = layers.MemoryMixerConfig(num_heads=2, head_dim=8)
     config = tiny.experiment(self.root, model={'mixer': mixer})
     table = models.make_model(config.model).table
     decayed = {

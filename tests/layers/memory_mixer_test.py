@@ -10,17 +10,17 @@ import numpy as np
 
 from nested_learning import layers
 from nested_learning import parameters
-from nested_learning.layers import titans
+from nested_learning.layers import memory_mixer
 from tests import compiling
 
 _BATCH, _LENGTH, _EMBED = 2, 21, 6
-_HOPE = layers.SelfModifyingTitansConfig(
+_HOPE = layers.MemoryMixerConfig(
   num_heads=2, head_dim=4, hidden_dim=6, chunk_size=8, chunk_size_others=5
 )
 _CONFIGS = {
   'hope': _HOPE,
   'all_memories': dataclasses.replace(
-    _HOPE, adaptive=titans.ROLES, momentum=True, read='chunk'
+    _HOPE, adaptive=memory_mixer.ROLES, momentum=True, read='chunk'
   ),
   'matrix': dataclasses.replace(_HOPE, kind='matrix', retain_to='zero'),
   'static': dataclasses.replace(_HOPE, adaptive=(), erase='input'),
@@ -28,7 +28,7 @@ _CONFIGS = {
 
 
 def make(config, dtype=jnp.float32):
-  return titans.make_self_modifying_titans(
+  return memory_mixer.make_memory_mixer(
     config, embed_dim=_EMBED, dtype=jnp.dtype(dtype)
   )
 

@@ -1,4 +1,6 @@
-r"""Self-modifying Titans: keys, values, rates and retention that learn.
+r"""A memory that mixes tokens: self-modifying Titans, and all that is simpler.
+
+In self-modifying Titans, keys, values, rates and retention learn as they read.
 
 Per head, with x^k, x^v, x^q static projections of the layer's input:
 
@@ -72,8 +74,11 @@ _CHOICES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class SelfModifyingTitansConfig:
-  """Self-modifying Titans; a role that is no memory is a static projection."""
+class MemoryMixerConfig:
+  """A memory per head; a role that is no memory is a static projection.
+
+  The defaults are self-modifying Titans.
+  """
 
   num_heads: int
   head_dim: int
@@ -199,7 +204,7 @@ class SelfModifyingTitansConfig:
     )
 
 
-class TitansState(NamedTuple):
+class MemoryMixerState(NamedTuple):
   """What the layer carries.
 
   Attributes:
@@ -213,8 +218,8 @@ class TitansState(NamedTuple):
   main: memory.State
 
 
-def make_self_modifying_titans(
-  config: SelfModifyingTitansConfig, *, embed_dim: int, dtype: Any
+def make_memory_mixer(
+  config: MemoryMixerConfig, *, embed_dim: int, dtype: Any
 ) -> layer.Layer:
   """Makes the layer.
 
@@ -305,7 +310,7 @@ def make_self_modifying_titans(
       for name, initial in first_memory(params).items()
     }
     conv = convolution.init_state(_CONV_WIDTH, channels, batch_size, dtype)
-    return TitansState(conv, start.get('others'), start['main'])
+    return MemoryMixerState(conv, start.get('others'), start['main'])
 
   def project(weights, inputs):
     """The tokens' feed, made by the memories' own anchor; NL eq. 79-84."""
@@ -392,7 +397,7 @@ def make_self_modifying_titans(
       )
 
   def apply(params, state, inputs, marks):
-    start = TitansState(None, None, None) if state is None else state
+    start = MemoryMixerState(None, None, None) if state is None else state
     weights = lambda name: params[name].astype(dtype)
     # Channels of a head lie together, so that heads stay where they are kept.
     x = jnp.einsum('bte,ehsd->bthsd', inputs, weights('in'))
@@ -437,7 +442,7 @@ def make_self_modifying_titans(
     read = norm.rms_norm(params['norm'], read).astype(dtype)
     gate = jnp.einsum('bte,ehd->bthd', inputs, weights('gate'))
     out = jnp.einsum('bthd,hde->bte', read * jax.nn.silu(gate), weights('out'))
-    return out, TitansState(conv, others, main)
+    return out, MemoryMixerState(conv, others, main)
 
   return layer.Layer(table, init_state, apply)
 
