@@ -29,7 +29,6 @@ from nested_learning import tasks
 from nested_learning import training
 
 _FAMILY, _TASK = 'hope', 'mqar_small'
-_EMBED_DIM = 64
 _STEP = 2**13  # tokens, at most 32 rows and at least 4
 
 
@@ -66,30 +65,28 @@ def make_model(family: str, task: tasks.TaskConfig) -> models.ModelConfig:
     task: What it learns.
 
   Returns:
-    The config: the zoo's tiny model, twice as wide.
+    The config: two layers 64 wide, of two heads.
 
   Raises:
     errors.UserError: There is no such family.
   """
-  families = [
-    name.removesuffix('_tiny')
-    for name in models.zoo.names()
-    if name.endswith('_tiny')
-  ]
-  if family not in families:
-    nearest = difflib.get_close_matches(family, families, n=3, cutoff=0)
+  if family not in models.zoo.FAMILIES:
+    nearest = difflib.get_close_matches(
+      family, models.zoo.FAMILIES, n=3, cutoff=0
+    )
     raise errors.UserError(
       f'no family {family!r} in the zoo; the nearest are {", ".join(nearest)}.'
     )
-  model = models.zoo.make_config(f'{family}_tiny')
-  levels = tuple(
-    dataclasses.replace(level, mlp_dim=2 * level.mlp_dim, chunk_size=None)
-    for level in model.levels
-  )
-  return dataclasses.replace(
-    model,
+  size = models.zoo.Size(
+    num_layers=2,
+    embed_dim=64,
+    num_heads=2,
+    mlp_dim=96,
     vocab_size=max(task.vocab_size, 1),
-    embed_dim=_EMBED_DIM,
-    levels=levels,
     max_length=task.num_tokens,
+    window=32,
   )
+  model = models.zoo.make_sized(family, size)
+  every_step = lambda level: dataclasses.replace(level, chunk_size=None)
+  levels = tuple(every_step(level) for level in model.levels)
+  return dataclasses.replace(model, levels=levels)

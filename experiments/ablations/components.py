@@ -4,7 +4,7 @@ Command:
   python launch/sweep.py --config=experiments/ablations/components.py \
     --workdir=runs/abl --seeds=3 --jobs=1
 
-Hardware: two CPU cores, a few minutes for each of the 21 runs.
+Hardware: two CPU cores, a few minutes for each of the 24 runs.
 Result: not run to its end yet.
 
 The paper (arXiv:2512.24695, Table 6) prints perplexity / accuracy in per cent,
@@ -24,8 +24,7 @@ parts of the paper's: `with_momentum` adds what the paper's row takes away (no
 equation of its section 8 has one; here it is Titans' trace), and `adaptive_q`
 makes the query a memory (its section 8 calls q the only projection that is
 none, its Table 6 takes that memory away). So `hope` is the paper's row without
-momentum and with static q, and without an equal in its table. The row without
-weight decay has none here: retention cannot be switched off.
+momentum and with static q, and without an equal in its table.
 """
 
 from experiments.ablations import small
@@ -52,6 +51,11 @@ def get_sweep() -> sweeps.Sweep:
         'with_momentum',
         ('model.mixer.momentum=true',),
         printed='12.24 / 58.1; 13.58 / 56.9 without',
+      ),
+      sweeps.Row(
+        'no_retention',
+        (f'{adaptive}=k,v,inner_lr', 'model.mixer.retention=none'),
+        printed='13.71 / 57.2',
       ),
       sweeps.Row('no_cms', arg='no_cms', printed='13.04 / 57.3'),
       sweeps.Row(
