@@ -11,9 +11,9 @@ Result, one seed: 2.077 bits per byte of held-out files, 2.553 with memory
 writes off.
 
 `--config=experiments/quickstart.py:transformer` trains the Transformer++ of the
-same width, depth and data instead: 2.142 bits per byte after the same tokens,
-in less than half the time. Of more devices than its four rows it uses four;
---set=data.batch_size=8 is for eight.
+same width, depth and data instead: 2.142 bits per byte after the same
+tokens. Of more devices than its four rows it uses four; --set=data.batch_size=8
+is for eight.
 """
 
 from nested_learning import data
