@@ -3,6 +3,8 @@
     python launch/run.py --config=experiments/quickstart.py --workdir=runs/q
     python launch/run.py --workdir=runs/q --mode=generate --prompt='def main('
     python launch/run.py --config=runs/q/config.json --workdir=runs/again
+    python launch/run.py --workdir=runs/q --mode=session \
+      --session=runs/me.session --feed=FILE --prompt='def '
 
 The same command again resumes an interrupted run. --target says where it runs:
 in this process, in several, on TPUs or under Slurm; with --dry_run it prints
@@ -11,6 +13,7 @@ on stderr, when a flag, a config or a file is wrong; 128 and the number of the
 signal that ended it; 42 when one of several processes failed.
 """
 
+import dataclasses
 import pathlib
 import shlex
 import sys
@@ -47,8 +50,9 @@ _SET = flags.DEFINE_multi_string(
 _MODE = flags.DEFINE_enum(
   'mode',
   'train',
-  ['train', 'eval', 'generate', 'describe', 'compile'],
-  'train; eval or generate from the last checkpoint in --workdir; describe '
+  ['train', 'eval', 'generate', 'session', 'describe', 'compile'],
+  'train; eval or generate from the last checkpoint in --workdir; hold a '
+  'session with it, which learns from what it is fed; describe '
   'the model and what it costs, without training; or compile its steps for '
   '--topology, which need not be there.',
 )
@@ -58,7 +62,15 @@ _SUGGEST = flags.DEFINE_bool(
   '--mode=compile: find a mesh and a number of micro-batches that fit.',
 )
 _PROMPT = flags.DEFINE_string(
-  'prompt', None, 'Short for --set=generate.prompt=...'
+  'prompt', None, 'Short for --set=generate.prompt=..., or session.prompt.'
+)
+_SESSION = flags.DEFINE_string(
+  'session',
+  None,
+  'File of a session, for --mode=session; begun where there is none.',
+)
+_FEED = flags.DEFINE_multi_string(
+  'feed', [], 'A file of text that the session reads. Repeatable.'
 )
 _TARGET = flags.DEFINE_string(
   'target',
@@ -258,10 +270,34 @@ def _load(workdir: pathlib.Path | None) -> configs.Experiment:
     spec = str(workdir / 'config.json')
   experiment = configs.load_experiment(spec)
   assignments = list(_SET.value)
-  if _PROMPT.value is not None:
+  in_session = _MODE.value == 'session'
+  if not in_session and (_SESSION.value is not None or _FEED.value):
+    raise errors.UserError(
+      f'--session and --feed are for --mode=session, not {_MODE.value}.'
+    )
+  if _PROMPT.value is not None and not in_session:
     assignments.append(f'generate.prompt={_PROMPT.value}')
   config = configs.override(experiment.config, assignments)
+  if in_session:
+    config = _set_session(config)
   return experiment._replace(config=config)
+
+
+def _set_session(config):
+  """The config with --session, --feed and --prompt, to the letter."""
+  session = getattr(config, 'session', None)
+  if session is None:
+    raise errors.UserError(
+      '--mode=session needs a language model, which this experiment is not.'
+    )
+  changes = {
+    'path': _SESSION.value,
+    'feed': tuple(_FEED.value) or None,
+    'prompt': _PROMPT.value,
+  }
+  changes = {k: v for k, v in changes.items() if v is not None}
+  session = dataclasses.replace(session, **changes)
+  return dataclasses.replace(config, session=session)
 
 
 def _is_ours(error: ValueError) -> bool:

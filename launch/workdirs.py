@@ -66,11 +66,11 @@ def _check_same_run(config, workdir: pathlib.Path, mode: str) -> None:
   """Refuses a workdir that holds the run of another config."""
   theirs = configs.load(str(workdir / 'config.json'))
   changed = configs.differences(config, theirs)
-  if mode == 'generate':
+  if mode in ('generate', 'session'):
     changed = {
       path: values
       for path, values in changed.items()
-      if not path.startswith('generate.')
+      if not path.startswith(('generate.', 'session.'))
     }
   if not changed:
     return

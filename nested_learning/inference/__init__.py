@@ -10,3 +10,4 @@ from nested_learning.inference.sampling import sample
 from nested_learning.inference.sessions import default_inner
 from nested_learning.inference.sessions import join
 from nested_learning.inference.sessions import Session
+from nested_learning.inference.sessions import SessionConfig

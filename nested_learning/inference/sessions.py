@@ -40,9 +40,23 @@ _FORMAT = 'nested_learning session'
 
 
 def default_inner(config: models.ModelConfig) -> levels.InnerConfig:
-  """All levels of a chain learn, every 512, 2K, 8K, ... tokens."""
-  sizes = tuple(512 * 4**i for i in range(len(config.levels)))
-  return levels.InnerConfig(sizes, (0.1,))
+  """All levels of a chain learn, every 128, 512, 2K, ... tokens.
+
+  The papers begin at 512, for models of 10^8 parameters and more. A Transformer
+  of half a million, on 16K bytes of code that it was not trained on, comes from
+  2.60 nats per byte to 1.95 with steps every 128 and to 2.15 every 512.
+  """
+  sizes = tuple(128 * 4**i for i in range(len(config.levels)))
+  return levels.InnerConfig(sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionConfig:
+  """What to do with a session from the terminal."""
+
+  path: str | None = None  # file of the session; begun where there is none
+  feed: tuple[str, ...] = ()  # files of text, read in this order
+  prompt: str | None = None  # text that is answered, then read
 
 
 class Session:
@@ -100,6 +114,11 @@ class Session:
     self._age = np.zeros(num_rows, np.int64)  # tokens that the mixers hold
     self._fingerprint = None
     self.mark()
+
+  @property
+  def segment_size(self) -> int:
+    """Tokens between two looks at whether a level is due."""
+    return self._programs.segment_size
 
   @property
   def num_rows(self) -> int:
@@ -169,6 +188,7 @@ class Session:
     num_tokens: int,
     *,
     prompt: Any = None,
+    reset: Any = None,
     key: jax.Array | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -186,6 +206,7 @@ class Session:
     Args:
       num_tokens: Most tokens to write in a row.
       prompt: int [b, t] or [t], read first; None for none.
+      reset: bool like the prompt, True at a document's first token, or None.
       key: From `jax.random.key`; None is key 0.
       temperature: See `sampling.sample`.
       top_k: See `sampling.sample`.
@@ -208,7 +229,7 @@ class Session:
     if not keep:
       reader._forget_for(length + num_tokens)
     if prompt is not None:
-      reader.feed(prompt)
+      reader.feed(prompt, reset=reset)
     if not reader.clock.all():
       raise errors.UserError(
         'nothing was read yet to write on after; give a prompt.'

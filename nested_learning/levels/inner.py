@@ -30,7 +30,7 @@ class InnerConfig:
   # Tokens of a row between two steps of a level; None: it rests. () is off.
   # The papers have 512, 2K, 8K and 32K.
   chunk_sizes: tuple[int | None, ...] = ()
-  learning_rates: tuple[float, ...] = (0.1,)  # one per level, or one for all
+  learning_rates: tuple[float, ...] = (1.0,)  # one per level, or one for all
   optimizer: str = 'sgd'  # or momentum, adam, m3, delta_momentum, ...
   clip_norm: float | None = 1.0  # longest gradient of a level; None is any
   reduce: str = 'mean'  # of the gradients of a chunk; 'sum' is the paper's

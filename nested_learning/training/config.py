@@ -69,6 +69,7 @@ class ExperimentConfig:
   mesh: sharding.MeshConfig = sharding.MeshConfig()
   # Levels that learn inside every row, in training and evaluation.
   inner: levels.InnerConfig = levels.InnerConfig()
+  session: inference.SessionConfig = inference.SessionConfig()
   seed: int = 0  # of the initial parameters
 
   def __post_init__(self):

@@ -1,4 +1,4 @@
-"""What a run can do: train, evaluate, generate, describe."""
+"""What a run can do: train, evaluate, generate, hold a session, describe."""
 
 import json
 import pathlib
@@ -11,12 +11,14 @@ from nested_learning import configs
 from nested_learning import errors
 from nested_learning import parameters
 from nested_learning import sharding
+from nested_learning import tasks
 from nested_learning.training import checkpoints
 from nested_learning.training import config as config_lib
 from nested_learning.training import description
 from nested_learning.training import interrupts
 from nested_learning.training import metrics as metrics_lib
 from nested_learning.training import report
+from nested_learning.training import session
 from nested_learning.training import subjects
 from nested_learning.training import trainer
 
@@ -24,7 +26,7 @@ from nested_learning.training import trainer
 def run(
   config: config_lib.ExperimentConfig,
   workdir: str | pathlib.Path | None = None,
-  mode: Literal['train', 'eval', 'generate', 'describe'] = 'train',
+  mode: Literal['train', 'eval', 'generate', 'session', 'describe'] = 'train',
 ) -> None:
   """Runs an experiment in one of its modes.
 
@@ -33,6 +35,7 @@ def run(
   'eval' evaluates the latest checkpoint and leaves evaluation.json: a text with
   writes on and off, with the table and the plot by position, a task at every
   length. 'generate' prints what follows the prompt, or an answer to the task.
+  'session' feeds a session files and a prompt, and keeps what it learned.
   'describe' prints sizes, and needs no workdir.
 
   Args:
@@ -50,10 +53,15 @@ def run(
   if workdir is None:
     raise errors.UserError(f'mode {mode!r} needs a workdir.')
   workdir = pathlib.Path(workdir)
-  modes = {'train': _train, 'eval': _evaluate, 'generate': _generate}
+  modes = {
+    'train': _train,
+    'eval': _evaluate,
+    'generate': _generate,
+    'session': _session,
+  }
   if mode not in modes:
     raise errors.UserError(
-      f"{mode=} must be 'train', 'eval', 'generate' or 'describe'."
+      f'{mode=} must be one of {", ".join([*modes, "describe"])}.'
     )
   modes[mode](config, workdir, subjects.make_subject(config))
 
@@ -148,6 +156,21 @@ def _generate(config, workdir, subject):
   if jax.process_index() == 0:
     (workdir / report.SAMPLE).write_text(text, encoding='utf-8')
     print(text)
+
+
+def _session(config, workdir, subject):
+  if isinstance(config.data, tasks.TaskDataConfig):
+    raise errors.UserError(
+      '--mode=session reads text, and this run learned a task; give the '
+      '--workdir of a language model.'
+    )
+  if jax.process_count() > 1:
+    raise errors.UserError(
+      '--mode=session is for one process; leave out --target.'
+    )
+  params, _ = restore_params(config, workdir, subject.fingerprint)
+  with jax.set_mesh(trainer.make_mesh(config)):
+    session.run_session(config, params)
 
 
 def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:

@@ -1,0 +1,145 @@
+"""A session from the terminal: files are read, a prompt is answered."""
+
+import math
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from nested_learning import data as data_lib
+from nested_learning import errors
+from nested_learning import inference
+from nested_learning import levels
+from nested_learning import models
+from nested_learning.training import config as config_lib
+from nested_learning.training import on_text
+
+_SEGMENTS = 4  # read between two moves of the progress bar
+
+
+def run_session(config: config_lib.ExperimentConfig, params: Any) -> None:
+  """Opens a session or begins one, feeds it, asks it, and saves it.
+
+  The file is replaced after every text that was read, and by a whole one; the
+  checkpoint stays as it is.
+
+  Args:
+    config: The experiment; `session` says what to do, `inner` how levels learn
+      where that is not left to `inference.default_inner`.
+    params: Of its checkpoint.
+
+  Raises:
+    errors.UserError: A file cannot be read, or is not of this checkpoint;
+      nothing was fed.
+  """
+  settings = config.session
+  if settings.path is None:
+    raise errors.UserError(
+      '--mode=session needs a file that keeps what is learned: '
+      '--session=runs/NAME.session.'
+    )
+  if not settings.feed and settings.prompt is None:
+    raise errors.UserError(
+      'nothing to read; give --feed=FILE, --prompt=TEXT, or both.'
+    )
+  tokenizer = on_text.make_tokenizer(config)
+  texts = [(path, _read(path)) for path in settings.feed]
+  session = _open(config, params, tokenizer)
+  begun = 'Going on after' if session.clock[0] else 'Beginning after'
+  print(f'{begun} {session.clock[0]:,} tokens: {settings.path}')
+  for path, text in texts:
+    print(f'{path}: {_feed(session, tokenizer, text, path)}')
+    session.save(settings.path)
+  if settings.prompt is not None:
+    prompt = _document(tokenizer, settings.prompt)
+    print(settings.prompt + _answer(session, config, tokenizer, prompt))
+    session.feed(prompt, reset=_starts(prompt))
+    session.save(settings.path)
+  for name, level in session.health().items():
+    print(
+      f'level {name}: {int(level.num_updates[0]):,} updates, '
+      f'{float(level.drift[0]):.2%} from its start'
+    )
+  for warning in levels.warnings(session.health()):
+    print(f'WARNING: {warning}')
+
+
+def _open(config, params, tokenizer) -> inference.Session:
+  model = models.make_model(config.model)
+  path, given = config.session.path, config.inner
+  tokens_are = tokenizer.fingerprint
+  if not pathlib.Path(path).exists():
+    inner = given if given.is_on else None
+    return inference.Session(model, params, inner, tokens_are=tokens_are)
+  session = inference.Session.load(path, model, params, tokens_are=tokens_are)
+  if given.is_on and session.inner != given:
+    raise errors.UserError(
+      f'the session {path} was begun with {session.inner}, and this config has '
+      f'{given}; leave out inner, or begin another --session.'
+    )
+  if session.num_rows > 1:
+    raise errors.UserError(
+      f'the session {path} has {session.num_rows} rows; from the terminal one '
+      'is fed, see `Session.split`.'
+    )
+  return session
+
+
+def _read(path: str) -> str:
+  try:
+    text = pathlib.Path(path).read_text(encoding='utf-8')
+  except (OSError, UnicodeDecodeError) as error:
+    reason = getattr(error, 'strerror', None) or 'it is no UTF-8 text'
+    raise errors.UserError(
+      f'--feed={path} cannot be read ({reason}); nothing was fed.'
+    ) from error
+  if not text:
+    raise errors.UserError(f'--feed={path} is empty; nothing was fed.')
+  return text
+
+
+def _document(tokenizer: data_lib.Tokenizer, text: str) -> np.ndarray:
+  return np.concatenate([[tokenizer.document_id], tokenizer.encode(text)])
+
+
+def _starts(tokens: np.ndarray) -> np.ndarray:
+  return np.arange(len(tokens)) == 0
+
+
+def _feed(session, tokenizer, text, name) -> str:
+  """Reads a text as a document; how well it was predicted, in words."""
+  tokens = _document(tokenizer, text)
+  reset, losses = _starts(tokens), []
+  step = _SEGMENTS * session.segment_size
+  first = step - int(session.clock[0]) % step  # so that calls end at borders
+  cuts = range(first, len(tokens), step)
+  with tqdm.tqdm(total=len(tokens), desc=name, unit='token') as bar:
+    for place in np.split(np.arange(len(tokens)), cuts):
+      found = session.feed(tokens[place], reset=reset[place])
+      losses.append(found[0])
+      bar.update(len(place))
+      bar.set_postfix_str(f'loss {np.nanmean(found):.3f}')
+  bits = np.nansum(np.concatenate(losses), dtype=np.float64) / math.log(2)
+  return (
+    f'{len(tokens):,} tokens, {bits / len(text.encode()):.3f} bits per byte '
+    'while it was read'
+  )
+
+
+def _answer(session, config, tokenizer, prompt) -> str:
+  settings = config.generate
+  written = session.generate(
+    settings.num_tokens,
+    prompt=prompt,
+    reset=_starts(prompt),
+    key=jax.random.key(settings.seed),
+    temperature=settings.temperature,
+    top_k=settings.top_k,
+    top_p=settings.top_p,
+    stop_token=tokenizer.document_id,
+    vocab_size=tokenizer.vocab_size,
+  )
+  tokens = np.asarray(written.tokens)[0, : int(written.lengths[0])]
+  return tokenizer.decode(tokens)
