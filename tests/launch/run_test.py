@@ -223,6 +223,15 @@ class RunTest(parameterized.TestCase):
     self._assert_refused(self._toy(), 'runs/a/config.json: not a config')
     self.assertLen(file.read_text(), 20)
 
+  @parameterized.parameters(
+    (['--feed=a.txt'], '--session and --feed are for --mode=session'),
+    (['--mode=session', '--session=a'], 'needs a language model'),
+  )
+  def test_sessions_are_for_language_models(self, args, message):
+    result = self._toy(*args)
+    self.assertEqual(result.returncode, 2)
+    self.assertIn(message, result.stderr)
+
 
 if __name__ == '__main__':
   absltest.main()

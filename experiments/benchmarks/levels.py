@@ -1,0 +1,218 @@
+"""What it costs that levels learn while they read: ratios of one run.
+
+Command:
+  python launch/run.py --config=experiments/benchmarks/levels.py \
+    --workdir=runs/levels
+
+Writes summary.json: session_over_frozen (tokens per second of a session whose
+levels step every 512, 2K and 8K tokens, over those of the same model, read by
+the same segments, with its levels at rest), flatness_to_1m (time per token at
+the end of a stream of `stream_tokens` over that at its start; the length is in
+the summary, and experiments/benchmarks/levels.py:long is a million),
+state_bytes_growth (the state's size at the end over that at the start), and
+meta_memory_exponent (the power of the number of segments with which the
+temporary memory of an outer gradient grows, as compiled: 0.5 is a square root;
+the parts that do not grow are in it).
+
+Hardware: two CPU cores.
+"""
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+import optax
+import tqdm
+
+from experiments import results
+from nested_learning import errors
+from nested_learning import inference
+from nested_learning import levels
+from nested_learning import models
+from nested_learning.layers import attention
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkConfig:
+  """Sizes of the model and of what it reads."""
+
+  num_layers: int = 4
+  embed_dim: int = 256
+  mlp_dim: int = 256  # of each of three levels
+  window: int = 512  # tokens that attention sees
+  chunk_sizes: tuple[int, ...] = (512, 2048, 8192)  # tokens
+  num_segments: int = 16  # that are timed, of each kind
+  stream_tokens: int = 65_536  # read for the flatness
+  meta_segments: tuple[int, ...] = (16, 64, 256)  # of an outer gradient
+  meta_chunk_size: int = 16  # tokens; short, so that what is carried counts
+  meta_embed_dim: int = 64
+  repeats: int = 3  # the fastest of so many counts
+
+
+def get_config(arg: str | None = None) -> BenchmarkConfig:
+  """The benchmark; 'long' reads a million tokens, 'small' is for tests."""
+  if arg == 'small':
+    return BenchmarkConfig(
+      num_layers=1,
+      embed_dim=16,
+      mlp_dim=16,
+      window=8,
+      chunk_sizes=(8, 16, 32),
+      num_segments=4,
+      stream_tokens=64,
+      meta_segments=(4, 64),
+      meta_chunk_size=4,
+      meta_embed_dim=16,
+      repeats=1,
+    )
+  if arg == 'long':
+    return BenchmarkConfig(stream_tokens=2**20)
+  if arg is not None:
+    raise errors.UserError(f"{arg!r} must be 'long' or 'small', or nothing.")
+  return BenchmarkConfig()
+
+
+def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
+  """Times everything in turn and writes the ratios."""
+  results.check_mode(mode)
+  summary = {}
+  for part in tqdm.tqdm((_speed, _stream, _memory), desc='benchmark'):
+    summary |= part(config)
+  rows = list(summary.items())
+  results.write(
+    workdir,
+    config,
+    module=__name__,
+    summary=summary,
+    metrics=[{'name': name, 'value': value} for name, value in rows],
+    sections=[
+      '# Levels that learn while they read',
+      results.table(('', ''), rows),
+    ],
+  )
+  for name, value in rows:
+    print(f'{name}: {value:.4g}')
+
+
+def _session(config: BenchmarkConfig) -> inference.Session:
+  heads = max(config.embed_dim // 64, 1)
+  model = models.make_model(
+    models.ModelConfig(
+      vocab_size=257,
+      num_layers=config.num_layers,
+      embed_dim=config.embed_dim,
+      mixer=attention.AttentionConfig(
+        heads, heads, config.embed_dim // heads, window=config.window
+      ),
+      levels=tuple(
+        models.LevelConfig(name, config.mlp_dim)
+        for name in ('fast', 'middle', 'slow')
+      ),
+      max_length=max(config.chunk_sizes),
+    )
+  )
+  params = jax.jit(model.init_params)(jax.random.key(0))
+  inner = levels.InnerConfig(config.chunk_sizes, (1e-3,))
+  return inference.Session(model, params, inner)
+
+
+def _tokens(num_tokens: int) -> np.ndarray:
+  return np.random.default_rng(0).integers(257, size=num_tokens)
+
+
+def _speed(config: BenchmarkConfig) -> dict[str, float]:
+  """A session against its model, which reads the same segments."""
+  session = _session(config)
+  model, size = session.model, session.segment_size
+  tokens = _tokens(config.num_segments * size)
+  forward = jax.jit(model.forward)
+
+  def frozen():
+    state = model.init_state(session.params, 1)
+    for part in np.split(tokens[None], config.num_segments, axis=1):
+      logits, state = forward(session.params, state, part)
+      losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits[:, :-1], part[:, 1:]
+      )
+      np.asarray(losses)
+
+  learn = lambda: session.fork().feed(tokens)
+  times = {}
+  for name, function in {'frozen': frozen, 'session': learn}.items():
+    function()
+    times[name] = min(_seconds(function) for _ in range(config.repeats))
+  return {
+    'session_over_frozen': times['frozen'] / times['session'],
+    **{
+      f'tokens_per_second_{name}': len(tokens) / value
+      for name, value in times.items()
+    },
+  }
+
+
+def _stream(config: BenchmarkConfig) -> dict[str, float]:
+  """Time per token and state, at the start and at the end of a stream."""
+  session = _session(config)
+  part = max(config.chunk_sizes)  # so that every part has the same steps
+  tokens = _tokens(part)
+  session.fork().feed(tokens)  # compiles
+  begin = sum(x.nbytes for x in jax.tree.leaves(session.state))
+  seconds = []
+  for _ in tqdm.trange(config.stream_tokens // part, desc='stream'):
+    seconds.append(_seconds(lambda: session.feed(tokens)))
+  share = max(len(seconds) // 4, 1)
+  end = sum(x.nbytes for x in jax.tree.leaves(session.state))
+  return {
+    'flatness_to_1m': np.median(seconds[-share:]) / np.median(seconds[:share]),
+    'flatness_tokens': int(session.clock[0]),
+    'state_bytes': end,
+    'state_bytes_growth': end / begin,
+  }
+
+
+def _memory(config: BenchmarkConfig) -> dict[str, float]:
+  """Temporary memory of an outer gradient, at several numbers of segments."""
+  size, width = config.meta_chunk_size, config.meta_embed_dim
+  model = models.make_model(
+    models.ModelConfig(
+      vocab_size=64,
+      num_layers=1,
+      embed_dim=width,
+      mixer=attention.AttentionConfig(2, 2, width // 2, window=size),
+      levels=(models.LevelConfig('mlp', 4 * width),),
+      max_length=size * max(config.meta_segments),
+    )
+  )
+  learner = models.learn_in_context(model, levels.InnerConfig((size,), (0.1,)))
+  params = jax.eval_shape(model.init_params, jax.random.key(0))
+  sizes = []
+  for count in config.meta_segments:
+    tokens = jax.ShapeDtypeStruct((1, count * size), np.int32)
+
+    def loss(params, tokens):
+      losses, _ = learner.losses(
+        params,
+        None,
+        tokens,
+        tokens,
+        optax.softmax_cross_entropy_with_integer_labels,
+      )
+      return losses.mean()
+
+    compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile()
+    sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+  slope, _ = np.polyfit(np.log(config.meta_segments), np.log(sizes), 1)
+  return {
+    'meta_memory_exponent': float(slope),
+    **{
+      f'meta_bytes_{count}_segments': value
+      for count, value in zip(config.meta_segments, sizes, strict=True)
+    },
+  }
+
+
+def _seconds(function) -> float:
+  start = time.perf_counter()
+  function()
+  return time.perf_counter() - start

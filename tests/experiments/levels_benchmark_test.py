@@ -1,0 +1,28 @@
+"""The benchmark of levels at its smallest."""
+
+import json
+import pathlib
+
+from absl.testing import absltest
+
+from experiments.benchmarks import levels
+from tests import compiling
+
+
+class LevelsBenchmarkTest(absltest.TestCase):
+  def test_writes_every_ratio(self):
+    self.enterContext(compiling.quickly())
+    workdir = pathlib.Path(self.create_tempdir().full_path)
+    levels.run(levels.get_config('small'), str(workdir), 'train')
+    summary = json.loads((workdir / 'summary.json').read_text())
+    self.assertGreater(summary['session_over_frozen'], 0)
+    self.assertGreater(summary['flatness_to_1m'], 0)
+    self.assertEqual(summary['flatness_tokens'], 64)
+    self.assertEqual(summary['state_bytes_growth'], 1)
+    # Far below 1 even where what is not kept for each segment is in it.
+    self.assertLess(summary['meta_memory_exponent'], 0.75)
+    self.assertGreater(summary['meta_memory_exponent'], 0)
+
+
+if __name__ == '__main__':
+  absltest.main()
