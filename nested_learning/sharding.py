@@ -300,7 +300,8 @@ def _gather_forward(kept, whole, x):
 
 
 def _gather_backward(kept, whole, _, gradient):
-  del whole
+  # Whole first: what computes it is not to follow where it is kept.
+  gradient = jax.lax.with_sharding_constraint(gradient, whole)
   return (jax.lax.with_sharding_constraint(gradient, kept),)
 
 

@@ -64,11 +64,12 @@ def find(
       kind = 'send'
     elif kind not in KINDS:
       continue
-    channel = re.search(r'channel_id=(\d+)', instruction.rest)
-    identity = kind, channel and channel[1]
-    if channel and identity in seen:
-      continue
-    seen.add(identity)
+    # Clones share a channel and a chain; channels alone are no identity.
+    clone = re.search(r'channel_id=(\d+).*chain_id="(\d+)"', instruction.rest)
+    if clone:
+      if clone.groups() in seen:
+        continue
+      seen.add(clone.groups())
     groups = _groups(instruction.rest, math.prod(mesh_shape.values()))
     if kind == 'all-reduce' and 'all-reduce-scatter' in executed.computation:
       kind = 'reduce-scatter'

@@ -10,5 +10,6 @@ from nested_learning.training.optimizer import make_schedule
 from nested_learning.training.step import abstract_state
 from nested_learning.training.step import make_init
 from nested_learning.training.step import make_step
+from nested_learning.training.step import trace_step
 from nested_learning.training.step import TrainState
 from nested_learning.training.trainer import train

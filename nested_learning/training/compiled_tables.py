@@ -77,14 +77,15 @@ def describe(
   abstract = jax.sharding.AbstractMesh(sizes, axes)
   sections.append(description.layout(config, abstract))
   if 'tried' in summary:
-    sections += ['Tried, in this order:', _tried(summary['tried'])]
+    sections += ['Tried, in this order:', describe_tried(summary['tried'])]
   sections.append(
     'Assumed: ' + '; '.join(summary['assumptions']) + '. Nothing was run.'
   )
   return '\n\n'.join(sections)
 
 
-def _tried(tried: Sequence[Mapping[str, Any]]) -> str:
+def describe_tried(tried: Sequence[Mapping[str, Any]]) -> str:
+  """What `suggestions.find` tried, as a Markdown table."""
   rows = [
     (
       ' '.join(f'--set=mesh.{axis}={n}' for axis, n in one['mesh'].items())

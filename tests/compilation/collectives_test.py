@@ -45,7 +45,7 @@ _TPU = """HloModule jit_f
 
 %all-reduce-scatter.1 (p: f32[16,32]) -> f32[8,32] {{
   %p = f32[16,32]{{1,0}} parameter(0)
-  %all-reduce.3 = f32[16,32]{{1,0}} all-reduce(%p), channel_id=3, \
+  %all-reduce.3 = f32[16,32]{{1,0}} all-reduce(%p), channel_id=1, \
 {groups}, to_apply=%add
   ROOT %cut = f32[8,32]{{1,0}} slice(%all-reduce.3), slice={{[0:8], [0:32]}}
 }}
@@ -53,13 +53,13 @@ _TPU = """HloModule jit_f
 %gather.1 (p: f32[16,32]) -> f32[32,32] {{
   %p = f32[16,32]{{1,0}} parameter(0)
   ROOT %all-gather.1 = f32[32,32]{{1,0}} all-gather(%p), channel_id=1, \
-{groups}, dimensions={{0}}
+{groups}, dimensions={{0}}, frontend_attributes={{chain_id="0"}}
 }}
 
 %gather.2 (p: f32[16,32]) -> f32[32,32] {{
   %p = f32[16,32]{{1,0}} parameter(0)
   ROOT %all-gather.2 = f32[32,32]{{1,0}} all-gather(%p), channel_id=1, \
-{groups}, dimensions={{0}}
+{groups}, dimensions={{0}}, frontend_attributes={{chain_id="0"}}
 }}
 
 ENTRY %main (a: f32[16,32]) -> f32[8,32] {{
@@ -70,7 +70,9 @@ ENTRY %main (a: f32[16,32]) -> f32[8,32] {{
   %send.1 = (f32[16,32]{{1,0}}, u32[], token[]) send(%a, %t), channel_id=9, \
 is_host_transfer=true, frontend_attributes={{\
 _xla_host_transfer_handler_name="xla_megascale_runtime"}}
-  ROOT %d = f32[8,32]{{1,0}} fusion(%a), kind=kCustom, \
+  %d = f32[8,32]{{1,0}} fusion(%a), kind=kCustom, \
+calls=%all-reduce-scatter.1
+  ROOT %e = f32[8,32]{{1,0}} fusion(%a), kind=kCustom, \
 calls=%all-reduce-scatter.1
 }}
 """
@@ -143,16 +145,17 @@ class CollectivesTest(parameterized.TestCase):
   )
   def test_spellings_of_a_tpu(self, groups, axes):
     program = hlo.parse(_TPU.format(groups=groups))
-    found = {
-      (c.kind, c.axes): c.num_bytes for c in collectives.find(program, _MESH)
-    }
+    found = [
+      (c.kind, c.axes, c.num_bytes) for c in collectives.find(program, _MESH)
+    ]
     self.assertEqual(
       found,
-      {  # the clone of the gather is the same gather
-        ('all-gather', axes): 2 * _BYTES / 2,
-        ('reduce-scatter', axes): _BYTES / 2,
-        ('send', ('slices',)): _BYTES,
-      },
+      [
+        ('all-gather', axes, 2 * _BYTES / 2),  # its clone is the same
+        ('send', ('slices',), _BYTES),
+        ('reduce-scatter', axes, _BYTES / 2),  # on the channel of the other
+        ('reduce-scatter', axes, _BYTES / 2),
+      ],
     )
 
   def test_seconds_of_what_is_sent(self):
@@ -161,7 +164,7 @@ class CollectivesTest(parameterized.TestCase):
     chip = hardware.CHIPS['v5e']
     seconds = analysis.estimate_seconds(found, chip)
     self.assertAlmostEqual(
-      seconds['link_seconds'], 1.5 * _BYTES / chip.link_bandwidth
+      seconds['link_seconds'], 2 * _BYTES / chip.link_bandwidth
     )
     self.assertAlmostEqual(
       seconds['network_seconds'], _BYTES / chip.network_bandwidth

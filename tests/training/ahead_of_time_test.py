@@ -1,0 +1,215 @@
+"""Compilation for pods: with libtpu where it is, for CPU devices everywhere."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+from unittest import mock
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import pytest
+
+from nested_learning import compilation
+from nested_learning import costs
+from nested_learning import data
+from nested_learning import errors
+from nested_learning import models
+from nested_learning import sharding
+from nested_learning import training
+from nested_learning.training import ahead_of_time
+from nested_learning.training import compiled_tables
+from nested_learning.training import suggestions
+from tests import compiling
+from tests.training import tiny
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_POD = compilation.Pod('v5e', (2, 4))
+_BATCH = data.DataConfig(
+  source='none',  # nothing is read
+  tokenizer='none.model',
+  sequence_length=64,
+  batch_size=16,
+)
+
+
+def _config(name='transformer', **mesh):
+  if name == 'transformer':
+    model = dataclasses.replace(
+      tiny.MODEL, levels=(models.LevelConfig('mlp', mlp_dim=32),)
+    )
+  else:
+    model = models.zoo.make_config(name)
+  return training.ExperimentConfig(
+    name=name,
+    model=dataclasses.replace(model, vocab_size=264, remat='layer'),
+    data=_BATCH,
+    mesh=sharding.MeshConfig(**mesh),
+  )
+
+
+class AheadOfTimeTest(parameterized.TestCase):
+  def test_what_a_summary_says(self):
+    config = _config(data=2, fsdp=2, model=2)
+    with compiling.quickly():
+      summary = ahead_of_time.compile_for(config, _POD, jax.devices())
+    self.assertTrue(summary['fits'])
+    self.assertEqual(summary['mesh'], {'data': 2, 'fsdp': 2, 'model': 2})
+    # The devices do together what the step is, and nothing twice.
+    self.assertAlmostEqual(summary['flops_ratio'], 1.0, delta=0.02)
+    # One recomputation of the blocks is all that is beyond the model.
+    self.assertBetween(summary['flops'] / summary['model_flops'], 1.0, 4 / 3)
+    self.assertEqual(summary['collectives_in_memory_scans'], 0)
+    for kind in ('all_gather_fsdp', 'all_reduce_model'):
+      self.assertGreater(summary[f'collective_bytes_{kind}'], 0)
+    self.assertLess(summary['decode']['flops'], summary['flops'] / 100)
+    self.assertLess(summary['step_seconds_overlapped'], summary['step_seconds'])
+    json.dumps(summary)  # has nothing that JSON has not
+    # What is handed over is the state where the table says, and a batch.
+    mesh = sharding.make_mesh(config.mesh)
+    model = models.make_model(config.model)
+    state = training.abstract_state(
+      config, model, training.make_optimizer(config, model.table), mesh
+    )
+    kept = sharding.bytes_per_device(
+      state, jax.tree.map(lambda x: x.sharding, state)
+    )
+    batch = 16 * 64 * (4 + 4 + 1 + 1) // 4
+    self.assertAlmostEqual(summary['argument_bytes'], kept + batch, delta=2048)
+    whole = 3 * 4 * summary['parameters']  # Adam has two moments
+    self.assertLess(summary['argument_bytes'], whole / 3)
+    text = compiled_tables.describe(config, summary)
+    self.assertIn('| all_gather_fsdp', text)
+    self.assertIn('| blocks/mixer/out', text)
+    self.assertIn('heads: model, embed: fsdp', text)
+
+  def test_counts_a_traced_step_as_a_function(self):
+    function = lambda a, b: jax.numpy.tanh(a @ b) @ b
+    x = jax.ShapeDtypeStruct((8, 8), 'float32')
+    self.assertEqual(
+      costs.jaxpr_flops(jax.jit(function).trace(x, x).jaxpr),
+      costs.matmul_flops(function, x, x),
+    )
+
+  @parameterized.parameters(
+    ({'data': 8, 'model': 4, 'fsdp': 1}, 16, 'does not use the 8 devices'),
+    ({'data': 1, 'model': 8}, 16, "'heads' of size 2 .* mesh.model"),
+    ({'data': 8}, 12, '12 rows .* multiple of the 8 devices'),
+    ({'data': -1}, 4, '4 rows .* over 4 of 8 devices, .* mesh.model'),
+  )
+  def test_refuses_before_anything_is_compiled(self, mesh, rows, message):
+    config = dataclasses.replace(
+      _config(**mesh), data=dataclasses.replace(_BATCH, batch_size=rows)
+    )
+    with mock.patch.object(compilation, 'compile') as compiles:
+      with self.assertRaisesRegex(errors.UserError, message):
+        ahead_of_time.compile_for(config, _POD, jax.devices())
+    compiles.assert_not_called()
+
+  def test_refuses_a_folder_that_holds_a_run(self):
+    folder = self.create_tempdir()
+    folder.create_file('config.json')
+    with self.assertRaisesRegex(errors.UserError, 'holds a run'):
+      ahead_of_time.run(_config(), _POD, pathlib.Path(folder.full_path))
+
+  @parameterized.parameters(('v5e', 'libtpu'), ('h100', 'plugin for CUDA'))
+  def test_says_what_the_compiler_needs(self, name, missing):
+    with (
+      mock.patch.object(importlib.util, 'find_spec', return_value=None),
+      mock.patch.dict(os.environ),
+    ):
+      os.environ.pop('TPU_LIBRARY_PATH', None)
+      with self.assertRaisesRegex(errors.UserError, f'{missing}.*pip install'):
+        compilation.find_devices(name, (2, 2))
+
+
+class SuggestionsTest(parameterized.TestCase):
+  def find(self, fits):
+    """What is tried where a program compiles if `fits(config)`."""
+    seen = []
+
+    def try_one(config, devices):
+      seen.append(config)
+      return None if fits(config) else 'Used 20G of 15.75G hbm'
+
+    with mock.patch.object(suggestions, '_try', try_one):
+      return suggestions.find(_config(), _POD, jax.devices()), seen
+
+  def test_takes_the_first_that_fits(self):
+    (config, tried), seen = self.find(lambda config: True)
+    self.assertLen(tried, 1)
+    self.assertIs(config, seen[0])
+    self.assertEqual(config.mesh, sharding.MeshConfig(data=1, fsdp=8))
+    self.assertEqual(config.train.accumulate, 1)
+
+  def test_goes_on_to_what_keeps_less(self):
+    (config, tried), seen = self.find(lambda c: c.train.accumulate > 1)
+    self.assertEqual([one['fits'] for one in tried], [False, True])
+    self.assertLen(seen, 2)
+    kept = lambda c: c.micro_batch_size * c.mesh.model
+    self.assertLess(kept(seen[1]), kept(seen[0]))
+    text = compiled_tables.describe_tried(tried)
+    self.assertIn('15.75G', text)
+    self.assertIn('--set=mesh.model=1 --set=mesh.fsdp=8', text)
+
+  def test_says_that_nothing_fits(self):
+    with self.assertRaisesRegex(errors.UserError, 'nothing fits of .*remat'):
+      self.find(lambda config: False)
+
+  def test_says_that_no_mesh_divides(self):
+    config = dataclasses.replace(
+      _config(), data=dataclasses.replace(_BATCH, batch_size=3)
+    )
+    with self.assertRaisesRegex(errors.UserError, '3 rows'):
+      suggestions.find(config, _POD, jax.devices())
+
+
+class TpuTest(parameterized.TestCase):
+  def test_compiles_for_tpus(self):
+    self.compile('transformer')
+
+  @pytest.mark.slow
+  def test_compiles_hope_for_tpus(self):
+    self.compile('hope_tiny')
+
+  def compile(self, name):
+    if not (
+      importlib.util.find_spec('libtpu') or os.environ.get('TPU_LIBRARY_PATH')
+    ):
+      self.skipTest("libtpu is not installed: pip install '.[tpu]'")
+    # In a process of its own, which libtpu may end.
+    code = f"""
+    import json, pathlib, jax
+    from nested_learning import compilation
+    from nested_learning.training import ahead_of_time
+    from tests.training import ahead_of_time_test
+
+    config = ahead_of_time_test._config({name!r}, data=2, fsdp=2)
+    ahead_of_time.run(
+      config, compilation.Pod('v5e', (2, 2)), pathlib.Path('.')
+    )
+    """
+    folder = self.create_tempdir().full_path
+    result = subprocess.run(
+      [sys.executable, '-c', textwrap.dedent(code)],
+      cwd=folder,
+      env={**os.environ, 'PYTHONPATH': str(_ROOT)},
+      capture_output=True,
+      text=True,
+    )
+    self.assertEqual(result.returncode, 0, result.stderr)
+    summary = json.loads(pathlib.Path(folder, 'summary.json').read_text())
+    self.assertTrue(summary['fits'])
+    self.assertAlmostEqual(summary['flops_ratio'], 1.0, delta=0.02)
+    self.assertGreater(summary['collective_bytes_reduce_scatter_fsdp'], 0)
+    self.assertBetween(summary['mfu_estimate'], 0.0, summary['mfu_bound'])
+    self.assertIn(f'# {name} on v5e:2x2', result.stdout)
+
+
+if __name__ == '__main__':
+  absltest.main()
