@@ -147,12 +147,13 @@ def _compile(
   num_tokens: int,
 ) -> dict[str, Any]:
   """Numbers of one program."""
-  start = time.perf_counter()
+  start, start_cpu = time.perf_counter(), time.process_time()
   compiled, too_much = compilation.compile(traced)
   numbers = {
     'flops': costs.jaxpr_flops(traced.jaxpr),
     'model_flops': model_flops,
     'compile_seconds': time.perf_counter() - start,
+    'compile_cpu_seconds': time.process_time() - start_cpu,
   }
   if compiled is None:
     return {'fits': False, 'compiler': too_much, **numbers}

@@ -35,6 +35,7 @@ _ROWS = (
   ('MFU', 'mfu_estimate', 'f'),
   ('MFU with all overlapped', 'mfu_bound', 'f'),
   ('compile time, s', 'compile_seconds', 's'),
+  ('of one core, s', 'compile_cpu_seconds', 's'),
 )
 
 
