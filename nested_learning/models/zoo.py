@@ -126,7 +126,9 @@ _STATIC = {
 _MATRIX = {**_STATIC, 'kind': 'matrix', 'initial': 'zero', 'objective': 'dot'}
 _LINEAR = {**_MATRIX, 'erase': 'none', 'inner_lr': 'one'}
 _DELTA = {**_MATRIX, 'erase': 'input'}
-_DESCENT = {**_STATIC, 'erase': 'none'}
+# Errors are of a chunk's start and nothing is erased: the steps of a chunk add
+# up, and larger ones overshoot.
+_DESCENT = {**_STATIC, 'erase': 'none', 'max_inner_lr': 0.1}
 _TTT = {**_DESCENT, 'retention': 'none', 'output': 'norm', 'chunk_size': 16}
 _MIRAS = {**_DESCENT, 'output': 'norm', 'read': 'chunk', 'chunk_size': 16}
 _WIDE = {'expansion': 4, 'activation': 'gelu'}
@@ -149,8 +151,10 @@ FAMILIES = {
   'gated_linear_attention': Family(_GATED_LINEAR, _mlp),
   'deltanet': Family(_memory(**_DELTA, retention='none'), _mlp),
   'gated_deltanet': Family(_memory(**_DELTA, erase_from='retained'), _mlp),
-  'ttt_linear': Family(_memory(**_TTT, kind='matrix'), _mlp),
-  'ttt_mlp': Family(_memory(**{**_TTT, **_WIDE, 'max_inner_lr': 0.1}), _mlp),
+  'ttt_linear': Family(
+    _memory(**{**_TTT, 'kind': 'matrix', 'max_inner_lr': 1.0}), _mlp
+  ),
+  'ttt_mlp': Family(_memory(**_TTT, **_WIDE), _mlp),
   'titans': Family(_LMM, _mlp),
   'yaad': Family(_memory(**_MIRAS, **_WIDE, objective='huber'), _mlp),
   'moneta': Family(
