@@ -142,7 +142,7 @@ class RunTest(parameterized.TestCase):
 
   @parameterized.parameters(
     (['--confg=x'], "'confg'. Did you mean: config"),
-    (['--mode=trian'], 'train|eval|generate|describe'),
+    (['--mode=trian'], 'train|eval|generate|session|describe|compile'),
     (['train'], "Unexpected argument 'train'"),
     ([], '--workdir=runs/NAME'),
     (['--workdir=runs/none'], 'No config (runs/none holds no run)'),
