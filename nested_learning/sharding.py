@@ -300,8 +300,7 @@ def _gather_forward(kept, whole, x):
 
 
 def _gather_backward(kept, whole, _, gradient):
-  # Whole first: what computes it is not to follow where it is kept.
-  gradient = jax.lax.with_sharding_constraint(gradient, whole)
+  del whole  # summed where it is kept: a reduce-scatter
   return (jax.lax.with_sharding_constraint(gradient, kept),)
 
 

@@ -144,8 +144,8 @@ class ShardedTest(parameterized.TestCase):
       used = any(axis in axes.split('_') for axes in kinds)
       self.assertEqual(used, size > 1, axis)
 
-  @pytest.mark.slow
   @parameterized.parameters((mesh,) for mesh in _MESHES)
+  @pytest.mark.slow
   def test_hope(self, mesh):
     found = self.check('hope', mesh)
     self.assertGreater(found.costs.memory_flops, 0)
