@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from experiments import results
+from experiments import report_files
 
 # The metric of each task that the papers' tables show.
 COMMONSENSE = {
@@ -51,12 +51,12 @@ def write(
   }
   for line in lines:
     names = [line['task'], line['metric'], line.get('filter')]
-    key = results.key('_'.join(filter(None, names)))
+    key = report_files.key('_'.join(filter(None, names)))
     summary[key] = line['value']
     if line['stderr'] is not None:
       summary[f'{key}_stderr'] = line['stderr']
   head = ('task', 'metric', 'value', 'standard error', 'documents')
-  table = results.table(
+  table = report_files.table(
     head,
     [
       (
@@ -81,7 +81,7 @@ def write(
     summary['commonsense_average'] = ours[-1]
     sections += [_commonsense_section(ours)]
   sections += _answers(found)
-  results.write(
+  report_files.write(
     workdir,
     config,
     module='experiments.lm_eval',
@@ -127,7 +127,7 @@ def _commonsense_section(ours: list[Any]) -> str:
   return (
     'Beside the numbers printed in arXiv:2512.24695, table 2 (perplexity of '
     'wikitext, then percentages; trained on 30B and 100B tokens):\n\n'
-    + results.table(head, [ours, *rows])
+    + report_files.table(head, [ours, *rows])
   )
 
 
@@ -148,7 +148,7 @@ def _answers(found: dict[str, Any], num_shown: int = 5) -> Iterator[str]:
       for sample in samples[:num_shown]
     ]
     head = ('end of the prompt', 'written', 'right')
-    yield f'## {task}\n\n' + results.table(head, rows)
+    yield f'## {task}\n\n' + report_files.table(head, rows)
 
 
 def _code(text: str) -> str:

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import tqdm
 
-from experiments import results
+from experiments import report_files
 from experiments.benchmarks import timing
 from nested_learning import costs
 from nested_learning import data
@@ -87,14 +87,14 @@ def get_config(arg: str | None = None) -> BenchmarkConfig:
 
 def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
   """Times everything in turn and writes the ratios."""
-  results.check_mode(mode)
+  report_files.check_mode(mode)
   parts = (_layers, _training_steps, _long_rows, _decoding)
   matmul_rate = _matmul_rate()
   summary = {'matmul_flops_per_second': matmul_rate}
   for part in tqdm.tqdm(parts, desc='benchmark'):
     summary |= part(config, matmul_rate)
   rows = [(name, value) for name, value in summary.items()]
-  results.write(
+  report_files.write(
     workdir,
     config,
     module=__name__,
@@ -103,7 +103,7 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
     sections=[
       '# The memory engine',
       'Ratios of one run on one machine; rates are tokens per second.',
-      results.table(('', ''), rows),
+      report_files.table(('', ''), rows),
     ],
   )
   for name, value in rows:

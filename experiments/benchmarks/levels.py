@@ -25,7 +25,7 @@ import numpy as np
 import optax
 import tqdm
 
-from experiments import results
+from experiments import report_files
 from nested_learning import errors
 from nested_learning import inference
 from nested_learning import levels
@@ -75,12 +75,12 @@ def get_config(arg: str | None = None) -> BenchmarkConfig:
 
 def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
   """Times everything in turn and writes the ratios."""
-  results.check_mode(mode)
+  report_files.check_mode(mode)
   summary = {}
   for part in tqdm.tqdm((_speed, _stream, _memory), desc='benchmark'):
     summary |= part(config)
   rows = list(summary.items())
-  results.write(
+  report_files.write(
     workdir,
     config,
     module=__name__,
@@ -88,7 +88,7 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
     metrics=[{'name': name, 'value': value} for name, value in rows],
     sections=[
       '# Levels that learn while they read',
-      results.table(('', ''), rows),
+      report_files.table(('', ''), rows),
     ],
   )
   for name, value in rows:

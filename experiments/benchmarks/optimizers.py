@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import results
+from experiments import report_files
 from experiments.optimizers import rules
 from nested_learning import optimizers
 
@@ -47,7 +47,7 @@ def get_config(arg: str | None = None) -> BenchmarkConfig:
 
 def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
   """Times every optimiser in turn, and again, and writes the ratios."""
-  results.check_mode(mode)
+  report_files.check_mode(mode)
   params = _init_params(config)
   tokens = jnp.arange(config.num_tokens) % config.vocab_size
   num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -108,11 +108,11 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
     size = sum(
       leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
     )
-    summary[f'state_bytes_per_parameter_{results.key(name)}'] = (
+    summary[f'state_bytes_per_parameter_{report_files.key(name)}'] = (
       size / num_params
     )
     rows.append((name, size / num_params))
-  results.write(
+  report_files.write(
     workdir,
     config,
     module=__name__,
@@ -128,17 +128,17 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
       f'a step, float32; the fastest of {config.repeats} repeats in turn. A '
       'step is the gradients and the update; M3 orthogonalises its slow '
       'momentum on one step in sixteen.',
-      results.table(
+      report_files.table(
         ('', 'seconds', 'of a step with AdamW'),
         [(name, value, value / step['AdamW']) for name, value in best.items()],
       ),
-      results.table(
+      report_files.table(
         ('ratio', ''),
         [(name, value) for name, value in summary.items() if '_over_' in name]
         + [('dgd_overhead', summary['dgd_overhead'])],
       ),
       '## State',
-      results.table(('optimiser', 'bytes per parameter'), rows),
+      report_files.table(('optimiser', 'bytes per parameter'), rows),
     ],
   )
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import tqdm
 
-from experiments import results
+from experiments import report_files
 from experiments.benchmarks import delta_rule
 from experiments.benchmarks import timing
 from nested_learning import errors
@@ -84,7 +84,7 @@ def get_config(arg: str | None = None) -> BenchmarkConfig:
 
 def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
   """Times everything and writes the ratios."""
-  results.check_mode(mode)
+  report_files.check_mode(mode)
   seconds, facts = {}, {}
   lengths = config.lengths
   parts = [(n, None) for n in lengths] + [(None, 'decode'), (None, 'rule')]
@@ -107,7 +107,7 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
     summary[f'tokens_per_second_{_BASE}_{length}'] = rate
   summary |= facts
   head = ['', *(f'training, {n} tokens' for n in lengths)]
-  results.write(
+  report_files.write(
     workdir,
     config,
     module=__name__,
@@ -118,14 +118,14 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
       'Training: tokens per second over those of Transformer++; above 1 is '
       'faster. Decode: seconds per token over those of Transformer++ with room '
       f'for {max(lengths)} tokens; below 1 is faster. One machine, one run.',
-      results.table([*head, 'decode', 'bytes of a stream'], rows),
-      results.table(
+      report_files.table([*head, 'decode', 'bytes of a stream'], rows),
+      report_files.table(
         ('the engine over the rule alone', ''),
         [item for item in facts.items() if item[0].endswith('_reference')],
       ),
     ],
   )
-  print(results.table([*head, 'decode', 'state bytes'], rows))
+  print(report_files.table([*head, 'decode', 'state bytes'], rows))
 
 
 def _model(config: BenchmarkConfig, family: str, length: int) -> models.Model:

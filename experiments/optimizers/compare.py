@@ -44,7 +44,7 @@ import numpy as np
 import optax
 
 from experiments import quickstart
-from experiments import results
+from experiments import report_files
 from experiments.optimizers import rules
 from nested_learning import data as data_lib
 from nested_learning import errors
@@ -86,7 +86,7 @@ def get_config(arg: str | None = None) -> CompareConfig:
 
 def run(config: CompareConfig, workdir: str, mode: str) -> None:
   """Runs every optimiser on every task and writes tables and plots."""
-  results.check_mode(mode)
+  report_files.check_mode(mode)
   tasks = {'digits': _digits, 'language': _language}
   unknown = sorted(set(config.tasks) - set(tasks))
   if unknown:
@@ -121,8 +121,12 @@ def run(config: CompareConfig, workdir: str, mode: str) -> None:
         )
       )
       for key, values in picked.items():
-        summary[f'{task}_{results.key(name)}_{key}'] = float(np.mean(values))
-      summary[f'{task}_{results.key(name)}_rate'] = float(config.rates[found])
+        summary[f'{task}_{report_files.key(name)}_{key}'] = float(
+          np.mean(values)
+        )
+      summary[f'{task}_{report_files.key(name)}_rate'] = float(
+        config.rates[found]
+      )
       metrics += [
         {'task': task, 'optimizer': name, 'step': i, 'loss': float(loss)}
         for i, loss in enumerate(curves[name])
@@ -131,7 +135,7 @@ def run(config: CompareConfig, workdir: str, mode: str) -> None:
     order = np.argsort(
       [
         np.nan_to_num(
-          summary[f'{task}_{results.key(n)}_validation_loss'], nan=9e9
+          summary[f'{task}_{report_files.key(n)}_validation_loss'], nan=9e9
         )
         for n in rules.NAMES
       ]
@@ -139,7 +143,7 @@ def run(config: CompareConfig, workdir: str, mode: str) -> None:
     _plot(folder / f'{task}.png', config, curves, scores)
     sections += [
       f'## {title}',
-      results.table(
+      report_files.table(
         (
           'optimiser',
           'best rate',
@@ -150,7 +154,7 @@ def run(config: CompareConfig, workdir: str, mode: str) -> None:
       f'![Training loss, and validation loss by rate]({task}.png)',
     ]
     summary[f'{task}_best'] = rules.NAMES[order[0]]
-  results.write(
+  report_files.write(
     workdir,
     config,
     module=__name__,

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from matplotlib import figure as mpl_figure
 import numpy as np
 
-from experiments import results
+from experiments import report_files
 from experiments.optimizers import rules
 
 
@@ -47,7 +47,7 @@ def get_config(arg: str | None = None) -> LandscapeConfig:
 
 def run(config: LandscapeConfig, workdir: str, mode: str) -> None:
   """Searches the rates, draws the best trajectory of each optimiser."""
-  results.check_mode(mode)
+  report_files.check_mode(mode)
 
   def height(r, theta):
     wave = config.amplitude * jnp.sin(config.frequency * r)
@@ -81,8 +81,8 @@ def run(config: LandscapeConfig, workdir: str, mode: str) -> None:
     paths[name] = path
     final, rate = float(finals[found]), float(rates[found])
     rows.append((name, rate, final, reached, stable))
-    summary[f'{results.key(name)}_final'] = final
-    summary[f'{results.key(name)}_rate'] = rate
+    summary[f'{report_files.key(name)}_final'] = final
+    summary[f'{report_files.key(name)}_rate'] = rate
     metrics += [
       {'optimizer': name, 'step': step, 'loss': float(loss)}
       for step, loss in enumerate(losses)
@@ -94,7 +94,7 @@ def run(config: LandscapeConfig, workdir: str, mode: str) -> None:
     'optimiser', 'best rate', f'psi after {config.num_steps}',
     'steps to psi < 0.1', f'rates of {config.num_rates} that descend',
   )  # fmt: skip
-  results.write(
+  report_files.write(
     workdir,
     config,
     module=__name__,
@@ -103,7 +103,7 @@ def run(config: LandscapeConfig, workdir: str, mode: str) -> None:
     sections=[
       '# The oscillating landscape',
       '![Trajectories over the contours](landscape.png)',
-      results.table(head, sorted(rows, key=lambda row: row[2])),
+      report_files.table(head, sorted(rows, key=lambda row: row[2])),
       'Every optimiser at the best of the same rates, decayed linearly to '
       'zero. The point is a 1 x 2 matrix with the input 1. Orthogonalising it '
       'is normalising it, so Muon and M3 step by one length on any slope. DGD '

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from matplotlib import figure as mpl_figure
 import numpy as np
 
-from experiments import results
+from experiments import report_files
 from experiments.optimizers import rules
 
 
@@ -45,7 +45,7 @@ def get_config(arg: str | None = None) -> LeastSquaresConfig:
 
 def run(config: LeastSquaresConfig, workdir: str, mode: str) -> None:
   """Fits every problem with every optimiser at the best of the same rates."""
-  results.check_mode(mode)
+  report_files.check_mode(mode)
   rates = np.logspace(-3, 1, config.num_rates)
   finals, summary, metrics = {name: [] for name in rules.NAMES}, {}, []
   for condition in config.conditions:
@@ -58,7 +58,7 @@ def run(config: LeastSquaresConfig, workdir: str, mode: str) -> None:
       found = rules.best(final)
       relative = float(final[found]) / first
       finals[name].append(relative)
-      summary[f'{results.key(name)}_condition_{condition:g}'] = relative
+      summary[f'{report_files.key(name)}_condition_{condition:g}'] = relative
       metrics.append(
         {
           'optimizer': name,
@@ -71,7 +71,7 @@ def run(config: LeastSquaresConfig, workdir: str, mode: str) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   _plot(folder / 'least_squares.png', config, finals)
   rows = sorted(([n, *values] for n, values in finals.items()), key=_last)
-  results.write(
+  report_files.write(
     workdir,
     config,
     module=__name__,
@@ -82,7 +82,7 @@ def run(config: LeastSquaresConfig, workdir: str, mode: str) -> None:
       f'Loss after {config.num_steps} steps over loss at the start, each at '
       f'the best of {config.num_rates} rates for that problem, decayed to '
       'zero.',
-      results.table(
+      report_files.table(
         ('optimiser', *(f'condition {c:g}' for c in config.conditions)), rows
       ),
       '![Relative loss by condition number](least_squares.png)',

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from matplotlib import figure as mpl_figure
 import numpy as np
 
-from experiments import results
+from experiments import report_files
 from experiments.optimizers import rules
 
 
@@ -48,7 +48,7 @@ def get_config(arg: str | None = None) -> OrthogonalTasksConfig:
 
 def run(config: OrthogonalTasksConfig, workdir: str, mode: str) -> None:
   """Trains on A then B at the rate that learns both best, measures A again."""
-  results.check_mode(mode)
+  report_files.check_mode(mode)
   first, second, start, loss_fn = _make_tasks(config)
   batches = jnp.stack([first] * config.num_steps + [second] * config.num_steps)
   rates = np.logspace(-3, 1, config.num_rates)
@@ -68,9 +68,9 @@ def run(config: OrthogonalTasksConfig, workdir: str, mode: str) -> None:
     after_first, kept = curves[name][config.num_steps, 0], curves[name][-1, 0]
     row = (name, float(rates[found]), float(after_first), float(kept))
     rows.append((*row, float(curves[name][-1, 1])))
-    summary[f'{results.key(name)}_first_after_first'] = float(after_first)
-    summary[f'{results.key(name)}_first_after_second'] = float(kept)
-    summary[f'{results.key(name)}_second'] = float(curves[name][-1, 1])
+    summary[f'{report_files.key(name)}_first_after_first'] = float(after_first)
+    summary[f'{report_files.key(name)}_first_after_second'] = float(kept)
+    summary[f'{report_files.key(name)}_second'] = float(curves[name][-1, 1])
     metrics += [
       {'optimizer': name, 'step': i, 'first': float(a), 'second': float(b)}
       for i, (a, b) in enumerate(curves[name])
@@ -78,7 +78,7 @@ def run(config: OrthogonalTasksConfig, workdir: str, mode: str) -> None:
   folder = pathlib.Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
   _plot(folder / 'orthogonal_tasks.png', config, curves)
-  results.write(
+  report_files.write(
     workdir,
     config,
     module=__name__,
@@ -87,7 +87,7 @@ def run(config: OrthogonalTasksConfig, workdir: str, mode: str) -> None:
     sections=[
       '# Orthogonal tasks: who keeps the first one?',
       'Losses over the loss of the untrained map.',
-      results.table(
+      report_files.table(
         ('optimiser', 'rate', 'A after A', 'A after B', 'B after B'),
         sorted(rows, key=lambda row: row[3]),
       ),

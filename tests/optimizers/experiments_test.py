@@ -8,7 +8,7 @@ from unittest import mock
 from absl.testing import absltest
 import pytest
 
-from experiments import results
+from experiments import report_files
 from experiments.benchmarks import optimizers as benchmark
 from experiments.optimizers import compare
 from experiments.optimizers import landscape
@@ -70,7 +70,7 @@ class ExperimentsTest(absltest.TestCase):
     for task in ('digits', 'language'):
       self.assertIn(summary[f'{task}_best'], rules.NAMES)
       for name in rules.NAMES:
-        key = f'{task}_{results.key(name)}'
+        key = f'{task}_{report_files.key(name)}'
         self.assertIn(summary[f'{key}_rate'], (1e-2, 1e-1))
     self.assertLess(summary['digits_adam_validation_loss'], 2.3)  # log 10
 
@@ -85,7 +85,7 @@ class ExperimentsTest(absltest.TestCase):
 
   def test_says_what_is_wrong(self):
     with self.assertRaisesRegex(errors.UserError, '--mode=eval'):
-      results.check_mode('eval')
+      report_files.check_mode('eval')
     with self.assertRaisesRegex(errors.UserError, "'cifar' must be"):
       compare.get_config('cifar')
     folder = self.create_tempdir().full_path
