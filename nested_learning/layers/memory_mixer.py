@@ -38,31 +38,19 @@ import jax.numpy as jnp
 
 from nested_learning import memory
 from nested_learning import parameters
-from nested_learning.layers import convolution
 from nested_learning.layers import layer
+from nested_learning.layers import memory_features
+from nested_learning.layers import memory_rates
+from nested_learning.layers import memory_roles
 from nested_learning.layers import norm
 
-_VECTORS = ('k', 'v', 'q')
-# Of the memories that make them: 'k' beside the scalars, which read as it does.
-_STACKED = ('v', 'q', 'k')
-_SCALARS = ('inner_lr', 'retention')
-ROLES = (*_VECTORS, *_SCALARS)
-_CONV_WIDTH = 4
-# Where inner_lr starts, as a logit: the other memories move slowly at first, so
-# that a key means the same when it is written and when it is read.
-_INNER_LR_BIAS = {'main': -1.0, 'others': -4.0}
-
-# What keys and queries are made of, from what was convolved.
-_FEATURES = {
-  'l2': lambda x: norm.l2_normalize(jax.nn.silu(x)),
-  'elu': lambda x: jax.nn.elu(x) + 1.0,  # Katharopoulos et al., eq. 7
-}
+ROLES = (*memory_features.ROLES, *memory_rates.ROLES)
 
 _CHOICES = {
   'kind': ('mlp', 'matrix'),
   'initial': ('learned', 'zero'),
   'output': ('plain', 'norm'),
-  'features': tuple(_FEATURES),
+  'features': tuple(memory_features.FEATURES),
   'activation': tuple(memory.ACTIVATIONS),
   'target': ('own', 'value'),
   'objective': tuple(memory.OBJECTIVES),
@@ -102,9 +90,8 @@ class MemoryMixerConfig:
   momentum: bool = False  # Titans' trace, its rate a static projection
   weights: str = 'as_written'  # what is read; Miras: 'lq_norm', 'softmax' of it
   max_inner_lr: float = 0.5  # bound of the inner learning rate
-  injection: float | None = (
-    None  # VisionHOPE's r: a soft cap (1 - retention) / r
-  )
+  # VisionHOPE's r: caps inner_lr softly at (1 - retention) / r.
+  injection: float | None = None
   max_norm: float | None = 8.0  # bound on a map's departure from its start
   engine: str = 'chunk'  # 'token' is the definition: slow, for comparison
 
@@ -125,12 +112,16 @@ class MemoryMixerConfig:
         f'target={self.target!r} is one vector, which the memories of '
         f"{self.adaptive} cannot share; use 'own', or adaptive=()."
       )
-    for name in _SCALARS:
+    for name in memory_rates.ROLES:
       if name in self.adaptive and getattr(self, name) != 'token':
         raise ValueError(
           f'{name}={getattr(self, name)!r} is not made by a memory; take '
           f'{name!r} out of adaptive={self.adaptive}.'
         )
+    if self.injection is not None and self.injection <= 0:
+      raise ValueError(
+        f'injection={self.injection} must be above 0, or None for no cap.'
+      )
     if self.initial == 'zero' and self.kind != 'matrix':
       raise ValueError(
         f'a memory with kind={self.kind!r} and initial={self.initial!r} never '
@@ -170,14 +161,15 @@ class MemoryMixerConfig:
     Args:
       num_vectors: Roles that give a vector.
       num_scalars: Roles that give a number.
-      output_norm: Parameters of the outputs' norm, with output 'norm'.
+      output_norm: Scale and bias of the outputs' norm, [(b,) h, d] each, with
+        output 'norm'; None where the network is not applied.
 
     Returns:
       A `memory.Network`.
     """
     finish = {}
     if output_norm is not None:
-      wide = jax.tree.map(lambda x: x[:, None, None], output_norm)
+      wide = jax.tree.map(lambda x: x[..., None, None, :], output_norm)
       finish['finish'] = lambda x, y: (
         x + norm.layer_norm(wide['scale'], wide['bias'], y)
       )
@@ -232,152 +224,30 @@ def make_memory_mixer(
     A `Layer`.
   """
   c = config
-  heads, dim = c.num_heads, c.head_dim
-  vectors = [r for r in _STACKED if r in c.adaptive]
-  scalars = [r for r in _SCALARS if r in c.adaptive]
-  given = [r for r in _SCALARS if getattr(c, r) != 'token']
-  rates = [r for r in _SCALARS if r not in c.adaptive and r not in given]
-  rates += ['momentum'] if c.momentum else []
-  roles = {'main': {'num_vectors': 1, 'num_scalars': 0}}
-  if vectors or scalars:
-    roles['others'] = {
-      'num_vectors': len(vectors),
-      'num_scalars': len(scalars),
-    }
-  networks = {name: c.network(**sizes) for name, sizes in roles.items()}
   wide = jnp.promote_types(dtype, jnp.float32)
-  channels = len(_VECTORS) * heads * dim
-
-  def bias_table(name):
-    param = lambda init: parameters.Param((heads,), ('heads',), init)
-    forgotten = lambda: jnp.geomspace(0.02, 0.001, heads)
-    biases = {
-      'inner_lr': param(parameters.constant(_INNER_LR_BIAS[name])),
-      'retention': param(parameters.values(lambda: _logits(forgotten()))),
-      'momentum': param(parameters.constant(0.0)),
-    }
-    wanted = {*_SCALARS, 'momentum'} if c.momentum else {*_SCALARS}
-    return {r: biases[r] for r in biases if r in wanted - set(given)}
-
-  table = {
-    'in': parameters.Param(
-      (embed_dim, heads, len(_VECTORS), dim),
-      ('embed', 'heads', None, None),
-      parameters.fan_in(embed_dim),
-    ),
-    'conv': convolution.table(_CONV_WIDTH, channels, None),
-    'bias': {name: bias_table(name) for name in networks},
-    'memory': {name: net.table for name, net in networks.items()},
-    'norm': norm.scale_param(dim, None),
-    'gate': parameters.Param(
-      (embed_dim, heads, dim),
-      ('embed', 'heads', None),
-      parameters.fan_in(embed_dim),
-    ),
-    'out': parameters.Param(
-      (heads, dim, embed_dim),
-      ('heads', None, 'embed'),
-      parameters.fan_in(heads * dim),
-    ),
-  }
-  if c.initial == 'zero':
-    del table['memory']
-  if c.output == 'norm':
-    per_head = lambda value: parameters.Param(
-      (heads, dim), ('heads', None), parameters.constant(value)
-    )
-    table['output_norm'] = {
-      name: {'scale': per_head(1.0), 'bias': per_head(0.0)} for name in networks
-    }
-  if rates:  # those that are no memory
-    table['rates'] = parameters.Param(
-      (embed_dim, len(rates), heads),
-      ('embed', None, 'heads'),
-      parameters.fan_in(embed_dim, 0.1),
-    )
+  sizes = memory_roles.sizes(c.adaptive)
+  tables = {name: c.network(**size).table for name, size in sizes.items()}
+  # Rates that are no memory are projections.
+  rates = [r for r in memory_rates.made(c) if r not in c.adaptive]
+  table = _table(c, embed_dim, tables, rates)
 
   def first_memory(params):
     if 'memory' in params:
       return params['memory']
-    return {
-      name: parameters.map_params(lambda p: jnp.zeros(p.shape, wide), net.table)
-      for name, net in networks.items()
-    }
+    zeros = lambda p: jnp.zeros(p.shape, wide)
+    return parameters.map_params(zeros, tables)
 
   def init_state(params, batch_size):
     start = {
       name: memory.init_state(initial, batch_size, momentum=c.momentum)
       for name, initial in first_memory(params).items()
     }
-    conv = convolution.init_state(_CONV_WIDTH, channels, batch_size, dtype)
+    conv = memory_features.init_state(params, batch_size, dtype)
     return MemoryMixerState(conv, start.get('others'), start['main'])
 
-  def project(weights, inputs):
-    """The tokens' feed, made by the memories' own anchor; NL eq. 79-84."""
-    made, raw = dict(inputs[0]), dict(inputs[1])
-    for role in dict.fromkeys([*vectors, 'k'] if scalars else vectors):
-      i = vectors.index(role) if role in vectors else 0
-      outputs = networks['others'].read(
-        weights,
-        made[role],
-        (i, i + (role in vectors)),
-        (0, len(scalars) if role == 'k' else 0),
-      )
-      if role in vectors:
-        made[role] = outputs.vectors[:, :, 0]
-      for j, scalar in enumerate(scalars if role == 'k' else ()):
-        raw[scalar] = outputs.scalars[:, :, j]
-    is_made = lambda role: role in vectors
-    again = lambda role: norm.l2_normalize(made[role])
-    return memory.Feed(
-      key=again('k') if is_made('k') else made['k'],
-      value=again('v') if is_made('v') else made['v'],
-      query=again('q') if is_made('q') else made['q'],
-      inner_lr=None,
-      retention=None,
-      extra=raw,
-    )
-
-  def per_row(bias, batch_size):
-    """A copy per row: the scan's backward pass then sums over no rows."""
-    return jax.tree.map(
-      lambda x: jnp.broadcast_to(x[:, None, None], (batch_size, heads, 1, 1)),
-      bias,
-    )
-
-  def set_rates(bias, feed):
-    """The feed with the rates at which one group of memories writes."""
-    raw = feed.extra
-
-    def rate(role):
-      return jax.nn.sigmoid(raw[role] + bias[role])
-
-    one = jnp.ones((*feed.key.shape[:3], 1), wide)
-    match c.retention:
-      case 'token':
-        retention = rate('retention')
-      case 'head':  # Sun et al., RetNet, arXiv:2307.08621, 2023, eq. 8
-        kept = 1.0 - 2.0 ** (-5.0 - jnp.arange(heads))
-        retention = one * kept[:, None, None].astype(wide)
-      case 'none':
-        retention = one
-    inner_lr = one
-    if c.inner_lr == 'token':
-      inner_lr = c.max_inner_lr * rate('inner_lr')
-    if c.injection is not None:  # VisionHOPE's stability-matched step
-      cap = (1.0 - retention) / c.injection
-      inner_lr = cap * -jnp.expm1(-inner_lr / jnp.maximum(cap, 1e-9))
-    return feed._replace(
-      inner_lr=inner_lr,
-      retention=retention,
-      momentum=rate('momentum') if c.momentum else None,
-    )
-
-  def run(name, params, state, inputs, marks, project):
+  def run(name, network, params, state, inputs, marks, project):
     first = jax.tree.leaves(inputs)[0]
     initial = first_memory(params)[name]
-    output_norm = params['output_norm'][name] if c.output == 'norm' else None
-    network = c.network(**roles[name], output_norm=output_norm)
     engine = memory.chunk_scan
     if c.engine == 'token' or (state is not None and first.shape[2] == 1):
       engine = memory.token_loop
@@ -399,44 +269,41 @@ def make_memory_mixer(
   def apply(params, state, inputs, marks):
     start = MemoryMixerState(None, None, None) if state is None else state
     weights = lambda name: params[name].astype(dtype)
-    # Channels of a head lie together, so that heads stay where they are kept.
-    x = jnp.einsum('bte,ehsd->bthsd', inputs, weights('in'))
-    x, conv = convolution.apply(
-      params['conv'],
+    made, conv = memory_features.apply(
+      params,
       start.conv,
-      x.reshape(*x.shape[:2], channels),
-      reset=marks.reset,
-      mask=marks.mask,
+      inputs,
+      marks,
+      features=c.features,
+      normalize_values=c.target == 'own',
+      dtype=dtype,
     )
-    x = x.reshape(*x.shape[:2], heads, len(_VECTORS), dim)
-    k, v, q = jnp.einsum('bthsd->sbhtd', x.astype(wide))
-    features = _FEATURES[c.features]
-    v = jax.nn.silu(v)
-    made = {
-      'k': features(k),
-      'v': norm.l2_normalize(v) if c.target == 'own' else v,
-      'q': features(q),
-    }
     raw = {}
     if rates:
       raw = jnp.einsum('bte,erh->rbht', inputs, weights('rates')).astype(wide)
       raw = dict(zip(rates, raw[..., None], strict=True))
-    feed_inputs = made, raw
-    bias = per_row(params['bias'], inputs.shape[0])
+    bias, output_norm = _per_row(params, inputs.shape[0])
+    networks = {
+      name: c.network(**size, output_norm=output_norm.get(name))
+      for name, size in sizes.items()
+    }
 
-    others = None
+    others, feed = None, memory_roles.to_feed(made, raw)
     if 'others' in networks:
-      make_feed = lambda weights, inputs: set_rates(
-        bias['others'], project(weights, inputs)
-      )
       result, others = run(
-        'others', params, start.others, feed_inputs, marks, make_feed
+        'others',
+        networks['others'],
+        params,
+        start.others,
+        (made, raw),
+        marks,
+        memory_roles.make_project(c, networks['others'], bias['others']),
       )
       feed = result.feed
-    else:
-      feed = project(None, feed_inputs)
-    feed = set_rates(bias['main'], feed)
-    result, main = run('main', params, start.main, feed, marks, None)
+    feed = memory_rates.set_rates(c, bias['main'], feed)
+    result, main = run(
+      'main', networks['main'], params, start.main, feed, marks, None
+    )
 
     read = jnp.einsum('bhtd->bthd', result.read)
     read = norm.rms_norm(params['norm'], read).astype(dtype)
@@ -447,6 +314,53 @@ def make_memory_mixer(
   return layer.Layer(table, init_state, apply)
 
 
-def _logits(forgotten: jax.Array) -> jax.Array:
-  """The logit of 1 - forgotten."""
-  return jnp.log1p(-forgotten) - jnp.log(forgotten)
+def _table(
+  config: MemoryMixerConfig,
+  embed_dim: int,
+  tables: dict[str, parameters.Table],
+  rates: list[str],
+) -> parameters.Table:
+  """The layer's parameters, given its memories' and the projected rates."""
+  heads, dim = config.num_heads, config.head_dim
+  table = {
+    **memory_features.table(num_heads=heads, head_dim=dim, embed_dim=embed_dim),
+    'bias': {name: memory_rates.table(config, name) for name in tables},
+    'memory': tables,
+    'norm': norm.scale_param(dim, None),
+    'gate': parameters.Param(
+      (embed_dim, heads, dim),
+      ('embed', 'heads', None),
+      parameters.fan_in(embed_dim),
+    ),
+    'out': parameters.Param(
+      (heads, dim, embed_dim),
+      ('heads', None, 'embed'),
+      parameters.fan_in(heads * dim),
+    ),
+  }
+  if config.initial == 'zero':
+    del table['memory']
+  if config.output == 'norm':
+    per_head = lambda value: parameters.Param(
+      (heads, dim), ('heads', None), parameters.constant(value)
+    )
+    table['output_norm'] = {
+      name: {'scale': per_head(1.0), 'bias': per_head(0.0)} for name in tables
+    }
+  if rates:
+    table['rates'] = parameters.Param(
+      (embed_dim, len(rates), heads),
+      ('embed', None, 'heads'),
+      parameters.fan_in(embed_dim, 0.1),
+    )
+  return table
+
+
+def _per_row(params: Any, batch_size: int) -> tuple[Any, Any]:
+  """Biases [b, h, 1, 1] and output norms [b, h, d], a copy per row.
+
+  The scans' backward passes then sum over no rows.
+  """
+  per_row = lambda x: jnp.broadcast_to(x, (batch_size, *x.shape))
+  bias = jax.tree.map(lambda x: per_row(x[:, None, None]), params['bias'])
+  return bias, jax.tree.map(per_row, params.get('output_norm', {}))

@@ -11,6 +11,7 @@ import numpy as np
 from nested_learning import layers
 from nested_learning import parameters
 from nested_learning.layers import memory_mixer
+from nested_learning.layers import memory_rates
 from tests import compiling
 
 _BATCH, _LENGTH, _EMBED = 2, 21, 6
@@ -24,6 +25,7 @@ _CONFIGS = {
   ),
   'matrix': dataclasses.replace(_HOPE, kind='matrix', retain_to='zero'),
   'static': dataclasses.replace(_HOPE, adaptive=(), erase='input'),
+  'norm': dataclasses.replace(_HOPE, output='norm', chunk_size_others=8),
 }
 
 
@@ -173,6 +175,63 @@ class TitansTest(parameterized.TestCase):
       for role in roles:
         self.assertGreater(np.abs(role).max(), 1e-6)
 
+  def test_roles_are_read_with_their_norm(self):
+    # Nothing is written, so that all that is left of their norm is the read.
+    config = _CONFIGS['norm']
+    params = init(make(config))
+    half = params | {
+      'output_norm': params['output_norm']
+      | {
+        'others': jax.tree.map(
+          lambda x: 0.5 * x, params['output_norm']['others']
+        )
+      }
+    }
+    marks = layers.Marks(write=False)
+
+    @compiling.jit
+    def run(params):
+      return make(config).apply(params, None, self.x, marks)[0]
+
+    self.assertGreater(np.abs(run(params) - run(half)).max(), 1e-3)
+
+  def test_injection_caps_the_step(self):
+    retention = jnp.linspace(0.5, 1.0, 101)
+    inner_lr = jnp.linspace(0.0, 1.0, 51)[:, None]
+    for injection in (0.1, 1.0, 10.0):
+      step = memory_rates.cap_step(inner_lr, retention, injection=injection)
+      cap = (1.0 - retention) / injection
+      self.assertTrue(np.all(step >= 0.0))
+      self.assertTrue(np.all(step <= np.minimum(inner_lr, cap) + 1e-7))
+      self.assertTrue(np.all(np.diff(step, axis=0) >= 0.0))
+      np.testing.assert_array_equal(step[:, -1], 0.0)  # nothing is let go
+    # Far below the cap, the step is what it was.
+    step = memory_rates.cap_step(inner_lr, retention[:-1], injection=1e-4)
+    np.testing.assert_allclose(
+      step, jnp.broadcast_to(inner_lr, step.shape), 0.02
+    )
+
+  def test_injection_is_of_the_layer_that_has_it(self):
+    # With next to no room above retention, next to nothing is written.
+    layer = make(dataclasses.replace(_HOPE, injection=1e6))
+    params = init(layer)
+
+    @compiling.jit
+    def moved(params):
+      return [
+        jnp.abs(
+          make(dataclasses.replace(_HOPE, injection=injection))
+          .apply(params, None, self.x, layers.Marks())[1]
+          .main.memory['in']
+          - params['memory']['main']['in']
+        ).max()
+        for injection in (1e6, None)
+      ]
+
+    capped, free = moved(params)
+    self.assertLess(capped, 1e-4)
+    self.assertGreater(free, 1e-2)
+
   @parameterized.parameters(
     ({'adaptive': ('k', 'w')}, "names \\['w'\\]; known roles are k, v"),
     ({'objective': 'l1'}, "objective='l1' must be one of l2, dot"),
@@ -180,6 +239,7 @@ class TitansTest(parameterized.TestCase):
     ({'activation': 'tan'}, "activation='tan' must be one of gelu"),
     ({'erase': 'some'}, "erase='some' must be one of none"),
     ({'chunk_size_others': 0}, 'chunk_size=0'),
+    ({'injection': 0.0}, 'injection=0.0 must be above 0'),
   )
   def test_bad_settings_name_the_value(self, changes, message):
     with self.assertRaisesRegex(ValueError, message):
