@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_learning.memory import objectives
+from nested_learning.memory import tails
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,9 @@ class Rule:
 
   chunk_size: int  # tokens that share one anchor; 1 is the token recurrence
   objective: objectives.Objective = objectives.l2
-  erase: str = 'input'  # maps with the delta rule: none | input | every_map
+  # Maps with the delta rule: those that read the 'input', those that make an
+  # 'output', 'every_map' or 'none'; the map of a matrix is both.
+  erase: str = 'input'
   erase_from: str = 'previous'  # weights; or 'retained', after retention
   retain_to: str = 'initial'  # what retention decays towards; or 'zero'
   momentum: bool = False  # whether feeds have a momentum
@@ -24,6 +27,9 @@ class Rule:
   target: str = 'own'  # the memory's own output for the value; or 'value'
   normalize_target: Callable[[jax.Array], jax.Array] | None = None
   max_norm: float | None = None  # of a map's departure from its initial weights
+  window: int = 1  # tokens whose errors a token's step sums; see `tails.py`
+  step: str = 'gradient'  # or 'orthogonal', see `orthogonal.py`
+  errors: str = 'propagated'  # or 'local', 'local_after', see `local.py`
   # What is written need not be what is read: Miras' retention map, from the one
   # to the other, taken at chunk starts. None is the identity.
   to_weights: Callable[[Any], Any] | None = None
@@ -31,16 +37,45 @@ class Rule:
   def __post_init__(self):
     if self.chunk_size < 1:
       raise ValueError(f'{self.chunk_size=} must be at least 1 token.')
-    _one_of('erase', self.erase, ('none', 'input', 'every_map'))
+    _one_of('erase', self.erase, ('none', 'input', 'output', 'every_map'))
     _one_of('erase_from', self.erase_from, ('previous', 'retained'))
     _one_of('retain_to', self.retain_to, ('zero', 'initial'))
     _one_of('read', self.read, ('token', 'chunk', 'none'))
     _one_of('target', self.target, ('own', 'value'))
+    _one_of('step', self.step, ('gradient', 'orthogonal'))
+    _one_of('errors', self.errors, ('propagated', 'local', 'local_after'))
+    if self.window < 1:
+      raise ValueError(f'{self.window=} must be at least 1 token.')
+    if self.window > 1:
+      self._needs(f'window={self.window}', erase='none', read='token')
+    if self.step == 'orthogonal':
+      self._needs(
+        f'step={self.step!r}', erase='none', read='token', momentum=True
+      )
+    if self.errors != 'propagated':
+      self._needs(
+        f'errors={self.errors!r}',
+        erase='every_map',
+        erase_from='previous',
+        momentum=False,
+        read='token',
+        target='value',
+        window=1,
+        step='gradient',
+      )
     if self.to_weights and (self.read == 'token' or self.erase != 'none'):
       raise ValueError(
         f'to_weights acts at chunk starts: with {self.read=} and '
         f"{self.erase=} there is no such rule; use 'chunk' and 'none'."
       )
+
+  def _needs(self, what: str, **settings: Any) -> None:
+    for name, value in settings.items():
+      if getattr(self, name) != value:
+        raise ValueError(
+          f'{what} is not defined with {name}={getattr(self, name)!r}; '
+          f'set it to {value!r}.'
+        )
 
   def weights(self, memory: Any) -> Any:
     """The weights that a memory, as it was written, stands for."""
@@ -57,6 +92,12 @@ class Feed(NamedTuple):
     retention: [b, h, t, 1], in [0, 1].
     momentum: [b, h, t, 1] or None.
     query: [b, h, t, d], or None where nothing is read.
+    weight: [b, h, t, 1], of the token's error in the trace, with rule.step
+      'orthogonal'; else None.
+    hidden_lr: [b, h, t, 1], inner_lr of the maps that do not read the key; None
+      for inner_lr.
+    active: int [b, 1, t, 1], how many of the network's units the token reads
+      and writes, see `capacity.py`; None for all.
     extra: Whatever else `project` makes of the tokens, a pytree of
       [b, h, t, ...] that is handed through to the result.
   """
@@ -67,6 +108,9 @@ class Feed(NamedTuple):
   retention: jax.Array
   momentum: jax.Array | None = None
   query: jax.Array | None = None
+  weight: jax.Array | None = None
+  hidden_lr: jax.Array | None = None
+  active: jax.Array | None = None
   extra: Any = None
 
 
@@ -78,12 +122,14 @@ class State(NamedTuple):
     anchor: The weights at the start of the current chunk.
     trace: The momentum's buffer per map, or None.
     offset: int32 [b], tokens of the current chunk that were read.
+    tail: The last tokens that were written, with rule.window above 1.
   """
 
   memory: Any
   anchor: Any
   trace: Any
   offset: jax.Array
+  tail: tails.Tail | None = None
 
 
 class Result(NamedTuple):
@@ -105,7 +151,7 @@ Project = Callable[[Any, Any], Feed] | None
 
 
 def init_state(
-  initial: Any, batch_size: int, *, momentum: bool = False
+  initial: Any, batch_size: int, *, momentum: bool = False, window: int = 1
 ) -> State:
   """The state at a stream's start: every row holds the initial memory.
 
@@ -113,6 +159,7 @@ def init_state(
     initial: Initial memory per map, [h, ..., out, in].
     batch_size: Rows b.
     momentum: Whether the rates have momentum.
+    window: Tokens whose errors a token's step sums.
 
   Returns:
     A `State`.
@@ -121,7 +168,9 @@ def init_state(
     lambda w: jnp.broadcast_to(w, (batch_size, *w.shape)), initial
   )
   trace = jax.tree.map(jnp.zeros_like, memory) if momentum else None
-  return State(memory, memory, trace, jnp.zeros((batch_size,), jnp.int32))
+  tail = tails.init_tail(initial, batch_size, window) if window > 1 else None
+  offset = jnp.zeros((batch_size,), jnp.int32)
+  return State(memory, memory, trace, offset, tail)
 
 
 def _one_of(name, value, known):

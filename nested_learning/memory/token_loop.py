@@ -77,7 +77,7 @@ def token_loop(
         seen.inputs[name],
         seen.deltas[name],
         rates,
-        erase=writes.erases(rule, name),
+        erase=writes.erases(rule, name, initial),
         erase_from=rule.erase_from,
       )
     memory = {name: carry.weights for name, carry in carries.items()}

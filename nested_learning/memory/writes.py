@@ -4,6 +4,7 @@ The token loop and the chunk scan share everything in this file; they differ
 only in how they solve the update rule.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,9 @@ import jax.numpy as jnp
 from nested_learning.memory import interface
 from nested_learning.memory import networks
 from nested_learning.memory import rule as rules
+
+# Added to the square of a hidden input's norm, of which there may be nothing.
+_SMALL_SQUARE = 1e-2
 
 
 class Seen(NamedTuple):
@@ -95,13 +99,16 @@ def feed_rates(feed: interface.Feed, write: jax.Array | None) -> rules.Rates:
 def map_rates(
   rule: interface.Rule, name: str, seen: Seen, write: jax.Array | None
 ) -> rules.Rates:
-  """The rates of one map: those of hidden maps are scaled by their inputs."""
+  """The rates of one map: inner_lr is the share that the delta rule erases.
+
+  Keys have norm one; hidden inputs have any, and are taken as if they had been
+  normalised, as NL eq. 57 has them.
+  """
   rates = per_map(feed_rates(seen.feed, write), name)
-  if name == 'in' or rule.erase != 'every_map':
+  if name == 'in' or not erases(rule, name, seen.inputs):
     return rates
-  # Exact proximal step for inputs of any norm, NL eq. 57.
   square = jnp.sum(jnp.square(seen.inputs[name]), axis=-1, keepdims=True)
-  return rates._replace(inner_lr=rates.inner_lr / (1 + rates.inner_lr * square))
+  return rates._replace(inner_lr=rates.inner_lr / (square + _SMALL_SQUARE))
 
 
 def per_map(tree: Any, name: str) -> Any:
@@ -111,9 +118,15 @@ def per_map(tree: Any, name: str) -> Any:
   return jax.tree.map(lambda x: x[:, :, None], tree)
 
 
-def erases(rule: interface.Rule, name: str) -> bool:
-  """Whether the delta rule acts on a map."""
-  return rule.erase == 'every_map' or (rule.erase == 'input' and name == 'in')
+def erases(rule: interface.Rule, name: str, maps: Iterable[str]) -> bool:
+  """Whether the delta rule acts on one of a memory's maps."""
+  is_output = name != 'in' or not {'vector', 'scalar'}.intersection(maps)
+  return {
+    'none': False,
+    'input': name == 'in',
+    'output': is_output,
+    'every_map': True,
+  }[rule.erase]
 
 
 def reference(rule: interface.Rule, initial: jax.Array) -> jax.Array | None:

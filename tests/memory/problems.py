@@ -22,7 +22,7 @@ BATCH, HEADS, DIM, HIDDEN = 2, 2, 5, 4
 # The settings of the engine, and the values that are tested of each.
 FACTORS: Mapping[str, Sequence[Any]] = {
   'kind': ('mlp', 'matrix'),
-  'erase': ('none', 'input', 'every_map'),
+  'erase': ('none', 'input', 'output', 'every_map'),
   'erase_from': ('previous', 'retained'),
   'retain_to': ('zero', 'initial'),
   'momentum': (False, True),

@@ -75,10 +75,12 @@ def _run_head(initial, tokens, present, borders, rule, objective, reads):
         anchor[i], key, target, objective
       ).items():
         rate = inner_lr
-        if name == 'out' and rule.erase == 'every_map':
-          rate = inner_lr / (1.0 + inner_lr * (u @ u))
-        erase = rule.erase == 'every_map' or (
-          rule.erase == 'input' and name != 'out'
+        if name == 'out' and rule.erase in ('output', 'every_map'):
+          rate = inner_lr / (u @ u + 0.01)
+        erase = (
+          rule.erase == 'every_map'
+          or (rule.erase == 'input' and name != 'out')
+          or (rule.erase == 'output' and (name == 'out' or len(role) == 1))
         )
         weights = role[name]
         centre = initial[i][name] if rule.retain_to == 'initial' else 0.0

@@ -13,6 +13,8 @@ from tests.memory import reference
 _CASES = (
   # kind, erase, retain_to, momentum, objective, read, chunk size, erase from
   ('mlp', 'every_map', 'initial', True, 'l2', 'token', 7, 'previous'),
+  ('mlp', 'output', 'initial', False, 'dot', 'token', 7, 'previous'),
+  ('matrix', 'output', 'zero', False, 'l2', 'token', 7, 'previous'),
   ('mlp', 'input', 'zero', False, 'dot', 'chunk', 16, 'retained'),
   ('mlp', 'none', 'zero', True, 'l2', 'token', 1, 'previous'),
   ('matrix', 'input', 'initial', True, 'l2', 'token', 7, 'retained'),
