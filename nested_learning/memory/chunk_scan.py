@@ -28,6 +28,7 @@ def chunk_scan(
   reset: jax.Array | None = None,
   mask: jax.Array | None = None,
   write: bool = True,
+  starts_chunk: bool = False,
 ) -> tuple[interface.Result, interface.State]:
   """Reads and writes chunk by chunk: equal to `token_loop`, in matmuls.
 
@@ -46,6 +47,8 @@ def chunk_scan(
     reset: bool [b, t], True at a document's first token.
     mask: bool [b, t], False for tokens that are not there.
     write: False reads the memory and leaves it as it is.
+    starts_chunk: Whether the state stands between two chunks in every row, and
+      the tokens are whole chunks: spares the same bookkeeping.
 
   Returns:
     The `Result`, and the state after the tokens.
@@ -54,14 +57,20 @@ def chunk_scan(
   start = state
   if state is None:
     start = interface.init_state(initial, batch_size, momentum=rule.momentum)
-  is_aligned = state is None and mask is None
+  is_aligned = (state is None or starts_chunk) and mask is None
   lay_out = _lay_out_aligned if is_aligned else _lay_out
   chunks, restore = lay_out(
     rule.chunk_size, start.offset, inputs, reset=reset, mask=mask
   )
   if project is None:
     chunks = chunks._replace(
-      keys=_make_keys(rule, chunks.inputs, chunks, write)
+      keys=_make_keys(
+        rule,
+        chunks.inputs,
+        chunks,
+        write,
+        writes.erases(rule, 'in', initial),
+      )
     )
   # A reference per row: the scan's backward pass then sums over no rows.
   reference = rows.broadcast(initial, start.memory)
@@ -102,14 +111,14 @@ class _ChunkKeys(NamedTuple):
   scores: jax.Array | None  # with rule.read 'token'
 
 
-def _make_keys(rule, feed, chunk, write):
+def _make_keys(rule, feed, chunk, write, erase):
   reset, does_write = chunk.marks(write)
   rates = writes.feed_rates(feed, does_write)
   keys = chunk_rule.make_keys(
     feed.key,
     rates,
     chunk_rule.make_decays(rates, reset, erase_from=rule.erase_from),
-    erase=writes.erases(rule, 'in'),
+    erase=erase,
   )
   scores = None
   if rule.read == 'token':
@@ -182,7 +191,9 @@ def _chunk(network, rule, initial, project, write, state, chunk):
       ),
       lambda: seen,
     )
-  first = chunk.keys or _make_keys(rule, seen.feed, chunk, write)
+  first = chunk.keys or _make_keys(
+    rule, seen.feed, chunk, write, writes.erases(rule, 'in', initial)
+  )
   solved = {}
   for name, weights in state.memory.items():
     rates = writes.map_rates(rule, name, seen, does_write)
@@ -192,7 +203,7 @@ def _chunk(network, rule, initial, project, write, state, chunk):
         seen.inputs[name],
         rates,
         writes.per_map(keys.decays, name),
-        erase=writes.erases(rule, name),
+        erase=writes.erases(rule, name, initial),
       )
     solved[name] = chunk_rule.solve_chunk(
       rules.Carry(weights, state.trace and state.trace[name]),
