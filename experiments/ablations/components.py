@@ -4,7 +4,7 @@ Command:
   python launch/sweep.py --config=experiments/ablations/components.py \
     --workdir=runs/abl --seeds=3 --jobs=1
 
-Hardware: two CPU cores, a few minutes for each of the 24 runs.
+Hardware: two CPU cores, a few minutes for each of the 27 runs.
 Result: not run to its end yet.
 
 The paper (arXiv:2512.24695, Table 6) prints perplexity / accuracy in per cent,
@@ -24,7 +24,9 @@ parts of the paper's: `with_momentum` adds what the paper's row takes away (no
 equation of its section 8 has one; here it is Titans' trace), and `adaptive_q`
 makes the query a memory (its section 8 calls q the only projection that is
 none, its Table 6 takes that memory away). So `hope` is the paper's row without
-momentum and with static q, and without an equal in its table.
+momentum and with static q, and without an equal in its table. `no_dgd` descends
+on the L2 objective, as the memories without it do, at rates where that is
+stable; `as_printed` is equation 93: L2 and the delta rule on every map.
 """
 
 from experiments.ablations import small
@@ -46,7 +48,15 @@ def get_sweep() -> sweeps.Sweep:
   return sweeps.Sweep(
     rows=(
       sweeps.Row('hope', printed='12.24 / 58.1'),
-      sweeps.Row('no_dgd', ('model.mixer.erase=none',), printed='13.41 / 56.5'),
+      sweeps.Row(
+        'no_dgd',
+        (
+          'model.mixer.erase=none',
+          'model.mixer.objective=l2',
+          'model.mixer.max_inner_lr=0.5',
+        ),
+        printed='13.41 / 56.5',
+      ),
       sweeps.Row(
         'with_momentum',
         ('model.mixer.momentum=true',),
@@ -56,6 +66,14 @@ def get_sweep() -> sweeps.Sweep:
         'no_retention',
         (f'{adaptive}=k,v,inner_lr', 'model.mixer.retention=none'),
         printed='13.71 / 57.2',
+      ),
+      sweeps.Row(
+        'as_printed',
+        (
+          'model.mixer.erase=every_map',
+          'model.mixer.objective=l2',
+          'model.mixer.max_inner_lr=0.5',
+        ),
       ),
       sweeps.Row('no_cms', arg='no_cms', printed='13.04 / 57.3'),
       sweeps.Row(

@@ -168,7 +168,7 @@ class FunctionsTest(parameterized.TestCase):
 
 
 class _LongStream(parameterized.TestCase):
-  def check_finite(self, kind, erase):
+  def check_finite(self, kind, erase, objective='l2', inner_lr=0.5):
     # Heads: retention 1 and 1e-6, momentum 0 and 0.999; rows: repeated keys
     # and random ones. The learning rate is at its bound everywhere.
     num_tokens, chunk_size = 102_400, 64
@@ -178,6 +178,7 @@ class _LongStream(parameterized.TestCase):
       kind,
       {
         'erase': erase,
+        'objective': objective,
         'momentum': True,
         'chunk_size': chunk_size,
         'max_norm': 8.0,
@@ -198,7 +199,7 @@ class _LongStream(parameterized.TestCase):
       return memory.Feed(
         key=norm.l2_normalize(made.vectors[:, :, 0]),
         value=norm.l2_normalize(made.vectors[:, :, 1]),
-        inner_lr=full(jnp.full((4,), 0.5)),
+        inner_lr=full(jnp.full((4,), inner_lr)),
         retention=full(retention),
         momentum=full(momentum),
         query=inputs['x'],
@@ -237,9 +238,11 @@ class _LongStream(parameterized.TestCase):
 class LongStreamTest(_LongStream):
   """Self-modifying memories at rates that no trained model would have."""
 
-  @parameterized.parameters(('mlp', 'every_map'), ('matrix', 'none'))
-  def test_finite_over_100_000_tokens(self, kind, erase):
-    self.check_finite(kind, erase)
+  @parameterized.parameters(
+    ('mlp', 'output', 'dot', 2.0), ('matrix', 'none', 'l2', 0.5)
+  )
+  def test_finite_over_100_000_tokens(self, kind, erase, objective, inner_lr):
+    self.check_finite(kind, erase, objective, inner_lr)
 
 
 @pytest.mark.slow
@@ -248,6 +251,7 @@ class LongStreamSweepTest(_LongStream):
     ('mlp', 'none'),
     ('mlp', 'input'),
     ('matrix', 'input'),
+    ('mlp', 'every_map'),
     ('matrix', 'every_map'),
   )
   def test_finite_over_100_000_tokens(self, kind, erase):
