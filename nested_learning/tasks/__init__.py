@@ -2,6 +2,7 @@
 
 from nested_learning.tasks import suites
 from nested_learning.tasks.compression import CompressionConfig
+from nested_learning.tasks.documents import DocumentConfig
 from nested_learning.tasks.formal_languages import FormalLanguageConfig
 from nested_learning.tasks.groups import WordProblemConfig
 from nested_learning.tasks.mad import MemorizationConfig

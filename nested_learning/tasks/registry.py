@@ -11,6 +11,7 @@ from typing import Any
 
 from nested_learning import errors
 from nested_learning.tasks.compression import CompressionConfig
+from nested_learning.tasks.documents import DocumentConfig
 from nested_learning.tasks.formal_languages import FormalLanguageConfig
 from nested_learning.tasks.groups import GROUPS
 from nested_learning.tasks.groups import WordProblemConfig
@@ -26,6 +27,7 @@ from nested_learning.tasks.stories import StoryConfig
 
 TaskConfig = (
   CompressionConfig
+  | DocumentConfig
   | FormalLanguageConfig
   | FuzzyRecallConfig
   | MemorizationConfig
@@ -63,6 +65,10 @@ def _make_tasks() -> dict[str, Any]:
       num_tokens=64, num_copied=8
     ),
     'fuzzy_recall_small': FuzzyRecallConfig(num_tokens=64, motif_size=2),
+    # Based's documents; JRT's, which are read twice.
+    'documents': DocumentConfig(4096, 8, 40, vocabulary='bytes'),
+    'documents_small': DocumentConfig(),
+    'documents_twice_small': DocumentConfig(num_readings=2),
     # Garg et al.'s linear functions.
     'regression': RegressionConfig(),
     'regression_small': RegressionConfig(num_dims=5, num_points=16),

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import dataclasses
 import functools
 import itertools
-import re
 from typing import NamedTuple
 
 import numpy as np
@@ -213,19 +212,6 @@ def _make_word_tokenizer(num_filler_words: int) -> tokenizers.Tokenizer:
     [*PEOPLE, *PLACES, *THINGS, *_GO, *_TAKE, *_DROP]
     + ['the there Where is was before . ?']
   )
-  listed = ['', *sorted(set(said.split()))]
+  listed = sorted(set(said.split()))
   listed += [f'w{i}' for i in range(num_filler_words)]
-  number = {word: i for i, word in enumerate(listed)}
-
-  def encode(text):
-    found = re.findall(r'\w+|[.?]', text)
-    return np.array([number[word] for word in found], np.int32)
-
-  def decode(ids):
-    return ' '.join(listed[i] for i in np.asarray(ids) if i)
-
-  byte_lengths = np.array([len(word) for word in listed], np.int32)
-  fingerprint = f'stories {num_filler_words}'
-  return tokenizers.Tokenizer(
-    len(listed), 0, byte_lengths, fingerprint, encode, decode
-  )
+  return words.make_tokenizer(listed, f'stories {num_filler_words}')

@@ -1,6 +1,7 @@
-"""Words that needles and stories are made of, and hay from text files."""
+"""Words that tasks in text are made of, and hay from text files."""
 
 import ast
+from collections.abc import Sequence
 import functools
 import re
 import uuid
@@ -9,6 +10,7 @@ import numpy as np
 
 from nested_learning import errors
 from nested_learning.data import sources
+from nested_learning.data import tokenizers
 
 ADJECTIVES = tuple(
   'able amber ample ancient bitter blue bold brave brief bright brisk broad '
@@ -67,6 +69,35 @@ def draw_word(rng: np.random.Generator, kind: str) -> str:
     adjective = ADJECTIVES[rng.integers(len(ADJECTIVES))]
     return f'{adjective}-{NOUNS[rng.integers(len(NOUNS))]}'
   return str(uuid.UUID(bytes=rng.bytes(16)))
+
+
+def make_tokenizer(
+  listed: Sequence[str], fingerprint: str
+) -> tokenizers.Tokenizer:
+  """Makes a tokenizer of whole words; 0 stands before each document.
+
+  Args:
+    listed: Words and punctuation marks, the tokens from 1. White space between
+      them is none.
+    fingerprint: Of these.
+
+  Returns:
+    The tokenizer. Decoding puts a space between any two.
+  """
+  listed = ['', *listed]
+  number = {word: i for i, word in enumerate(listed)}
+
+  def encode(text):
+    found = re.findall(r'\w+|[^\w\s]', text)
+    return np.array([number[word] for word in found], np.int32)
+
+  def decode(ids):
+    return ' '.join(listed[i] for i in np.asarray(ids) if i)
+
+  byte_lengths = np.array([len(word) for word in listed], np.int32)
+  return tokenizers.Tokenizer(
+    len(listed), 0, byte_lengths, fingerprint, encode, decode
+  )
 
 
 @functools.cache

@@ -109,6 +109,9 @@ class EveryTaskTest(parameterized.TestCase):
     ('s5', {'group': 'S6'}, "group='S6' must be one of"),
     ('qa3', {'num_facts': 2}, 'num_facts=2 must be at least 3'),
     ('qa1_small', {'num_tokens': 100}, 'num_tokens=100 must be at least 128'),
+    ('documents', {'max_attributes': 49}, 'max_attributes=49 .* most the 48'),
+    ('documents_small', {'num_tokens': 30}, 'num_tokens=30 .* at least 37'),
+    ('documents_small', {'num_value_words': 0}, 'between 1 and the'),
     ('regression', {'noise': -1.0}, 'noise=-1.0 must be at least 0'),
   )
   def test_impossible_settings_are_refused(self, name, changes, message):
