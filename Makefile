@@ -5,8 +5,9 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 HARNESS := .venv/installed-lm-eval
 TEST_FLAGS ?= -n 2
+BENCH_FLAGS ?=
 
-.PHONY: demo test test-slow harness test-harness lint format clean
+.PHONY: demo test test-slow harness test-harness bench-small lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python launch/run.py --config=experiments/quickstart.py \
@@ -24,6 +25,11 @@ harness: $(HARNESS)
 test-harness: $(HARNESS)
 	$(BIN)/python -m pytest tests/evaluation/harness_test.py \
 	  tests/experiments/lm_eval_test.py
+
+# Small models on generated tasks: experiments/results/small/README.md.
+# BENCH_FLAGS=--seeds=3 or --only=hope,mqar; see experiments/bench_small.py.
+bench-small: $(INSTALLED)
+	$(BIN)/python experiments/bench_small.py $(BENCH_FLAGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

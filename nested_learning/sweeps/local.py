@@ -50,6 +50,7 @@ def run_all(
   num_jobs: int = 1,
   environment: Mapping[str, str] | None = None,
   fetch: Callable[[record_lib.Run], None] | None = None,
+  name: str = 'sweep',
 ) -> Outcome:
   """Runs what is not finished, each run in a process of its own.
 
@@ -66,6 +67,7 @@ def run_all(
     environment: Of the commands; None is that of this process.
     fetch: Called after a command that succeeded elsewhere, to bring its
       summary.json into the run's folder.
+    name: Of the progress bar.
 
   Returns:
     The failures, and what a signal left undone.
@@ -74,11 +76,11 @@ def run_all(
   children: list[_Child] = []
   failures: dict[str, str] = {}
   num_stopped, num_told = 0, 0
-  with _received() as signals, _bar(runs) as bar:
+  with _received() as signals, _bar(runs, name) as bar:
 
     def fail(run, reason):
       failures[run.name] = reason
-      bar.set_description_str(f'sweep, {len(failures)} failed', refresh=False)
+      bar.set_description_str(f'{name}, {len(failures)} failed', refresh=False)
       bar.update()
 
     while children or (waiting and not signals):
@@ -115,11 +117,11 @@ def run_all(
   return Outcome(failures, received, num_stopped, len(waiting))
 
 
-def _bar(runs: Sequence[record_lib.Run]) -> tqdm.tqdm:
+def _bar(runs: Sequence[record_lib.Run], name: str) -> tqdm.tqdm:
   return tqdm.tqdm(
     total=len(runs),
     initial=sum(run.finished for run in runs),
-    desc='sweep',
+    desc=name,
     unit='run',
     mininterval=0.2 if sys.stderr.isatty() else 10,
     dynamic_ncols=True,

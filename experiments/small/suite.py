@@ -1,0 +1,218 @@
+"""The small suite: which models learn which tasks, and for how long.
+
+A run is `experiments/tasks.py:family,preset`, whose `make_model` says what the
+models are, with the changes of its task and its own.
+"""
+
+from collections.abc import Sequence
+import difflib
+import hashlib
+import pathlib
+from typing import NamedTuple
+
+from nested_learning import configs
+from nested_learning import errors
+from nested_learning import sweeps
+
+_EXPERIMENT = pathlib.Path(__file__).resolve().parents[1] / 'tasks.py'
+
+
+class Task(NamedTuple):
+  """A task of the suite.
+
+  Attributes:
+    preset: Name in `tasks.TASKS`.
+    about: What it asks, in a sentence or two.
+    columns: Keys of a run's summary.json; the first is the suite's number.
+    longer: Evaluated on rows so many times as long, too.
+    changes: For all its runs, as for --set.
+  """
+
+  preset: str
+  about: str
+  columns: tuple[str, ...]
+  longer: tuple[int, ...] = (2,)
+  changes: tuple[str, ...] = ()
+
+
+TASKS = {
+  'mqar': Task(
+    'mqar_rewritten_small',
+    'Recall of eight keys, whose values are written eight more times before '
+    'they are asked for: the last value counts.',
+    ('accuracy', 'all_right', 'accuracy_2x', 'all_right_2x'),
+  ),
+  'parity': Task(
+    'parity',
+    'Whether the number of ones is even, after every symbol of strings of 2 to '
+    '50; then of 51 to 100, and of 151 to 200.',
+    ('all_right_2x', 'all_right', 'all_right_4x', 'accuracy_2x'),
+    longer=(2, 4),
+  ),
+  'aa': Task(
+    'aa',
+    'Whether the number of symbols is even, after every symbol; lengths as in '
+    'parity.',
+    ('all_right_2x', 'all_right', 'all_right_4x', 'accuracy_2x'),
+    longer=(2, 4),
+  ),
+  's_niah_1': Task(
+    'niah_single_1_small',
+    'A needle of four digits, as tokens, in hay that repeats itself; then with '
+    'up to eight times as much hay, read in pieces with the state carried.',
+    ('all_right_8x', 'all_right', 'all_right_2x', 'all_right_4x'),
+    longer=(2, 4, 8),
+    changes=('data.batch_size=16',),
+  ),
+  'selective_copying': Task(
+    'selective_copying_small',
+    'Eight tokens among blanks, to be repeated in their order.',
+    ('macro_accuracy', 'accuracy', 'all_right', 'macro_accuracy_2x'),
+  ),
+  'fuzzy_recall': Task(
+    'fuzzy_recall_small',
+    'Recall where keys and values are one or two tokens long.',
+    ('macro_accuracy', 'accuracy', 'all_right', 'macro_accuracy_2x'),
+  ),
+  'documents': Task(
+    'documents_small',
+    'The value of one of four to eight attributes of a document, asked for by '
+    'the beginning of its line, and written out.',
+    ('string_match', 'accuracy', 'string_match_2x'),
+    changes=('data.batch_size=16',),
+  ),
+  'compression': Task(
+    'compression',
+    'All of a row of 32 random tokens, from the output at its last one.',
+    ('macro_accuracy', 'accuracy'),
+    longer=(),
+  ),
+  'regression': Task(
+    'regression_small',
+    'A linear function of five numbers, to be learned from the points that the '
+    'row has shown; saying 0 gives an error of 5.',
+    ('squared_error', 'squared_error_2x'),
+  ),
+}
+
+# Task, family, steps, and what else differs from experiments/tasks.py.
+RUNS = (
+  ('mqar', 'transformer', 1000),
+  ('mqar', 'linear_attention', 1000),
+  ('mqar', 'deltanet', 1500),
+  ('mqar', 'gated_deltanet', 1500),
+  ('mqar', 'titans', 1000),
+  ('mqar', 'hope', 1000),
+  ('parity', 'transformer', 600),
+  ('parity', 'linear_attention', 600),
+  ('parity', 'deltanet', 600),
+  ('parity', 'hope', 400),
+  ('aa', 'transformer', 400),
+  ('aa', 'linear_attention', 400),
+  ('aa', 'deltanet', 400),
+  ('aa', 'hope', 400),
+  ('s_niah_1', 'transformer', 600),
+  ('s_niah_1', 'gated_deltanet', 800),
+  ('s_niah_1', 'titans', 600),
+  ('s_niah_1', 'hope', 600),
+  ('selective_copying', 'transformer', 600),
+  ('selective_copying', 'deltanet', 600),
+  ('selective_copying', 'titans', 600),
+  ('selective_copying', 'hope', 600),
+  ('fuzzy_recall', 'transformer', 600),
+  ('fuzzy_recall', 'deltanet', 600),
+  ('fuzzy_recall', 'titans', 600),
+  ('fuzzy_recall', 'hope', 600),
+  ('documents', 'transformer', 600),
+  ('documents', 'titans', 600),
+  ('documents', 'hope', 600),
+  ('compression', 'transformer', 600),
+  ('compression', 'titans', 600),
+  ('compression', 'hope', 600),
+  ('regression', 'transformer', 600),
+  ('regression', 'linear_attention', 600),
+  ('regression', 'deltanet', 600),
+  ('regression', 'titans', 600),
+  ('regression', 'hope', 600),
+)
+
+# Two steps of two rows through one layer: whether it runs, and nothing else.
+_QUICK = (
+  'train.num_steps=2',
+  'train.evaluate_every=2',
+  'data.batch_size=2',
+  'evaluation.num_batches=1',
+  'model.num_layers=1',
+)
+
+
+def make_cells(*, quick: bool = False) -> tuple[sweeps.Cell, ...]:
+  """Makes every cell of the suite.
+
+  Args:
+    quick: For the shortest runs there are.
+
+  Returns:
+    The cells. The row of one is 'family.task'. Its name ends in a digest of its
+    config: where that changes, the runs are others, in other folders.
+  """
+  cells = []
+  for name, family, num_steps, *changes in RUNS:
+    task = TASKS[name]
+    spec = f'{_EXPERIMENT}:{family},{task.preset}'
+    assignments = (
+      f'train.num_steps={num_steps}',
+      f'train.evaluate_every={num_steps}',
+      f'data.longer={task.longer}',
+      *task.changes,
+      *changes,
+      *(_QUICK if quick else ()),
+    )
+    config = configs.override(configs.load(spec), assignments)
+    digest = hashlib.sha1(configs.to_json(config).encode()).hexdigest()[:8]
+    row = f'{family}.{name}'
+    cells.append(sweeps.Cell(f'{row}-{digest}', spec, assignments, row=row))
+  return tuple(cells)
+
+
+def select(
+  cells: Sequence[sweeps.Cell], only: Sequence[str]
+) -> tuple[sweeps.Cell, ...]:
+  """Selects the cells that somebody asks for.
+
+  Args:
+    cells: The suite.
+    only: Families, tasks, or both as in 'hope.mqar'. Where families and tasks
+      are named, these families on these tasks. None is all.
+
+  Returns:
+    Those cells, in their order.
+
+  Raises:
+    errors.UserError: A name is unknown, or no run has them all.
+  """
+  rows = {cell.row for cell in cells}
+  pairs = [row.split('.') for row in rows]
+  families, tasks = ({pair[i] for pair in pairs} for i in range(2))
+  known = sorted(families | tasks | rows)
+  for name in only:
+    if name not in known:
+      (nearest,) = difflib.get_close_matches(name, known, 1, 0)
+      raise errors.UserError(
+        f'--only={name} is no family or task of the suite, which has '
+        f'{", ".join(sorted(families | tasks))}; the nearest is {nearest}.'
+      )
+  families, tasks = families & set(only), tasks & set(only)
+
+  def is_asked_for(row):
+    family, task = row.split('.')
+    both = family in (families or {family}) and task in (tasks or {task})
+    return row in only or (both and bool(families or tasks or not only))
+
+  selected = tuple(cell for cell in cells if is_asked_for(cell.row))
+  if not selected:
+    raise errors.UserError(
+      f'--only={",".join(only)}: the suite has no run of {sorted(families)} on '
+      f'{sorted(tasks)}; leave out one of these.'
+    )
+  return selected
