@@ -5,18 +5,13 @@ Command:
     --workdir=runs/mqar
 
 The argument is a family of `models.zoo` and a name of `tasks.TASKS`. Models
-have two layers, 64 wide, all of whose levels take every step. Any setting can
-be another: --set=data.task.num_rewrites=8 --set=data.longer=2,8.
+have two layers, 64 wide, all of whose levels take every step, and memories
+whose chunks are 16 tokens long: rows are short, and what a memory does at the
+borders of its chunks is learned where there are some. Any setting can be
+another: --set=data.task.num_rewrites=8 --set=data.longer=2,8.
 
-Hardware: two CPU cores, one to three minutes. Rows all right, one seed:
-  transformer,anbn with --set=train.num_steps=600: 100 % of strings of 2 to 50
-    symbols, 37 % of 51 to 100.
-  transformer,mqar_small with 4 pairs in rows of 32 tokens and 2,500 steps of 64
-    rows (data.task.num_pairs=4, data.task.num_tokens=32,
-    data.task.vocab_size=64, data.batch_size=64): 100 %, and 99.6 % on rows of
-    64; after 1,000 steps 71 %.
-  transformer,mqar_small as it is, with 16 pairs: none after its 1,500 steps,
-    9 % of single answers. Attention without a convolution takes longer.
+Hardware: two CPU cores, one to five minutes. What models learn is in
+experiments/results/small, which experiments/bench_small.py makes.
 """
 
 import dataclasses
@@ -24,11 +19,13 @@ import difflib
 
 from nested_learning import errors
 from nested_learning import evaluation
+from nested_learning import layers
 from nested_learning import models
 from nested_learning import tasks
 from nested_learning import training
 
 _FAMILY, _TASK = 'hope', 'mqar_small'
+_CHUNK = 16  # tokens that a memory reads between anchors
 _STEP = 2**13  # tokens, at most 32 rows and at least 4
 
 
@@ -48,7 +45,7 @@ def get_config(arg: str | None = None) -> training.ExperimentConfig:
     ),
     train=training.TrainConfig(
       num_steps=1500,
-      learning_rate=3e-3,
+      learning_rate=5e-3,
       weight_decay=0.01,
       evaluate_every=250,
       checkpoint_every=250,
@@ -87,6 +84,11 @@ def make_model(family: str, task: tasks.TaskConfig) -> models.ModelConfig:
     window=32,
   )
   model = models.zoo.make_sized(family, size)
+  mixer = model.mixer
+  if isinstance(mixer, layers.MemoryMixerConfig):
+    mixer = dataclasses.replace(
+      mixer, chunk_size=_CHUNK, chunk_size_others=_CHUNK
+    )
   every_step = lambda level: dataclasses.replace(level, chunk_size=None)
   levels = tuple(every_step(level) for level in model.levels)
-  return dataclasses.replace(model, levels=levels)
+  return dataclasses.replace(model, mixer=mixer, levels=levels)

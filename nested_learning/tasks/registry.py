@@ -53,7 +53,9 @@ def _make_tasks() -> dict[str, Any]:
     'mqar_based': MqarConfig(8192, 256, num_pairs=64),
     'mqar_based_1024': MqarConfig(8192, 1024, num_pairs=256),
     'mqar_small': MqarConfig(128, 64, num_pairs=16),
-    'mqar_rewritten_small': MqarConfig(128, 64, num_pairs=8, num_rewrites=8),
+    'mqar_rewritten_small': MqarConfig(
+      64, 64, num_pairs=8, num_rewrites=8, random_filler=False
+    ),
     # MAD's baselines.
     'recall': RecallConfig(),
     'noisy_recall': RecallConfig(32, num_noise_ids=16, noise=0.2),
