@@ -12,10 +12,10 @@ from nested_learning.evaluation.by_position import gain_by_position
 from nested_learning.evaluation.by_position import mean_over_bins
 from nested_learning.evaluation.by_position import plot
 from nested_learning.evaluation.by_position import write_table
-from nested_learning.evaluation.continuation import make_write
-from nested_learning.evaluation.continuation import WriteConfig
 from nested_learning.evaluation.continual import continual_scores
 from nested_learning.evaluation.continual import ContinualScores
+from nested_learning.evaluation.continuation import make_write
+from nested_learning.evaluation.continuation import WriteConfig
 from nested_learning.evaluation.evaluate import context_position
 from nested_learning.evaluation.evaluate import Evaluation
 from nested_learning.evaluation.evaluate import EvaluationConfig
