@@ -5,8 +5,12 @@ Command:
     --workdir=runs/levels
 
 Writes summary.json: session_over_frozen (tokens per second of a session whose
-levels step every 512, 2K and 8K tokens, over those of the same model, read by
-the same segments, with its levels at rest), flatness_to_1m (time per token at
+levels step every 512, 2K and 8K tokens, in the last quarter of the blocks, over
+those of the same model, read by the same segments, with its levels at rest),
+the same with all blocks learning, session_over_frozen_all_blocks, and with a
+local objective in all of them, session_over_frozen_all_blocks_local; bound_* of
+each, the ratio by matmul operations alone, which no machine changes;
+flatness_to_1m (time per token at
 the end of a stream of `stream_tokens` over that at its start; the length is in
 the summary, and experiments/benchmarks/levels.py:long is a million),
 state_bytes_growth (the state's size at the end over that at the start), and
@@ -18,6 +22,7 @@ Hardware: two CPU cores.
 """
 
 import dataclasses
+import functools
 import time
 
 import jax
@@ -26,6 +31,7 @@ import optax
 import tqdm
 
 from experiments import report_files
+from nested_learning import costs
 from nested_learning import errors
 from nested_learning import inference
 from nested_learning import levels
@@ -95,7 +101,15 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
     print(f'{name}: {value:.4g}')
 
 
-def _session(config: BenchmarkConfig) -> inference.Session:
+# What learns in a session, and by which objective.
+_VARIANTS = {
+  'session_over_frozen': {},
+  'session_over_frozen_all_blocks': {'depth': 1.0},
+  'session_over_frozen_all_blocks_local': {'depth': 1.0, 'objective': 'dot'},
+}
+
+
+def _session(config: BenchmarkConfig, **changes) -> inference.Session:
   heads = max(config.embed_dim // 64, 1)
   model = models.make_model(
     models.ModelConfig(
@@ -113,7 +127,7 @@ def _session(config: BenchmarkConfig) -> inference.Session:
     )
   )
   params = jax.jit(model.init_params)(jax.random.key(0))
-  inner = levels.InnerConfig(config.chunk_sizes, (1e-3,))
+  inner = levels.InnerConfig(config.chunk_sizes, (1e-3,), **changes)
   return inference.Session(model, params, inner)
 
 
@@ -122,8 +136,11 @@ def _tokens(num_tokens: int) -> np.ndarray:
 
 
 def _speed(config: BenchmarkConfig) -> dict[str, float]:
-  """A session against its model, which reads the same segments."""
-  session = _session(config)
+  """Sessions against their model, which reads the same segments."""
+  sessions = {
+    name: _session(config, **changes) for name, changes in _VARIANTS.items()
+  }
+  session = sessions['session_over_frozen']
   model, size = session.model, session.segment_size
   tokens = _tokens(config.num_segments * size)
   forward = jax.jit(model.forward)
@@ -137,18 +154,43 @@ def _speed(config: BenchmarkConfig) -> dict[str, float]:
       )
       np.asarray(losses)
 
-  learn = lambda: session.fork().feed(tokens)
-  times = {}
-  for name, function in {'frozen': frozen, 'session': learn}.items():
-    function()
-    times[name] = min(_seconds(function) for _ in range(config.repeats))
-  return {
-    'session_over_frozen': times['frozen'] / times['session'],
-    **{
-      f'tokens_per_second_{name}': len(tokens) / value
-      for name, value in times.items()
-    },
+  functions = {'frozen': frozen} | {
+    name: functools.partial(_feed, session, tokens)
+    for name, session in sessions.items()
   }
+  for function in functions.values():
+    function()
+  times = dict.fromkeys(functions, np.inf)
+  for _ in range(config.repeats):  # in turn: what else runs here hits them all
+    for name, function in functions.items():
+      times[name] = min(times[name], _seconds(function))
+  return {
+    **{name: times['frozen'] / times[name] for name in sessions},
+    **{
+      name.replace('session_over_frozen', 'bound'): _bound(session)
+      for name, session in sessions.items()
+    },
+    'tokens_per_second_frozen': len(tokens) / times['frozen'],
+    'tokens_per_second_session': len(tokens) / times['session_over_frozen'],
+  }
+
+
+def _feed(session: inference.Session, tokens: np.ndarray) -> None:
+  session.fork().feed(tokens)
+
+
+def _bound(session: inference.Session) -> float:
+  """Matmul operations of the model over those of the session, per segment."""
+  model = session.model
+  reader = models.make_reader(model, session.inner)
+  tokens = jax.ShapeDtypeStruct((1, session.segment_size), np.int32)
+  params = jax.eval_shape(reader.prepare, session.params)
+  count = lambda function, init: costs.matmul_flops(
+    function, params, jax.eval_shape(lambda p: init(p, 1), params), tokens
+  )
+  return count(model.forward, model.init_state) / count(
+    reader.read_segments, reader.init_state
+  )
 
 
 def _stream(config: BenchmarkConfig) -> dict[str, float]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from nested_learning import errors
 
-VERSION = 1
+VERSION = 2
 _MAGIC = b'NLSESSN\n'
 _LENGTH = struct.Struct('<Q')
 _DIGEST = hashlib.sha256().digest_size

@@ -12,8 +12,8 @@ import optax
 from nested_learning import levels
 from nested_learning import models
 from nested_learning.inference import generate as generate_lib
-from nested_learning.levels import in_context
 from nested_learning.levels import partition
+from nested_learning.levels import stream as stream_lib
 
 
 class SessionState(NamedTuple):
@@ -24,7 +24,7 @@ class SessionState(NamedTuple):
     logits: [b, v], of the next token.
   """
 
-  stream: in_context.State
+  stream: stream_lib.State
   logits: jax.Array
 
 
@@ -33,6 +33,7 @@ class Programs(NamedTuple):
 
   Attributes:
     segment_size: Tokens of a segment.
+    prepare: `prepare(params)` gives what the others take, or take as well.
     init: `init(params, num_rows) -> SessionState`.
     segment: A whole segment from its start, with its steps.
     piece: Tokens within a segment, without.
@@ -43,6 +44,7 @@ class Programs(NamedTuple):
   """
 
   segment_size: int
+  prepare: Callable[[Any], Any]
   init: Callable[..., SessionState]
   segment: Callable[..., Any]
   piece: Callable[..., Any]
@@ -154,6 +156,7 @@ def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
 
   return Programs(
     reader.segment_size,
+    jax.jit(reader.prepare),
     jax.jit(init, static_argnums=1),
     segment,
     piece,

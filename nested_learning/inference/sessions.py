@@ -18,8 +18,6 @@ they learned.
 
 from collections.abc import Sequence
 import dataclasses
-import hashlib
-import json
 import pathlib
 from typing import Any
 
@@ -31,12 +29,11 @@ from nested_learning import configs
 from nested_learning import errors
 from nested_learning import levels
 from nested_learning import models
-from nested_learning import parameters
 from nested_learning.inference import generate as generate_lib
+from nested_learning.inference import session_contents
 from nested_learning.inference import session_files
+from nested_learning.inference import session_inputs
 from nested_learning.inference import session_programs
-
-_FORMAT = 'nested_learning session'
 
 
 def default_inner(config: models.ModelConfig) -> levels.InnerConfig:
@@ -44,7 +41,9 @@ def default_inner(config: models.ModelConfig) -> levels.InnerConfig:
 
   The papers begin at 512, for models of 10^8 parameters and more. A Transformer
   of half a million, on 16K bytes of code that it was not trained on, comes from
-  2.60 nats per byte to 1.95 with steps every 128 and to 2.15 every 512.
+  2.60 nats per byte to 1.95 with steps every 128 and to 2.15 every 512, where
+  all its blocks learn (`depth=1.0`; here it is the last quarter of them, which
+  is cheaper, see `levels.InnerConfig`).
   """
   sizes = tuple(128 * 4**i for i in range(len(config.levels)))
   return levels.InnerConfig(sizes)
@@ -109,7 +108,9 @@ class Session:
         f'{self.inner.chunk_sizes}) is longer than model.max_length={longest}; '
         'lower the one or raise the other.'
       )
-    self.state = self._programs.init(params, num_rows)
+    # A copy of the blocks, so that no call makes one; forks share it.
+    self._prepared = self._programs.prepare(params)
+    self.state = self._programs.init(self._prepared, num_rows)
     self.clock = np.zeros(num_rows, np.int64)
     self._age = np.zeros(num_rows, np.int64)  # tokens that the mixers hold
     self._fingerprint = None
@@ -143,7 +144,13 @@ class Session:
       errors.UserError: There are no tokens, or some that the model does not
         have; nothing was read.
     """
-    tokens, reset, mask = self._check(tokens, reset, mask)
+    tokens, reset, mask = session_inputs.check(
+      tokens,
+      reset,
+      mask,
+      num_rows=self.num_rows,
+      vocab_size=self.model.config.vocab_size,
+    )
     losses = np.full(tokens.shape, np.nan, np.float32)
     state, clock, age = self.state, self.clock.copy(), self._age.copy()
     size = self._programs.segment_size
@@ -156,10 +163,10 @@ class Session:
       count = piece.there.sum(axis=1)
       is_segment = (count == size).all()  # and so begins at a border
       if is_segment:
-        found, state = self._programs.segment(self.params, state, *inputs)
+        found, state = self._programs.segment(self._prepared, state, *inputs)
       else:
         found, state = self._programs.piece(
-          self.params, state, *inputs, piece.there
+          self._prepared, state, *inputs, piece.there
         )
       clock, age = clock + count, age + count
       if not is_segment:
@@ -246,7 +253,7 @@ class Session:
       )
     )
     key = jax.random.key(0) if key is None else key
-    written = write(self.params, reader.state, key)
+    written = write(self._prepared, reader.state, key)
     if keep:
       mask = np.arange(num_tokens) < np.asarray(written.lengths)[:, None]
       if mask.any():
@@ -294,16 +301,14 @@ class Session:
       errors.UserError: It cannot be written.
     """
     header = {
-      'format': _FORMAT,
       'model': self._model_fingerprint(),
       'tokens_are': self._tokens_are,
       'inner': configs.to_json(self.inner),
       'num_rows': self.num_rows,
     }
-    arrays = {'clock': self.clock, 'age': self._age}
-    for name, x in _leaves(self.state):
-      arrays[f'state/{name}'] = np.asarray(x)
-    size = session_files.write(path, session_files.Content(header, arrays))
+    clocks = {'clock': self.clock, 'age': self._age}
+    content = session_contents.pack(header, clocks, self.state)
+    size = session_files.write(path, content)
     self.mark()
     return size
 
@@ -331,38 +336,17 @@ class Session:
       errors.UserError: The file is damaged, or of another model, checkpoint,
         tokenizer or version.
     """
-    header, arrays = session_files.read(path)
-    if header.get('format') != _FORMAT:
-      raise errors.UserError(f'{path} is no session; give another path.')
-    if header['tokens_are'] != tokens_are:
-      raise errors.UserError(
-        f'the session {path} was fed other tokens (fingerprint '
-        f'{header["tokens_are"]!r}) than these ({tokens_are!r}); use the '
-        'tokenizer that it was begun with, or another path.'
-      )
-    inner = configs.from_json(header['inner'])
+    content = session_contents.read(path, tokens_are=tokens_are)
     session = cls(
-      model, params, inner, num_rows=header['num_rows'], tokens_are=tokens_are
+      model,
+      params,
+      configs.from_json(content.header['inner']),
+      num_rows=content.header['num_rows'],
+      tokens_are=tokens_are,
     )
-    if header['model'] != session._model_fingerprint():
-      raise errors.UserError(
-        f'the session {path} belongs to another checkpoint (fingerprint '
-        f'{header["model"][:12]}, this one {session._fingerprint[:12]}); use '
-        'the checkpoint that it was begun with, or another path.'
-      )
-    restored = []
-    for name, x in _leaves(session.state):
-      found = arrays.get(f'state/{name}')
-      if found is None or (found.shape, found.dtype) != (x.shape, x.dtype):
-        got = 'nothing' if found is None else f'{found.dtype}{found.shape}'
-        raise errors.UserError(
-          f'the session {path} has {got} for {name}, and this model has '
-          f'{x.dtype}{x.shape}; use the model that it was begun with '
-          '(model.max_length counts, where attention holds all tokens).'
-        )
-      restored.append(jnp.asarray(found))
-    structure = jax.tree.structure(session.state)
-    session.state = structure.unflatten(restored)
+    session_contents.check_model(path, content, session._model_fingerprint())
+    session.state = session_contents.unpack(path, content, session.state)
+    arrays = content.arrays
     session.clock, session._age = arrays['clock'].copy(), arrays['age'].copy()
     session.mark()
     return session
@@ -374,35 +358,6 @@ class Session:
     other.mark()
     return other
 
-  def _check(self, tokens, reset, mask):
-    """Tokens and marks as arrays [b, t], or an error."""
-    tokens = np.asarray(tokens)
-    add_row = lambda x: x[None] if np.ndim(x) == 1 else x
-    tokens = add_row(tokens)
-    if tokens.ndim != 2 or len(tokens) != self.num_rows:
-      raise errors.UserError(
-        f'tokens have shape {tokens.shape}; this session has {self.num_rows} '
-        'rows, and takes tokens [rows, tokens].'
-      )
-    fill = lambda x, value: (
-      np.full(tokens.shape, value)
-      if x is None
-      else np.broadcast_to(add_row(np.asarray(x, bool)), tokens.shape)
-    )
-    reset, mask = fill(reset, False), fill(mask, True)
-    if not mask.any():
-      raise errors.UserError('there is nothing to read; give some tokens.')
-    read, vocab_size = tokens[mask], self.model.config.vocab_size
-    if not np.issubdtype(tokens.dtype, np.integer):
-      raise errors.UserError(f'tokens are {tokens.dtype}; give whole numbers.')
-    if read.min() < 0 or read.max() >= vocab_size:
-      wrong = read[(read < 0) | (read >= vocab_size)][0]
-      raise errors.UserError(
-        f'token {wrong} is not among the {vocab_size} of the model; use the '
-        'tokenizer that the model was trained with.'
-      )
-    return tokens.astype(np.int32), reset, mask
-
   def _end_segments(self, state, whole):
     """Learns in the rows whose segment is whole, by the program of segments."""
     if not whole.any():
@@ -413,7 +368,10 @@ class Session:
       segment=segment._replace(count=jnp.zeros_like(segment.count)),
     )
     _, learned = self._programs.segment(
-      self.params, state._replace(stream=stream), segment.tokens, segment.reset
+      self._prepared,
+      state._replace(stream=stream),
+      segment.tokens,
+      segment.reset,
     )
     return self._programs.where(whole, learned, state)
 
@@ -424,7 +382,7 @@ class Session:
       return state, age
     full = (clock % size == 0) & (age + size > self._limit)
     if full.any():
-      state = self._programs.restart(self.params, state, full)
+      state = self._programs.restart(self._prepared, state, full)
     return state, np.where(full, 0, age)
 
   def _forget_for(self, num_tokens):
@@ -432,7 +390,7 @@ class Session:
     if self._limit is None or self._age.max() + num_tokens <= self._limit:
       return
     everywhere = np.ones(self.num_rows, bool)
-    state = self._programs.restart(self.params, self.state, everywhere)
+    state = self._programs.restart(self._prepared, self.state, everywhere)
     segment = state.stream.segment
     segment = segment._replace(count=jnp.zeros_like(segment.count))
     self.state = state._replace(stream=state.stream._replace(segment=segment))
@@ -443,7 +401,7 @@ class Session:
 
   def _model_fingerprint(self) -> str:
     if self._fingerprint is None:
-      self._fingerprint = fingerprint(self.model, self.params)
+      self._fingerprint = session_contents.fingerprint(self.model, self.params)
     return self._fingerprint
 
 
@@ -473,21 +431,3 @@ def join(sessions: Sequence[Session]) -> Session:
   joined._age = np.concatenate([session._age for session in sessions])
   joined.mark()
   return joined
-
-
-def fingerprint(model: models.Model, params: Any) -> str:
-  """SHA-256 of a model's config and all its parameters."""
-  config = dataclasses.replace(model.config, max_length=1, remat='none')
-  digest = hashlib.sha256(configs.to_json(config).encode())
-  for name, x in _leaves(params):
-    array = np.ascontiguousarray(x)
-    digest.update(json.dumps([name, str(array.dtype), array.shape]).encode())
-    digest.update(array.astype(array.dtype.newbyteorder('<')).tobytes())
-  return digest.hexdigest()
-
-
-def _leaves(tree):
-  return [
-    (parameters.path_name(path), x)
-    for path, x in jax.tree.leaves_with_path(tree)
-  ]

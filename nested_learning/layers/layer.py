@@ -16,11 +16,14 @@ class Marks(NamedTuple):
       came before in its row is forgotten.
     mask: bool [b, t], False for padding: an exact no-op on every state.
     write: Whether memories write. With False they are read as they stand.
+    lesson: A `levels.cms.Lesson` where the levels of a chain say on the way how
+      they would learn from it; only trunks look at it.
   """
 
   reset: jax.Array | None = None
   mask: jax.Array | None = None
   write: bool = True
+  lesson: Any = None
 
 
 class Layer(NamedTuple):

@@ -10,3 +10,6 @@ from nested_learning.levels.multi_timescale import Level
 from nested_learning.levels.multi_timescale import multi_timescale
 from nested_learning.levels.multi_timescale import MultiTimescaleState
 from nested_learning.levels.multi_timescale import telemetry
+from nested_learning.levels.timescale import effective_timescale
+from nested_learning.levels.timescale import measure_readability
+from nested_learning.levels.timescale import Readability

@@ -19,10 +19,10 @@ References:
   Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eqs. 70-74, 97.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,38 @@ import jax.numpy as jnp
 from nested_learning import errors
 from nested_learning import parameters
 from nested_learning.layers import norm
+from nested_learning.memory import objectives
 
 CONNECTIONS = ('sequential', 'independent', 'nested')
+LOCAL_OBJECTIVES = ('l2', 'dot')  # of `memory.objectives`
+
+
+class Lesson(NamedTuple):
+  """What levels are to learn, each from its own input and output alone.
+
+  Attributes:
+    objective: 'l2' or 'dot', see `teach`.
+    names: The levels that learn.
+    target: [b, t, e], what a level's output is held against.
+    counts: [b, t], how much each token counts; 0 for not at all.
+  """
+
+  objective: str
+  names: tuple[str, ...]
+  target: jax.Array
+  counts: jax.Array
+
+
+class Taught(NamedTuple):
+  """What a chain that was taught leaves behind.
+
+  Attributes:
+    state: What the layer leaves behind anyway.
+    gradients: A tree like the layer's parameters, of what learns in it.
+  """
+
+  state: Any
+  gradients: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,13 +182,78 @@ def apply(
   Returns:
     [b, t, e].
   """
+  mlp = lambda name, x: _mlp(params[name], x)
+  return _connect(levels, mlp, x, chain=chain, mix=mix)
+
+
+def teach(
+  levels: Sequence[LevelConfig],
+  params: Any,
+  x: jax.Array,
+  lesson: Lesson,
+  *,
+  chain: ChainConfig = ChainConfig(),
+  mix: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+  r"""Passes x through the chain; how its levels would learn a target by it.
+
+  With a level's input x and output f(x), before it is added to the stream, and
+  a target v of e numbers, it minimises over the tokens that count
+
+  .. math::
+    \frac{1}{2e} |f(x_t) - v_t|^2 \quad \text{('l2')}, \qquad
+    -\frac{1}{e} \langle f(x_t), v_t \rangle \quad \text{('dot')}.
+
+  Its gradient is made where the level is computed, and nothing is passed back
+  to what is before it. 'l2' makes a level say the target instead of what it
+  said before; 'dot' pulls it there for as long as it lasts.
+
+  Args:
+    levels: As for `apply`.
+    params: As for `apply`.
+    x: [b, t, e].
+    lesson: Which levels learn what.
+    chain: As for `apply`.
+    mix: As for `apply`.
+
+  Returns:
+    What `apply` gives, and the gradients: from each name of the lesson to a
+    tree like the level's parameters, summed over rows and tokens.
+  """
+  gradients = {}
+
+  def mlp(name, x):
+    if name not in lesson.names:
+      return _mlp(params[name], x)
+
+    def loss(weights):
+      output = _mlp(weights, x)
+      wide = output.astype(jnp.promote_types(output.dtype, jnp.float32))
+      values = objectives.OBJECTIVES[lesson.objective](wide, lesson.target)
+      return jnp.sum(lesson.counts * values) / x.shape[-1], output
+
+    gradients[name], output = jax.grad(loss, has_aux=True)(params[name])
+    return output
+
+  return _connect(levels, mlp, x, chain=chain, mix=mix), gradients
+
+
+def _connect(
+  levels: Sequence[LevelConfig],
+  mlp: Callable[[str, jax.Array], jax.Array],
+  x: jax.Array,
+  *,
+  chain: ChainConfig,
+  mix: jax.Array | None,
+) -> jax.Array:
+  """The chain, whose MLPs `mlp(name, x)` computes."""
   if chain.connection == 'independent':
-    outputs = [_mlp(params[level.name], x) for level in levels]
+    outputs = [mlp(level.name, x) for level in levels]
     weights = mix.astype(x.dtype)
     return x + sum(weights[i] * y for i, y in enumerate(outputs))
   first = 1 if chain.order == 'fastest_first' else -1
   for level in levels[::first]:
-    x = x + _mlp(params[level.name], x)
+    x = x + mlp(level.name, x)
   return x
 
 

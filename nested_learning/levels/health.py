@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_learning.levels import in_context
 from nested_learning.levels import partition
+from nested_learning.levels import stream
 
 # A step of less than this of the weights' norm moves no float32 weight.
 _LEAST_RATIO = 1e-7
@@ -41,7 +41,7 @@ class Health(NamedTuple):
   dead: jax.Array
 
 
-def health(state: in_context.State) -> dict[str, Health]:
+def health(state: stream.State) -> dict[str, Health]:
   """Measures the levels of a stream.
 
   Args:
@@ -57,7 +57,7 @@ def health(state: in_context.State) -> dict[str, Health]:
   }
 
 
-def _measure(level: in_context.LevelState, largest: jax.Array) -> Health:
+def _measure(level: stream.LevelState, largest: jax.Array) -> Health:
   ratio = level.update_norm / jnp.maximum(partition.norm(level.params), 1e-12)
   silent = level.gradient_norm <= _LEAST_SHARE * largest
   dead = (ratio < _LEAST_RATIO) | silent

@@ -9,7 +9,9 @@ every level whose chunk ends there takes one step of its own optimiser,
 
 over the n next-token losses of its chunk. So a token's logits depend on no step
 that has used it. Every row of a batch owns the weights of its levels; all other
-parameters are shared and stand still.
+parameters are shared and stand still. Instead of the loss, a level may have an
+objective of its own input and output (`cms.teach`), which needs no backward
+pass; all else is the same.
 
 A chunk may end anywhere in a call, and a call anywhere in a segment. The state
 therefore has the model's state twice: where the stream is, from which the next
@@ -29,10 +31,10 @@ References:
   Sun et al., arXiv:2512.23675, 2025 (one level, trained end to end).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,94 +42,13 @@ import optax
 
 from nested_learning import errors
 from nested_learning.levels import partition
+from nested_learning.levels import steps
+from nested_learning.levels import stream
 
-
-class LevelState(NamedTuple):
-  """One level in every row; all leaves begin with the rows [b].
-
-  Attributes:
-    params: The level's weights.
-    optimizer: State of its optimiser.
-    accumulated: Sum of gradients since the last step; () where a chunk is one
-      segment.
-    num_targets: float32, predictions in that sum.
-    num_updates: int32, steps so far.
-    gradient_norm: Norm of the gradient of the last step.
-    update_norm: Norm of the last step.
-    drift: Distance of the weights from their start, over the start's norm.
-    frozen: Whether a step diverged: the weights are those of the start again,
-      and stay so.
-  """
-
-  params: Any
-  optimizer: Any
-  accumulated: Any
-  num_targets: jax.Array
-  num_updates: jax.Array
-  gradient_norm: jax.Array
-  update_norm: jax.Array
-  drift: jax.Array
-  frozen: jax.Array
-
-
-class Segment(NamedTuple):
-  """The segment that is being read.
-
-  Attributes:
-    model: The model's state before its first token, rows first.
-    tokens: int32 [b, s].
-    reset: bool [b, s].
-    count: int32 [b], tokens that were read, less than s.
-  """
-
-  model: Any
-  tokens: jax.Array
-  reset: jax.Array
-  count: jax.Array
-
-
-class State(NamedTuple):
-  """A stream of a model whose levels learn; all leaves begin with [b].
-
-  Attributes:
-    model: The model's state after the last token, rows first.
-    segment: What is needed to learn from the segment when it is whole.
-    num_segments: int32 [b], whole segments so far: the clock of the levels.
-    levels: From name to `LevelState`.
-  """
-
-  model: Any
-  segment: Segment
-  num_segments: jax.Array
-  levels: Mapping[str, LevelState]
-
-
-class Reader(NamedTuple):
-  """A model whose levels learn while they read.
-
-  Attributes:
-    segment_size: Tokens of a segment.
-    init_state: `init_state(params, batch_size) -> State`.
-    read: `read(params, state, tokens, *, reset=None, mask=None, write=True)`
-      gives logits [b, t, v] and the state after the tokens; the same contract
-      as a model's `forward`. With write=False neither memories nor levels
-      change, and the tokens are forgotten at the segment's end.
-    read_segments: `read_segments(params, state, tokens, *, reset=None)` is the
-      same for whole segments from the border of one; a third cheaper.
-    read_piece: `read_piece(params, state, tokens, *, reset, mask)` reads tokens
-      that are in front of their rows and end within the segment, and keeps them
-      for its end, but takes no step.
-    losses: `losses(params, state, tokens, targets, token_loss, *, reset=None)`
-      gives the losses [b, t] of whole segments instead of their logits, which
-      the backward pass then need not keep.
-  """
-
-  segment_size: int
-  init_state: Callable[[Any, int], State]
-  read: Callable[..., tuple[jax.Array, State]]
-  read_segments: Callable[..., tuple[jax.Array, State]]
-  read_piece: Callable[..., tuple[jax.Array, State]]
-  losses: Callable[..., tuple[jax.Array, State]]
+LevelState = stream.LevelState
+Reader = stream.Reader
+Segment = stream.Segment
+State = stream.State
 
 
 def make_reader(
@@ -140,7 +61,8 @@ def make_reader(
   nested: bool = False,
   gradient: str = 'second_order',
   max_drift: float = 1.0,
-) -> Reader:
+  teach: Callable[..., tuple[jax.Array, Any, Any]] | None = None,
+) -> stream.Reader:
   """Makes a model's levels learn from the tokens that it reads.
 
   Args:
@@ -156,9 +78,14 @@ def make_reader(
       'first_order' takes the inner gradients as constants.
     max_drift: A level that has gone further from its start than this times the
       start's norm has diverged, as has one whose step is not finite.
+    teach: What makes gradients in place of those of the next-token loss:
+      `teach(params, state, tokens, counts, *, reset=None)` gives logits, the
+      state, and a tree that has, at the paths of the levels' parameters, the
+      gradients of what they minimise over the tokens, each counted as often as
+      counts [b, t] says.
 
   Returns:
-    A `Reader`.
+    A `stream.Reader`.
 
   Raises:
     errors.UserError: No level, an unknown one, chunk sizes without a common
@@ -175,46 +102,22 @@ def make_reader(
   size = segment_size(levels)
   periods = {level.name: level.chunk_size // size for level in levels}
 
-  def own(params):
-    return {name: partition.select(params, labels, name) for name in periods}
-
-  def start_of(params, num_rows):
-    """Weights and optimisers as every row starts with them."""
-    repeat = lambda x: jnp.broadcast_to(x, (num_rows, *jnp.shape(x)))
-    weights = jax.tree.map(repeat, own(params))
-    optimizers = {
-      x.name: jax.vmap(x.optimizer.init)(weights[x.name]) for x in levels
-    }
-    return weights, optimizers
+  config = steps.StepConfig(reduce, nested, max_drift)
+  init_levels, learn = steps.make_steps(levels, periods, labels, config)
 
   def init(params, batch_size):
     axes = partition.row_axes(init_state, params)
     model = partition.rows_first(axes, init_state(params, batch_size))
-    weights, optimizers = start_of(params, batch_size)
-    number = lambda dtype: jnp.zeros((batch_size,), dtype)
-    return State(
+    return stream.State(
       model=model,
-      segment=Segment(
+      segment=stream.Segment(
         model,
         jnp.zeros((batch_size, size), jnp.int32),
         jnp.zeros((batch_size, size), bool),
-        number(jnp.int32),
+        jnp.zeros((batch_size,), jnp.int32),
       ),
-      num_segments=number(jnp.int32),
-      levels={
-        name: LevelState(
-          params=weights[name],
-          optimizer=optimizers[name],
-          accumulated=jax.tree.map(_zeros, weights[name]) if period > 1 else (),
-          num_targets=number(jnp.float32),
-          num_updates=number(jnp.int32),
-          gradient_norm=number(jnp.float32),
-          update_norm=number(jnp.float32),
-          drift=number(jnp.float32),
-          frozen=number(bool),
-        )
-        for name, period in periods.items()
-      },
+      num_segments=jnp.zeros((batch_size,), jnp.int32),
+      levels=init_levels(params, batch_size),
     )
 
   def forward_row(params, axes, weights, model, tokens, reset, mask, write):
@@ -236,110 +139,45 @@ def make_reader(
     row = lambda *args: forward_row(params, axes, *args, write)
     return jax.vmap(row)(weights, state.model, tokens, reset, mask)
 
-  def learn_rows(params, levels_state, model, tokens, reset):
-    """Reads whole segments; what they say of the weights they are read with."""
-    axes = partition.row_axes(init_state, params)
+  def judge_row(params, axes, weights, model, tokens, reset):
+    """Gradients, logits, the state, and how many predictions were judged."""
+    counts = jnp.ones((size - 1,), jnp.float32)
+    if reset is not None:  # a document does not predict the next one
+      counts = 1 - reset[1:].astype(jnp.float32)
 
-    def loss(weights, model, tokens, reset):
-      logits, model = forward_row(
+    def loss(weights):
+      logits, after = forward_row(
         params, axes, weights, model, tokens, reset, None, True
       )
       losses = optax.softmax_cross_entropy_with_integer_labels(
         logits[:-1], tokens[1:]
       )
-      counts = jnp.ones_like(losses)
-      if reset is not None:  # a document does not predict the next one
-        counts = 1 - reset[1:].astype(losses.dtype)
-      return jnp.sum(losses * counts), (logits, model, jnp.sum(counts))
+      return jnp.sum(losses * counts), (logits, after)
 
+    if teach is None:
+      gradients, (logits, model) = jax.grad(loss, has_aux=True)(weights)
+      return gradients, logits, model, jnp.sum(counts)
+    logits, model, found = teach(
+      partition.merge(params, labels, weights),
+      partition.add_row_axis(axes, model),
+      tokens[None],
+      jnp.pad(counts, (0, 1))[None],
+      reset=None if reset is None else reset[None],
+    )
+    gradients = {name: partition.pick(found, labels, name) for name in weights}
+    model = partition.drop_row_axis(axes, model)
+    return gradients, logits[0], model, jnp.sum(counts)
+
+  def learn_rows(params, levels_state, model, tokens, reset):
+    """Reads whole segments; what they say of the weights they are read with."""
+    axes = partition.row_axes(init_state, params)
     weights = {name: level.params for name, level in levels_state.items()}
-    gradients, aux = jax.vmap(jax.grad(loss, has_aux=True))(
+    gradients, *rest = jax.vmap(lambda *row: judge_row(params, axes, *row))(
       weights, model, tokens, reset
     )
     if gradient == 'first_order':
       gradients = jax.lax.stop_gradient(gradients)
-    return gradients, *aux
-
-  def step(level, state, gradients, num_targets, start, due):
-    """One step of a level's optimiser in the rows where it is due."""
-    weights, optimizer = start
-    divisor = jnp.maximum(num_targets, 1) if reduce == 'mean' else 1.0
-    gradients = jax.tree.map(
-      lambda g, w: (g / _like(divisor, g)).astype(w.dtype),
-      gradients,
-      state.params,
-    )
-    updates, new_optimizer = jax.vmap(level.optimizer.update)(
-      gradients, state.optimizer, state.params
-    )
-    params = optax.apply_updates(state.params, updates)
-    gradient_norm, update_norm = map(partition.norm, (gradients, updates))
-    distance = partition.norm(jax.tree.map(jnp.subtract, params, weights))
-    drift = distance / jnp.maximum(partition.norm(weights), 1e-12)
-    sound = jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
-    sound &= drift <= max_drift
-    stepped = due & sound & ~state.frozen
-    diverged = due & ~sound & ~state.frozen
-    take = lambda new, old: partition.where(stepped, new, old)
-    give_up = lambda new, old: partition.where(diverged, new, old)
-    seen = due & ~state.frozen
-    return state._replace(
-      params=give_up(weights, take(params, state.params)),
-      optimizer=give_up(optimizer, take(new_optimizer, state.optimizer)),
-      num_updates=state.num_updates + stepped,
-      gradient_norm=partition.where(seen, gradient_norm, state.gradient_norm),
-      update_norm=partition.where(seen, update_norm, state.update_norm),
-      drift=give_up(jnp.zeros_like(drift), take(drift, state.drift)),
-      frozen=state.frozen | diverged,
-    )
-
-  def step_if_due(level, state, gradients, num_targets, start, active, due):
-    if periods[level.name] == 1:
-      return step(level, state, gradients, num_targets, start, due)
-    add = lambda total, g: total + g.astype(total.dtype)
-    total = jax.tree.map(add, state.accumulated, gradients)
-    count = state.num_targets + num_targets
-    state = state._replace(
-      accumulated=partition.where(active, total, state.accumulated),
-      num_targets=partition.where(active, count, state.num_targets),
-    )
-
-    def update(state):
-      state = step(
-        level, state, state.accumulated, state.num_targets, start, due
-      )
-      zero = lambda x: partition.where(due, jnp.zeros_like(x), x)
-      return state._replace(
-        accumulated=jax.tree.map(zero, state.accumulated),
-        num_targets=zero(state.num_targets),
-      )
-
-    return jax.lax.cond(jnp.any(due), update, lambda state: state, state)
-
-  def learn(params, states, gradients, num_targets, num_segments, active):
-    """Takes the steps that are due after a segment, in the active rows."""
-    weights, optimizers = start_of(params, active.shape[0])
-    states, due = dict(states), {}
-    for level in levels:
-      name = level.name
-      due[name] = active & (num_segments % periods[name] == 0)
-      states[name] = step_if_due(
-        level,
-        states[name],
-        gradients[name],
-        num_targets,
-        (weights[name], optimizers[name]),
-        active,
-        due[name],
-      )
-    for faster, slower in itertools.pairwise(periods if nested else ()):
-      anew = lambda new, old, rows=due[slower]: partition.where(rows, new, old)
-      states[faster] = states[faster]._replace(
-        params=anew(weights[faster], states[faster].params),
-        optimizer=anew(optimizers[faster], states[faster].optimizer),
-        drift=anew(jnp.zeros_like(num_targets), states[faster].drift),
-      )
-    return states
+    return gradients, *rest
 
   def scan_segments(params, state, tokens, reset, extra, emit):
     """Whole segments from the border of one; `emit` makes the outputs."""
@@ -371,7 +209,7 @@ def make_reader(
     outputs = jnp.swapaxes(outputs, 0, 1)
     outputs = outputs.reshape(batch_size, num_tokens, *outputs.shape[3:])
     segment = state.segment._replace(model=model)
-    return outputs, State(model, segment, num_segments, states)
+    return outputs, stream.State(model, segment, num_segments, states)
 
   def read_segments(params, state, tokens, *, reset=None):
     state = init(params, tokens.shape[0]) if state is None else state
@@ -394,7 +232,7 @@ def make_reader(
       )
       num_segments = state.num_segments + whole
       model = partition.where(whole, model, state.model)
-      return State(
+      return stream.State(
         model,
         segment._replace(
           model=partition.where(whole, model, segment.model),
@@ -470,7 +308,7 @@ def make_reader(
     rank = jnp.argsort(front, axis=1)
     return jnp.take_along_axis(out, rank[..., None], axis=1), state
 
-  return Reader(size, init, read, read_segments, read_piece, losses)
+  return stream.Reader(size, init, read, read_segments, read_piece, losses)
 
 
 def segment_size(levels: Sequence[Any]) -> int:
@@ -536,14 +374,3 @@ def _scan(body, carry, inputs):
     carry, last = jax.lax.scan(body, carry, rest)
     outputs = jnp.concatenate([outputs, last])
   return carry, outputs
-
-
-def _like(divisor, x):
-  """A divisor of whole rows, or a number, for x [b, ...]."""
-  if jnp.ndim(divisor) == 0:
-    return divisor
-  return divisor.reshape(divisor.shape + (1,) * (x.ndim - 1))
-
-
-def _zeros(x):
-  return jnp.zeros_like(x, dtype=jnp.promote_types(x.dtype, jnp.float32))

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import math
 from typing import Any
 
 import optax
 
 from nested_learning import errors
 from nested_learning import optimizers
+from nested_learning.levels import cms
 from nested_learning.levels.multi_timescale import Level
 
 _OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
@@ -25,6 +27,14 @@ class InnerConfig:
   """How the levels of a chain learn from what they read.
 
   Tuples have one entry per level of the chain, fastest first.
+
+  By `depth`, only the chains of the last blocks learn, a quarter of them as in
+  TTT-E2E; those of the others rest. In operations, a gradient of the next-token
+  loss costs a backward pass through the blocks that learn, which is about twice
+  their forward, so that with depth 1.0 a model reads at a third of its speed.
+
+  References:
+    Sun et al., arXiv:2512.23675, 2025 (the last quarter of the blocks).
   """
 
   # Tokens of a row between two steps of a level; None: it rests. () is off.
@@ -33,6 +43,10 @@ class InnerConfig:
   learning_rates: tuple[float, ...] = (1.0,)  # one per level, or one for all
   optimizer: str = 'sgd'  # or momentum, adam, m3, delta_momentum, ...
   clip_norm: float | None = 1.0  # longest gradient of a level; None is any
+  # What a level minimises: 'next_token' is the model's loss, 'l2' and 'dot' are
+  # of its own input and output (`cms.teach`) and need no backward pass.
+  objective: str = 'next_token'
+  depth: float = 0.25  # share of the blocks that learn, the last; 1.0 is all
   reduce: str = 'mean'  # of the gradients of a chunk; 'sum' is the paper's
   gradient: str = 'second_order'  # of training, through the steps; first_order
   max_drift: float = 1.0  # norms of its start that a level may go from there
@@ -60,12 +74,24 @@ class InnerConfig:
     _check(
       'gradient', self.gradient, self.gradient in orders, ' or '.join(orders)
     )
+    objectives = ('next_token', *cms.LOCAL_OBJECTIVES)
+    _check(
+      'objective',
+      self.objective,
+      self.objective in objectives,
+      ' or '.join(objectives),
+    )
+    _check('depth', self.depth, 0 < self.depth <= 1, 'above 0, and 1 at most')
     _check('max_drift', self.max_drift, self.max_drift > 0, 'above 0')
 
   @property
   def is_on(self) -> bool:
     """Whether any level learns."""
     return any(size is not None for size in self.chunk_sizes)
+
+  def num_blocks(self, of: int) -> int:
+    """How many of a model's blocks learn: the share `depth`, rounded up."""
+    return math.ceil(self.depth * of - 1e-9)
 
 
 def make_levels(config: InnerConfig, names: Sequence[str]) -> list[Level]:

@@ -19,6 +19,21 @@ def select(tree: Any, labels: Any, name: str) -> Any:
   )
 
 
+def pick(tree: Any, labels: Any, name: str) -> Any:
+  """What `select` makes, of a tree that need not have any other leaves."""
+  leaves = {
+    parameters.path_name(path): leaf
+    for path, leaf in jax.tree.leaves_with_path(tree)
+  }
+
+  def leaf(path, label):
+    if label != name:
+      return optax.MaskedNode()
+    return leaves[parameters.path_name(path)]
+
+  return jax.tree_util.tree_map_with_path(leaf, labels)
+
+
 def merge(tree: Any, labels: Any, parts: Mapping[str, Any]) -> Any:
   """The tree with the leaves of some labels replaced.
 

@@ -11,3 +11,4 @@ from nested_learning.models.language_model import make_trunk
 from nested_learning.models.language_model import max_stream_length
 from nested_learning.models.language_model import Model
 from nested_learning.models.language_model import ModelConfig
+from nested_learning.models.warm_start import add_level

@@ -1,13 +1,18 @@
 """A model whose levels learn from what they read, as a model."""
 
+import functools
+
+from nested_learning import errors
 from nested_learning.levels import in_context
 from nested_learning.levels import inner
+from nested_learning.levels import stream
 from nested_learning.models import language_model
+from nested_learning.models import stacks
 
 
 def make_reader(
   model: language_model.Model, config: inner.InnerConfig
-) -> in_context.Reader:
+) -> stream.Reader:
   """Makes the levels of a model's chain learn while they read.
 
   Args:
@@ -15,21 +20,51 @@ def make_reader(
     config: Which levels, how often and how.
 
   Returns:
-    A `Reader`.
+    A `Reader`. The weights of its levels are those of the last blocks, as
+    `stacks.split_blocks` has them.
 
   Raises:
     errors.UserError: The config does not fit the model's chain.
   """
   names = [level.name for level in model.config.levels]
-  return in_context.make_reader(
+  learning = inner.make_levels(config, names)
+  num_blocks = model.config.num_layers // len(model.config.pattern)
+  num_last = config.num_blocks(num_blocks)
+  split = functools.partial(stacks.split_blocks, num_last=num_last)
+  labels = language_model.level_labels(model.config, model.table, of='chain')
+  teach = None
+  if config.objective != 'next_token':
+    if model.teach is None:
+      raise errors.UserError(
+        f'inner.objective={config.objective!r} is about the next token, which '
+        'this model does not predict; set inner.chunk_sizes=().'
+      )
+    teach = functools.partial(
+      model.teach,
+      objective=config.objective,
+      names=tuple(level.name for level in learning),
+    )
+  reader = in_context.make_reader(
     model.forward,
     model.init_state,
-    inner.make_levels(config, names),
-    language_model.level_labels(model.config, model.table, of='chain'),
+    learning,
+    stacks.split_labels(labels, num_blocks, num_last),
     reduce=config.reduce,
     nested=model.config.chain.connection == 'nested',
     gradient=config.gradient,
     max_drift=config.max_drift,
+    teach=teach,
+  )
+
+  def of_split(function):
+    return lambda params, *args, **kwargs: function(
+      split(params), *args, **kwargs
+    )
+
+  functions = ('init_state', 'read', 'read_segments', 'read_piece', 'losses')
+  return reader._replace(
+    prepare=split,
+    **{name: of_split(getattr(reader, name)) for name in functions},
   )
 
 

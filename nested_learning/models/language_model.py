@@ -19,6 +19,7 @@ from nested_learning.layers import layer
 from nested_learning.layers import norm
 from nested_learning.levels import cms
 from nested_learning.models import mixers
+from nested_learning.models import stacks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,12 @@ class Model(NamedTuple):
     losses: `losses(params, state, tokens, targets, token_loss, *, reset=None)`
       gives the losses [b, t] where that takes less memory than to make logits
       first; None where it does not.
+    teach: `teach(params, state, tokens, counts, *, objective, names,
+      reset=None)` is `forward` for parameters of `stacks.split_blocks`, and
+      gives logits, state, and the gradients of a local objective of the levels
+      `names` in all blocks that learn; see `levels.cms.teach`. The target is
+      the embedding of the next token, as the trunk would read it, with entries
+      of size 1. None where there is no next token.
   """
 
   config: ModelConfig
@@ -89,6 +96,7 @@ class Model(NamedTuple):
   init_state: Callable[[Any, int], Any]
   forward: Callable[..., tuple[jax.Array, Any]]
   losses: Callable[..., tuple[jax.Array, Any]] | None = None
+  teach: Callable[..., tuple[jax.Array, Any, Any]] | None = None
 
 
 def make_model(config: ModelConfig) -> Model:
@@ -117,12 +125,11 @@ def make_model(config: ModelConfig) -> Model:
     **trunk.table,
   }
 
-  def forward(params, state, tokens, *, reset=None, mask=None, write=True):
+  def read(params, state, tokens, make_marks):
     scale = config.embed_dim**0.5
     embedding = sharding.gather(params['embedding'], table['embedding'])
     x = embedding[tokens].astype(dtype) * scale
-    marks = layer.Marks(reset, mask, write)
-    x, state = trunk.apply(params, state, x, marks)
+    x, state = trunk.apply(params, state, x, make_marks(x))
     logits = jnp.einsum(
       'bte,ve->btv',
       x,
@@ -131,12 +138,26 @@ def make_model(config: ModelConfig) -> Model:
     )
     return logits, state
 
+  def forward(params, state, tokens, *, reset=None, mask=None, write=True):
+    marks = layer.Marks(reset, mask, write)
+    return read(params, state, tokens, lambda x: marks)
+
+  def teach(params, state, tokens, counts, *, objective, names, reset=None):
+    def make_marks(x):
+      target = norm.rms_norm(1.0, jnp.roll(x, -1, axis=1))
+      lesson = cms.Lesson(objective, names, target, counts)
+      return layer.Marks(reset, lesson=lesson)
+
+    logits, taught = read(params, state, tokens, make_marks)
+    return logits, taught.state, {'blocks': taught.gradients}
+
   return Model(
     config=config,
     table=table,
     init_params=lambda key: parameters.init(key, table),
     init_state=trunk.init_state,
     forward=forward,
+    teach=teach,
   )
 
 
@@ -149,7 +170,8 @@ def make_trunk(config: ModelConfig) -> layer.Layer:
   Returns:
     A `Layer` with the parameters 'blocks' and 'norm': x [b, t, e] through every
     block and the final norm. It may be given a model's parameters, among which
-    it finds its own.
+    it finds its own, also those of `stacks.split_blocks`. With a lesson in the
+    marks, its state comes in a `levels.cms.Taught`.
   """
   if isinstance(config.mixer, tuple):
     group = _make_group([_make_block(config, mixer) for mixer in config.mixer])
@@ -162,7 +184,7 @@ def make_trunk(config: ModelConfig) -> layer.Layer:
   }
 
   def init_state(params, batch_size):
-    return jax.vmap(lambda p: group.init_state(p, batch_size))(params['blocks'])
+    return stacks.init_state(group, params['blocks'], batch_size)
 
   def apply(params, state, x, marks):
     if x.shape[1] > config.max_length:
@@ -171,10 +193,7 @@ def make_trunk(config: ModelConfig) -> layer.Layer:
         f'{config.max_length}; raise it or feed the stream in pieces.'
       )
 
-    def body(x, params_and_state):
-      return group.apply(*params_and_state, x, marks)
-
-    x, state = jax.lax.scan(body, x, (params['blocks'], state))
+    x, state = stacks.apply(group, params['blocks'], state, x, marks)
     return norm.rms_norm(params['norm'], x), state
 
   return layer.Layer(table, init_state, apply)
@@ -249,14 +268,12 @@ def _make_block(
       params, x = sharding.gather(params, table), sharding.keep_rows(x)
       normed = norm.rms_norm(params['norm'], x)
       mixed, state = mixer.apply(params['mixer'], state, normed, marks)
-      x = cms.apply(
-        config.levels,
-        params['levels'],
-        x + mixed,
-        chain=config.chain,
-        mix=params.get('mix'),
-      )
-      return x, state
+      chain = {'chain': config.chain, 'mix': params.get('mix')}
+      inputs = config.levels, params['levels'], x + mixed
+      if marks.lesson is None:
+        return cms.apply(*inputs, **chain), state
+      x, gradients = cms.teach(*inputs, marks.lesson, **chain)
+      return x, cms.Taught(state, {'levels': gradients})
 
     if config.remat == 'layer':
       block = jax.checkpoint(block)
@@ -280,6 +297,11 @@ def _make_group(blocks: Sequence[layer.Layer]) -> layer.Layer:
     for name, block in named.items():
       start = None if state is None else state[name]
       x, states[name] = block.apply(params[name], start, x, marks)
+    if marks.lesson is not None:
+      states = cms.Taught(
+        {name: taught.state for name, taught in states.items()},
+        {name: taught.gradients for name, taught in states.items()},
+      )
     return x, states
 
   table = {name: block.table for name, block in named.items()}

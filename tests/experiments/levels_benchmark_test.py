@@ -15,7 +15,12 @@ class LevelsBenchmarkTest(absltest.TestCase):
     workdir = pathlib.Path(self.create_tempdir().full_path)
     levels.run(levels.get_config('small'), str(workdir), 'train')
     summary = json.loads((workdir / 'summary.json').read_text())
-    self.assertGreater(summary['session_over_frozen'], 0)
+    for variant in ('', '_all_blocks', '_all_blocks_local'):
+      self.assertGreater(summary[f'session_over_frozen{variant}'], 0)
+    # One block learns here in all, and what is local spares the logits' pass.
+    self.assertLess(summary['bound'], 1)
+    self.assertEqual(summary['bound'], summary['bound_all_blocks'])
+    self.assertGreater(summary['bound_all_blocks_local'], summary['bound'])
     self.assertGreater(summary['flatness_to_1m'], 0)
     self.assertEqual(summary['flatness_tokens'], 64)
     self.assertEqual(summary['state_bytes_growth'], 1)

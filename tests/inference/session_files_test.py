@@ -88,10 +88,10 @@ class SessionFilesTest(parameterized.TestCase):
   def test_another_version_and_another_file_are_refused(self):
     session_files.write(self.path, content())
     data = self.path.read_bytes()
-    changed = data.replace(b'"version": 1', b'"version": 9')
+    changed = data.replace(b'"version": 2', b'"version": 9')
     self.assertNotEqual(changed, data)
     self.path.write_bytes(changed)
-    with self.assertRaisesRegex(errors.UserError, 'version 9, .* version 1'):
+    with self.assertRaisesRegex(errors.UserError, 'version 9, .* version 2'):
       session_files.read(self.path)
     self.path.write_text(json.dumps({'a': 1}))
     with self.assertRaisesRegex(errors.UserError, 'is no session'):

@@ -236,11 +236,23 @@ class SessionsTest(parameterized.TestCase):
     ('beyond', [1, 11], 'token 11 is not among the 11'),
     ('fractions', [0.5], 'whole numbers'),
     ('rows', [[1], [2]], 'this session has 1 rows'),
+    ('ragged', [[1], [2, 3]], 'rows of different lengths'),
   )
   def test_refuses_what_is_no_text(self, tokens, message):
     session = begin()
     with self.assertRaisesRegex(errors.UserError, message):
       session.feed(tokens)
+    assert_equal(session, base())
+
+  def test_refuses_marks_that_do_not_fit(self):
+    session = begin()
+    for marks, message in (
+      ({'reset': [True, False]}, r'reset has shape \(1, 2\)'),
+      ({'mask': np.zeros(3, bool)}, 'nothing to read'),
+      ({'mask': np.zeros((1, 4), bool)}, r'mask has shape \(1, 4\)'),
+    ):
+      with self.assertRaisesRegex(errors.UserError, message):
+        session.feed([1, 2, 3], **marks)
     assert_equal(session, base())
 
   def test_refuses_to_write_after_nothing(self):

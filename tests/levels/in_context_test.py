@@ -47,9 +47,18 @@ def own(params, name):
   return partition.select(params, labels, name)
 
 
+def learned(level):
+  """A level's weights [b, blocks that learn, ...], as `own` names them."""
+  blocks = level.params['blocks']
+  parts = [part for part in (blocks.first, blocks.rest) if part is not None]
+  join = lambda *x: np.concatenate(x, axis=1)
+  return {**own(init(), 'none'), 'blocks': jax.tree.map(join, *parts)}
+
+
 @functools.cache
-def init(dtype=np.float32):
-  params = compiling.jit(models.make_model(_CONFIG).init_params)(
+def init(dtype=np.float32, num_layers=1):
+  config = dataclasses.replace(_CONFIG, num_layers=num_layers)
+  params = compiling.jit(models.make_model(config).init_params)(
     jax.random.key(0)
   )
   # Sharper than at the start, so that losses and their steps have a size.
@@ -72,9 +81,10 @@ def segment_loss(model, params, state, tokens, reset):
   return jnp.sum(losses * counts), (logits, state, jnp.sum(counts))
 
 
-def loop(params, tokens, reset, *, nested=False):
+def loop(params, tokens, reset, *, nested=False, num_last=1):
   """The definition, for one row [1, t]: both levels with Adam."""
-  model = models.make_model(_CONFIG)
+  num_layers = params['blocks']['norm'].shape[0]
+  model = models.make_model(dataclasses.replace(_CONFIG, num_layers=num_layers))
   grad = compiling.jit(
     jax.grad(functools.partial(segment_loss, model), has_aux=True)
   )
@@ -99,7 +109,12 @@ def loop(params, tokens, reset, *, nested=False):
     outputs.append(logits)
     for name, (size, _) in clocks.items():
       total, number = sums[name]
-      total = jax.tree.map(jnp.add, total, own(gradients, name))
+      learns = np.arange(num_layers) >= num_layers - num_last
+      total = jax.tree.map(
+        lambda a, g, rows=learns: a + (g.T * rows).T,
+        total,
+        own(gradients, name),
+      )
       sums[name] = total, number + count
       if end % size:
         continue
@@ -146,12 +161,30 @@ class InContextTest(parameterized.TestCase):
         init(), tokens[one], reset[one], nested=connection == 'nested'
       )
       assert_close(logits[one], expected, 1e-4)
-      found = {name: level.params for name, level in state.levels.items()}
+      found = {name: learned(level) for name, level in state.levels.items()}
       assert_close(jax.tree.map(lambda x, r=row: x[r], found), weights, 1e-4)
     if connection == 'nested':
       drift = state.levels['fast'].drift
       np.testing.assert_array_equal(drift, np.zeros(_ROWS))
       self.assertGreater(state.levels['slow'].drift.min(), 0)
+
+  @parameterized.parameters(1.0, 0.5)
+  def test_the_last_blocks_alone_learn(self, depth):
+    params, num_last = init(num_layers=3), round(3 * depth + 0.1)
+    _, learner = learning(
+      dataclasses.replace(_CONFIG, num_layers=3), depth=depth
+    )
+    tokens, reset = (x[:1] for x in draw())
+    read = lambda p: learner.forward(p, None, tokens, reset=reset)
+    logits, state = compiling.jit(read)(params)
+    expected, weights = loop(params, tokens, reset, num_last=num_last)
+    assert_close(logits, expected, 1e-4)
+    for name, level in state.levels.items():
+      found = learned(level)['blocks']['levels'][name]
+      last = jax.tree.map(
+        lambda x: x[-num_last:], weights[name]['blocks']['levels'][name]
+      )
+      assert_close(jax.tree.map(lambda x: x[0], found), last, 1e-4)
 
   def test_any_split_gives_the_same(self):
     _, learner = learning()
@@ -239,7 +272,7 @@ class InContextTest(parameterized.TestCase):
       axes = partition.row_axes(model.init_state, init())
       assert_equal(after.model, partition.rows_first(axes, state))
       assert_equal(
-        jax.tree.map(lambda x: x[0], after.levels['slow'].params),
+        jax.tree.map(lambda x: x[0], learned(after.levels['slow'])),
         own(init(), 'slow'),
       )
 
@@ -291,7 +324,9 @@ class InContextTest(parameterized.TestCase):
     fast, slow = state.levels['fast'], state.levels['slow']
     np.testing.assert_array_equal(fast.frozen, [True, True])
     np.testing.assert_array_equal(fast.num_updates, [0, 0])
-    assert_equal(jax.tree.map(lambda x: x[1], fast.params), own(init(), 'fast'))
+    assert_equal(
+      jax.tree.map(lambda x: x[1], learned(fast)), own(init(), 'fast')
+    )
     np.testing.assert_array_equal(slow.frozen, [False, False])
     np.testing.assert_array_equal(slow.num_updates, [2, 2])
 
@@ -364,6 +399,8 @@ class InContextTest(parameterized.TestCase):
     ('gradient', {'gradient': 'third'}, 'gradient=third must be'),
     ('clip', {'clip_norm': 0.0}, 'clip_norm=0.0 must be above 0'),
     ('drift', {'max_drift': 0.0}, 'max_drift=0.0 must be above 0'),
+    ('depth', {'depth': 1.5}, 'depth=1.5 must be above 0, and 1 at most'),
+    ('objective', {'objective': 'l1'}, 'objective=l1 must be next_token or l2'),
   )
   def test_refuses(self, changes, message):
     with self.assertRaisesRegex(errors.UserError, message):
