@@ -5,8 +5,9 @@ stream, so the state of an iterator is the step: it restores in constant time,
 on any number of processes, and every process makes its own rows only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
+import hashlib
 import sys
 from typing import Any
 
@@ -14,8 +15,11 @@ import grain
 import numpy as np
 
 from nested_learning import errors
+from nested_learning.data import documents
+from nested_learning.data import mixtures
 from nested_learning.data import packing
 from nested_learning.data import sources
+from nested_learning.data import token_files
 from nested_learning.data import tokenizers
 
 Batch = dict[str, np.ndarray]
@@ -25,7 +29,11 @@ Batch = dict[str, np.ndarray]
 class DataConfig:
   """What text to learn from, and how it is cut into batches."""
 
-  source: str = 'stdlib'  # or a folder, a file, a glob of text files
+  # 'stdlib', or a folder, a file, a glob of text files; or records, as in
+  # `documents`; or tokens that launch/prepare.py made; or a mixture of such,
+  # '0.7*web/*.parquet + 0.3*code', by share of the tokens.
+  source: str = 'stdlib'
+  text_field: str = 'text'  # of records that have fields
   tokenizer: str = 'bytes'  # or the path of a .model or a .json
   sequence_length: int = 1024  # tokens per row
   batch_size: int = 8  # rows per step, over all processes
@@ -119,7 +127,8 @@ def make_iterator(
   With reset='document' this stream is cut into rows, shuffled anew in every
   epoch; a row that begins inside a document is a fresh start. With
   reset='never' it is cut into batch_size lanes, and row r of a batch
-  continues row r of the batch before.
+  continues row r of the batch before. In training on a mixture the stream holds
+  its shares; validation reads the held-out documents of every source.
 
   Training drops the tokens that do not fill a row and, after num_epochs, the
   rows that do not fill a batch. Validation keeps the order of the files and
@@ -153,9 +162,10 @@ def make_iterator(
     )
   rows = process_index * num_rows + np.arange(num_rows)
   tokenizer = tokenizers.make_tokenizer(config.tokenizer)
-  files = sources.find_files(config.source)
-  corpus = packing.load_corpus(files, tokenizer, cache_dir=config.cache_dir)
-  stream = _make_stream(config, split, files, corpus)
+  mixture = mixtures.parse(config.source) or {config.source: 1.0}
+  corpora = [_load(config, source, tokenizer) for source in mixture]
+  fingerprint = _fingerprint(corpora, list(mixture.values()))
+  stream = _make_stream(config, split, corpora, list(mixture.values()))
   make_plan = _plan_lanes if config.reset == 'never' else _plan_rows
   num_steps, place = make_plan(config, split, stream.length, num_epochs)
 
@@ -171,35 +181,67 @@ def make_iterator(
     return batch
 
   identity = dataclasses.asdict(config)
-  del identity['source'], identity['cache_dir']
+  for name in ('source', 'text_field', 'cache_dir'):
+    del identity[name]
   identity |= {
     'tokenizer': tokenizer.fingerprint,
-    'text': corpus.fingerprint,
+    'text': fingerprint,
     'split': split,
   }
   return Batches(make_batch, num_steps, stream=identity)
 
 
+def _load(
+  config: DataConfig, source: str, tokenizer: tokenizers.Tokenizer
+) -> packing.Corpus:
+  """The tokens of one source, made now or beforehand."""
+  if token_files.holds_tokens(source):
+    return token_files.load(source, tokenizer)
+  return packing.load_corpus(
+    documents.open_documents(source, text_field=config.text_field),
+    tokenizer,
+    cache_dir=config.cache_dir,
+  )
+
+
+def _fingerprint(
+  corpora: Sequence[packing.Corpus], weights: Sequence[float]
+) -> str:
+  """Of the text and, in a mixture, of its shares."""
+  if len(corpora) == 1:
+    return corpora[0].fingerprint
+  parts = [
+    f'{weight!r}*{corpus.fingerprint}'
+    for corpus, weight in zip(corpora, weights, strict=True)
+  ]
+  return hashlib.sha256(' + '.join(parts).encode()).hexdigest()[:16]
+
+
 def _make_stream(
   config: DataConfig,
   split: str,
-  files: list[sources.TextFile],
-  corpus: packing.Corpus,
+  corpora: Sequence[packing.Corpus],
+  weights: Sequence[float],
 ) -> packing.Stream:
   """The documents of a split, shuffled for training, long enough for a row."""
-  held_out = sources.is_validation(
-    [file.name for file in files], config.validation_fraction
-  )
-  order = np.flatnonzero(held_out if split == 'validation' else ~held_out)
-  if not len(order):
-    raise errors.UserError(
-      f'data.source={config.source!r} has {len(files)} files and '
-      f'data.validation_fraction is {config.validation_fraction}, which '
-      'leaves none for validation. Split the text into several files, or '
-      'raise data.validation_fraction.'
-    )
-  if split == 'train':
-    order = np.random.default_rng(config.seed).permutation(order)
+  orders = []
+  for corpus in corpora:
+    held_out = sources.choose(corpus.places, config.validation_fraction)
+    order = np.flatnonzero(held_out if split == 'validation' else ~held_out)
+    if not len(order):
+      raise errors.UserError(
+        f'data.source={config.source!r} has {len(held_out)} documents and '
+        f'data.validation_fraction is {config.validation_fraction}, which '
+        'leaves none for validation. Split the text into several files, or '
+        'raise data.validation_fraction.'
+      )
+    orders.append(order)
+  if len(corpora) == 1:
+    (corpus,), (order,) = corpora, orders
+    if split == 'train':
+      order = np.random.default_rng(config.seed).permutation(order)
+  else:
+    corpus, order = _mix(config, split, corpora, orders, weights)
   stream = packing.make_stream(corpus, order)
   needed = 1
   if split == 'train':
@@ -213,6 +255,39 @@ def _make_stream(
       f'data.reset={config.reset!r} need. Give more text, or lower them.'
     )
   return stream
+
+
+def _mix(
+  config: DataConfig,
+  split: str,
+  corpora: Sequence[packing.Corpus],
+  orders: Sequence[np.ndarray],
+  weights: Sequence[float],
+) -> tuple[packing.Corpus, np.ndarray]:
+  """The corpora as one, and an order of the documents of a split."""
+  lengths = [
+    np.diff(corpus.starts)[order]
+    for corpus, order in zip(corpora, orders, strict=True)
+  ]
+  for number, own in enumerate(lengths):
+    if not own.sum():
+      raise errors.UserError(
+        f'data.source={config.source!r}: source {number + 1} has no token for '
+        f'{split}. Leave it out, or give more text.'
+      )
+  sizes = [len(corpus.places) for corpus in corpora]
+  bases = np.cumsum([0, *sizes[:-1]])
+  if split == 'train':
+    which, numbers = mixtures.make_order(lengths, weights, seed=config.seed)
+    order = np.zeros(len(which), np.int64)
+    for i, base in enumerate(bases):
+      mine = which == i
+      order[mine] = base + orders[i][numbers[mine]]
+  else:
+    order = np.concatenate(
+      [base + own for base, own in zip(bases, orders, strict=True)]
+    )
+  return packing.join(corpora, _fingerprint(corpora, weights)), order
 
 
 # A plan is the number of steps, and a function from a step and the rows of the

@@ -4,7 +4,7 @@ A source is 'stdlib' (the Python standard library's own sources on this
 machine), a folder, a file, or a glob pattern. One file is one document.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import glob
 import hashlib
 import os
@@ -120,10 +120,21 @@ def is_validation(names: Sequence[str], fraction: float) -> np.ndarray:
   Returns:
     bool [files], True where a file belongs to the validation split.
   """
-  digests = [hashlib.sha256(os.fsencode(name)).digest() for name in names]
-  places = np.array([int.from_bytes(d[:6], 'big') / 2**48 for d in digests])
+  return choose(places(names), fraction)
+
+
+def places(names: Iterable[str]) -> np.ndarray:
+  """Where each name lies in [0, 1), by its hash; float64 [names]."""
+  digests = (hashlib.sha256(os.fsencode(name)).digest() for name in names)
+  return np.fromiter(
+    (int.from_bytes(d[:6], 'big') / 2**48 for d in digests), np.float64
+  )
+
+
+def choose(places: np.ndarray, fraction: float) -> np.ndarray:
+  """Chooses the places below a fraction; see `is_validation`."""
   chosen = places < fraction
-  if fraction and len(names) > 1:
+  if fraction and len(places) > 1:
     chosen[places.argmin()] = True
     chosen[places.argmax()] = False
   return chosen

@@ -6,6 +6,7 @@ from absl.testing import absltest
 import numpy as np
 
 from nested_learning import errors
+from nested_learning.data import documents
 from nested_learning.data import packing
 from nested_learning.data import sources
 from nested_learning.data import tokenizers
@@ -25,7 +26,7 @@ class PackingTest(absltest.TestCase):
 
   def load(self, tokenizer=None):
     return packing.load_corpus(
-      sources.find_files(str(self.root / 'text')),
+      documents.open_documents(str(self.root / 'text')),
       tokenizer or self.tokenizer,
       cache_dir=str(self.cache),
     )
@@ -144,6 +145,7 @@ class PackingTest(absltest.TestCase):
     corpus = packing.Corpus(
       tokens=np.array([9, 1, 2, 9, 3, 9, 4], np.uint16),
       starts=np.array([0, 3, 3, 5, 7]),  # Document 1 has no tokens.
+      places=np.zeros(4),
       fingerprint='',
     )
     stream = packing.make_stream(corpus, np.array([3, 1, 0, 2]))

@@ -289,7 +289,7 @@ class PipelineTest(parameterized.TestCase):
     ),
     (
       {'split': 'validation', 'validation_fraction': 0.0},
-      'has 12 files and data.validation_fraction is 0.0, which leaves none',
+      'has 12 documents and data.validation_fraction is 0.0, which leaves none',
     ),
     ({'source': '/no/such'}, 'does not exist'),
     ({'tokenizer': 'words'}, "data.tokenizer='words' is unknown"),
@@ -302,7 +302,7 @@ class PipelineTest(parameterized.TestCase):
     source = str(self.folder / '3.txt')
     self.assertEqual(next(self.make(source=source))['tokens'].shape, (4, 16))
     with self.assertRaisesRegex(
-      errors.UserError, 'has 1 files and .*Split the'
+      errors.UserError, 'has 1 documents and .*Split the'
     ):
       self.make(source=source, split='validation')
 

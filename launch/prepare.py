@@ -1,0 +1,163 @@
+"""Prepares text for training: learns a tokenizer, or makes tokens once.
+
+    python launch/prepare.py --source='web/*.jsonl' --vocab_size=32000 \
+      --output=data/tokenizer.model
+    python launch/prepare.py --source='web/*.jsonl' \
+      --tokenizer=data/tokenizer.model --output=data/tokens
+    python launch/run.py ... --set=data.source=data/tokens \
+      --set=data.tokenizer=data/tokenizer.model
+
+An --output that ends in .model is a tokenizer; any other is a folder of
+ArrayRecord shards. A source is anything that data.source names, and also
+seqio:NAME, a task or mixture of seqio. The tasks fineweb_edu and c4 and their
+mixture web read what is published, from --data_dir; others come from --module:
+
+    python launch/prepare.py --source=seqio:fineweb_edu --data_dir=/data \
+      --tokenizer=data/tokenizer.model --output=data/fineweb_edu
+"""
+
+from collections.abc import Iterator
+import importlib
+import pathlib
+import sys
+from typing import Any
+
+from absl import app
+from absl import flags
+import tqdm
+
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+if str(_ROOT) not in sys.path:
+  sys.path.insert(0, str(_ROOT))  # A checkout runs without being installed.
+
+from nested_learning import errors  # noqa: E402
+
+_SOURCE = flags.DEFINE_string(
+  'source', None, 'What to read: as data.source, or seqio:NAME.'
+)
+_OUTPUT = flags.DEFINE_string(
+  'output', None, 'A .model to learn, or a folder of tokens to make.'
+)
+_TOKENIZER = flags.DEFINE_string(
+  'tokenizer', 'bytes', 'What makes tokens: as data.tokenizer.'
+)
+_TEXT_FIELD = flags.DEFINE_string(
+  'text_field', 'text', 'As data.text_field: where records hold the text.'
+)
+_VOCAB_SIZE = flags.DEFINE_integer(
+  'vocab_size', 32000, 'Pieces of a tokenizer to learn.', lower_bound=260
+)
+_KIND = flags.DEFINE_enum(
+  'kind', 'bpe', ['bpe', 'unigram'], 'How a tokenizer is learned.'
+)
+_NUM_CHARACTERS = flags.DEFINE_integer(
+  'num_characters',
+  10**9,
+  'Text to learn a tokenizer from, in characters.',
+  lower_bound=1,
+)
+_SPLIT = flags.DEFINE_string('split', 'train', 'Of a seqio task or mixture.')
+_DATA_DIR = flags.DEFINE_string(
+  'data_dir', None, 'Folder with fineweb_edu/ and c4/en/, for seqio.'
+)
+_MODULE = flags.DEFINE_string(
+  'module', None, 'Python module that registers seqio tasks of your own.'
+)
+
+
+def main() -> None:
+  """Parses the flags and runs."""
+  app.run(_main, flags_parser=_parse_flags)
+
+
+def _main(argv: list[str]) -> None:
+  try:
+    if len(argv) > 1:
+      raise errors.UserError(f'Unexpected argument {argv[1]!r}.')
+    for name, value in (('source', _SOURCE.value), ('output', _OUTPUT.value)):
+      if not value:
+        raise errors.UserError(f'--{name} is missing; see --help.')
+    print(_run(_SOURCE.value, pathlib.Path(_OUTPUT.value)))
+  except errors.UserError as error:
+    _refuse(error)
+
+
+def _run(source: str, output: pathlib.Path) -> str:
+  """Makes the output; returns what is to be said of it."""
+  from nested_learning.data import token_files
+  from nested_learning.data import tokenizer_training
+  from nested_learning.data import tokenizers
+
+  if output.suffix == '.model':
+    if source.startswith('seqio:'):
+      raise errors.UserError(
+        f'--source={source} is made of tokens; learn a tokenizer from a source '
+        'of text.'
+      )
+    tokenizer_training.train_sentencepiece(
+      (text for _, text in _read(source)),
+      output,
+      vocab_size=_VOCAB_SIZE.value,
+      kind=_KIND.value,
+      num_characters=_NUM_CHARACTERS.value,
+    )
+    return f'{output}: use it with --set=data.tokenizer={output}.'
+  tokenizer = tokenizers.make_tokenizer(_TOKENIZER.value)
+  if source.startswith('seqio:'):
+    documents = _read_seqio(source.removeprefix('seqio:'), tokenizer)
+  else:
+    documents = _read(source)
+  summary = token_files.write(
+    output,
+    tqdm.tqdm(documents, unit=' documents', disable=None),  # on a terminal
+    tokenizer,
+    spec=_TOKENIZER.value,
+    source=source,
+  )
+  return (
+    f'{output}: {summary["num_tokens"]:,} tokens of '
+    f'{summary["num_documents"]:,} documents; use them with '
+    f'--set=data.source={output} --set=data.tokenizer={_TOKENIZER.value}.'
+  )
+
+
+def _read(source: str) -> Iterator[tuple[str, str]]:
+  """Names and texts of a source."""
+  from nested_learning.data import documents
+
+  found = documents.open_documents(source, text_field=_TEXT_FIELD.value)
+  for i, text in enumerate(found):
+    yield found.name(i), text
+
+
+def _read_seqio(name: str, tokenizer: Any) -> Iterator[tuple[str, Any]]:
+  """Numbers and ids of the documents of a task or mixture."""
+  from nested_learning.data import seqio_tasks
+
+  if _DATA_DIR.value:
+    seqio_tasks.register(_DATA_DIR.value, _TOKENIZER.value)
+  if _MODULE.value:
+    sys.path.insert(0, '')  # as `python -m` does
+    try:
+      importlib.import_module(_MODULE.value)
+    except ImportError as error:
+      raise errors.UserError(
+        f'--module={_MODULE.value} cannot be imported ({error}).'
+      ) from error
+  return seqio_tasks.read(name, _SPLIT.value, tokenizer)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    _refuse(error)
+
+
+def _refuse(error: Exception) -> None:
+  print(f'prepare.py: {" ".join(str(error).split())}', file=sys.stderr)
+  sys.exit(2)
+
+
+if __name__ == '__main__':
+  main()

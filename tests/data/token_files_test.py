@@ -1,0 +1,129 @@
+import itertools
+import os
+import pathlib
+from unittest import mock
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import numpy as np
+
+from nested_learning import data
+from nested_learning import errors
+from nested_learning.data import token_files
+
+_TEXTS = {f'{i}.txt': f'text {i} ' * (1 + 7 * i % 11) for i in range(20)}
+
+
+class TokenFilesTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.root = pathlib.Path(self.create_tempdir().full_path)
+    self.folder = self.root / 'tokens'
+    self.tokenizer = data.make_tokenizer('bytes')
+    for name, value in (('_BLOCK', 32), ('_SHARD_BLOCKS', 5)):
+      patch = mock.patch.object(token_files, name, value)
+      patch.start()
+      self.addCleanup(patch.stop)
+
+  def write(self, texts=None):
+    return token_files.write(
+      self.folder,
+      sorted((texts or _TEXTS).items()),
+      self.tokenizer,
+      spec='bytes',
+      source='a source',
+    )
+
+  def test_holds_the_documents_in_several_files(self):
+    summary = self.write()
+    expected = [[256, *text.encode()] for _, text in sorted(_TEXTS.items())]
+    self.assertEqual(summary['num_tokens'], sum(map(len, expected)))
+    self.assertEqual(summary['num_documents'], 20)
+    files = list(self.folder.glob('*.array_record'))
+    self.assertLen(files, -(-summary['num_tokens'] // (5 * 32)))
+    corpus = token_files.load(str(self.folder), self.tokenizer)
+    for i, tokens in enumerate(expected):
+      places = np.arange(corpus.starts[i], corpus.starts[i + 1])
+      self.assertEqual(corpus.tokens[places].tolist(), tokens)
+
+  @parameterized.parameters('document', 'never')
+  def test_trains_as_the_text_itself(self, reset):
+    for name, text in _TEXTS.items():
+      (self.root / 'text').mkdir(exist_ok=True)
+      (self.root / 'text' / name).write_text(text)
+    self.write()
+    batches = {}
+    for source in ('text', 'tokens'):
+      config = data.DataConfig(
+        source=str(self.root / source),
+        sequence_length=24,
+        batch_size=4,
+        validation_fraction=0.2,
+        reset=reset,
+        cache_dir=str(self.root / 'cache'),
+      )
+      for split in ('train', 'validation'):
+        iterator = data.make_iterator(config, split=split)
+        batches[source, split] = [
+          {k: v.tolist() for k, v in batch.items()}
+          for batch in itertools.islice(iterator, 3)
+        ]
+      batches[source, 'state'] = iterator.get_state()
+    for what in ('train', 'validation', 'state'):
+      self.assertEqual(batches['text', what], batches['tokens', what])
+
+  def test_is_part_of_a_mixture(self):
+    self.write()
+    config = data.DataConfig(
+      source=f'0.5*{self.folder} + 0.5*stdlib', sequence_length=64
+    )
+    with mock.patch.object(
+      data.pipeline.packing, 'load_corpus'
+    ) as load:  # of the other source
+      load.return_value = token_files.load(str(self.folder), self.tokenizer)
+      batch = next(data.make_iterator(config))
+    self.assertEqual(load.call_count, 1)
+    self.assertIn(256, batch['tokens'])
+
+  def test_another_tokenizer(self):
+    self.write()
+    other = self.tokenizer.__class__(
+      **{**self.tokenizer.__dict__, 'fingerprint': 'other-1'}
+    )
+    with self.assertRaisesRegex(
+      errors.UserError, 'tokens of bytes, .* is other-1; set .*=bytes'
+    ):
+      token_files.load(str(self.folder), other)
+
+  def test_damage(self):
+    self.write()
+    last = max(self.folder.glob('*.array_record'))
+    os.rename(last, self.root / 'away')
+    with self.assertRaisesRegex(
+      errors.UserError, r'has \d+ tokens of \d+: fil'
+    ):
+      token_files.load(str(self.folder), self.tokenizer)
+    (self.folder / 'starts.npy').write_bytes(b'')
+    with self.assertRaisesRegex(errors.UserError, 'is damaged'):
+      token_files.load(str(self.folder), self.tokenizer)
+
+  def test_is_whole_or_not_there(self):
+    with self.assertRaisesRegex(errors.UserError, 'holds no text'):
+      self.write({'empty': ''})
+
+    def documents():
+      yield 'a', 'text'
+      raise KeyboardInterrupt
+
+    with self.assertRaises(KeyboardInterrupt):
+      token_files.write(
+        self.folder, documents(), self.tokenizer, spec='bytes', source='a'
+      )
+    self.assertEmpty(list(self.root.iterdir()))
+    self.write()
+    with self.assertRaisesRegex(errors.UserError, 'tokens exists; name anoth'):
+      self.write()
+
+
+if __name__ == '__main__':
+  absltest.main()
