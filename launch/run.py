@@ -50,11 +50,12 @@ _SET = flags.DEFINE_multi_string(
 _MODE = flags.DEFINE_enum(
   'mode',
   'train',
-  ['train', 'eval', 'generate', 'session', 'describe', 'compile'],
+  ['train', 'eval', 'generate', 'session', 'describe', 'compile', 'inspect'],
   'train; eval or generate from the last checkpoint in --workdir; hold a '
   'session with it, which learns from what it is fed; describe '
-  'the model and what it costs, without training; or compile its steps for '
-  '--topology, which need not be there.',
+  'the model and what it costs, without training; compile its steps for '
+  '--topology, which need not be there; or inspect the checkpoints in '
+  '--workdir: what is in them, and whether it is what was saved.',
 )
 _SUGGEST = flags.DEFINE_bool(
   'suggest',
@@ -160,6 +161,8 @@ def _run() -> int | None:
     )
   if mode == 'compile':
     return _compile(workdir)
+  if mode == 'inspect':
+    return _inspect(workdir)
   if mode != 'describe':
     distributed.initialize(
       coordinator_address=_COORDINATOR.value,
@@ -208,6 +211,15 @@ def _compile(workdir: pathlib.Path) -> int:
     experiment.config, pod, workdir, suggest=_SUGGEST.value
   )
   return 0 if summary['fits'] else 1
+
+
+def _inspect(workdir: pathlib.Path) -> int:
+  """Prints what is in a run's checkpoints; 1 where one is damaged."""
+  from nested_learning import training
+
+  inspection = training.inspect(workdir)
+  print(inspection.text)
+  return 1 if inspection.damaged else 0
 
 
 def _prepare(experiment, workdir: pathlib.Path | None) -> str | None:

@@ -201,6 +201,32 @@ def first_does(name: str, function: Callable[[], str | None]) -> str | None:
   return None if kind == 'none' else text
 
 
+def gather(name: str, text: str) -> list[str]:
+  """What every process says, in all of them.
+
+  Args:
+    name: Of what is asked, for the error of a process that waits in vain.
+    text: What this process says.
+
+  Returns:
+    The texts, by process.
+
+  Raises:
+    TimeoutError: Not all said something in time.
+  """
+  if not is_together():
+    return [text]
+  place = f'{name}:{next(_numbers)}'
+  index, count = _index_and_count()
+  _client().key_value_set(f'{place}/{index}', f'={text}')  # never empty
+  barrier(place)
+  found = {
+    int(key.rsplit('/', 1)[1]): value[1:]
+    for key, value in _client().key_value_dir_get(f'{place}/')
+  }
+  return [found[i] for i in range(count)]
+
+
 def check_equal(values: Mapping[str, Any]) -> None:
   """Refuses to start with processes that do not fit together.
 

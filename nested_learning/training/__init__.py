@@ -3,6 +3,7 @@
 from nested_learning.training.config import ExperimentConfig
 from nested_learning.training.config import TrainConfig
 from nested_learning.training.description import describe
+from nested_learning.training.inspection import inspect
 from nested_learning.training.modes import run
 from nested_learning.training.optimizer import decay_mask
 from nested_learning.training.optimizer import make_optimizer

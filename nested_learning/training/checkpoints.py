@@ -2,30 +2,34 @@
 
 Orbax writes them in the background, each in a folder that gets its name only
 when it is complete: a process killed in the middle of a save leaves the one
-before. The manifest holds a checksum per array, since neither Orbax nor a file
-system notices all damage.
+before. The manifest holds shape, type and checksum of every array, since
+neither Orbax nor a file system notices all damage. Where the latest checkpoint
+is damaged, the one before is read.
 """
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import functools
+import importlib.metadata
 import pathlib
+import subprocess
 import time
 from typing import Any, NamedTuple
-import zlib
 
 from absl import logging
 import jax
-import jax.numpy as jnp
-import numpy as np
 from orbax import checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+import nested_learning
 from nested_learning import configs
+from nested_learning import distributed
 from nested_learning import errors
 from nested_learning import parameters
+from nested_learning.training import checkpoint_files
+from nested_learning.training import checksums
 from nested_learning.training import config as config_lib
 
-_FORMAT = 'nested_learning 2'
 # Settings of the model that change neither its parameters nor its numbers.
 _FREE = frozenset({'max_length', 'remat'})
 
@@ -63,13 +67,13 @@ def open_manager(
       ),
     ]
   )
-  options = ocp.CheckpointManagerOptions(
-    preservation_policy=policy,
-    cleanup_tmp_directories=not read_only,
-    read_only=read_only,
-  )
   folder = pathlib.Path(workdir).absolute() / 'checkpoints'
-  with _quiet():
+  with checkpoint_files.quiet():
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=policy,
+      cleanup_tmp_directories=not read_only,
+      read_only=read_only,
+    )
     manager = _Manager(folder, options=options)
   return contextlib.closing(manager)
 
@@ -77,10 +81,14 @@ def open_manager(
 class _Manager(ocp.CheckpointManager):
   """A manager that leaves it to the trainer to ask whether to stop.
 
-  It would ask for its statistics, with numbers of its own and from its own
+  Orbax's would ask for its statistics, with numbers of its own and from its own
   thread. JAX takes the last number for the place where a process is, and might
   settle on one that another process has passed.
   """
+
+  @property
+  def is_read_only(self) -> bool:
+    return self._options.read_only
 
   def reached_preemption(self, step: int) -> bool:
     del step
@@ -116,24 +124,24 @@ def save(
   """
   if manager.latest_step() == step:
     return
-  checksums, finite = {}, {}
-  for name, tree in state.items():
-    for path, (checksum, is_finite) in inspect(tree).items():
-      checksums[f'{name}/{path}'] = checksum
-      finite[f'{name}/{path}'] = is_finite
-  bad = [name for name, is_finite in finite.items() if not is_finite]
+  found = checksums.inspect(state)
+  bad = [name for name, (_, is_finite) in found.items() if not is_finite]
   if bad:
     raise FloatingPointError(f'{bad[0]} is not finite after step {step}')
   manifest = {
-    'format': _FORMAT,
+    'format': checkpoint_files.FORMAT,
     'step': step,
     'config': configs.to_json(config),
     'tokenizer_fingerprint': tokenizer_fingerprint,
     'train_seconds': train_seconds,
+    'score': score,
     'time': time.strftime('%Y-%m-%d %H:%M:%S'),
-    'jax': jax.__version__,
-    'checksums': checksums,
+    **_software(),
+    'checksums': {name: checksum for name, (checksum, _) in found.items()},
+    'arrays': _arrays(state),
+    'data_checksum': checksums.of_json(data),
   }
+  manifest['manifest_checksum'] = checksums.of_json(manifest)
   items = {name: ocp.args.StandardSave(tree) for name, tree in state.items()}
   metrics = None
   if score is not None:
@@ -158,52 +166,101 @@ def restore(
   tokenizer_fingerprint: str,
   step: int | None = None,
 ) -> Restored:
-  """Reads a checkpoint, and refuses one that is damaged or not this run's.
+  """Reads a checkpoint; of a run's, the latest that is not damaged.
+
+  A damaged one is passed over with a warning. Where the manager may write, it
+  is moved to `checkpoints_damaged`, so that its step can be saved again.
 
   Args:
     manager: From `open_manager`.
     abstract: The items to read, `jax.ShapeDtypeStruct`s with shardings.
     config: The experiment that goes on from it.
     tokenizer_fingerprint: Of what the tokens in use stand for.
-    step: Which one; None is the latest.
+    step: Which one, and no other; None is the latest.
 
   Returns:
     The items and the rest.
 
   Raises:
-    errors.UserError: There is none, it cannot be read whole, an array's
-      checksum differs, or model or tokenizer differ from those that wrote it.
+    errors.UserError: There is none, all are damaged, the arrays in it are not
+      those asked for, or model or tokenizer differ from those that wrote it.
   """
-  step = manager.latest_step() if step is None else step
-  if step is None:
+  steps = sorted(manager.all_steps(), reverse=True) if step is None else [step]
+  if not steps:
     raise errors.UserError(
       f'{manager.directory} holds no checkpoint; run --mode=train first, or '
       'give the --workdir of a run that has one.'
     )
+  damaged = {}
+  for candidate in steps:
+    folder = manager.directory / str(candidate)
+    try:
+      manifest = checkpoint_files.read_manifest(folder)
+      _check_files(folder, manifest, abstract)
+      _check_origin(manifest, config, tokenizer_fingerprint, folder)
+      _check_arrays(manifest, abstract, folder)
+      restored = _read(manager, candidate, manifest, abstract)
+    except checkpoint_files.Damaged as damage:
+      damaged[candidate] = str(damage)
+      continue
+    if damaged:
+      _set_aside(manager, damaged, candidate)
+    return restored
+  raise errors.UserError(f'{damaged[steps[0]]}; {_way_out(manager, step)}')
+
+
+def _check_files(folder, manifest, abstract) -> None:
+  """Raises `Damaged` in all processes if one of them finds damage.
+
+  Processes that read together must agree before, since one that fails would
+  leave the others waiting for it. Each reads some of the arrays for that. A
+  single process notices while it restores.
+  """
+  if not distributed.is_together():
+    return
+  names = [
+    name for name in manifest['checksums'] if name.split('/')[0] in abstract
+  ]
+  mine = names[jax.process_index() :: jax.process_count()]
+  damages = checkpoint_files.find_damages(folder, manifest, mine)
+  found = distributed.gather('damage', next(iter(damages.values()), ''))
+  for damage in filter(None, found):
+    raise checkpoint_files.Damaged(damage)
+
+
+def _read(manager, step, manifest, abstract) -> Restored:
+  """Reads data and items, and compares the items' checksums."""
   folder = manager.directory / str(step)
-  manifest = _restore(
-    manager, step, {'manifest': ocp.args.JsonRestore()}, folder
-  )['manifest']
-  if not isinstance(manifest, dict) or manifest.get('format') != _FORMAT:
-    raise errors.UserError(
-      f'{folder} is not a checkpoint of this trainer; use another --workdir.'
-    )
-  _check_origin(manifest, config, tokenizer_fingerprint, folder)
   items = {
     name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()
   }
-  restored = _restore(
-    manager, step, {'data': ocp.args.JsonRestore(), **items}, folder
-  )
+  arguments = ocp.args.Composite(data=ocp.args.JsonRestore(), **items)
+  try:
+    with checkpoint_files.quiet():
+      restored = manager.restore(step, args=arguments)
+  except Exception as error:
+    raise checkpoint_files.unreadable(folder, error) from error
+  checkpoint_files.check_data(folder, manifest, restored['data'])
   state = {name: restored[name] for name in abstract}
-  for name, tree in state.items():
-    for path, (checksum, _) in inspect(tree).items():
-      if manifest['checksums'].get(f'{name}/{path}') != checksum:
-        raise errors.UserError(
-          f'{folder} is damaged: the checksum of {name}/{path} differs from '
-          f'that of the array that was saved; {_way_out(manager, step)}'
-        )
+  for name, (checksum, _) in checksums.inspect(state).items():
+    if manifest['checksums'][name] != checksum:
+      raise checkpoint_files.changed(folder, name)
   return Restored(step, state, restored['data'], manifest)
+
+
+def _set_aside(manager, damaged: Mapping[int, str], good: int) -> None:
+  """Says what is damaged, and moves it out of the way of later saves."""
+
+  def move():
+    for step, damage in damaged.items():
+      moved = ''
+      if not manager.is_read_only:
+        place = checkpoint_files.move_aside(manager.directory / str(step))
+        moved = f'; moved to {place}'
+      logging.warning('%s%s. Going on from step %d.', damage, moved, good)
+
+  distributed.first_does('damaged', move)
+  manager.reload()
 
 
 @contextlib.contextmanager
@@ -218,50 +275,8 @@ def explain_divergence(manager: ocp.CheckpointManager) -> Iterator[None]:
       left = f'the checkpoint of step {step} stays in {manager.directory}'
     raise errors.UserError(
       f'{error}; {left}. Lower train.learning_rate or train.clip_norm, or '
-      'raise train.warmup_steps, and run again.'
+      'raise train.warmup_steps, in another --workdir.'
     ) from error
-
-
-def inspect(tree: Any) -> dict[str, tuple[int, bool]]:
-  """The checksum of every array of a tree, and whether it is all finite.
-
-  The checksum is a sum modulo 2^32 of the array's words times odd weights made
-  from their places. It is integer arithmetic on the devices that hold the
-  array, so it is the same on any mesh, and any one changed word changes it.
-
-  Args:
-    tree: Arrays of floating, integer or boolean types.
-
-  Returns:
-    From path to checksum and finiteness.
-  """
-  names = [
-    parameters.path_name(path) for path, _ in jax.tree.leaves_with_path(tree)
-  ]
-  values = jax.device_get(_inspect(jax.tree.leaves(tree)))
-  return {
-    name: (int(checksum), bool(finite))
-    for name, (checksum, finite) in zip(names, values, strict=True)
-  }
-
-
-@jax.jit
-def _inspect(leaves):
-  return [(_checksum(x), jnp.all(jnp.isfinite(x))) for x in leaves]
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-  if x.dtype == jnp.bool_:
-    x = x.astype(jnp.uint8)
-  word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-  words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
-  weights = jnp.ones(words.shape, jnp.uint32)
-  for axis in range(words.ndim):
-    # An odd factor per axis, so that every word's weight is odd.
-    factor = np.uint32(zlib.crc32(bytes([axis])) | 1)
-    index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    weights *= 2 * (index * factor) + 1
-  return jnp.sum(words * weights, dtype=jnp.uint32)
 
 
 def _check_origin(manifest, config, tokenizer_fingerprint, folder):
@@ -286,31 +301,70 @@ def _check_origin(manifest, config, tokenizer_fingerprint, folder):
     )
 
 
-def _restore(manager, step, args, folder):
-  """Reads items, with what goes wrong in one line."""
-  try:
-    # Orbax logs at length what the error then says.
-    with _quiet():
-      return manager.restore(step, args=ocp.args.Composite(**args))
-  except Exception as error:
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise errors.UserError(
-      f'{folder} cannot be read ({first_line[:200]}); {_way_out(manager, step)}'
-    ) from error
+def _check_arrays(manifest, abstract, folder):
+  """Refuses a checkpoint whose arrays are not those asked for."""
+  saved = {
+    name: manifest.get('arrays', {}).get(name) for name in manifest['checksums']
+  }
+  wanted = _arrays(abstract)
+  for name in [*wanted, *saved]:
+    if name.split('/')[0] not in abstract:
+      continue
+    if name not in saved or name not in wanted:
+      has, lacks = folder, 'this config has not'
+      if name in wanted:
+        has, lacks = 'this config', f'{folder} has not'
+      raise errors.UserError(
+        f'{has} has an array {name}, which {lacks}; use the version of the '
+        'code and the config.json of that run, or another --workdir.'
+      )
+    if saved[name] is not None and saved[name] != wanted[name]:
+      theirs, ours = (
+        f'{array["dtype"]}{array["shape"]}'
+        for array in (saved[name], wanted[name])
+      )
+      raise errors.UserError(
+        f'{folder} holds {name} as {theirs}, and this config needs {ours}; use '
+        'the config.json of that run, or another --workdir.'
+      )
 
 
-def _way_out(manager, step: int) -> str:
-  earlier = [s for s in manager.all_steps() if s < step]
-  if not earlier:
-    return 'there is no earlier one: start again in another --workdir.'
-  return f'move that folder away to go on from step {max(earlier)}.'
+def _arrays(tree: Any) -> dict[str, dict[str, Any]]:
+  """Shape and type of every array of a tree, by path."""
+  return {
+    parameters.path_name(path): {
+      'shape': list(x.shape),
+      'dtype': str(x.dtype),
+    }
+    for path, x in jax.tree.leaves_with_path(tree)
+  }
 
 
-@contextlib.contextmanager
-def _quiet():
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.FATAL)
-  try:
-    yield
-  finally:
-    logging.set_verbosity(verbosity)
+@functools.cache
+def _software() -> dict[str, str | None]:
+  """The versions that a checkpoint is written by, and the code's commit."""
+  root = pathlib.Path(nested_learning.__file__).parents[1]
+  commit = None
+  if (root / '.git').exists():
+    command = 'git describe --always --dirty --abbrev=40 --exclude=*'
+    try:
+      done = subprocess.run(
+        command.split(), cwd=root, capture_output=True, text=True, timeout=10
+      )
+      commit = done.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+      pass  # no git here, or a file system that is slow today
+  return {
+    'version': nested_learning.__version__,
+    'commit': commit,
+    'jax': jax.__version__,
+    'orbax': importlib.metadata.version('orbax-checkpoint'),
+  }
+
+
+def _way_out(manager, step: int | None) -> str:
+  if step is not None:
+    return 'read another step.'
+  others = len(manager.all_steps()) - 1
+  also = f', and so are the {others} before it' if others else ''
+  return f'there is no earlier one{also}: start again in another --workdir.'

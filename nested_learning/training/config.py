@@ -30,6 +30,10 @@ class TrainConfig:
   final_fraction: float = 0.1  # of the peak, where the cosine ends
   weight_decay: float = 0.1  # of matrices, times the learning rate, per update
   clip_norm: float = 1.0  # longest gradient, over all parameters
+  # A step is left out whose loss or gradient is not finite, or whose gradient
+  # is longer than spike_factor times the usual; None: any length will do.
+  spike_factor: float | None = None
+  max_skipped: int = 10  # steps left out in a row; one more ends the run
   accumulate: int = 1  # micro-batches that a batch is cut into, one at a time
   log_every: int = 10  # steps between two lines of metrics
   evaluate_every: int = 200  # steps between two looks at the validation split
@@ -48,8 +52,10 @@ class TrainConfig:
       _check(self, name, getattr(self, name) >= 1, 'at least 1')
     for name in ('learning_rate', 'clip_norm'):
       _check(self, name, getattr(self, name) > 0, 'above 0')
-    for name in ('warmup_steps', 'weight_decay'):
+    for name in ('warmup_steps', 'weight_decay', 'max_skipped'):
       _check(self, name, getattr(self, name) >= 0, 'at least 0')
+    above_one = self.spike_factor is None or self.spike_factor > 1
+    _check(self, 'spike_factor', above_one, 'above 1, or none')
     in_unit = 0 <= self.final_fraction <= 1
     _check(self, 'final_fraction', in_unit, 'between 0 and 1')
 

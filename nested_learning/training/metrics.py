@@ -83,7 +83,8 @@ class RunLog:
     that is mounted keeps a file only when it is asked to.
 
     Raises:
-      FloatingPointError: Its loss or gradient is not finite.
+      FloatingPointError: It was left out, and so were as many before it as may
+        be (train.max_skipped).
     """
     self._report_deferred()
     if self._writes:
@@ -129,23 +130,52 @@ class RunLog:
     return steps * self._config.batch_tokens / seconds if seconds else 0.0
 
   def _report(self, step: int, metrics: Mapping[str, float]) -> None:
-    for name in ('loss', 'gradient_norm'):
-      if not math.isfinite(metrics[name]):
-        raise FloatingPointError(f'{name} is {metrics[name]} at step {step}')
+    metrics = dict(metrics)
+    in_a_row = int(metrics.pop('skipped_in_a_row'))
+    if in_a_row:
+      self._report_skipped(step, metrics, in_a_row)
     self._bar.update(step - self._step)
     self._step = step
     train = self._config.train
     if step % train.log_every == 0 or step == train.num_steps:
       rate = self._rate(self._window)
       self._window = step, self.train_seconds
-      learning_rate = float(self._schedule(step - 1))
+      # Those that were left out have not moved the schedule.
+      num_taken = step - int(metrics['skipped'])
+      learning_rate = float(self._schedule(max(num_taken - 1, 0)))
       self.write(
         step,
         {**metrics, 'learning_rate': learning_rate, 'tokens_per_second': rate},
       )
+      skipped = int(metrics['skipped'])
+      left_out = f', {skipped} left out' if skipped else ''
       self._bar.set_postfix_str(
-        f'loss {metrics["loss"]:.3f}, {rate:,.0f} tokens/s', refresh=False
+        f'loss {metrics["loss"]:.3f}, {rate:,.0f} tokens/s{left_out}',
+        refresh=False,
       )
+
+  def _report_skipped(
+    self, step: int, metrics: Mapping[str, float], in_a_row: int
+  ) -> None:
+    """Says why a step was left out; raises if it was one too many."""
+    train = self._config.train
+    for name in ('loss', 'gradient_norm'):
+      if not math.isfinite(metrics[name]):
+        reason = f'{name} is {metrics[name]} at step {step}'
+        break
+    else:
+      reason = (
+        f'gradient_norm is {metrics["gradient_norm"]:.4g} at step {step}, '
+        f'above train.spike_factor={train.spike_factor} times the usual'
+      )
+    if in_a_row > train.max_skipped:
+      if train.max_skipped:
+        reason += (
+          f', and {train.max_skipped} steps before it were left out '
+          '(train.max_skipped)'
+        )
+      raise FloatingPointError(reason)
+    self.say(f'{reason}: left out ({in_a_row} in a row).')
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -164,7 +194,9 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> None:
   """Drops what a run that was cut off wrote after its last checkpoint."""
   if path.exists():
     lines = [line for line in read_metrics(path) if line['step'] <= step]
-    path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    kept = path.with_suffix('.tmp')  # whole, whenever the process is killed
+    kept.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    kept.replace(path)
 
 
 def _finite(value: float) -> float | None:

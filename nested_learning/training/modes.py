@@ -98,7 +98,7 @@ def _train(config, workdir, subject):
   workdir.mkdir(parents=True, exist_ok=True)
   config_path = workdir / 'config.json'
   if jax.process_index() == 0 and not config_path.exists():
-    config_path.write_text(configs.to_json(config), encoding='utf-8')
+    _write(config_path, configs.to_json(config))
   begin = time.perf_counter()
   outcome = trainer.train(config, workdir)
   with interrupts.ending(trainer.trained_message(config, workdir)):
@@ -174,6 +174,10 @@ def _session(config, workdir, subject):
 
 
 def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+  _write(path, json.dumps(values, indent=2) + '\n')
+
+
+def _write(path: pathlib.Path, text: str) -> None:
   temporary = path.with_suffix('.tmp')  # whole, or not at all
-  temporary.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
+  temporary.write_text(text, encoding='utf-8')
   temporary.replace(path)

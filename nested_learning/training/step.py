@@ -14,6 +14,7 @@ from nested_learning import levels
 from nested_learning import models
 from nested_learning import sharding
 from nested_learning.training import config as config_lib
+from nested_learning.training import guard as guard_lib
 
 # Of `memory.State`, [b, h, ...].
 _PER_HEAD = ('memory', 'anchor', 'trace')
@@ -27,11 +28,13 @@ class TrainState(NamedTuple):
     optimizer: State of the optimiser.
     stream: The model's state between steps, one per micro-batch along a leading
       axis; None where every batch starts streams of its own.
+    guard: What is known of the steps that were taken and left out.
   """
 
   params: Any
   optimizer: Any
   stream: Any
+  guard: guard_lib.Guard
 
 
 def make_init(
@@ -50,7 +53,9 @@ def make_init(
       stream = jax.tree.map(
         lambda x: jnp.broadcast_to(x, (num_micro, *x.shape)), start
       )
-    return TrainState(params, optimizer.init(params), stream)
+    return TrainState(
+      params, optimizer.init(params), stream, guard_lib.init_guard()
+    )
 
   return init
 
@@ -66,6 +71,9 @@ def make_step(
   The loss is the mean over the targets of the whole batch, however many
   micro-batches it is cut into. A stream that goes on from step to step carries
   no gradient across: what came before a step is a constant.
+
+  A step whose loss or gradient is not finite, or whose gradient is a spike
+  (`train.spike_factor`), leaves the state as it was and counts itself.
 
   Args:
     config: The experiment.
@@ -110,14 +118,33 @@ def make_step(
     (loss, gradients), stream = jax.lax.scan(
       add_micro, zero, (state.stream, jax.tree.map(split, batch))
     )
-    updates, opt_state = optimizer.update(
-      gradients, state.optimizer, state.params
+
+    def take():
+      updates, opt_state = optimizer.update(
+        gradients, state.optimizer, state.params
+      )
+      return optax.apply_updates(state.params, updates), opt_state, stream
+
+    def leave_out():
+      return state.params, state.optimizer, state.stream
+
+    norm = optax.tree.norm(gradients)
+    sound, guard = guard_lib.judge(
+      state.guard,
+      loss=loss,
+      gradient_norm=norm,
+      spike_factor=config.train.spike_factor,
     )
-    params = optax.apply_updates(state.params, updates)
-    metrics = {'loss': loss, 'gradient_norm': optax.tree.norm(gradients)}
+    params, opt_state, stream = jax.lax.cond(sound, take, leave_out)
+    metrics = {
+      'loss': loss,
+      'gradient_norm': norm,
+      'skipped': guard.num_skipped.astype(jnp.float32),
+      'skipped_in_a_row': guard.num_in_a_row.astype(jnp.float32),
+    }
     for name, value in levels.telemetry(opt_state).items():
       metrics[f'levels/{name}'] = value.astype(jnp.float32)
-    return TrainState(params, opt_state, stream), metrics
+    return TrainState(params, opt_state, stream, guard), metrics
 
   return step
 
@@ -206,6 +233,7 @@ def abstract_state(
     stream=_shard_rows(model, shapes.params, mesh, stacked=True)
     if config.carries_state
     else None,
+    guard=jax.tree.map(lambda _: sharding.replicated(mesh), shapes.guard),
   )
   return _with_shardings(shapes, shardings)
 

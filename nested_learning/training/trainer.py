@@ -52,8 +52,10 @@ def train(
     The trained parameters and how it went.
 
   Raises:
-    errors.UserError: Loss or state is not finite, or the checkpoint is damaged
-      or of another model, tokenizer or text. The last good one stays.
+    errors.UserError: More steps in a row than train.max_skipped had a loss or a
+      gradient that is not finite or a spike; the state is not finite; or the
+      checkpoint is of another model, tokenizer or text, or all are damaged. The
+      last good one stays.
     SystemExit: After SIGTERM (code 143) or Ctrl-C (130), once all is saved.
   """
   num_steps = config.train.num_steps

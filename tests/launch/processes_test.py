@@ -148,6 +148,21 @@ class RunTest(absltest.TestCase):
     log = (self.root / 'run' / 'logs' / 'process-1.log').read_text()
     self.assertNotIn('step', log)  # one process logs
 
+  def test_processes_agree_on_a_checkpoint_that_is_not_damaged(self):
+    steps = '--set=train.num_steps=8'
+    process = self.start('run', '--target=local-procs:2', steps)
+    self.finish(process, 0)
+    folder = self.root / 'run' / 'checkpoints'
+    expected = self.losses('run')
+    for path in (folder / '8').glob('params/**/d/*'):
+      path.write_bytes(path.read_bytes()[:-64])
+    (self.root / 'run' / 'summary.json').unlink()
+    output = self.finish(self.start('run', '--target=local-procs:2', steps), 0)
+    self.assertRegex(output, '/8 .*moved to .*Going on from step 4')
+    self.assertEqual(self.losses('run'), expected)
+    self.assertTrue((folder / '8').exists())
+    self.assertTrue((self.root / 'run' / 'checkpoints_damaged' / '8').exists())
+
   def test_mistake_is_said_once(self):
     process = self.start(
       'run', '--target=local-procs:2', f'--set=data.source={self.root}/none'
@@ -304,6 +319,8 @@ class EndTest(parameterized.TestCase):
     codes, outputs, _ = self.run_both("""
       distributed.check_alike('the same')
       assert distributed.first_does('it', lambda: f'by {me}') == 'by 0'
+      assert distributed.gather('who', str(me)) == ['0', '1']
+      assert distributed.gather('what', '') == ['', '']
       distributed.check_alike(f'config of {me}')
     """)
     self.assertEqual(codes, [2, 2])

@@ -142,9 +142,10 @@ class RunTest(parameterized.TestCase):
 
   @parameterized.parameters(
     (['--confg=x'], "'confg'. Did you mean: config"),
-    (['--mode=trian'], 'train|eval|generate|session|describe|compile'),
+    (['--mode=trian'], 'train|eval|generate|session|describe|compile|inspect'),
     (['train'], "Unexpected argument 'train'"),
     ([], '--workdir=runs/NAME'),
+    (['--mode=inspect'], '--workdir=runs/NAME'),
     (['--workdir=runs/none'], 'No config (runs/none holds no run)'),
     (
       ['--config=experiments/tyo.py', '--workdir=runs/a'],

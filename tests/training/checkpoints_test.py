@@ -2,6 +2,7 @@ import dataclasses
 import os
 import pathlib
 import shutil
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -9,10 +10,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import nested_learning
+from nested_learning import configs
 from nested_learning import errors
 from nested_learning import sharding
+from nested_learning.training import checkpoint_files
 from nested_learning.training import checkpoints
+from nested_learning.training import checksums
 from tests.training import tiny
+
+
+def damage(path, how):
+  """Cuts a file in half, flips a bit of its middle, or deletes it."""
+  if how == 'delete':
+    path.unlink()
+  elif how == 'cut':
+    os.truncate(path, path.stat().st_size // 2)
+  else:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    path.write_bytes(content)
 
 
 class CheckpointsTest(parameterized.TestCase):
@@ -78,16 +95,63 @@ class CheckpointsTest(parameterized.TestCase):
       self.restore()
 
   @parameterized.parameters(
-    'params/**/d/*', 'params/_METADATA', 'manifest/metadata', 'data/metadata'
+    ('cut', 'params/**/d/*'),
+    ('flip', 'params/**/d/*'),
+    ('delete', 'params/**/d/*'),
+    ('cut', 'params/_METADATA'),
+    ('flip', 'manifest/metadata'),
+    ('delete', 'manifest/metadata'),
+    ('flip', 'data/metadata'),
   )
-  def test_truncated(self, pattern):
+  def test_damaged_files_are_passed_over(self, how, pattern):
     self.save(3, 6)
     for path in self.files(6, pattern):
-      os.truncate(path, path.stat().st_size // 2)
+      damage(path, how)
+    with self.assertLogs(level='WARNING') as logs:
+      restored = self.restore()
+    self.assertEqual(restored.step, 3)
+    jax.tree.map(np.testing.assert_array_equal, self.state, restored.state)
+    (line,) = logs.output
+    self.assertRegex(line, r'checkpoints/6 (is|cannot be).*on from step 3\.')
+    self.assertTrue((self.root / 'checkpoints' / '6').exists())  # read only
+
+  def test_changed_values_are_passed_over(self):
+    self.save(3)
+    self.save_changed(6)
+    with self.assertLogs(level='WARNING') as logs:
+      self.assertEqual(self.restore().step, 3)
+    self.assertIn('checksum of params/w differs', logs.output[0])
+
+  def test_a_run_moves_the_damaged_one_and_saves_its_step_again(self):
+    for moved in ('6', '6-2'):
+      self.save(3)
+      self.save_changed(6)
+      with (
+        checkpoints.open_manager(self.root, keep=9) as manager,
+        self.assertLogs(level='WARNING') as logs,
+      ):
+        restored = checkpoints.restore(
+          manager,
+          self.abstract,
+          config=self.config,
+          tokenizer_fingerprint='bytes-1',
+        )
+        self.assertEqual(manager.latest_step(), 3)
+      self.assertEqual(restored.step, 3)
+      place = self.root / 'checkpoints_damaged' / moved
+      self.assertIn(f'moved to {place}. G', logs.output[0])
+      self.assertTrue(place.exists())
+    self.save(6)
+    self.assertEqual(self.restore().step, 6)
+
+  def test_all_are_damaged(self):
+    self.save_changed(3, 6)
     with self.assertRaisesRegex(
-      errors.UserError, 'checkpoints/6 cannot be read .*go on from step 3'
+      errors.UserError, 'checkpoints/6 is damaged.*so are the 1 before it'
     ):
       self.restore()
+    with self.assertRaisesRegex(errors.UserError, '/3 is.*read another step'):
+      self.restore(step=3)
 
   def test_foreign(self):
     self.save(3)
@@ -101,17 +165,50 @@ class CheckpointsTest(parameterized.TestCase):
       self.restore()
     self.assertTrue((folder / 'model.pt').exists())
 
-  def test_changed_values_are_noticed(self):
+  def save_changed(self, *steps):
+    """Saves w with a manifest of other values, as after bit rot."""
+    found = checksums.inspect(self.state)
+    checksum, finite = found['params/w']
+    found['params/w'] = checksum ^ 1, finite
+    with mock.patch.object(checksums, 'inspect', lambda _: found):
+      self.save(*steps)
+
+  @parameterized.parameters(
+    ((16, 9), 'float32', r'needs float32\[16, 9\]'),
+    ((16, 8), 'bfloat16', r'needs bfloat16\[16, 8\]'),
+  )
+  def test_another_shape_or_type(self, shape, dtype, message):
     self.save(3)
-    manifest = self.files(3, 'manifest/metadata')[0]
-    checksum = checkpoints.inspect(self.state)['params/w'][0]
-    text = manifest.read_text()
-    self.assertIn(f'"params/w": {checksum}', text)
-    manifest.write_text(text.replace(str(checksum), str(checksum ^ 1)))
+    self.abstract['params']['w'] = jax.ShapeDtypeStruct(
+      shape, dtype, sharding=self.abstract['params']['w'].sharding
+    )
     with self.assertRaisesRegex(
-      errors.UserError, 'is damaged: the checksum of params/w differs'
+      errors.UserError, rf'/3 holds params/w as float32\[16, 8\].*{message}'
     ):
       self.restore()
+
+  def test_other_arrays(self):
+    self.save(3)
+    w = self.abstract['params'].pop('w')
+    with self.assertRaisesRegex(
+      errors.UserError, '/3 has an array params/w, which this config has not'
+    ):
+      self.restore()
+    self.abstract['params'] |= {'w': w, 'more': w}
+    with self.assertRaisesRegex(
+      errors.UserError, 'config has an array params/more, which .*/3 has not'
+    ):
+      self.restore()
+
+  def test_manifest_says_what_wrote_it(self):
+    self.save(3)
+    manifest = self.restore().manifest
+    self.assertEqual(manifest['version'], nested_learning.__version__)
+    self.assertEqual(manifest['jax'], jax.__version__)
+    self.assertEqual(manifest['step'], 3)
+    self.assertEqual(configs.from_json(manifest['config']), self.config)
+    if (pathlib.Path(nested_learning.__file__).parents[1] / '.git').exists():
+      self.assertRegex(manifest['commit'], '^[0-9a-f]{40}(-dirty)?$')
 
   def test_another_tokenizer(self):
     self.save(3)
@@ -144,27 +241,59 @@ class CheckpointsTest(parameterized.TestCase):
       self.save(4, state=bad)
     self.assertEmpty(list((self.root / 'checkpoints').iterdir()))
 
+  def look(self, step):
+    folder = self.root / 'checkpoints' / str(step)
+    manifest = checkpoint_files.read_manifest(folder)
+    names = manifest['checksums']
+    arrays = dict(checkpoint_files.read_arrays(folder, names))
+    return arrays, checkpoint_files.find_damages(folder, manifest, names)
+
+  def test_reads_every_array(self):
+    self.save(3)
+    arrays, damages = self.look(3)
+    self.assertEqual(damages, {})
+    self.assertLen(arrays, 4)
+    np.testing.assert_array_equal(arrays['params/w'], self.state['params']['w'])
+    self.assertEqual(arrays['optimizer/count'], 7)
+
+  @parameterized.parameters('cut', 'flip', 'delete')
+  def test_finds_damage(self, how):
+    self.save(3)
+    for path in self.files(3, 'params/**/d/*'):
+      damage(path, how)
+    self.assertEqual({'params/b', 'params/w'}, set(self.look(3)[1]))
+
 
 class ChecksumTest(parameterized.TestCase):
   @parameterized.parameters('float32', 'bfloat16', 'int32', 'uint8', 'bool')
   def test_any_changed_element_changes_it(self, dtype):
     x = jax.random.bernoulli(jax.random.key(0), shape=(7, 5)).astype(dtype)
-    expected = checkpoints.inspect({'x': x})['x'][0]
+    expected = checksums.inspect({'x': x})['x'][0]
     changed = {
-      checkpoints.inspect(
-        {'x': x.at[i, j].set((x[i, j] == 0).astype(x.dtype))}
-      )['x'][0]
+      checksums.inspect({'x': x.at[i, j].set((x[i, j] == 0).astype(x.dtype))})[
+        'x'
+      ][0]
       for i in range(7)
       for j in range(5)
     }
     self.assertNotIn(expected, changed)
     self.assertGreater(len(changed), 20)  # and depends on the place
 
+  @parameterized.product(
+    dtype=['float32', 'bfloat16', 'int32', 'uint8', 'bool'],
+    shape=[(), (5,), (3, 4), (2, 3, 4)],
+  )
+  def test_is_the_same_in_numpy(self, dtype, shape):
+    x = (10 * jax.random.normal(jax.random.key(1), shape)).astype(dtype)
+    self.assertEqual(
+      checksums.of_numpy(np.asarray(x)), checksums.inspect({'x': x})['x'][0]
+    )
+
   def test_is_the_same_on_any_mesh(self):
     x = jax.random.normal(jax.random.key(0), (16, 8))
     sharded = jax.device_put(x, sharding.batch_sharding(sharding.make_mesh()))
     self.assertEqual(
-      checkpoints.inspect({'x': x}), checkpoints.inspect({'x': sharded})
+      checksums.inspect({'x': x}), checksums.inspect({'x': sharded})
     )
 
 

@@ -4,11 +4,13 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 from jax import sharding as jsharding
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from nested_learning import data
 from nested_learning import errors
+from nested_learning import evaluation
 from nested_learning import models
 from nested_learning import sharding
 from nested_learning import training
@@ -41,6 +43,46 @@ class StepTest(parameterized.TestCase):
       state, metrics = step(state, batch)
       losses.append(float(metrics['loss']))
     return state, losses
+
+  @parameterized.parameters('document', 'never')
+  def test_a_bad_step_is_as_if_it_had_not_been(self, reset):
+    config, model, optimizer = self.parts(
+      data={'reset': reset, 'sequence_length': 16},
+      train={'spike_factor': 2.0},
+    )
+    bad = config.model.vocab_size - 1  # no byte, so that no text has it
+
+    def token_loss(outputs, targets):
+      loss = evaluation.cross_entropy(outputs, targets)
+      return jnp.where(targets == bad, jnp.nan, loss)
+
+    step = jax.jit(training.make_step(config, model, optimizer, token_loss))
+    batches = data.make_iterator(config.data)
+    good = [next(batches) for _ in range(3)]
+    for batch in good:
+      del batch['document']
+    start, _ = step(self.init(config, model, optimizer), good[0])
+    with_nan = {**good[1], 'targets': np.full_like(good[1]['targets'], bad)}
+    # Steps enough to know what is usual, and that is far less.
+    known = start.guard._replace(
+      num_taken=jnp.int32(50), usual_norm=jnp.float32(1e-6)
+    )
+    for batch, guard in ((with_nan, start.guard), (good[1], known)):
+      state, metrics = step(start._replace(guard=guard), batch)
+      self.assertEqual(metrics['skipped'], 1)
+      self.assertEqual(metrics['skipped_in_a_row'], 1)
+      for field in ('params', 'optimizer', 'stream'):
+        jax.tree.map(
+          np.testing.assert_array_equal,
+          getattr(state, field),
+          getattr(start, field),
+        )
+      again = state._replace(guard=start.guard)
+      jax.tree.map(
+        np.testing.assert_array_equal,
+        step(again, good[2])[0],
+        step(start, good[2])[0],
+      )
 
   def test_loss_is_the_mean_over_targets(self):
     config, model, optimizer = self.parts()

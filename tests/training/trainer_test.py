@@ -1,6 +1,7 @@
 """Whole runs: resumed, interrupted, killed, diverging."""
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ from unittest import mock
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,7 +24,7 @@ from nested_learning import training
 from nested_learning.training import checkpoints
 from nested_learning.training import feeding
 from nested_learning.training import metrics
-from nested_learning.training import trainer
+from nested_learning.training import on_text
 from tests.training import tiny
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -113,28 +115,70 @@ class TrainerTest(parameterized.TestCase):
     lines = metrics.read_metrics(self.root / 'w' / 'metrics.jsonl')
     self.assertFalse(any('validation/loss' in line for line in lines))
 
-  def test_a_loss_that_is_not_finite_stops_the_run(self):
+  @contextlib.contextmanager
+  def poison(self, *calls):
+    """Gives the batches of some calls a loss that is NaN."""
+    put, count = feeding.put, itertools.count(1)
+    bad = tiny.MODEL.vocab_size - 1  # no byte, so that no text has it
+
+    def poisoned_put(batch, mesh):
+      if next(count) in calls:
+        batch = {**batch, 'targets': np.full_like(batch['targets'], bad)}
+      return put(batch, mesh)
+
+    def token_loss(outputs, targets):
+      loss = evaluation.cross_entropy(outputs, targets)
+      return jnp.where(targets == bad, jnp.nan, loss)
+
+    with (
+      mock.patch.object(feeding, 'put', poisoned_put),
+      mock.patch.object(on_text, 'token_loss', token_loss),
+    ):
+      yield
+
+  def test_bad_steps_are_left_out_and_resume_exactly(self):
+    with self.poison(3, 4):
+      self.train('straight')
+    losses = self.losses('straight')
+    self.assertEqual([s for s, x in losses.items() if x is None], [3, 4])
+    with self.poison(3), self.signal_at(signal.SIGTERM, 3):
+      with self.assertRaises(SystemExit):
+        self.train('cut')
+    with self.poison(1):
+      self.train('cut')
+    self.assertEqual(self.losses('cut'), losses)
+    self.assertEqual(self.checksums('cut'), self.checksums('straight'))
+    lines = metrics.read_metrics(self.root / 'cut' / 'metrics.jsonl')
+    self.assertEqual([x['skipped'] for x in lines if 'skipped' in x][-1], 2)
+
+  @parameterized.parameters(
+    (0, 'loss is nan at step 4; the checkpoint of step 3 stays in .* Lower'),
+    (1, r'step 5, and 1 steps before it were left out \(train.max_skipped\); '),
+  )
+  def test_too_many_bad_steps_end_the_run(self, max_skipped, message):
+    train = {'max_skipped': max_skipped}
     with self.signal_at(signal.SIGTERM, 3), self.assertRaises(SystemExit):
-      self.train('w')
-    make_step = training.make_step
-
-    def make_bad_step(*args):
-      step = make_step(*args)
-
-      def bad_step(state, batch):
-        state, metrics = step(state, batch)
-        return state, metrics | {'loss': metrics['loss'] * np.nan}
-
-      return bad_step
-
-    with mock.patch.object(trainer.step_lib, 'make_step', make_bad_step):
-      with self.assertRaisesRegex(
-        errors.UserError,
-        'loss is nan at step 4; the checkpoint of step 3 stays in .* Lower '
-        'train.learning_rate',
-      ):
-        self.train('w')
+      self.train('w', train=train)
+    with (
+      self.poison(1, 2, 3),
+      self.assertRaisesRegex(errors.UserError, message),
+    ):
+      self.train('w', train=train)
     self.assertEqual(self.steps('w'), [3])
+
+  def test_goes_on_before_a_damaged_checkpoint(self):
+    self.train('straight', train={'checkpoint_every': 2})
+    self.train('w', train={'checkpoint_every': 2})
+    folder = self.root / 'w' / 'checkpoints' / '6'
+    for path in folder.glob('params/**/d/*'):
+      path.write_bytes(path.read_bytes()[:-100])
+    with self.assertLogs(level='WARNING') as logs:
+      self.train('w', train={'checkpoint_every': 2})
+    self.assertRegex(logs.output[-1], '/6 .*Going on from step 4.')
+    self.assertEqual(self.steps('w'), [4, 6])
+    self.assertTrue((self.root / 'w' / 'checkpoints_damaged' / '6').exists())
+    self.assertEqual(self.losses('w'), self.losses('straight'))
+    self.assertEqual(self.checksums('w'), self.checksums('straight'))
 
   def test_a_state_that_is_not_finite_is_never_saved(self):
     with self.assertRaisesRegex(
