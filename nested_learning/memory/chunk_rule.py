@@ -85,13 +85,7 @@ def make_decays(
     The `Decays`; a token of one document has no weight in another.
   """
   rates = rates.masked()
-  size = rates.retention.shape[-2]
-  lower = jnp.tril(jnp.ones((size, size), bool))
-  fresh, same = None, lower
-  if reset is not None:
-    document = jnp.cumsum(reset, axis=-2)
-    fresh = document > 0
-    same = lower & (document == jnp.swapaxes(document, -1, -2))
+  fresh, same = _documents(reset, rates.retention.shape[-2])
   kept, kept_before, between = _products(rates.retention, reset, same)
   between_before = _shift_down(between)
   if reset is not None:  # the shifted row belongs to the document before
@@ -135,6 +129,44 @@ def make_decays(
     between_before=jnp.tril(between, -1),
     trace=trace,
   )
+
+
+def trace_decays(
+  momentum: jax.Array, reset: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+  """What a chunk's momenta come to in the trace itself.
+
+  Args:
+    momentum: [..., t, 1], neutral where nothing is written.
+    reset: bool [..., t, 1], True at a document's first token, or None.
+
+  Returns:
+    Weight of a token's step in a later trace, [..., t, t], and of the trace
+    before the chunk, [..., t, 1].
+  """
+  fresh, same = _documents(reset, momentum.shape[-2])
+  start, _, passed = _products(momentum, reset, same)
+  return passed, start if fresh is None else jnp.where(fresh, 0.0, start)
+
+
+def sum_windows(decays: Decays, band: jax.Array) -> Decays:
+  """The same where every step sums the errors of several tokens.
+
+  Args:
+    decays: Of the chunk's t tokens.
+    band: Which of p tokens are summed by a token's step, [..., t, p].
+
+  Returns:
+    `Decays` whose weights of steps are weights of the p tokens' errors.
+  """
+  trace = decays.trace
+  if trace is not None:
+    last = jnp.matmul(jnp.swapaxes(trace.last, -1, -2), band)
+    trace = trace._replace(
+      between=jnp.matmul(trace.between, band),
+      last=jnp.swapaxes(last, -1, -2),
+    )
+  return decays._replace(between=jnp.matmul(decays.between, band), trace=trace)
 
 
 class Keys(NamedTuple):
@@ -282,6 +314,22 @@ def read_chunk(
   return read - jnp.matmul(trace.between * seen, chunk.step)
 
 
+def read_before(chunk: Chunk, q: jax.Array) -> jax.Array:
+  """W_{t-1} q_t for every token t of a solved chunk without momentum.
+
+  Args:
+    chunk: From `solve_chunk`, with what is erased read from the 'previous'.
+    q: [..., t, i].
+
+  Returns:
+    [..., t, o].
+  """
+  decays = chunk.keys.decays
+  read = _carried(chunk, q, decays.kept_before, _carried_read(chunk, q))
+  seen = jnp.einsum('...ti,...si->...ts', q, chunk.keys.x)
+  return read + jnp.matmul(decays.between_before * seen, chunk.written)
+
+
 def end_chunk(chunk: Chunk) -> rule.Carry:
   """Weights and trace after the last token of a solved chunk."""
   decays = chunk.keys.decays
@@ -322,6 +370,15 @@ def _carried(
   if chunk.reference is None:
     return kept * read
   return kept * read + (1.0 - kept) * networks.apply_map(chunk.reference, q)
+
+
+def _documents(reset, size):
+  """Which tokens come after a border, and earlier ones of one's document."""
+  lower = jnp.tril(jnp.ones((size, size), bool))
+  if reset is None:
+    return None, lower
+  document = jnp.cumsum(reset, axis=-2)
+  return document > 0, lower & (document == jnp.swapaxes(document, -1, -2))
 
 
 def _products(rates, reset, same):

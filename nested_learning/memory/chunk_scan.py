@@ -7,11 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nested_learning.memory import capacity
 from nested_learning.memory import chunk_rule
 from nested_learning.memory import interface
+from nested_learning.memory import local
 from nested_learning.memory import networks
+from nested_learning.memory import orthogonal
 from nested_learning.memory import rows
 from nested_learning.memory import rule as rules
+from nested_learning.memory import tails
 from nested_learning.memory import writes
 
 _KEPT_CHUNKS = 32  # up to which the backward pass keeps every chunk's memory
@@ -56,20 +60,27 @@ def chunk_scan(
   batch_size = jax.tree.leaves(inputs)[0].shape[0]
   start = state
   if state is None:
-    start = interface.init_state(initial, batch_size, momentum=rule.momentum)
+    start = interface.init_state(
+      initial, batch_size, momentum=rule.momentum, window=rule.window
+    )
   is_aligned = (state is None or starts_chunk) and mask is None
   lay_out = _lay_out_aligned if is_aligned else _lay_out
   chunks, restore = lay_out(
     rule.chunk_size, start.offset, inputs, reset=reset, mask=mask
   )
-  if project is None:
+  tail = None
+  if rule.window > 1 or rule.step == 'orthogonal':
+    chunks, tail = _lay_out_windows(rule, initial, start, chunks, write)
+    start = start._replace(tail=None)
+  if project is None and rule.step == 'gradient':
     chunks = chunks._replace(
       keys=_make_keys(
+        network,
         rule,
         chunks.inputs,
         chunks,
         write,
-        writes.erases(rule, 'in', initial),
+        initial,
       )
     )
   # A reference per row: the scan's backward pass then sums over no rows.
@@ -80,6 +91,8 @@ def chunk_scan(
   else:  # chunks are whole: a memory at their end is the next one's anchor
     state, result = _scan_groups(body, start._replace(anchor=None), chunks)
     state = state._replace(anchor=state.memory)
+  if rule.window > 1:
+    state = state._replace(tail=tail)
   return jax.tree.map(restore, result), state
 
 
@@ -91,6 +104,7 @@ class _Chunks(NamedTuple):
   mask: jax.Array | None  # bool [n, b, c], None when every slot is filled
   has_border: jax.Array | None  # bool [n], whether any row has a reset
   keys: '_ChunkKeys | None' = None  # of a static memory, known beforehand
+  window: tails.Window | None = None  # of the tokens, where steps sum errors
 
   def marks(self, write: bool) -> tuple[jax.Array | None, jax.Array | None]:
     """Resets, and which tokens write, each [(n,) b, 1, c, 1]."""
@@ -111,17 +125,19 @@ class _ChunkKeys(NamedTuple):
   scores: jax.Array | None  # with rule.read 'token'
 
 
-def _make_keys(rule, feed, chunk, write, erase):
+def _make_keys(network, rule, feed, chunk, write, maps):
   reset, does_write = chunk.marks(write)
   rates = writes.feed_rates(feed, does_write)
+  decays = chunk_rule.make_decays(rates, reset, erase_from=rule.erase_from)
+  key = capacity.gate_input(network, feed.key, feed.active)
+  if chunk.window is not None:
+    decays = chunk_rule.sum_windows(decays, chunk.window.band)
+    key = chunk.window.key
   keys = chunk_rule.make_keys(
-    feed.key,
-    rates,
-    chunk_rule.make_decays(rates, reset, erase_from=rule.erase_from),
-    erase=erase,
+    key, rates, decays, erase=writes.erases(rule, 'in', maps)
   )
   scores = None
-  if rule.read == 'token':
+  if rule.read == 'token' and writes.learns(rule, 'in', maps):
     scores = chunk_rule.make_scores(keys, feed.query)
   return _ChunkKeys(keys, scores)
 
@@ -177,55 +193,21 @@ def _chunk(network, rule, initial, project, write, state, chunk):
   anchor = rule.weights(state.memory)
   if chunk.mask is not None:
     anchor = rows.where(state.offset == 0, anchor, state.anchor)
-  seen = writes.evaluate(network, rule, anchor, chunk.inputs, project)
-  reset, does_write = chunk.marks(write)
-  if reset is not None:  # after a border the initial memory is the anchor
-    seen = jax.lax.cond(
-      chunk.has_border,
-      lambda: rows.where_tokens(
-        jnp.cumsum(reset, axis=2) > 0,
-        writes.evaluate(
-          network, rule, rule.weights(initial), chunk.inputs, project
-        ),
-        seen,
-      ),
-      lambda: seen,
+  see = functools.partial(_see, network, rule, anchor, initial, project, chunk)
+  if rule.errors == 'propagated':
+    feed, read, linear, ended = _solve(
+      see, network, rule, initial, state, chunk, write
     )
-  first = chunk.keys or _make_keys(
-    rule, seen.feed, chunk, write, writes.erases(rule, 'in', initial)
-  )
-  solved = {}
-  for name, weights in state.memory.items():
-    rates = writes.map_rates(rule, name, seen, does_write)
-    keys = first.keys
-    if name != 'in':
-      keys = chunk_rule.make_keys(
-        seen.inputs[name],
-        rates,
-        writes.per_map(keys.decays, name),
-        erase=writes.erases(rule, name, initial),
-      )
-    solved[name] = chunk_rule.solve_chunk(
-      rules.Carry(weights, state.trace and state.trace[name]),
-      writes.reference(rule, initial[name]),
-      initial[name],
-      keys,
-      seen.deltas[name],
-      rates,
-      # The anchor is the memory where chunks are whole.
-      read=seen.outputs[name] if chunk.mask is None else None,
-    )
-  read = seen.read
+  else:
+    feed, read = chunk.inputs, None
+    linear, ended = _solve_local(network, rule, initial, state, chunk, write)
   if rule.read == 'token':
-
-    def linear(name, q):
-      scores = first.scores if name == 'in' else None
-      return chunk_rule.read_chunk(solved[name], q, scores)
-
-    read = writes.read_vector(network, linear, seen.feed.query)
-  ended = {name: chunk_rule.end_chunk(chunk) for name, chunk in solved.items()}
+    linear = capacity.gate(network, linear, feed.active)
+    read = writes.read_vector(network, linear, feed.query)
   memory = {name: carry.weights for name, carry in ended.items()}
   trace = state.trace and {name: carry.trace for name, carry in ended.items()}
+  active = capacity.last_active(network, feed.active, chunk.mask)
+  memory = capacity.keep_inactive(network, active, memory, initial)
   bounded = writes.bound(rule, initial, memory, trace)
   if chunk.mask is None:
     if write:
@@ -242,7 +224,136 @@ def _chunk(network, rule, initial, project, write, state, chunk):
         anchor,
       )
     state = interface.State(memory, anchor, trace, jnp.where(ends, 0, offset))
-  return state, writes.result(rule, read, seen)
+  return state, writes.result(rule, read, feed)
+
+
+def _see(network, rule, anchor, initial, project, chunk):
+  """The tokens whose errors a chunk has, as its anchor sees them."""
+  inputs = chunk.inputs
+  if chunk.window is not None:
+    inputs = interface.Feed(chunk.window.key, chunk.window.value, None, None)
+  seen = writes.evaluate(network, rule, anchor, inputs, project)
+  if chunk.reset is None:
+    return seen
+  fresh = jnp.cumsum(chunk.reset, axis=1) > 0
+  if chunk.window is not None:  # tokens before the chunk are of its anchor
+    past = chunk.window.key.shape[2] - fresh.shape[1]
+    fresh = jnp.pad(fresh, ((0, 0), (past, 0)))
+  # After a border the initial memory is the anchor.
+  return jax.lax.cond(
+    chunk.has_border,
+    lambda: rows.where_tokens(
+      fresh[:, None, :, None],
+      writes.evaluate(network, rule, rule.weights(initial), inputs, project),
+      seen,
+    ),
+    lambda: seen,
+  )
+
+
+def _solve(see, network, rule, initial, state, chunk, write):
+  """Feed, anchor's read, what each token's maps give, and maps at the end."""
+  seen = see()
+  feed = seen.feed if chunk.window is None else chunk.inputs
+  reset, does_write = chunk.marks(write)
+  if rule.step == 'orthogonal':
+    rates = writes.feed_rates(feed, does_write)
+    linear, ended = orthogonal.solve(
+      rule, state, initial, seen, rates, chunk.window, reset
+    )
+    return feed, seen.read, linear, ended
+  first = chunk.keys or _make_keys(network, rule, feed, chunk, write, initial)
+  solved = {}
+  for name, weights in state.memory.items():
+    carry = rules.Carry(weights, state.trace and state.trace[name])
+    if not writes.learns(rule, name, initial):
+      solved[name] = carry
+      continue
+    keys = first.keys
+    if chunk.window is None:
+      rates = writes.map_rates(rule, name, seen, does_write)
+    else:  # decays have who writes
+      rates = rules.Rates(chunk.window.weight, feed.retention)
+      rates = writes.per_map(rates, name)
+    if name != 'in':
+      keys = chunk_rule.make_keys(
+        seen.inputs[name],
+        rates,
+        writes.per_map(keys.decays, name),
+        erase=writes.erases(rule, name, initial),
+      )
+    solved[name] = chunk_rule.solve_chunk(
+      carry,
+      writes.reference(rule, initial[name]),
+      initial[name],
+      keys,
+      seen.deltas[name],
+      rates,
+      # The anchor is the memory where chunks are whole.
+      read=seen.outputs[name] if chunk.mask is None else None,
+    )
+  linear = _token_linear(solved, first.scores)
+  return feed, seen.read, linear, _end(solved)
+
+
+def _solve_local(network, rule, initial, state, chunk, write):
+  """The last two of `_solve` where every map has errors of its own."""
+  _, does_write = chunk.marks(write)
+  solved = local.solve(
+    network,
+    rule,
+    initial,
+    state.memory,
+    chunk.inputs,
+    chunk.keys.keys,
+    does_write,
+  )
+  return _token_linear(solved, chunk.keys.scores), _end(solved)
+
+
+def _token_linear(solved, scores):
+  """What each token's own maps give."""
+
+  def linear(name, q):
+    if isinstance(solved[name], rules.Carry):  # nobody writes it
+      return networks.apply_map(solved[name].weights, q)
+    return chunk_rule.read_chunk(
+      solved[name], q, scores if name == 'in' else None
+    )
+
+  return linear
+
+
+def _end(solved):
+  return {
+    name: chunk
+    if isinstance(chunk, rules.Carry)
+    else chunk_rule.end_chunk(chunk)
+    for name, chunk in solved.items()
+  }
+
+
+def _lay_out_windows(rule, initial, state, chunks, write):
+  """The chunks with the windows of their tokens, and the tail after them."""
+  feed, tail = chunks.inputs, state.tail
+  tokens = jax.tree.map(
+    _join, (feed.key, feed.value, writes.error_weights(rule, feed))
+  )
+  if tail is None:
+    tail = tails.init_tail(initial, tokens[0].shape[0], rule.window)
+  in_slots = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
+  valid = jnp.ones((*tokens[0].shape[:1], tokens[0].shape[2]), bool)
+  if chunks.mask is not None:
+    valid = in_slots(chunks.mask)
+  window, tail = tails.lay_out(
+    tail,
+    tails.Tail(*tokens, valid[:, None, :, None]),
+    state.offset,
+    rule.chunk_size,
+    reset=None if chunks.reset is None else in_slots(chunks.reset),
+    write=write,
+  )
+  return chunks._replace(window=window), tail
 
 
 def _scan_groups(body, state, chunks):

@@ -20,6 +20,7 @@ class Rule:
   # Maps with the delta rule: those that read the 'input', those that make an
   # 'output', 'every_map' or 'none'; the map of a matrix is both.
   erase: str = 'input'
+  learns: str = 'every_map'  # maps that are written; or those of an 'output'
   erase_from: str = 'previous'  # weights; or 'retained', after retention
   retain_to: str = 'initial'  # what retention decays towards; or 'zero'
   momentum: bool = False  # whether feeds have a momentum
@@ -38,6 +39,7 @@ class Rule:
     if self.chunk_size < 1:
       raise ValueError(f'{self.chunk_size=} must be at least 1 token.')
     _one_of('erase', self.erase, ('none', 'input', 'output', 'every_map'))
+    _one_of('learns', self.learns, ('every_map', 'output'))
     _one_of('erase_from', self.erase_from, ('previous', 'retained'))
     _one_of('retain_to', self.retain_to, ('zero', 'initial'))
     _one_of('read', self.read, ('token', 'chunk', 'none'))
@@ -47,15 +49,22 @@ class Rule:
     if self.window < 1:
       raise ValueError(f'{self.window=} must be at least 1 token.')
     if self.window > 1:
-      self._needs(f'window={self.window}', erase='none', read='token')
+      self._needs(
+        f'window={self.window}', erase='none', learns='every_map', read='token'
+      )
     if self.step == 'orthogonal':
       self._needs(
-        f'step={self.step!r}', erase='none', read='token', momentum=True
+        f'step={self.step!r}',
+        erase='none',
+        learns='every_map',
+        read='token',
+        momentum=True,
       )
     if self.errors != 'propagated':
       self._needs(
         f'errors={self.errors!r}',
         erase='every_map',
+        learns='every_map',
         erase_from='previous',
         momentum=False,
         read='token',
@@ -94,8 +103,8 @@ class Feed(NamedTuple):
     query: [b, h, t, d], or None where nothing is read.
     weight: [b, h, t, 1], of the token's error in the trace, with rule.step
       'orthogonal'; else None.
-    hidden_lr: [b, h, t, 1], inner_lr of the maps that do not read the key; None
-      for inner_lr.
+    hidden_lr: [b, h, t, 1], inner_lr of the second map, with rule.errors
+      'local' or 'local_after'; None for inner_lr.
     active: int [b, 1, t, 1], how many of the network's units the token reads
       and writes, see `capacity.py`; None for all.
     extra: Whatever else `project` makes of the tokens, a pytree of

@@ -146,7 +146,8 @@ def lay_out(
   age = past + jnp.arange(chunk_size)[:, None] - jnp.arange(past + chunk_size)
   near = (age >= 0) & (age <= past)
   documents, valids = document[:, view], valid[:, view]  # [b, n, p]
-  band = near & valids[:, :, None] & valids[:, :, past:, None] & write
+  steps = tokens.valid.reshape(*documents.shape[:2], chunk_size, 1) & write
+  band = near & valids[:, :, None] & steps
   band &= documents[:, :, None] == documents[:, :, past:, None]
   band = jnp.moveaxis(band, 1, 0)[:, :, None].astype(whole.weight.dtype)
   window = Window(cut(whole.key), cut(whole.value), cut(whole.weight), band)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nested_learning.memory import capacity
 from nested_learning.memory import interface
 from nested_learning.memory import networks
 from nested_learning.memory import rule as rules
@@ -47,8 +48,9 @@ def evaluate(
   Returns:
     The `Seen`; its deltas are the objective's gradient at each map's output.
   """
-  linear = networks.linear_of(anchor)
+  plain = networks.linear_of(anchor)
   feed = inputs if project is None else project(anchor, inputs)
+  linear = capacity.gate(network, plain, feed.active)
   target = feed.value[:, :, None], feed.value[:, :, None, :, :0]
   if rule.target == 'own':
     vectors, scalars = network.apply(linear, feed.value)
@@ -61,11 +63,13 @@ def evaluate(
     maps = {}
 
     def bumped(name, x):
-      y = linear(name, x)
+      y = plain(name, x)
       maps[name] = x, y
       return y if bumps is None else y + bumps[name]
 
-    prediction = network.apply(bumped, feed.key)
+    prediction = network.apply(
+      capacity.gate(network, bumped, feed.active), feed.key
+    )
     total = sum(
       jnp.sum(rule.objective(p, t))
       for p, t in zip(prediction, target, strict=True)
@@ -120,13 +124,27 @@ def per_map(tree: Any, name: str) -> Any:
 
 def erases(rule: interface.Rule, name: str, maps: Iterable[str]) -> bool:
   """Whether the delta rule acts on one of a memory's maps."""
-  is_output = name != 'in' or not {'vector', 'scalar'}.intersection(maps)
-  return {
+  erased = {
     'none': False,
     'input': name == 'in',
-    'output': is_output,
+    'output': _makes_output(name, maps),
     'every_map': True,
   }[rule.erase]
+  return erased and learns(rule, name, maps)
+
+
+def learns(rule: interface.Rule, name: str, maps: Iterable[str]) -> bool:
+  """Whether tokens write one of a memory's maps."""
+  return rule.learns == 'every_map' or _makes_output(name, maps)
+
+
+def _makes_output(name: str, maps: Iterable[str]) -> bool:
+  return name != 'in' or not {'vector', 'scalar'}.intersection(maps)
+
+
+def error_weights(rule: interface.Rule, feed: interface.Feed) -> jax.Array:
+  """What tokens' errors are weighted with in steps that sum several."""
+  return feed.weight if rule.step == 'orthogonal' else feed.inner_lr
 
 
 def reference(rule: interface.Rule, initial: jax.Array) -> jax.Array | None:
@@ -165,7 +183,7 @@ def bound(
 
 
 def result(
-  rule: interface.Rule, read: jax.Array | None, seen: Seen
+  rule: interface.Rule, read: jax.Array | None, feed: interface.Feed
 ) -> interface.Result:
   """What the tokens give: their read, or their feed where nothing is read."""
-  return interface.Result(read, seen.feed if rule.read == 'none' else None)
+  return interface.Result(read, feed if rule.read == 'none' else None)

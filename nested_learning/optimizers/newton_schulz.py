@@ -6,18 +6,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-# Odd polynomials a x + b x^3 + c x^5 on the singular values. The cubic one
-# converges to 1; the quintic one gets to within 0.7-1.2 in five steps.
-COEFFICIENTS = {
-  'cubic': (1.5, -0.5, 0.0),
-  'quintic': (3.4445, -4.7750, 2.0315),
-}
+from nested_learning import newton_schulz
 
-# Steps taken on one Gram matrix before it is made anew: what is nearly zero in
-# it grows up to twelvefold per step, and its rounding too. At condition 1e4,
-# five quintic steps in float32 are off by 5e-6 with a new matrix every step,
-# 6e-6 with one after three, and 3e-4 with the first one throughout.
-_STEPS_PER_GRAM = 3
+COEFFICIENTS = newton_schulz.COEFFICIENTS
 
 
 def orthogonalize(
@@ -70,52 +61,13 @@ def orthogonalize(
   y = jnp.matrix_transpose(x) if m > n else x
   y, num_matrices = _spread(y.reshape(-1, min(m, n), max(m, n)), mesh)
   y = y / (jnp.linalg.norm(y, axis=(-2, -1), keepdims=True) + epsilon)
-  at_once = _STEPS_PER_GRAM if max(m, n) >= 2 * min(m, n) else 1
-  for done in range(0, num_steps, at_once):
-    y = _take_steps(y, coefficients, min(at_once, num_steps - done))
+  y = newton_schulz.iterate(y, coefficients, num_steps)
 
   if home is not None:
     y = jax.sharding.reshard(y, between)
   y = y[:num_matrices].reshape(*stack, min(m, n), max(m, n))
   y = jnp.matrix_transpose(y) if m > n else y
   return y if home is None else jax.sharding.reshard(y, home)
-
-
-def _take_steps(y, coefficients, num_steps):
-  """Steps of Newton-Schulz from one Gram matrix.
-
-  The factors R of the steps are polynomials of the same matrix and commute, so
-  the next Gram matrix is R (Y Y^T) R and all factors can be multiplied before
-  the iterate is: products of m x m instead of m x n, worth it if m is small.
-
-  Args:
-    y: [l, m, n], m at most n.
-    coefficients: (a, b, c).
-    num_steps: How many.
-
-  Returns:
-    An array like y.
-  """
-  a, b, c = coefficients
-  gram = _matmul(y, jnp.matrix_transpose(y))
-  if num_steps == 1:
-    return a * y + _matmul(_polynomial(gram, b, c), y)
-  factors = None
-  for i in range(num_steps):
-    identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
-    factor = a * identity + _polynomial(gram, b, c)
-    factors = factor if factors is None else _matmul(factor, factors)
-    if i < num_steps - 1:
-      gram = _matmul(_matmul(factor, gram), factor)
-  return _matmul(factors, y)
-
-
-def _polynomial(gram, b, c):
-  return b * gram + (c * _matmul(gram, gram) if c else 0)
-
-
-def _matmul(x, y):
-  return jnp.einsum('lij,ljk->lik', x, y)
 
 
 def _spread(stack, mesh):

@@ -23,6 +23,7 @@ BATCH, HEADS, DIM, HIDDEN = 2, 2, 5, 4
 FACTORS: Mapping[str, Sequence[Any]] = {
   'kind': ('mlp', 'matrix'),
   'erase': ('none', 'input', 'output', 'every_map'),
+  'learns': ('every_map', 'output'),
   'erase_from': ('previous', 'retained'),
   'retain_to': ('zero', 'initial'),
   'momentum': (False, True),

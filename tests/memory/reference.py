@@ -74,6 +74,8 @@ def _run_head(initial, tokens, present, borders, rule, objective, reads):
       for name, (u, delta) in _errors(
         anchor[i], key, target, objective
       ).items():
+        if rule.learns == 'output' and name != 'out' and len(role) > 1:
+          continue
         rate = inner_lr
         if name == 'out' and rule.erase in ('output', 'every_map'):
           rate = inner_lr / (u @ u + 0.01)

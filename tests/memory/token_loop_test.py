@@ -15,6 +15,17 @@ _CASES = (
   ('mlp', 'every_map', 'initial', True, 'l2', 'token', 7, 'previous'),
   ('mlp', 'output', 'initial', False, 'dot', 'token', 7, 'previous'),
   ('matrix', 'output', 'zero', False, 'l2', 'token', 7, 'previous'),
+  (
+    'mlp',
+    'every_map',
+    'initial',
+    True,
+    'dot',
+    'token',
+    7,
+    'previous',
+    'output',
+  ),
   ('mlp', 'input', 'zero', False, 'dot', 'chunk', 16, 'retained'),
   ('mlp', 'none', 'zero', True, 'l2', 'token', 1, 'previous'),
   ('matrix', 'input', 'initial', True, 'l2', 'token', 7, 'retained'),
@@ -39,6 +50,7 @@ class TokenLoopTest(parameterized.TestCase):
     read,
     chunk_size,
     erase_from,
+    learns='every_map',
   ):
     problem = problems.make_problem(kind, momentum=momentum)
     settings = {
@@ -49,6 +61,7 @@ class TokenLoopTest(parameterized.TestCase):
       'read': read,
       'chunk_size': chunk_size,
       'erase_from': erase_from,
+      'learns': learns,
     }
     rule = problems.make_rule(kind, settings)
 
@@ -83,8 +96,11 @@ class TokenLoopTest(parameterized.TestCase):
           state.memory[name], expected, rtol=1e-9, atol=1e-9
         )
       # The check is of a memory that moved, and does read.
-      moved = np.abs(expected_memory['in'] - problem.initial['in'])
-      self.assertGreater(moved.max(), 0.1)
+      moved = [
+        np.max(np.abs(weights - problem.initial[name]))
+        for name, weights in expected_memory.items()
+      ]
+      self.assertGreater(max(moved), 0.1)
       self.assertGreater(np.abs(expected_reads).max(), 0.1)
 
 
