@@ -88,7 +88,7 @@ def _tfds(test, root):
     name='toy',
     version='1.0.0',
     features=features,
-    split_datasets={'train': [{'text': text} for text in _TEXTS]},
+    split_datasets={'train': [(i, {'text': t}) for i, t in enumerate(_TEXTS)]},
     data_dir=str(root),
     file_format='array_record',
     disable_shuffling=True,
