@@ -21,6 +21,10 @@ and what that gives is the gradient and the state that the next segment starts
 from. What levels learn is then the same bits however the stream was cut, and
 the state has a constant size. Calls of whole segments read each only once.
 
+With rates of zero, logits and states are, bit for bit, those of the model that
+is fed the same segments, mapped over rows; read whole, or in a batch, its
+matmuls have other shapes and may add in another order.
+
 Two conventions. Each segment is judged by its own S - 1 transitions: what it
 predicts of the next one is judged by nobody, since the weights that predicted
 it are gone when it is read. And a reset is a new document for the mixers alone:
