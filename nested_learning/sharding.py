@@ -3,9 +3,11 @@
 Rows of a batch lie over 'data' and 'fsdp' together. Along 'data' every device
 has the same parameters; along 'fsdp' each keeps a part of every matrix, and of
 what the optimiser knows of it, and a layer's matrices are put together where
-the layer is computed (`gather`). 'model' divides the computation itself: heads,
-columns of MLPs, vocabulary. Slices that are joined by a slow network differ
-along 'data' alone, so that only gradients cross it.
+the layer is computed (`gather`). Along 'context' each has a part of a row's
+tokens, where rows are too long for one (`layers/context_parallel.py`). 'model'
+divides the computation itself: heads, columns of MLPs, vocabulary. Slices that
+are joined by a slow network differ along 'data' alone, so that only gradients
+cross it.
 """
 
 import collections
@@ -23,7 +25,7 @@ import numpy as np
 from nested_learning import errors
 from nested_learning import parameters
 
-AXES = ('data', 'fsdp', 'model')
+AXES = ('data', 'fsdp', 'context', 'model')
 ROWS = ('data', 'fsdp')  # what rows of a batch lie over
 
 # Every other logical axis is whole on each device, or lies along 'fsdp'.
@@ -41,13 +43,14 @@ class MeshConfig:
   data: int = -1  # groups of rows; -1 takes as many as rows divide over
   model: int = 1  # devices that share the heads, MLPs and vocabulary of a row
   fsdp: int = 1  # devices that share one copy of parameters and optimiser
+  context: int = 1  # devices that share the tokens of a row, in their order
 
   def __post_init__(self):
-    sizes = self.data, self.fsdp, self.model
+    sizes = self.data, self.fsdp, self.context, self.model
     if min(sizes[1:]) < 1 or (self.data < 1 and self.data != -1):
       raise ValueError(
-        f'mesh {self.data=}, {self.fsdp=}, {self.model=}: all must be at least '
-        '1 (data may be -1 for all devices that are left).'
+        f'mesh {self.data=}, {self.fsdp=}, {self.context=}, {self.model=}: all '
+        'must be at least 1 (data may be -1 for all devices that are left).'
       )
 
 
@@ -57,8 +60,8 @@ def mesh_shape(
   num_devices: int,
   num_processes: int = 1,
   num_rows: int | None = None,
-) -> tuple[int, int, int]:
-  """The sizes of the axes ('data', 'fsdp', 'model') on so many devices.
+) -> tuple[int, int, int, int]:
+  """The sizes of the axes ('data', 'fsdp', 'context', 'model').
 
   With mesh.data=-1 the axis 'data' is the largest that `num_rows` divide over,
   the same number of devices in every process; devices that are left are idle.
@@ -70,24 +73,29 @@ def mesh_shape(
     num_rows: Rows of a batch that are worked on together; None for any number.
 
   Returns:
-    The three sizes.
+    The four sizes.
 
   Raises:
     errors.UserError: The axes do not fit the devices, or the rows do not divide
       over them.
   """
-  fsdp, model = config.fsdp, config.model
-  if config.data == -1 and num_devices % (fsdp * model) == 0:
-    groups = _num_groups(num_devices // model, fsdp, num_processes, num_rows)
+  fsdp, context, model = config.fsdp, config.context, config.model
+  per_group = context * model  # devices that work on the same rows
+  if config.data == -1 and num_devices % (fsdp * per_group) == 0:
+    groups = _num_groups(
+      num_devices // per_group, fsdp, num_processes, num_rows
+    )
   else:
     groups = fsdp * config.data
     if config.data == -1:
-      groups = fsdp * max(num_devices // (fsdp * model), 1)
-    if groups * model != num_devices:
+      groups = fsdp * max(num_devices // (fsdp * per_group), 1)
+    if groups * per_group != num_devices:
+      of_context = f'context={context} x ' if context > 1 else ''
       raise errors.UserError(
-        f'a mesh of data={groups // fsdp} x fsdp={fsdp} x model={model} does '
-        f'not use the {num_devices} devices there are; set mesh.data, '
-        'mesh.fsdp and mesh.model so that their product is that number.'
+        f'a mesh of data={groups // fsdp} x fsdp={fsdp} x {of_context}model='
+        f'{model} does not use the {num_devices} devices there are; set '
+        'mesh.data, mesh.fsdp, mesh.context and mesh.model so that their '
+        'product is that number.'
       )
   if num_rows is not None and (not groups or num_rows % groups):
     least, what, way_out = (
@@ -100,7 +108,7 @@ def mesh_shape(
       f'multiple of the {least} {what}; set data.batch_size to a multiple of '
       f'{least} times train.accumulate, or {way_out}.'
     )
-  return groups // fsdp, fsdp, model
+  return groups // fsdp, fsdp, context, model
 
 
 def _num_groups(
@@ -122,7 +130,7 @@ def make_mesh(
   num_rows: int | None = None,
   devices=None,
 ):
-  """Makes the mesh with axes ('data', 'fsdp', 'model'); all 1 on one device.
+  """Makes the mesh with the axes of `AXES`; all 1 on one device.
 
   Along 'data' and 'fsdp' the devices of a process lie side by side, so that it
   makes consecutive rows of a batch (`process_slice`), and slices follow one
@@ -155,7 +163,7 @@ def make_mesh(
   placed = _place(
     shape, [d for some in by_process.values() for d in some[:per_process]]
   )
-  groups = placed.reshape(-1, shape[-1])
+  groups = placed.reshape(-1, math.prod(shape[len(ROWS) :]))
   order = sorted(
     range(len(groups)), key=lambda i: [d.process_index for d in groups[i]]
   )
@@ -182,7 +190,7 @@ def _place(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
     make = functools.partial(
       mesh_utils.create_hybrid_device_mesh,
       within,
-      (slices, 1, 1),
+      (slices, *[1] * len(shape[1:])),
       devices=devices,
     )
   try:
@@ -203,11 +211,11 @@ def process_slice(mesh) -> tuple[int, int]:
     mesh: From `make_mesh`.
 
   Returns:
-    Its index and the number of slices. Processes that share their rows (the
-    axis 'model' spans them) have the same index.
+    Its index and the number of slices. Processes that share their rows ('model'
+    or 'context' spans them) have the same index.
   """
   here = jax.process_index()
-  groups = mesh.devices.reshape(-1, mesh.shape['model'])
+  groups = mesh.devices.reshape(num_row_groups(mesh), -1)
   mine = [
     i
     for i, group in enumerate(groups)
@@ -308,21 +316,28 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def keep_rows(x: jax.Array) -> jax.Array:
-  """Keeps the rows of x [b, ...] where batches have them, the rest whole.
+  """Keeps the rows of x [b, t, ...] where batches have them, the rest whole.
 
-  Under no mesh, or where the rows do not divide over it, x stays as it is.
+  Tokens lie along 'context', if that divides them. Under no mesh, or where the
+  rows do not divide over it, x stays as it is.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not set(ROWS) <= set(mesh.shape):
     return x
-  groups = num_row_groups(mesh)
-  if groups == 1 or x.shape[0] % groups:
+  groups, context = num_row_groups(mesh), mesh.shape.get('context', 1)
+  if x.shape[0] % groups or groups * context == 1:
     return x
-  return jax.lax.with_sharding_constraint(x, jsharding.PartitionSpec(ROWS))
+  divides = context > 1 and x.shape[1] % context == 0
+  spec = jsharding.PartitionSpec(ROWS, 'context' if divides else None)
+  return jax.lax.with_sharding_constraint(x, spec)
 
 
 def batch_sharding(mesh) -> jsharding.NamedSharding:
-  """The sharding of arrays [b, ...]: rows over 'data' and 'fsdp'."""
+  """The sharding of arrays [b, ...]: rows over 'data' and 'fsdp'.
+
+  Tokens, which are small, are whole along 'context': what is computed of them
+  is not (`keep_rows`).
+  """
   return jsharding.NamedSharding(mesh, jsharding.PartitionSpec(ROWS))
 
 

@@ -17,12 +17,14 @@ _TABLE = {
 
 class ShardingTest(parameterized.TestCase):
   @parameterized.parameters(
-    # data, model, fsdp -> data, fsdp, model
-    ((-1, 1, 1), (8, 1, 1)),
-    ((-1, 4, 1), (2, 1, 4)),
-    ((1, 8, 1), (1, 1, 8)),
-    ((-1, 2, 2), (2, 2, 2)),
-    ((1, 1, 8), (1, 8, 1)),
+    # data, model, fsdp, context -> data, fsdp, context, model
+    ((-1, 1, 1), (8, 1, 1, 1)),
+    ((-1, 4, 1), (2, 1, 1, 4)),
+    ((1, 8, 1), (1, 1, 1, 8)),
+    ((-1, 2, 2), (2, 2, 1, 2)),
+    ((1, 1, 8), (1, 8, 1, 1)),
+    ((-1, 1, 1, 4), (2, 1, 4, 1)),
+    ((-1, 2, 2, 2), (1, 2, 2, 2)),
   )
   def test_mesh_takes_all_devices(self, config, shape):
     mesh = sharding.make_mesh(sharding.MeshConfig(*config))
@@ -30,7 +32,7 @@ class ShardingTest(parameterized.TestCase):
 
   def test_mesh_of_one_device(self):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    self.assertEqual(dict(mesh.shape), {'data': 1, 'fsdp': 1, 'model': 1})
+    self.assertEqual(dict(mesh.shape), dict.fromkeys(sharding.AXES, 1))
 
   @parameterized.parameters((3, 1, 1), (-1, 3, 1), (-1, 16, 1), (2, 2, 4))
   def test_mesh_that_does_not_fit(self, data, model, fsdp):
@@ -38,6 +40,21 @@ class ShardingTest(parameterized.TestCase):
     message = f'fsdp={fsdp} x model={model} .* 8 devices'
     with self.assertRaisesRegex(errors.UserError, message):
       sharding.make_mesh(config)
+
+  def test_mesh_with_a_context_that_does_not_fit(self):
+    message = 'data=2 x fsdp=1 x context=3 x model=1 .* 8 devices'
+    with self.assertRaisesRegex(errors.UserError, message):
+      sharding.make_mesh(sharding.MeshConfig(context=3))
+
+  def test_devices_along_context_share_their_rows(self):
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, context=4))
+    self.assertEqual(sharding.num_row_groups(mesh), 2)
+    self.assertEqual(sharding.batch_sharding(mesh).shard_shape((4, 8)), (2, 8))
+    with jax.set_mesh(mesh):
+      kept = jax.jit(sharding.keep_rows)(jnp.zeros((4, 8, 3)))
+      one = jax.jit(sharding.keep_rows)(jnp.zeros((4, 1, 3)))
+    self.assertEqual(kept.sharding.shard_shape(kept.shape), (2, 2, 3))
+    self.assertEqual(one.sharding.shard_shape(one.shape), (2, 1, 3))
 
   @parameterized.parameters(
     # rows, mesh.model, mesh.fsdp, devices, processes -> devices along data
@@ -64,7 +81,7 @@ class ShardingTest(parameterized.TestCase):
       num_processes=num_processes,
       num_rows=num_rows,
     )
-    self.assertEqual(shape, (data, fsdp, model))
+    self.assertEqual(shape, (data, fsdp, 1, model))
 
   @parameterized.parameters(
     (6, (-1, 1), 4, '6 rows .* the 4 processes; .* multiple of 4 times'),
@@ -93,11 +110,13 @@ class ShardingTest(parameterized.TestCase):
     self.assertLen(rows.sharding.device_set, 6)
     self.assertEqual(sharding.process_slice(mesh), (0, 1))
 
-  @parameterized.parameters((0, 1, 1), (-2, 1, 1), (1, 0, 1), (1, 1, 0))
-  def test_mesh_sizes_are_positive(self, data, model, fsdp):
-    message = f'data={data}.*fsdp={fsdp}.*model={model}'
+  @parameterized.parameters(
+    (0, 1, 1), (-2, 1, 1), (1, 0, 1), (1, 1, 0), (1, 1, 1, 0)
+  )
+  def test_mesh_sizes_are_positive(self, data, model, fsdp, context=1):
+    message = f'data={data}.*fsdp={fsdp}.*context={context}.*model={model}'
     with self.assertRaisesRegex(ValueError, message):
-      sharding.MeshConfig(data, model, fsdp)
+      sharding.MeshConfig(data, model, fsdp, context)
 
   def test_shardings_follow_the_rules(self):
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, model=4))

@@ -51,6 +51,7 @@ def get_sweep() -> sweeps.Sweep:
       sweeps.Row(
         'no_dgd',
         (
+          'model.mixer.learns=every_map',
           'model.mixer.erase=none',
           'model.mixer.objective=l2',
           'model.mixer.max_inner_lr=0.5',
@@ -70,6 +71,7 @@ def get_sweep() -> sweeps.Sweep:
       sweeps.Row(
         'as_printed',
         (
+          'model.mixer.learns=every_map',
           'model.mixer.erase=every_map',
           'model.mixer.objective=l2',
           'model.mixer.max_inner_lr=0.5',

@@ -7,3 +7,5 @@ from nested_learning.layers.layer import Layer
 from nested_learning.layers.layer import Marks
 from nested_learning.layers.memory_as_context import MemoryAsContextConfig
 from nested_learning.layers.memory_mixer import MemoryMixerConfig
+from nested_learning.layers.tnt import LocalConfig
+from nested_learning.layers.tnt import TntConfig

@@ -11,14 +11,17 @@ References:
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from nested_learning import parameters
+from nested_learning.layers import context_parallel
 from nested_learning.layers import dot_product
 from nested_learning.layers import layer
+from nested_learning.layers import ring_attention
 from nested_learning.layers import rotary
 from nested_learning.layers import sliding_window
 
@@ -118,16 +121,19 @@ def make_attention(
     if c.num_persistent:
       learned = params['persistent_memory']
       persistent = learned['key'], learned['value']
+    num_parts = context_parallel.num_parts(inputs.shape[1])
+    in_parts = num_parts > 1 and state is None
     if c.window is not None:
-      outputs, state = sliding_window.attend(
-        state,
-        query,
-        key,
-        value,
+      attend = functools.partial(sliding_window.attend, state, mask=marks.mask)
+      if in_parts and marks.mask is None:
+        attend = ring_attention.attend_window
+      outputs, state = attend(
+        query=query,
+        key=key,
+        value=value,
         window=c.window,
         theta=c.rope_theta,
         reset=marks.reset,
-        mask=marks.mask,
         persistent=persistent,
       )
     else:
@@ -140,6 +146,7 @@ def make_attention(
         theta=c.rope_theta,
         marks=marks,
         is_start=state is None,
+        in_parts=in_parts,
         persistent=persistent,
       )
     out = jnp.einsum('bthd,hde->bte', outputs, params['out'].astype(dtype))
@@ -168,6 +175,7 @@ def _attend(
   theta,
   marks,
   is_start,
+  in_parts,
   persistent,
 ) -> tuple[jax.Array, AttentionState]:
   """Attends to every token of the document so far: [b, t, h, d] each."""
@@ -192,6 +200,14 @@ def _attend(
     position=start.position + count[:, -1],
     current=document[:, -1],
   )
+  if persistent is not None:
+    persistent = dot_product.Persistent(unplaced, *persistent)
+  if in_parts:
+    places = ring_attention.Places(position, document, read)
+    outputs = ring_attention.attend(
+      query, key, value, places, persistent=persistent
+    )
+    return outputs, state
   if is_start:  # nothing before these tokens: attend among them alone
     visible = (position[:, :, None] >= position[:, None, :]) & (
       document[:, :, None] == document[:, None, :]
@@ -204,8 +220,6 @@ def _attend(
       document[:, :, None] == state.document[:, None, :]
     )
     key, value = state.key, state.value
-  if persistent is not None:
-    persistent = dot_product.Persistent(unplaced, *persistent)
   outputs = dot_product.attend(
     query, key, value, visible, persistent=persistent
   )

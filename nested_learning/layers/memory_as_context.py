@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_learning.layers import attention
+from nested_learning.layers import context_parallel
 from nested_learning.layers import hybrids
 from nested_learning.layers import layer
 from nested_learning.layers import memory_mixer
@@ -53,6 +54,17 @@ class MemoryAsContextConfig:
         'attends within segments of memory.chunk_size='
         f'{self.memory.chunk_size} tokens; set it to None.'
       )
+    for name, plain in (
+      ('window', None),
+      ('cached_segments', 0),
+      ('capacity_blocks', 1),
+    ):
+      value = getattr(self.memory, name)
+      if value not in (plain, 1 if name == 'window' else plain):
+        raise ValueError(
+          f'memory.{name}={value} has no place in MAC, which reads a memory as '
+          f'it was where the segment began; set it to {plain}.'
+        )
     if self.memory.adaptive:
       raise ValueError(
         f'memory.adaptive={self.memory.adaptive} has no place in MAC, whose '
@@ -153,6 +165,19 @@ def make_memory_as_context(
 
   def apply(params, state, inputs, marks):
     num_tokens = inputs.shape[1]
+    num_parts = context_parallel.num_parts(num_tokens, multiple=size)
+    if state is None and marks.mask is None and num_parts > 1:
+      out, state = context_parallel.hand_over(
+        lambda params, state, tokens: apply(
+          params, state, tokens[0], marks._replace(reset=tokens[1])
+        ),
+        params,
+        init_state(params, inputs.shape[0]),
+        (inputs, marks.reset),
+        in_axes=1,
+        out_axes=1,
+      )
+      return out, state
     is_whole = state is None and marks.mask is None and not num_tokens % size
     if state is None:
       state = init_state(params, inputs.shape[0])

@@ -21,9 +21,24 @@ per head outside the memories, one for main and one for the others; the read is
 normalised per head, gated and projected. The paper has one x for all roles;
 with a projection each, a role whose memory never changes is an ordinary one.
 
+Three defaults are not as printed. The objective is the dot product: Delta
+Gradient Descent already subtracts what the memory gives for a key, and the L2
+objective would subtract it again. It erases at the maps that make an output
+alone: erasing at the map that reads the key empties the hidden layer for every
+key that was written, and what is stored behind it cannot be read. And tokens
+write these maps alone, so that what was written is read through the same hidden
+layer however many tokens later. As printed, with objective 'l2', and erase and
+learns 'every_map', small models recall nothing that was written anew; see
+`experiments/ablations/erase.py`.
+
 With no role but main a memory, and `target='value'`, the same layer is every
 linear-attention, delta-rule and test-time-training mixer of the zoo: there a
 value is what was projected, and k and q alone are normalised.
+
+What newer papers add is an option each, in a file of its own: Atlas' windows
+(`memory/tails.py`) and orthogonal steps (`memory/orthogonal.py`), local errors
+(`memory/local.py`), segments that are kept (`memory/caching.py`), memories that
+grow (`memory/capacity.py`) and steps that are capped (`memory_rates.py`).
 
 References:
   Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eqs. 83-91.
@@ -39,7 +54,9 @@ import jax.numpy as jnp
 from nested_learning import memory
 from nested_learning import parameters
 from nested_learning.layers import layer
+from nested_learning.layers import memory_engine
 from nested_learning.layers import memory_features
+from nested_learning.layers import memory_options
 from nested_learning.layers import memory_rates
 from nested_learning.layers import memory_roles
 from nested_learning.layers import norm
@@ -49,7 +66,7 @@ ROLES = (*memory_features.ROLES, *memory_rates.ROLES)
 _CHOICES = {
   'kind': ('mlp', 'matrix'),
   'initial': ('learned', 'zero'),
-  'output': ('plain', 'norm'),
+  'output': ('plain', 'norm', 'map'),
   'features': tuple(memory_features.FEATURES),
   'activation': tuple(memory.ACTIVATIONS),
   'target': ('own', 'value'),
@@ -57,6 +74,7 @@ _CHOICES = {
   'inner_lr': ('token', 'one'),
   'retention': ('token', 'head', 'none'),
   'weights': ('as_written', *memory.RETENTION_MAPS),
+  'cap': memory_rates.CAPS,
   'engine': ('chunk', 'token'),
 }
 
@@ -74,25 +92,36 @@ class MemoryMixerConfig:
   initial: str = 'learned'  # where memories start; or 'zero', a matrix alone
   hidden_dim: int = 0  # of the MLP memories; 0 is head_dim
   activation: str = 'silu'  # of the MLP memories; the paper does not say
-  output: str = 'plain'  # 'norm' is x + LayerNorm(M(x)), as TTT and Miras have
+  # 'norm' is x + LayerNorm(M(x)), as TTT and Miras have; 'map' M(x) alone.
+  output: str = 'plain'
   adaptive: tuple[str, ...] = ('k', 'v', 'inner_lr', 'retention')  # or 'q' too
-  features: str = 'l2'  # of keys and queries; 'elu' is 1 + elu(x)
+  # Of keys and queries; 'elu' is 1 + elu(x), 'polynomial' Atlas'.
+  features: str = 'l2'
   target: str = 'own'  # the memory's own output for the value; or 'value'
   chunk_size: int = 64  # tokens between anchors of the main memory
   chunk_size_others: int = 64  # the same of all other memories
-  objective: str = 'l2'  # or 'dot', 'huber', 'l3'
+  objective: str = 'dot'  # or 'l2', 'huber', 'l3'
   inner_lr: str = 'token'  # made for each token; or 'one'
   retention: str = 'token'  # the same; 'head', RetNet's constants; or 'none'
-  erase: str = 'every_map'  # maps with the delta rule; or 'input', 'none'
+  erase: str = 'output'  # maps with the delta rule; or as in `memory.Rule`
+  learns: str = 'output'  # maps that tokens write; or 'every_map'
   erase_from: str = 'previous'  # weights; or 'retained', as Gated DeltaNet does
   retain_to: str = 'initial'  # or 'zero'
   read: str = 'token'  # or 'chunk', as the paper prints
   momentum: bool = False  # Titans' trace, its rate a static projection
   weights: str = 'as_written'  # what is read; Miras: 'lq_norm', 'softmax' of it
-  max_inner_lr: float = 0.5  # bound of the inner learning rate
-  # VisionHOPE's r: caps inner_lr softly at (1 - retention) / r.
+  max_inner_lr: float = 2.0  # bound of the inner learning rate; 2 reflects
+  # VisionHOPE's r: caps inner_lr at (1 - retention) / r.
   injection: float | None = None
+  cap: str = 'soft'  # how; or 'hard', 'spectral'
   max_norm: float | None = 8.0  # bound on a map's departure from its start
+  window: int | None = None  # tokens whose errors a step sums, as Atlas has
+  step: str = 'gradient'  # Atlas: 'orthogonal', along the trace
+  errors: str = 'propagated'  # DeltaTTT: 'local' to each map; 'local_after'
+  cached_segments: int = 0  # read beside the main memory; Memory Caching
+  segment_chunks: int = 4  # chunks of a segment
+  capacity_blocks: int = 1  # Proteus: blocks of the main memory, one at first
+  capacity_tokens: int = 8192  # of a document, after which all are in use
   engine: str = 'chunk'  # 'token' is the definition: slow, for comparison
 
   def __post_init__(self):
@@ -129,6 +158,7 @@ class MemoryMixerConfig:
       )
     for name in ('main', 'others'):
       self.rule(name)  # raises on what the engine does not know
+    memory_options.check(self)
 
   def rule(self, name: str) -> memory.Rule:
     """The engine's rule for the 'main' memory or the 'others'."""
@@ -138,12 +168,16 @@ class MemoryMixerConfig:
       momentum=self.momentum,
       objective=memory.OBJECTIVES[self.objective],
       erase=self.erase,
+      learns=self.learns,
       erase_from=self.erase_from,
       retain_to=self.retain_to,
       read=self.read if is_main else 'none',
       target=self.target,
       normalize_target=norm.l2_normalize,
       max_norm=self.max_norm,
+      window=self.window or 1 if is_main else 1,
+      step=self.step if is_main else 'gradient',
+      errors=self.errors if is_main else 'propagated',
       to_weights=(
         None
         if self.weights == 'as_written'
@@ -167,7 +201,7 @@ class MemoryMixerConfig:
     Returns:
       A `memory.Network`.
     """
-    finish = {}
+    finish = {'finish': lambda x, y: y} if self.output == 'map' else {}
     if output_norm is not None:
       wide = jax.tree.map(lambda x: x[..., None, None, :], output_norm)
       finish['finish'] = lambda x, y: (
@@ -203,11 +237,15 @@ class MemoryMixerState(NamedTuple):
     conv: The last inputs of the convolution, [b, 3, channels].
     others: State of the k, v, inner_lr and retention memories; None without.
     main: State of the main memory.
+    cache: What is kept of its earlier segments; None with none.
+    position: int32 [b], tokens of the document, where capacity goes by it.
   """
 
   conv: jax.Array
   others: memory.State | None
   main: memory.State
+  cache: memory.Cache | None = None
+  position: jax.Array | None = None
 
 
 def make_memory_mixer(
@@ -239,32 +277,55 @@ def make_memory_mixer(
 
   def init_state(params, batch_size):
     start = {
-      name: memory.init_state(initial, batch_size, momentum=c.momentum)
+      name: memory.init_state(
+        initial, batch_size, momentum=c.momentum, window=c.window or 1
+      )
       for name, initial in first_memory(params).items()
     }
     conv = memory_features.init_state(params, batch_size, dtype)
-    return MemoryMixerState(conv, start.get('others'), start['main'])
+    return MemoryMixerState(
+      conv,
+      start.get('others'),
+      start['main'],
+      *memory_options.init_state(c, first_memory(params)['main'], batch_size),
+    )
 
-  def run(name, network, params, state, inputs, marks, project):
-    first = jax.tree.leaves(inputs)[0]
+  def run(name, params, state, inputs, marks):
+    def make(params, num_rows):
+      bias, output_norm = _per_row(params, num_rows)
+      network = c.network(**sizes[name], output_norm=output_norm.get(name))
+      if name == 'main':
+        return network, None
+      return network, memory_roles.make_project(c, network, bias[name])
+
     initial = first_memory(params)[name]
-    engine = memory.chunk_scan
-    if c.engine == 'token' or (state is not None and first.shape[2] == 1):
-      engine = memory.token_loop
-      if state is None:
-        state = memory.init_state(initial, first.shape[0], momentum=c.momentum)
-    with jax.named_scope('memory'):  # in profiles and compiled programs
-      return engine(
-        network,
-        c.rule(name),
-        initial,
-        state,
-        inputs,
-        project=project,
-        reset=marks.reset,
-        mask=marks.mask,
-        write=marks.write,
+    return memory_engine.run(
+      make, params, c.rule(name), initial, state, inputs, marks, engine=c.engine
+    )
+
+  def run_main(params, start, inputs, feed, marks):
+    """Reads of the main memory, and its state, cache and position."""
+    state, cache, position = start.main, start.cache, start.position
+    if c.capacity_blocks > 1:
+      feed, position = memory_options.limit_capacity(
+        c, state, position, feed, marks
       )
+    if not c.cached_segments:
+      result, state = run('main', params, state, feed, marks)
+      return result.read, (state, cache, position)
+    ask = jnp.einsum('bte,ehd->bhtd', inputs, params['ask'].astype(dtype))
+    _, output_norm = _per_row(params, inputs.shape[0])
+    network = c.network(**sizes['main'], output_norm=output_norm.get('main'))
+    read, state, cache = memory_options.run_cached(
+      c,
+      network,
+      first_memory(params)['main'],
+      (state, cache),
+      feed,
+      ask.astype(wide),
+      marks,
+    )
+    return read, (state, cache, position)
 
   def apply(params, state, inputs, marks):
     start = MemoryMixerState(None, None, None) if state is None else state
@@ -282,34 +343,20 @@ def make_memory_mixer(
     if rates:
       raw = jnp.einsum('bte,erh->rbht', inputs, weights('rates')).astype(wide)
       raw = dict(zip(rates, raw[..., None], strict=True))
-    bias, output_norm = _per_row(params, inputs.shape[0])
-    networks = {
-      name: c.network(**size, output_norm=output_norm.get(name))
-      for name, size in sizes.items()
-    }
 
     others, feed = None, memory_roles.to_feed(made, raw)
-    if 'others' in networks:
-      result, others = run(
-        'others',
-        networks['others'],
-        params,
-        start.others,
-        (made, raw),
-        marks,
-        memory_roles.make_project(c, networks['others'], bias['others']),
-      )
+    if 'others' in sizes:
+      result, others = run('others', params, start.others, (made, raw), marks)
       feed = result.feed
+    bias, _ = _per_row(params, inputs.shape[0])
     feed = memory_rates.set_rates(c, bias['main'], feed)
-    result, main = run(
-      'main', networks['main'], params, start.main, feed, marks, None
-    )
+    read, after = run_main(params, start, inputs, feed, marks)
 
-    read = jnp.einsum('bhtd->bthd', result.read)
+    read = jnp.einsum('bhtd->bthd', read)
     read = norm.rms_norm(params['norm'], read).astype(dtype)
     gate = jnp.einsum('bte,ehd->bthd', inputs, weights('gate'))
     out = jnp.einsum('bthd,hde->bte', read * jax.nn.silu(gate), weights('out'))
-    return out, MemoryMixerState(conv, others, main)
+    return out, MemoryMixerState(conv, others, *after)
 
   return layer.Layer(table, init_state, apply)
 
@@ -323,7 +370,12 @@ def _table(
   """The layer's parameters, given its memories' and the projected rates."""
   heads, dim = config.num_heads, config.head_dim
   table = {
-    **memory_features.table(num_heads=heads, head_dim=dim, embed_dim=embed_dim),
+    **memory_features.table(
+      num_heads=heads,
+      head_dim=dim,
+      embed_dim=embed_dim,
+      features=config.features,
+    ),
     'bias': {name: memory_rates.table(config, name) for name in tables},
     'memory': tables,
     'norm': norm.scale_param(dim, None),
@@ -347,6 +399,12 @@ def _table(
     table['output_norm'] = {
       name: {'scale': per_head(1.0), 'bias': per_head(0.0)} for name in tables
     }
+  if config.cached_segments:
+    table['ask'] = parameters.Param(
+      (embed_dim, heads, dim),
+      ('embed', 'heads', None),
+      parameters.fan_in(embed_dim),
+    )
   if rates:
     table['rates'] = parameters.Param(
       (embed_dim, len(rates), heads),

@@ -9,6 +9,9 @@ multiple of what it takes away:
    cap_t = (1 - retention_t) / injection, \qquad
    inner\_lr_t \leftarrow cap_t (1 - e^{-inner\_lr_t / cap_t})
 
+or hard, the smaller of the two; or softly and no larger than retention too, so
+that for keys of norm one the delta rule turns no direction round ('spectral').
+
 References:
   VisionHOPE, arXiv:2609.33325, 2026 (the stability-matched step; its r may
   differ between tokens, here it is one constant).
@@ -27,12 +30,15 @@ ROLES = ('inner_lr', 'retention')
 # that a key means the same when it is written and when it is read.
 _INNER_LR_BIAS = {'main': -1.0, 'others': -4.0}
 _SMALLEST_CAP = 1e-9  # under a quotient
+CAPS = ('soft', 'hard', 'spectral')
 
 
 def made(config: Any) -> list[str]:
   """The rates that a `MemoryMixerConfig` has made for each token."""
   rates = [role for role in ROLES if getattr(config, role) == 'token']
-  return rates + (['momentum'] if config.momentum else [])
+  rates += ['momentum'] if config.momentum else []
+  rates += ['weight'] if config.step == 'orthogonal' else []
+  return rates + (['hidden_lr'] if config.errors != 'propagated' else [])
 
 
 def table(config: Any, name: str) -> parameters.Table:
@@ -51,6 +57,8 @@ def table(config: Any, name: str) -> parameters.Table:
     'inner_lr': parameters.constant(_INNER_LR_BIAS[name]),
     'retention': parameters.values(lambda: _logits(forgotten())),
     'momentum': parameters.constant(0.0),
+    'weight': parameters.constant(0.0),
+    'hidden_lr': parameters.constant(_INNER_LR_BIAS[name]),
   }
   return {
     role: parameters.Param((heads,), ('heads',), inits[role])
@@ -88,30 +96,39 @@ def set_rates(
   if config.inner_lr == 'token':
     inner_lr = config.max_inner_lr * rate('inner_lr')
   if config.injection is not None:
-    inner_lr = cap_step(inner_lr, retention, injection=config.injection)
-  return feed._replace(
-    inner_lr=inner_lr,
-    retention=retention,
-    momentum=rate('momentum') if config.momentum else None,
-  )
+    inner_lr = cap_step(
+      inner_lr, retention, injection=config.injection, cap=config.cap
+    )
+  others = {r: rate(r) for r in made(config) if r not in ROLES}
+  if 'hidden_lr' in others:
+    others['hidden_lr'] *= config.max_inner_lr
+  return feed._replace(inner_lr=inner_lr, retention=retention, **others)
 
 
 def cap_step(
-  inner_lr: jax.Array, retention: jax.Array, *, injection: float
+  inner_lr: jax.Array,
+  retention: jax.Array,
+  *,
+  injection: float,
+  cap: str = 'soft',
 ) -> jax.Array:
-  """Caps inner learning rates softly at (1 - retention) / injection.
+  """Caps inner learning rates at (1 - retention) / injection.
 
   Args:
     inner_lr: >= 0, of any shape.
     retention: In [0, 1], of the same shape.
     injection: How much is taken away for what is added; VisionHOPE's r.
+    cap: One of `CAPS`.
 
   Returns:
     An array like inner_lr: above neither it nor the cap, and near it where the
     cap is far.
   """
-  cap = (1.0 - retention) / injection
-  return cap * -jnp.expm1(-inner_lr / jnp.maximum(cap, _SMALLEST_CAP))
+  bound = (1.0 - retention) / injection
+  if cap == 'hard':
+    return jnp.minimum(inner_lr, bound)
+  soft = bound * -jnp.expm1(-inner_lr / jnp.maximum(bound, _SMALLEST_CAP))
+  return jnp.minimum(soft, retention) if cap == 'spectral' else soft
 
 
 def _logits(forgotten: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Every layer that mixes tokens, by its config."""
 
+import math
 from typing import Any
 
 from nested_learning.layers import attention
@@ -7,6 +8,7 @@ from nested_learning.layers import hybrids
 from nested_learning.layers import layer
 from nested_learning.layers import memory_as_context
 from nested_learning.layers import memory_mixer
+from nested_learning.layers import tnt
 
 MixerConfig = (
   attention.AttentionConfig
@@ -14,6 +16,7 @@ MixerConfig = (
   | hybrids.MemoryAsLayerConfig
   | hybrids.MemoryAsGateConfig
   | memory_as_context.MemoryAsContextConfig
+  | tnt.TntConfig
 )
 
 
@@ -46,6 +49,8 @@ def make_mixer(
       return hybrids.make_memory_as_gate(config, max_length=max_length, **sizes)
     case memory_as_context.MemoryAsContextConfig():
       return memory_as_context.make_memory_as_context(config, **sizes)
+    case tnt.TntConfig():
+      return tnt.make_tnt(config, **sizes)
   raise ValueError(f'unknown mixer {config!r}.')
 
 
@@ -57,3 +62,26 @@ def holds_any_length(config: MixerConfig) -> bool:
     case hybrids.MemoryAsLayerConfig() | hybrids.MemoryAsGateConfig():
       return config.attention.window is not None
   return True
+
+
+def tokens_at_once(config: MixerConfig) -> int:
+  """Tokens that stay together where devices share a row: chunks and shards.
+
+  Args:
+    config: A mixer's settings.
+
+  Returns:
+    What the number of tokens of a device has to be a multiple of.
+  """
+  match config:
+    case memory_mixer.MemoryMixerConfig():
+      others = config.chunk_size_others if config.adaptive else 1
+      return math.lcm(config.chunk_size, others)
+    case hybrids.MemoryAsLayerConfig() | hybrids.MemoryAsGateConfig():
+      return tokens_at_once(config.memory)
+    case memory_as_context.MemoryAsContextConfig():
+      return config.memory.chunk_size
+    case tnt.TntConfig():
+      shards = [local.shard_size for local in config.locals]
+      return math.lcm(config.memory.chunk_size, *shards)
+  return 1

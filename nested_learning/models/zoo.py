@@ -20,6 +20,7 @@ from nested_learning.layers import attention
 from nested_learning.layers import hybrids
 from nested_learning.layers import memory_as_context
 from nested_learning.layers import memory_mixer
+from nested_learning.layers import tnt
 from nested_learning.levels import cms
 from nested_learning.models import language_model
 
@@ -50,6 +51,7 @@ SIZES = {
   '760m': Size(24, 1536, 16, 3600),
   '1p3b': Size(18, 2048, 8, 7104),
   '7b': Size(32, 4096, 16, 9984),  # no paper's
+  '70b': Size(80, 8192, 32, 21_120),  # no paper's
 }
 
 # Tokens between updates of the three levels of a CMS, fastest first, at half a
@@ -117,6 +119,7 @@ def _pattern(*parts) -> Callable[[Size], tuple[Any, ...]]:
 
 # Keys, values and rates are projections, and what is learned is the value.
 _STATIC = {
+  'learns': 'every_map',
   'adaptive': (),
   'target': 'value',
   'retain_to': 'zero',
@@ -128,10 +131,33 @@ _LINEAR = {**_MATRIX, 'erase': 'none', 'inner_lr': 'one'}
 _DELTA = {**_MATRIX, 'erase': 'input'}
 # Errors are of a chunk's start and nothing is erased: the steps of a chunk add
 # up, and larger ones overshoot.
-_DESCENT = {**_STATIC, 'erase': 'none', 'max_inner_lr': 0.1}
+_DESCENT = {
+  **_STATIC,
+  'objective': 'l2',
+  'erase': 'none',
+  'max_inner_lr': 0.1,
+}
 _TTT = {**_DESCENT, 'retention': 'none', 'output': 'norm', 'chunk_size': 16}
 _MIRAS = {**_DESCENT, 'output': 'norm', 'read': 'chunk', 'chunk_size': 16}
 _WIDE = {'expansion': 4, 'activation': 'gelu'}
+
+
+def _tnt(size: Size) -> tnt.TntConfig:
+  """One local memory; shards are as long as the global memory's chunks."""
+  shard = 4 * size.window
+  settings = {**_DESCENT, 'retention': 'none', 'chunk_size': shard}
+  return tnt.TntConfig(
+    _memory(**settings)(size), (tnt.LocalConfig(shard_size=shard),)
+  )
+
+
+# Atlas: windows of tokens, and keys that are polynomials. It says no window.
+_OMEGA = {
+  **_DESCENT,
+  'window': 8,
+  'features': 'polynomial',
+  'chunk_size': 16,
+}
 
 # Titans' long-term memory: gradient descent with momentum, and forgetting.
 _LMM = _memory(**_DESCENT, momentum=True)
@@ -156,11 +182,29 @@ FAMILIES = {
   ),
   'ttt_mlp': Family(_memory(**_TTT, **_WIDE), _mlp),
   'titans': Family(_LMM, _mlp),
-  'yaad': Family(_memory(**_MIRAS, **_WIDE, objective='huber'), _mlp),
+  'tnt': Family(_tnt, _mlp),
+  'yaad': Family(_memory(**{**_MIRAS, **_WIDE, 'objective': 'huber'}), _mlp),
   'moneta': Family(
-    _memory(**_MIRAS, **_WIDE, objective='l3', weights='lq_norm'), _mlp
+    _memory(
+      **{**_MIRAS, **_WIDE, 'objective': 'l3', 'weights': 'lq_norm'}
+    ),
+    _mlp,
   ),
   'memora': Family(_memory(**_MIRAS, **_WIDE, weights='softmax'), _mlp),
+  'omeganet': Family(_memory(**_OMEGA, **_WIDE), _mlp),
+  'atlas': Family(
+    _memory(**_OMEGA, **_WIDE, momentum=True, step='orthogonal'), _mlp
+  ),
+  'deltattt': Family(
+    _memory(
+      **_STATIC,
+      erase='every_map',
+      errors='local',
+      output='map',
+      retention='none',
+    ),
+    _mlp,
+  ),
   'titans_mac': Family(
     _with(
       memory_as_context.MemoryAsContextConfig, _LMM, _attention(**_PERSISTENT)

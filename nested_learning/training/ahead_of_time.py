@@ -235,7 +235,8 @@ def _decode_arguments(config, model, params, mesh):
 
 
 def _decode_flops(config, model, params) -> int:
-  one = jax.sharding.AbstractMesh((1, 1, 1), sharding.AXES)
+  sizes = (1,) * len(sharding.AXES)
+  one = jax.sharding.AbstractMesh(sizes, sharding.AXES)
   return costs.matmul_flops(
     lambda params, streams, tokens: model.forward(params, streams, tokens),
     *_decode_arguments(config, model, params, one),

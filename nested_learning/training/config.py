@@ -11,6 +11,7 @@ from nested_learning import levels
 from nested_learning import models
 from nested_learning import sharding
 from nested_learning import tasks
+from nested_learning.training import long_rows
 
 
 def _check(config: Any, name: str, passed: bool, rule: str) -> None:
@@ -108,6 +109,7 @@ class ExperimentConfig:
           'tokens between two looks at inner.chunk_sizes='
           f'{self.inner.chunk_sizes}; change the one or the other.'
         )
+    long_rows.check(self)
     limit = models.max_stream_length(self.model)
     if self.carries_state and limit is not None:
       longest = num_tokens * max(

@@ -100,11 +100,13 @@ def layout(config: config_lib.ExperimentConfig, mesh: Any) -> str:
 
 def _mesh(config: config_lib.ExperimentConfig) -> Any:
   """The mesh of a config, or its shape where it needs other devices."""
-  shape = config.mesh.data, config.mesh.fsdp, config.mesh.model
-  if config.mesh.data == -1:
+  mesh = config.mesh
+  within = mesh.fsdp, mesh.context, mesh.model
+  shape = mesh.data, *within
+  if mesh.data == -1:
     shape = sharding.mesh_shape(
-      config.mesh,
-      num_devices=max(jax.device_count(), config.mesh.fsdp * config.mesh.model),
+      mesh,
+      num_devices=max(jax.device_count(), math.prod(within)),
       num_rows=config.micro_batch_size,
     )
   return jsharding.AbstractMesh(shape, sharding.AXES)

@@ -116,8 +116,9 @@ def _candidates(config, pod, table, num_devices) -> Iterator[_Candidate]:
   powers = [2**i for i in range(num_devices.bit_length())]
   for model in powers:
     for fsdp in powers:
-      data, rest = divmod(num_devices, model * fsdp)
-      mesh = {'data': data, 'fsdp': fsdp, 'model': model}
+      context = config.mesh.context  # what rows need, not what fits
+      data, rest = divmod(num_devices, model * fsdp * context)
+      mesh = {'data': data, 'fsdp': fsdp, 'context': context, 'model': model}
       if rest or not data or data % pod.num_slices:
         continue
       if not _divides(table, mesh):
@@ -171,11 +172,12 @@ def _sending_seconds(config, pod, table, mesh) -> float:
   gradients summed, once per micro-batch; along 'data' gradients are summed;
   along 'model' every block sums its outputs and their gradients.
   """
-  data, fsdp, model = (mesh[axis] for axis in sharding.AXES)
+  data, fsdp, context, model = (mesh[axis] for axis in sharding.AXES)
   size = parameters.count(table) / model
   gathered = 3 * 2 * size * (fsdp - 1) / fsdp
-  summed = 2 * 4 * size / fsdp * (data - 1) / data
-  tokens = config.batch_tokens / (data * fsdp)
+  copies = data * context  # of the parameters, whose gradients are summed
+  summed = 2 * 4 * size / fsdp * (copies - 1) / copies
+  tokens = config.batch_tokens / (data * fsdp * context)
   outputs = config.model.num_layers * (1 + len(config.model.levels))
   exchanged = 3 * 2 * outputs * tokens * config.model.embed_dim * 2
   exchanged *= (model - 1) / model

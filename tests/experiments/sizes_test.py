@@ -22,6 +22,7 @@ class SizesTest(parameterized.TestCase):
     'hope_760m.py',
     'hope_1p3b.py',
     'hope_7b.py',
+    'hope_70b.py',
   )
   def test_repeats_from_json_and_is_described(self, spec):
     config = configs.load(str(_FOLDER / spec))
@@ -37,6 +38,7 @@ class SizesTest(parameterized.TestCase):
     ('hope_760m.py', 759_452_928),
     ('hope_1p3b.py', 1_304_910_912),
     ('hope_7b.py', 7_012_366_336),
+    ('hope_70b.py', 69_984_622_592),
   )
   def test_is_as_large_as_its_name(self, spec, count):
     config = configs.load(str(_FOLDER / spec))

@@ -18,6 +18,14 @@ _BATCH, _LENGTH, _EMBED = 2, 21, 6
 _HOPE = layers.MemoryMixerConfig(
   num_heads=2, head_dim=4, hidden_dim=6, chunk_size=8, chunk_size_others=5
 )
+_LOCAL = {
+  'learns': 'every_map',
+  'adaptive': (),
+  'target': 'value',
+  'erase': 'every_map',
+  'errors': 'local',
+  'hidden_dim': 0,
+}
 _CONFIGS = {
   'hope': _HOPE,
   'all_memories': dataclasses.replace(
@@ -26,6 +34,14 @@ _CONFIGS = {
   'matrix': dataclasses.replace(_HOPE, kind='matrix', retain_to='zero'),
   'static': dataclasses.replace(_HOPE, adaptive=(), erase='input'),
   'norm': dataclasses.replace(_HOPE, output='norm', chunk_size_others=8),
+  'cached_and_growing': dataclasses.replace(
+    _HOPE,
+    chunk_size=4,
+    cached_segments=2,
+    segment_chunks=1,
+    capacity_blocks=3,
+    capacity_tokens=12,
+  ),
 }
 
 
@@ -176,8 +192,9 @@ class TitansTest(parameterized.TestCase):
         self.assertGreater(np.abs(role).max(), 1e-6)
 
   def test_roles_are_read_with_their_norm(self):
-    # Nothing is written, so that all that is left of their norm is the read.
-    config = _CONFIGS['norm']
+    # Nothing is written, so that all that is left of their norm is the read of
+    # the query.
+    config = dataclasses.replace(_CONFIGS['norm'], adaptive=memory_mixer.ROLES)
     params = init(make(config))
     half = params | {
       'output_norm': params['output_norm']
@@ -205,6 +222,14 @@ class TitansTest(parameterized.TestCase):
       self.assertTrue(np.all(step <= np.minimum(inner_lr, cap) + 1e-7))
       self.assertTrue(np.all(np.diff(step, axis=0) >= 0.0))
       np.testing.assert_array_equal(step[:, -1], 0.0)  # nothing is let go
+      hard = memory_rates.cap_step(
+        inner_lr, retention, injection=injection, cap='hard'
+      )
+      np.testing.assert_array_equal(hard, np.minimum(inner_lr, cap))
+      spectral = memory_rates.cap_step(
+        inner_lr, retention, injection=injection, cap='spectral'
+      )
+      np.testing.assert_array_equal(spectral, np.minimum(step, retention))
     # Far below the cap, the step is what it was.
     step = memory_rates.cap_step(inner_lr, retention[:-1], injection=1e-4)
     np.testing.assert_allclose(
@@ -222,8 +247,8 @@ class TitansTest(parameterized.TestCase):
         jnp.abs(
           make(dataclasses.replace(_HOPE, injection=injection))
           .apply(params, None, self.x, layers.Marks())[1]
-          .main.memory['in']
-          - params['memory']['main']['in']
+          .main.memory['vector']
+          - params['memory']['main']['vector']
         ).max()
         for injection in (1e6, None)
       ]
@@ -240,6 +265,19 @@ class TitansTest(parameterized.TestCase):
     ({'erase': 'some'}, "erase='some' must be one of none"),
     ({'chunk_size_others': 0}, 'chunk_size=0'),
     ({'injection': 0.0}, 'injection=0.0 must be above 0'),
+    ({'cap': 'firm'}, "cap='firm' must be one of soft, hard, spectral"),
+    ({'cached_segments': -1}, 'cached_segments=-1 must be at least 0'),
+    ({'segment_chunks': 0}, 'segment_chunks=0 must be at least 1'),
+    ({'capacity_blocks': 0}, 'capacity_blocks=0 must be at least 1'),
+    ({'capacity_blocks': 7}, 'capacity_blocks=7 must be at most the 6 units'),
+    (
+      {'window': 4, 'erase': 'none', 'learns': 'every_map'},
+      'window=4 .* set adaptive to',
+    ),
+    (_LOCAL | {'kind': 'matrix'}, "errors='local' .* kind='matrix'"),
+    (_LOCAL | {'hidden_dim': 6}, 'hidden_dim=6 must be head_dim=4'),
+    (_LOCAL | {'capacity_blocks': 2}, 'set capacity_blocks=2 to 1'),
+    ({'features': 'cubic'}, "features='cubic' must be one of l2, elu"),
   )
   def test_bad_settings_name_the_value(self, changes, message):
     with self.assertRaisesRegex(ValueError, message):

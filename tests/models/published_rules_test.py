@@ -130,6 +130,61 @@ def _huber_error(e):
   return jnp.where(jnp.sqrt(jnp.sum(e**2)) <= 1.0, e, 1.0 * absolute)
 
 
+def _newton_schulz(x):
+  x = x / jnp.linalg.norm(x)
+  for _ in range(5):
+    square = x @ x.T
+    x = 3.4445 * x - 4.775 * square @ x + 2.0315 * square @ square @ x
+  return x
+
+
+def _omega(orthogonal):
+  """Behrouz et al., arXiv:2505.23735: windows of 8 tokens, chunks of 16."""
+
+  def rule(state, token, n):
+    weights, surprise, anchor, past = state
+    pick = lambda a, w: jnp.where(n % 16 == 0, w, a)
+    anchor = jax.tree.map(pick, anchor, weights)
+    read = lambda w, x: x + _mlp(w, x)
+    gamma = token['weight'] if orthogonal else token['inner_lr']
+    now = {'k': token['k'], 'v': token['v'], 'gamma': gamma}
+    past = jax.tree.map(lambda p, x: jnp.append(p[1:], x[None], 0), past, now)
+
+    def loss(w):
+      read_all = jax.vmap(lambda k: read(w, k))(past['k'])
+      errors = 0.5 * jnp.sum((read_all - past['v']) ** 2, -1)
+      return jnp.sum(past['gamma'][:, 0] * errors)
+
+    gradient = jax.grad(loss)(anchor)
+    if orthogonal:
+      surprise = jax.tree.map(
+        lambda s, g: token['momentum'] * s + g, surprise, gradient
+      )
+      step = jax.tree.map(
+        lambda s: token['inner_lr'] * _newton_schulz(s), surprise
+      )
+    else:
+      step = gradient
+    weights = jax.tree.map(
+      lambda w, s: token['retention'] * w - s, weights, step
+    )
+    return (weights, surprise, anchor, past), read(weights, token['q'])
+
+  return rule
+
+
+def deltattt(state, token, n):
+  """Tsinghua LeapLab, 2025, its rate of B by the square of h's norm."""
+  del n
+  a, b = state['in'], state['vector']
+  k, v = token['k'], token['v']
+  hidden = jax.nn.silu(a @ k)
+  beta = token['hidden_lr'] / (hidden @ hidden + 0.01)
+  a = a + token['inner_lr'] * jnp.outer(v - a @ k, k)
+  b = b + beta * jnp.outer(v - b @ hidden, hidden)
+  return {'in': a, 'vector': b}, b @ jax.nn.silu(a @ token['q'])
+
+
 _RULES = {
   'linear_attention': linear_attention,
   'retnet': retnet,
@@ -139,6 +194,9 @@ _RULES = {
   'ttt_linear': _ttt(lambda w, x: x + _layer_norm(w['in'] @ x)),
   'ttt_mlp': _ttt(lambda w, x: x + _layer_norm(_mlp(w, x))),
   'titans': titans,
+  'omeganet': _omega(False),
+  'atlas': _omega(True),
+  'deltattt': deltattt,
   'yaad': _miras(_huber_error, lambda a: a),
   'moneta': _miras(
     lambda e: 3 * e * jnp.sqrt(e**2 + 1e-6),
@@ -174,6 +232,8 @@ class PublishedRulesTest(parameterized.TestCase):
       'inner_lr': rng.uniform(size=(_TOKENS, 1)),
       'retention': rng.uniform(0.9, 1.0, size=(_TOKENS, 1)),
       'momentum': rng.uniform(size=(_TOKENS, 1)),
+      'weight': rng.uniform(size=(_TOKENS, 1)),
+      'hidden_lr': rng.uniform(size=(_TOKENS, 1)),
     }
     tokens['k'] /= np.linalg.norm(tokens['k'], axis=-1, keepdims=True)
     tokens = jax.tree.map(jnp.asarray, tokens)
@@ -184,6 +244,12 @@ class PublishedRulesTest(parameterized.TestCase):
       match name:
         case 'titans':
           start = start, jax.tree.map(jnp.zeros_like, start), start
+        case 'omeganet' | 'atlas':
+          sizes = {'k': _DIM, 'v': _DIM, 'gamma': 1}
+          past = {name: jnp.zeros((8, d)) for name, d in sizes.items()}
+          start = start, jax.tree.map(jnp.zeros_like, start), start, past
+        case 'deltattt':
+          pass
         case _ if config.initial == 'zero':
           start = start['in']
         case _:
@@ -211,6 +277,8 @@ class PublishedRulesTest(parameterized.TestCase):
         inner_lr=inner_lr,
         retention=retention,
         momentum=tokens['momentum'] if config.momentum else None,
+        weight=tokens['weight'] if config.step == 'orthogonal' else None,
+        hidden_lr=tokens['hidden_lr'] if config.errors == 'local' else None,
       )
       feed = jax.tree.map(lambda x: x[None, None], feed)
       result, _ = memory.chunk_scan(

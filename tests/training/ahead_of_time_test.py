@@ -59,7 +59,9 @@ class AheadOfTimeTest(parameterized.TestCase):
     with compiling.quickly():
       summary = ahead_of_time.compile_for(config, _POD, jax.devices())
     self.assertTrue(summary['fits'])
-    self.assertEqual(summary['mesh'], {'data': 2, 'fsdp': 2, 'model': 2})
+    self.assertEqual(
+      summary['mesh'], {'data': 2, 'fsdp': 2, 'context': 1, 'model': 2}
+    )
     # The devices do together what the step is, and nothing twice.
     self.assertAlmostEqual(summary['flops_ratio'], 1.0, delta=0.02)
     # One recomputation of the blocks is all that is beyond the model.

@@ -1,0 +1,275 @@
+r"""Softmax attention over devices that share the tokens of a row.
+
+Queries stay where they are. Keys and values go round the ring of devices, and
+every device adds up what its queries see of each part:
+
+.. math::
+   top &= \max_s score_s \\
+   out &= \sum_s e^{score_s - top} v_s / \sum_s e^{score_s - top}
+
+one block of keys after the other, so that no device ever holds a row's keys, or
+scores of more than a block of them. The backward pass makes the scores again
+and sends the gradients of keys and values round with them.
+
+Every device scores all parts, also those after its own, of which causal queries
+see nothing: half of that work is for nothing.
+
+References:
+  Liu et al., Ring Attention, arXiv:2310.01889, 2023.
+  Dao et al., FlashAttention, arXiv:2205.14135, 2022 (sums and their backward
+    pass, algorithms 1 and 4).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nested_learning.layers import context_parallel
+from nested_learning.layers import dot_product
+from nested_learning.layers import sliding_window
+
+_BLOCK = 1024  # most keys that are scored at a time
+
+
+class Places(NamedTuple):
+  """Where tokens are, [b, t]: what decides which key a query sees.
+
+  Attributes:
+    position: int, tokens of the stream before it.
+    document: int, which document it belongs to.
+    present: bool, False for padding.
+  """
+
+  position: jax.Array
+  document: jax.Array
+  present: jax.Array
+
+
+def attend(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  places: Places,
+  *,
+  persistent: dot_product.Persistent | None = None,
+) -> jax.Array:
+  """Attends to the tokens up to one's own, over the devices.
+
+  Args:
+    query: [b, t, h, d].
+    key: [b, t, kv heads, d]; neighbouring query heads share one.
+    value: [b, t, kv heads, d].
+    places: Of all tokens.
+    persistent: What is seen beside them, or None.
+
+  Returns:
+    [b, t, h, d] in the dtype of value; what padding gets is undefined.
+  """
+  run = context_parallel.over_parts(_attend_part, (1, 1, 1, 1), (1, 1))
+  grouped = _group(query, key.shape[2])
+  out, log_sum = run(grouped, key, value, places)
+  if persistent is not None:
+    query = _group(persistent.query, key.shape[2])
+    scores = jnp.einsum(
+      'btkgd,skd->btkgs',
+      query,
+      persistent.key.astype(query.dtype),
+      preferred_element_type=log_sum.dtype,
+    )
+    scores *= query.shape[-1] ** -0.5
+    beside = jax.nn.logsumexp(scores, axis=-1)
+    share = jax.nn.sigmoid(log_sum - beside)[..., None]
+    learned = jnp.einsum(
+      'btkgs,skd->btkgd', jax.nn.softmax(scores), persistent.value
+    )
+    out = share * out + (1.0 - share) * learned
+  return out.astype(value.dtype).reshape(*out.shape[:2], -1, out.shape[-1])
+
+
+def attend_window(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  *,
+  window: int,
+  theta: float,
+  reset: jax.Array | None = None,
+  persistent: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, sliding_window.WindowState]:
+  """`sliding_window.attend` from a stream's start, over the devices.
+
+  A device takes the tokens of a window from those before it, and no others.
+
+  Args:
+    query: [b, t, h, d].
+    key: [b, t, kv heads, d].
+    value: [b, t, kv heads, d].
+    window: Tokens that a query sees, itself included, w.
+    theta: Base of the rotary wavelengths.
+    reset: bool [b, t], True at a document's first token, or None.
+    persistent: Keys and values [n, kv heads, d] that every query sees, or None.
+
+  Returns:
+    [b, t, h, d], and the state after the tokens.
+  """
+  shape = query.shape[:2]
+  reset = jnp.zeros(shape, bool) if reset is None else reset
+  document = jnp.cumsum(reset, axis=1, dtype=jnp.int32)
+
+  def part(persistent, query, key, value, reset, document):
+    # Zero is what comes from before a row's start: there is no document there.
+    before = context_parallel.halo((key, value, document + 1), window)
+    start = sliding_window.WindowState(
+      key=before[0],
+      value=before[1],
+      document=before[2] - 1,
+      slot=jnp.zeros_like(document[:, 0]),
+      current=document[:, 0] - reset[:, 0],
+    )
+    out, state = sliding_window.attend(
+      start,
+      query,
+      key,
+      value,
+      window=window,
+      theta=theta,
+      reset=reset,
+      persistent=persistent,
+    )
+    return out, jax.tree.map(lambda x: x[None], state)
+
+  run = context_parallel.over_parts(part, (None, *(1,) * 5), (1, 0))
+  out, states = run(persistent, query, key, value, reset, document)
+  return out, jax.tree.map(lambda x: x[-1], states)
+
+
+@jax.custom_vjp
+def _attend_part(query, key, value, places):
+  """A part's outputs [b, t, k, g, d] and logs of their sums [b, t, k, g]."""
+  wide = jnp.promote_types(query.dtype, jnp.float32)
+  own = places
+
+  def add(total, block):
+    key, value, places = block
+    scores = _score(query, key, own, places)
+    top = jnp.maximum(total[2], jnp.max(scores, axis=-1))
+    weights = jnp.exp(scores - top[..., None])
+    rescale = jnp.exp(total[2] - top)
+    seen = jnp.einsum(
+      'btkgs,bskd->btkgd',
+      weights.astype(value.dtype),
+      value,
+      preferred_element_type=wide,
+    )
+    out = rescale[..., None] * total[0] + seen
+    return (out, rescale * total[1] + jnp.sum(weights, -1), top), None
+
+  lines = query.shape[:-1]
+  total = (
+    jnp.zeros(query.shape, wide),
+    jnp.zeros(lines, wide),
+    jnp.full(lines, jnp.finfo(wide).min, wide),
+  )
+  total, _ = _go_round(add, total, (key, value, places))
+  out, norm, top = total
+  return out / norm[..., None], top + jnp.log(norm)
+
+
+def _attend_forward(query, key, value, places):
+  out, log_sum = _attend_part(query, key, value, places)
+  return (out, log_sum), (query, key, value, places, out, log_sum)
+
+
+def _attend_backward(kept, gradients):
+  query, key, value, own, out, log_sum = kept
+  out_gradient, sum_gradient = gradients
+  wide = out.dtype
+  scale = query.shape[-1] ** -0.5
+  # What every score of a query has in common.
+  shared = sum_gradient - jnp.sum(out * out_gradient, axis=-1)
+
+  def add(query_gradient, block):
+    key, value, places = block
+    scores = _score(query, key, own, places)
+    weights = jnp.exp(scores - log_sum[..., None])
+    of_value = jnp.einsum('btkgs,btkgd->bskd', weights, out_gradient)
+    of_weights = jnp.einsum(
+      'btkgd,bskd->btkgs', out_gradient, value.astype(wide)
+    )
+    of_scores = weights * (of_weights + shared[..., None]) * scale
+    of_query = jnp.einsum('btkgs,bskd->btkgd', of_scores, key.astype(wide))
+    of_key = jnp.einsum('btkgs,btkgd->bskd', of_scores, query.astype(wide))
+    return query_gradient + of_query, (of_key, of_value)
+
+  query_gradient, (of_key, of_value) = _go_round(
+    add, jnp.zeros(query.shape, wide), (key, value, own)
+  )
+  return (
+    query_gradient.astype(query.dtype),
+    of_key.astype(key.dtype),
+    of_value.astype(value.dtype),
+    None,
+  )
+
+
+_attend_part.defvjp(_attend_forward, _attend_backward)
+
+
+def _go_round(add, total, part):
+  """Adds every part of a row to a device's total, its own first.
+
+  Args:
+    add: `add(total, block) -> (total, of_block)`, for a block of keys of a
+      part; of_block is summed over devices and brought back to the part's own.
+    total: What to begin with.
+    part: This device's (key, value, places).
+
+  Returns:
+    The total, and the sums of of_block for this device's own part.
+  """
+  num_tokens = part[0].shape[1]
+  num_turns = jax.lax.axis_size(context_parallel.AXIS) - 1
+  size = next(
+    size
+    for size in range(min(_BLOCK, num_tokens), 0, -1)
+    if num_tokens % size == 0
+  )
+  cut = lambda x: jnp.moveaxis(
+    x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0
+  )
+  join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+
+  def add_part(total, part):
+    total, found = jax.lax.scan(add, total, jax.tree.map(cut, part))
+    return total, jax.tree.map(join, found)
+
+  def turn(carry, _):
+    total, part, sums = carry
+    part, sums = context_parallel.shift((part, sums), 1, wrap=True)
+    total, found = add_part(total, part)
+    return (total, part, jax.tree.map(jnp.add, sums, found)), None
+
+  total, sums = add_part(total, part)
+  (total, _, sums), _ = jax.lax.scan(
+    turn, (total, part, sums), length=num_turns
+  )
+  return total, context_parallel.shift(sums, 1, wrap=True)
+
+
+def _score(query, key, own, places):
+  """Scaled scores [b, t, k, g, s], next to minus infinity if not visible."""
+  wide = jnp.promote_types(query.dtype, jnp.float32)
+  scores = jnp.einsum(
+    'btkgd,bskd->btkgs', query, key, preferred_element_type=wide
+  )
+  age = own.position[:, :, None] - places.position[:, None, :]
+  visible = (age >= 0) & places.present[:, None, :]
+  visible &= own.document[:, :, None] == places.document[:, None, :]
+  scores *= query.shape[-1] ** -0.5
+  return jnp.where(visible[:, :, None, None], scores, jnp.finfo(wide).min)
+
+
+def _group(query, num_kv_heads):
+  """Queries [b, t, h, d] by the head of keys they share, [b, t, k, g, d]."""
+  return query.reshape(*query.shape[:2], num_kv_heads, -1, query.shape[-1])
