@@ -19,6 +19,9 @@ temporary memory of an outer gradient grows, as compiled: 0.5 is a square root;
 the parts that do not grow are in it).
 
 Hardware: two CPU cores.
+
+Result: session_over_frozen 0.79 (bound 0.82), with all blocks learning 0.22
+(0.39), with a local objective in all of them 0.54 (0.54).
 """
 
 import dataclasses

@@ -206,7 +206,15 @@ def teach(
 
   Its gradient is made where the level is computed, and nothing is passed back
   to what is before it. 'l2' makes a level say the target instead of what it
-  said before; 'dot' pulls it there for as long as it lasts.
+  said before; 'dot' pulls it there for as long as it lasts. So they are for
+  models that were trained through such steps: the checkpoint of
+  `levels.InnerConfig`'s numbers, which was not, goes from 2.54 nats per byte to
+  2.64 with 'l2' at a rate of 0.1, and to 4.17 with 'dot'.
+
+  The papers leave open what a level's own key and value are (NL sections 7.1
+  and 7.3). Here the key is the level's input, and the target is the caller's;
+  `models.Model.teach` takes the next token's embedding, since what comes next
+  is what the chain is asked for.
 
   Args:
     levels: As for `apply`.
