@@ -8,8 +8,7 @@ Command:
   python launch/run.py --config=experiments/hope_1p3b.py --mode=compile \
     --topology=v5e:16x16 --workdir=runs/hope_1p3b_compiled
 
-Compiled for v5e:16x16 it takes 3.6 of 16 GiB per device, for v5p:4x4x8 4.7 of
-95; compiling takes three minutes of a core.
+Compiling takes three minutes of a core.
 Hardware: meant for 256 devices, runs on any number that its rows divide over.
 Result: not trained yet.
 """

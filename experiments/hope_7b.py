@@ -10,8 +10,6 @@ Command:
   python launch/run.py --config=experiments/hope_7b.py --mode=compile \
     --topology=v5p:4x4x8 --workdir=runs/hope_7b_compiled
 
-Compiled for v5p:4x4x8 it takes 11 of 95 GiB per device.
-
 Hardware: meant for 128 devices, runs on any number that its rows divide over.
 Result: not trained yet.
 """
