@@ -86,10 +86,17 @@ class TntConfig:
         f'memory.adaptive={self.memory.adaptive} has no place in TNT, whose '
         'memories share keys and values; set it to ().'
       )
+    for name, none in (('cached_segments', 0), ('capacity_blocks', 1)):
+      value = getattr(self.memory, name)
+      if value != none:
+        raise errors.UserError(
+          f'memory.{name}={value} has no place in TNT; set it to {none}.'
+        )
     if self.query not in ('projected', 'plain'):
       raise errors.UserError(
         f"query={self.query!r} must be 'projected' or 'plain'."
       )
+    self.rules()  # raises on what the engine does not know
 
   def rules(self) -> dict[str, memory.Rule]:
     """The engine's rule for each memory; the global one is read at anchors."""
@@ -347,7 +354,12 @@ def _table(
   """The layer's parameters, given its memories' and the rates."""
   heads, dim = config.num_heads, config.head_dim
   table = {
-    **memory_features.table(num_heads=heads, head_dim=dim, embed_dim=embed_dim),
+    **memory_features.table(
+      num_heads=heads,
+      head_dim=dim,
+      embed_dim=embed_dim,
+      features=config.features,
+    ),
     'bias': {name: memory_rates.table(config, 'main') for name in memories},
     'norm': norm.scale_param(dim, None),
     'gate': parameters.Param(
