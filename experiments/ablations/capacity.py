@@ -7,10 +7,10 @@ Command:
 Hardware: two CPU cores, a few minutes for each of the 12 runs.
 Result: not run to its end yet.
 
-Proteus (arXiv:2608.16844) has 16 blocks over 8,192 tokens and finds 32 too many;
-for Titans of 1.3B parameters it reports 58.00 in place of 56.95 on average over
-its tasks. Rows of these runs have 256 tokens; chunks of 16 let a memory grow 16
-times in a row.
+Proteus (arXiv:2608.16844) has 16 blocks over 8,192 tokens and finds 32 too
+many; for Titans of 1.3B parameters it reports 58.00 in place of 56.95 on
+average over its tasks. Rows of these runs have 256 tokens; chunks of 16 let a
+memory grow 16 times in a row.
 """
 
 from experiments.ablations import small

@@ -54,16 +54,16 @@ class MemoryAsContextConfig:
         'attends within segments of memory.chunk_size='
         f'{self.memory.chunk_size} tokens; set it to None.'
       )
-    for name, plain in (
-      ('window', None),
-      ('cached_segments', 0),
-      ('capacity_blocks', 1),
+    for name, known in (
+      ('window', (None, 1)),
+      ('cached_segments', (0,)),
+      ('capacity_blocks', (1,)),
     ):
       value = getattr(self.memory, name)
-      if value not in (plain, 1 if name == 'window' else plain):
+      if value not in known:
         raise ValueError(
           f'memory.{name}={value} has no place in MAC, which reads a memory as '
-          f'it was where the segment began; set it to {plain}.'
+          f'it was where the segment began; set it to {known[0]}.'
         )
     if self.memory.adaptive:
       raise ValueError(

@@ -9,9 +9,9 @@ import numpy as np
 from nested_learning import memory
 from tests import compiling
 
-_DIM, _HIDDEN, _TOKENS, _CHUNK = 6, 9, 31, 4
-_BLOCKS, _LENGTH = 3, 18  # a block every six tokens
-_BORDER = 22  # in the middle of a chunk
+_DIM, _HIDDEN, _TOKENS, _CHUNK = 6, 9, 19, 4
+_BLOCKS, _LENGTH = 3, 9  # a block every three tokens
+_BORDER = 14  # in the middle of a chunk
 _RULE = memory.Rule(
   chunk_size=_CHUNK,
   erase='none',
