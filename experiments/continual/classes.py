@@ -1,0 +1,397 @@
+"""Classes that come in tasks, one after the other: who still knows the first?
+
+Texts of 150 classes in ten tasks of fifteen, every example read once or a few
+times, no task named when it is asked, all classes seen so far as candidates.
+Arms: a stream of examples through memories alone (in context); the same with
+levels that learn from it; all parameters fine-tuned on task after task, plain,
+held by elastic weight consolidation, with a few examples of every earlier class
+replayed, and on all tasks so far (joint, with as many steps per task); and the
+nearest class mean in tf-idf space, which forgets nothing and learns nothing but
+means.
+
+Command (the last arm needs scikit-learn: pip install -c constraints.txt -e
+'.[experiments]'):
+  python launch/run.py --config=experiments/continual/classes.py \
+    --workdir=runs/classes
+  python launch/run.py --config=experiments/continual/classes.py:clinc150 \
+    --set=path=FOLDER --workdir=runs/clinc
+
+The default is a generated corpus; `:clinc150` and `:banking77` are for the real
+ones, in a folder of yours as they are distributed.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from experiments import report_files
+from experiments.continual import classifier
+from experiments.continual import reading
+from nested_learning import errors
+from nested_learning import evaluation
+from nested_learning import levels
+from nested_learning.data import intents
+
+_LEVELS = ('fast', 'slow')
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassesConfig:
+  """The corpus, its tasks, the learner and the fine-tuned arms."""
+
+  path: str | None = None  # folder of a corpus; None is a generated one
+  num_classes: int = 150  # of them, at random where the corpus has more
+  num_tasks: int = 10
+  train_per_class: int = 30  # examples, at most
+  test_per_class: int = 10
+  num_seeds: int = 3  # orders of classes, and parameters
+  learner: reading.LearnerConfig = reading.LearnerConfig(
+    family='gated_deltanet', embed_dim=64, num_heads=2, mlp_dim=128
+  )
+  inner: levels.InnerConfig = levels.InnerConfig((64, 512), (1.0, 1.0))
+  num_words: int = 2048  # places that words are hashed to
+  row_classes: int = 8  # of a row of training
+  row_examples: int = 32
+  epochs: int = 6  # of fine-tuning, per task
+  batch_size: int = 32  # examples
+  learning_rate: float = 2e-3  # of fine-tuning
+  replayed: int = 5  # examples of an earlier class
+  ewc_strength: float = 1e3
+
+
+def get_config(arg: str | None = None) -> ClassesConfig:
+  """The experiment; 'clinc150', 'banking77', 'full' or 'small', for tests."""
+  config = ClassesConfig()
+  full = {'train_per_class': 1000, 'test_per_class': 1000}
+  if arg is None:
+    return config
+  if arg == 'full':
+    return dataclasses.replace(config, train_per_class=100, test_per_class=30)
+  if arg == 'clinc150':
+    return dataclasses.replace(config, **full)
+  if arg == 'banking77':
+    return dataclasses.replace(config, num_classes=77, num_tasks=7, **full)
+  if arg == 'small':
+    return dataclasses.replace(
+      config,
+      num_classes=4,
+      num_tasks=2,
+      train_per_class=4,
+      test_per_class=2,
+      num_seeds=2,
+      learner=reading.LearnerConfig(
+        embed_dim=16, mlp_dim=16, num_steps=2, batch_size=2
+      ),
+      inner=levels.InnerConfig((32, 64), (1.0, 1.0)),
+      num_words=64,
+      row_classes=2,
+      row_examples=4,
+      epochs=1,
+      batch_size=4,
+    )
+  raise errors.UserError(
+    f"{arg!r} must be 'full', 'clinc150', 'banking77' or 'small', or nothing."
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+  """A corpus cut into tasks, in one order of classes for each seed.
+
+  Attributes:
+    words: What tokens are.
+    texts: Of training and test, one string each.
+    train: [text, EXAMPLE], with classes.
+    test: The same.
+    task_of: [seed, class], when it comes.
+  """
+
+  words: classifier.Words
+  texts: tuple[list[str], list[str]]
+  train: np.ndarray
+  test: np.ndarray
+  task_of: np.ndarray
+
+  def part(self, seed: int, task: int) -> np.ndarray:
+    """Places of the texts of a task in `train`."""
+    return np.flatnonzero(self.task_of[seed, self.train[:, -1]] == task)
+
+  def seen(self, task: int) -> np.ndarray:
+    """Which tokens are classes that have come by a task, [seed, v]."""
+    rest = self.words.vocab_size - self.words.num_classes
+    return np.pad(self.task_of <= task, ((0, 0), (0, rest)))
+
+  def score(self, answer: Callable[[np.ndarray], Any], task: int) -> np.ndarray:
+    """Share of right answers in each task after one, [seed, task].
+
+    Args:
+      answer: From which tokens may be answered [seed, v] to answers
+        [seed, test].
+      task: The last that came; -1 is none. Candidates for what came are the
+        classes that came, and for what did not, all classes.
+    """
+    labels, num_tasks = self.test[:, -1], self.task_of.max() + 1
+    tasks = self.task_of[:, labels]
+    right = np.asarray(answer(self.seen(num_tasks - 1))) == labels
+    if 0 <= task < num_tasks - 1:
+      seen = np.asarray(answer(self.seen(task))) == labels
+      right = np.where(tasks <= task, seen, right)
+    return np.stack(
+      [
+        np.sum(right & (tasks == t), axis=1) / np.sum(tasks == t, axis=1)
+        for t in range(num_tasks)
+      ],
+      axis=1,
+    )
+
+
+def make_tasks(config: ClassesConfig) -> Tasks:
+  """Reads or makes the corpus and cuts it."""
+  if config.path is None:
+    corpus = intents.generate_intents(
+      0,
+      num_classes=config.num_classes,
+      num_train=config.train_per_class,
+      num_test=config.test_per_class,
+    )
+  else:
+    corpus = intents.read_intents(config.path)
+  if config.num_classes > len(corpus.names):
+    raise errors.UserError(
+      f'num_classes={config.num_classes}, but the corpus has '
+      f'{len(corpus.names)}; lower it.'
+    )
+  if config.num_classes % config.num_tasks:
+    raise errors.UserError(
+      f'num_classes={config.num_classes} is no multiple of '
+      f'num_tasks={config.num_tasks}; change one.'
+    )
+  rng = np.random.default_rng(0)
+  chosen = np.arange(len(corpus.names))
+  if config.num_classes < len(chosen):
+    chosen = np.sort(rng.choice(len(chosen), config.num_classes, replace=False))
+  words = classifier.Words(config.num_classes, config.num_words)
+
+  def take(texts, labels, count):
+    places = [
+      rng.permutation(np.flatnonzero(labels == name))[:count] for name in chosen
+    ]
+    tokens = words.encode([texts[i] for i in np.concatenate(places)])
+    tokens[:, -1] = np.repeat(np.arange(len(chosen)), [*map(len, places)])
+    return [texts[i] for i in np.concatenate(places)], tokens
+
+  train_texts, train = take(
+    corpus.train, corpus.train_labels, config.train_per_class
+  )
+  test_texts, test = take(
+    corpus.test, corpus.test_labels, config.test_per_class
+  )
+  size = config.num_classes // config.num_tasks
+  orders = [
+    np.random.default_rng((2, seed)).permutation(config.num_classes) // size
+    for seed in range(config.num_seeds)
+  ]
+  return Tasks(words, (train_texts, test_texts), train, test, np.stack(orders))
+
+
+def run(config: ClassesConfig, workdir: str, mode: str) -> None:
+  """Runs every arm and writes the measures."""
+  report_files.check_mode(mode)
+  tasks = make_tasks(config)
+  matrices = {'nearest class mean, tf-idf': _nearest_mean(config, tasks)}
+  metrics, params = [], {}
+  model = classifier.make_classifier(config.learner, tasks.words, _LEVELS)
+  row = lambda rng: classifier.make_row(
+    tasks.words, rng, classes=config.row_classes, examples=config.row_examples
+  )
+  for name, inner in {
+    'in context': reading.only(config.inner, ()),
+    'levels': config.inner,
+  }.items():
+    params[name], losses = reading.train(
+      model, inner, row, config.learner, name=name
+    )
+    metrics += [
+      {'arm': name, 'step': i, 'loss': float(x)} for i, x in enumerate(losses)
+    ]
+    matrices[name] = _stream(config, tasks, model, inner, params[name], name)
+  for name in ('fine-tuning', 'ewc', 'replay', 'joint'):
+    start = params['in context']
+    matrices[name] = _tune(config, tasks, model, start, name)
+  _write(config, workdir, tasks, matrices, metrics)
+
+
+def _stream(config, tasks, model, inner, params, name):
+  """Scores [seed, 1 + task, task] of a stream, one row for each seed."""
+  size = levels.segment_size(levels.make_levels(config.inner, _LEVELS))
+  if size % classifier.EXAMPLE:
+    raise errors.UserError(
+      f'inner.chunk_sizes={config.inner.chunk_sizes} cut segments of {size} '
+      f'tokens, no multiple of the {classifier.EXAMPLE} of an example.'
+    )
+  learner = reading.make_reading(model, inner, segment_size=size)
+  state = learner.start(params, config.num_seeds)
+  questions = tasks.test.copy()
+  questions[:, -1] = tasks.words.pad
+  questions = np.repeat(questions[:, None], config.num_seeds, axis=1)
+
+  def answer(allowed):  # by each row among its own candidates
+    said = learner.ask(params, state, questions, allowed=allowed[:, None])
+    return said.answers[..., -1].T
+
+  scores = [tasks.score(answer, -1)]
+  per_segment = size // classifier.EXAMPLE
+  for task in tqdm.trange(config.num_tasks, desc=name):
+    rng = np.random.default_rng((3, task))
+    parts = [
+      rng.permutation(tasks.part(seed, task))
+      for seed in range(config.num_seeds)
+    ]
+    # As many examples for each seed, in whole segments; some come twice.
+    longest = max(map(len, parts))
+    longest += -longest % per_segment
+    rows = [np.resize(part, longest) for part in parts]
+    tokens = np.stack([tasks.train[part].ravel() for part in rows])
+    _, state = learner.read(params, state, tokens)
+    scores.append(tasks.score(answer, task))
+  return np.stack(scores, axis=1)
+
+
+def _tune(config, tasks, model, params, name):
+  """Scores [seed, 1 + task, task] of fine-tuning."""
+  tuning = classifier.make_tuning(
+    model, tasks.words, config.learning_rate, config.ewc_strength
+  )
+  num_seeds = config.num_seeds
+  params = jax.tree.map(lambda x: np.stack([x] * num_seeds), params)
+  state, anchor = tuning.init(params), None
+  rngs = [np.random.default_rng((4, seed)) for seed in range(num_seeds)]
+  kept = [np.zeros(0, np.int64) for _ in range(num_seeds)]
+
+  def answer(allowed):
+    batches = np.array_split(tasks.test, -(-len(tasks.test) // 256))
+    found = [tuning.answer(params, batch, allowed) for batch in batches]
+    return np.concatenate(found, axis=1)
+
+  scores = [tasks.score(answer, -1)]
+  for task in tqdm.trange(config.num_tasks, desc=name):
+    new = [tasks.part(seed, task) for seed in range(num_seeds)]
+    steps = max(config.epochs * max(map(len, new)) // config.batch_size, 1)
+    for _ in range(steps):
+      picks = []
+      for rng, fresh, old in zip(rngs, new, kept, strict=True):
+        pool = fresh if name != 'joint' else np.concatenate([fresh, old])
+        pick = rng.choice(pool, config.batch_size)
+        if name == 'replay' and len(old):
+          half = config.batch_size // 2
+          pick[:half] = rng.choice(old, half)
+        picks.append(pick)
+      batch = tasks.train[np.stack(picks)]
+      params, state = tuning.step(params, state, batch, anchor)
+    if name == 'ewc':
+      picks = [rng.choice(x, 64) for rng, x in zip(rngs, new, strict=True)]
+      found = tuning.importances(params, tasks.train[np.stack(picks)])
+      if anchor is not None:
+        found = jax.tree.map(np.add, found, anchor[1])
+      anchor = jax.tree.map(np.array, params), found
+    per_class = config.replayed if name == 'replay' else None
+    kept = [
+      np.concatenate([old, _keep(tasks, rng, fresh, per_class)])
+      for rng, old, fresh in zip(rngs, kept, new, strict=True)
+    ]
+    scores.append(tasks.score(answer, task))
+  return np.stack(scores, axis=1)
+
+
+def _keep(tasks, rng, places, per_class):
+  """Some examples of each class of a task."""
+  labels = tasks.train[places, -1]
+  picks = [
+    rng.permutation(places[labels == label])[:per_class]
+    for label in np.unique(labels)
+  ]
+  return np.concatenate(picks)
+
+
+def _nearest_mean(config, tasks):
+  """Scores [seed, 1 + task, task] of the nearest class mean."""
+  try:
+    from sklearn.feature_extraction import text
+  except ImportError as error:
+    raise errors.UserError(
+      'the nearest class mean needs scikit-learn, which is not installed: pip '
+      "install -c constraints.txt -e '.[experiments]'."
+    ) from error
+  train_texts, test_texts = tasks.texts
+  features = text.TfidfVectorizer(sublinear_tf=True, token_pattern=r"[\w']+")
+  train = features.fit_transform(train_texts)
+  labels = tasks.train[:, -1]
+  means = np.stack(
+    [
+      np.asarray(train[np.flatnonzero(labels == c)].mean(axis=0))[0]
+      for c in range(config.num_classes)
+    ]
+  )
+  means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+  near = features.transform(test_texts) @ means.T
+  scores = [np.zeros((config.num_seeds, config.num_tasks))]
+  for task in range(config.num_tasks):
+    # A class that has not come has no mean, whatever the candidates.
+    known = tasks.task_of <= task
+    answers = [np.argmax(np.where(row, near, -1), axis=1) for row in known]
+    scores.append(tasks.score(lambda _, found=answers: np.stack(found), task))
+  return np.stack(scores, axis=1)
+
+
+def _write(config, workdir, tasks, matrices, metrics):
+  rows, summary, curves = [], {}, {}
+  for name, matrix in matrices.items():
+    measures = [
+      evaluation.continual_scores(scores[1:], scores[0]) for scores in matrix
+    ]
+    row = [name]
+    for field in evaluation.ContinualScores._fields:
+      values = np.array([getattr(m, field) for m in measures])
+      row.append(reading.mean_and_spread(100 * values))
+      key = f'{report_files.key(name)}_{field}'
+      summary[key] = float(np.mean(values))
+      summary[f'{key}_spread'] = float(np.std(values))
+    rows.append(row)
+    curves[name] = np.stack(
+      [
+        [np.mean(scores[1 + i, : i + 1]) for i in range(config.num_tasks)]
+        for scores in matrix
+      ]
+    )
+  reading.plot_lines(
+    pathlib.Path(workdir) / 'classes.png',
+    range(1, config.num_tasks + 1),
+    curves,
+    xlabel='tasks learned',
+    ylabel='accuracy on all of them',
+    log_x=False,
+  )
+  source = 'a generated corpus' if config.path is None else 'the corpus'
+  report_files.write(
+    workdir,
+    config,
+    module=__name__,
+    summary=summary,
+    metrics=metrics,
+    sections=[
+      '# Classes in tasks',
+      f'{config.num_classes} classes of {source} in {config.num_tasks} tasks, '
+      f'{len(tasks.train):,} texts to learn from and {len(tasks.test):,} to '
+      f'answer; percent, mean and spread over {config.num_seeds} seeds.',
+      report_files.table(
+        ('arm', *evaluation.ContinualScores._fields),
+        sorted(rows, key=lambda r: -summary[f'{report_files.key(r[0])}_final']),
+      ),
+      '![Accuracy on the classes so far](classes.png)',
+    ],
+  )

@@ -1,0 +1,224 @@
+"""Texts as tokens, and a model that says their class.
+
+An example is a row of 16 tokens: words, a question mark, the class. A stream of
+examples is read like any text, except that nothing but classes is predicted:
+where no class comes next, the logits are constants, which teach nothing.
+"""
+
+from collections.abc import Sequence
+import functools
+import re
+from typing import Any, NamedTuple
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.continual import reading
+from nested_learning import models
+from nested_learning import parameters
+from nested_learning.layers import layer
+
+EXAMPLE = 16  # tokens
+_NEVER = -30.0  # logit of what is no class
+
+
+class Words(NamedTuple):
+  """How texts become tokens: classes first, two marks, then hashed words."""
+
+  num_classes: int
+  num_words: int  # places that words are hashed to
+
+  @property
+  def pad(self) -> int:
+    """The mark of no word, and of a class that is not told."""
+    return self.num_classes
+
+  @property
+  def question(self) -> int:
+    """The mark that a class comes next."""
+    return self.num_classes + 1
+
+  @property
+  def vocab_size(self) -> int:
+    """Tokens that there are."""
+    return self.num_classes + 2 + self.num_words
+
+  def encode(self, texts: Sequence[str]) -> np.ndarray:
+    """Examples [text, EXAMPLE] whose class is not told."""
+    out = np.full((len(texts), EXAMPLE), self.pad, np.int32)
+    out[:, -2] = self.question
+    for row, text in zip(out, texts, strict=True):
+      words = re.findall(r"[\w']+", text.lower())[: EXAMPLE - 2]
+      ids = [zlib.crc32(word.encode()) % self.num_words for word in words]
+      end = EXAMPLE - 2
+      row[end - len(ids) : end] = [self.num_classes + 2 + i for i in ids]
+    return out
+
+
+def make_classifier(
+  config: reading.LearnerConfig, words: Words, level_names: Sequence[str]
+) -> models.Model:
+  """Makes a model that is asked for nothing but classes.
+
+  Args:
+    config: Its sizes.
+    words: What its tokens are.
+    level_names: Of the chain, fastest first.
+
+  Returns:
+    A `models.Model` around the trunk of any other.
+  """
+  model_config = reading.make_config(config, words.vocab_size, level_names)
+  trunk = models.make_trunk(model_config)
+  width = config.embed_dim
+  matrix = lambda rows: parameters.Param(
+    (rows, width), ('vocab', 'embed'), parameters.fan_in(width)
+  )
+  table = {
+    'embedding': matrix(words.vocab_size),
+    'head': matrix(words.num_classes),
+    **trunk.table,
+  }
+
+  def forward(params, state, tokens, *, reset=None, mask=None, write=True):
+    x = params['embedding'][tokens] * width**0.5
+    x, state = trunk.apply(params, state, x, layer.Marks(reset, mask, write))
+    logits = jnp.einsum('bte,ve->btv', x, params['head'])
+    asked = (tokens == words.question)[..., None]
+    rest = words.vocab_size - words.num_classes
+    return jnp.pad(
+      jnp.where(asked, logits, 0.0),
+      ((0, 0), (0, 0), (0, rest)),
+      constant_values=_NEVER,
+    ), state
+
+  return models.Model(
+    config=model_config,
+    table=table,
+    init_params=lambda key: parameters.init(key, table),
+    init_state=trunk.init_state,
+    forward=forward,
+  )
+
+
+def make_row(
+  words: Words, rng: np.random.Generator, *, classes: int, examples: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Examples of some invented classes, as one row, and their weights [t].
+
+  Args:
+    words: What tokens are.
+    rng: Random numbers.
+    classes: Classes of the row, at random among all.
+    examples: Examples of the row.
+
+  Returns:
+    Tokens and weights; a class counts where it was seen before.
+  """
+  names = rng.choice(words.num_classes, classes, replace=False)
+  first, own = words.num_classes + 2, 5  # words of a class's own
+  drawn = rng.permutation(words.num_words)[: own * classes + 30] + first
+  common, pools = drawn[:30], drawn[30:].reshape(classes, -1)
+  labels = rng.integers(classes, size=examples)
+  tokens = np.full((examples, EXAMPLE), words.pad)
+  weights = np.zeros((examples, EXAMPLE))
+  seen = set()
+  for row, weight, label in zip(tokens, weights, labels, strict=True):
+    count = rng.integers(3, 9)
+    is_own = rng.random(count) < 0.4
+    is_own[rng.integers(count)] = True
+    text = np.where(
+      is_own, rng.choice(pools[label], count), rng.choice(common, count)
+    )
+    row[EXAMPLE - 2 - count : EXAMPLE - 2] = text
+    row[-2:] = words.question, names[label]
+    weight[-1] = 1.0 if label in seen else 0.02
+    seen.add(label)
+  return tokens.ravel(), weights.ravel()
+
+
+class Tuning(NamedTuple):
+  """Fine-tuning of all parameters, for several seeds at once.
+
+  Attributes:
+    init: `init(params) -> state` of the optimiser; leaves [seed, ...].
+    step: `step(params, state, batch, anchor)` takes one step on examples
+      [seed, b, EXAMPLE]; the anchor is (parameters, importances), to which
+      parameters are held, or None.
+    importances: `importances(params, batch)`, the mean squared gradient of the
+      likelihood of each of the examples: the diagonal of Fisher's matrix.
+    answer: `answer(params, batch, allowed)`, the likeliest class of each among
+      allowed [seed, v].
+  """
+
+  init: Any
+  step: Any
+  importances: Any
+  answer: Any
+
+
+def make_tuning(
+  model: models.Model, words: Words, learning_rate: float, strength: float
+) -> Tuning:
+  """Makes what fine-tunes a classifier on single examples.
+
+  Args:
+    model: From `make_classifier`.
+    words: What its tokens are.
+    learning_rate: Of Adam.
+    strength: Of the pull towards an anchor; Kirkpatrick et al.'s lambda.
+
+  Returns:
+    A `Tuning`.
+
+  References:
+    Kirkpatrick et al., arXiv:1612.00796, 2016, eq. 3.
+  """
+  optimizer = optax.adam(learning_rate)
+
+  def classify(params, batch):
+    logits, _ = model.forward(params, None, batch[:, :-1])
+    return logits[:, -1]
+
+  def loss_fn(params, batch, anchor):
+    logits = classify(params, batch)[:, : words.num_classes]
+    loss = jnp.mean(
+      optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, -1])
+    )
+    if anchor is None:
+      return loss
+    pulls = jax.tree.map(
+      lambda p, at, weight: jnp.sum(weight * jnp.square(p - at)),
+      params,
+      *anchor,
+    )
+    return loss + 0.5 * strength * sum(jax.tree.leaves(pulls))
+
+  def step_one(params, state, batch, anchor):
+    gradients = jax.grad(loss_fn)(params, batch, anchor)
+    updates, state = optimizer.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+  def importances_one(params, batch):
+    def add(total, example):
+      gradient = jax.grad(loss_fn)(params, example[None], None)
+      return jax.tree.map(lambda a, g: a + g * g, total, gradient), None
+
+    zero = jax.tree.map(jnp.zeros_like, params)
+    total, _ = jax.lax.scan(add, zero, batch)
+    return jax.tree.map(lambda x: x / batch.shape[0], total)
+
+  def answer_one(params, batch, allowed):
+    logits = jnp.where(allowed, classify(params, batch), -jnp.inf)
+    return jnp.argmax(logits, axis=-1)
+
+  step = functools.partial(jax.jit, donate_argnums=(0, 1))
+  return Tuning(
+    jax.jit(jax.vmap(optimizer.init)),
+    step(jax.vmap(step_one, in_axes=(0, 0, 0, 0))),
+    jax.jit(jax.vmap(importances_one)),
+    jax.jit(jax.vmap(answer_one, in_axes=(0, None, 0))),
+  )

@@ -1,0 +1,179 @@
+"""What the experiments on continual learning feed their learners."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import numpy as np
+
+from experiments.continual import classes
+from experiments.continual import classifier
+from experiments.continual import facts
+from experiments.continual import frequencies
+from experiments.continual import grammar
+from experiments.continual import horizon
+from experiments.continual import languages
+from nested_learning import errors
+
+
+class FactsTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.config = facts.StreamConfig()
+    self.stream = facts.Stream(self.config, np.random.default_rng(0))
+
+  def _sentences(self, tokens):
+    return tokens.reshape(-1, 4)
+
+  def test_a_fact_has_one_value_wherever_it_is_said(self):
+    said = {}
+    for tokens in (self.stream.plant(), self.stream.questions()):
+      for _, first, second, value in self._sentences(tokens):
+        self.assertEqual(said.setdefault((first, second), value), value)
+    self.assertLen(said, self.config.num_facts)
+
+  def test_documents_leave_facts_alone_and_answer_from_themselves(self):
+    told = {tuple(s[1:3]) for s in self._sentences(self.stream.plant())}
+    documents = self.stream.documents(64 * 50)
+    for document in documents.reshape(-1, self.config.document_tokens):
+      sentences = self._sentences(document)
+      own = {}
+      for mark, *name, value in sentences:
+        self.assertNotIn(tuple(name), told)
+        if mark == 0:
+          own[tuple(name)] = value
+        else:
+          self.assertEqual(own[tuple(name)], value)
+      self.assertLen(own, self.config.document_facts)
+
+  def test_rows_weigh_the_end_as_much_as_the_rest(self):
+    tokens, weights = facts.make_row(
+      self.config, 512, np.random.default_rng(0), multiple_of=256
+    )
+    self.assertEqual(len(tokens) % 256, 0)
+    end = len(tokens) - 4 * self.config.num_facts
+    self.assertAlmostEqual(weights[end:].sum(), weights[:end].sum())
+    self.assertFalse(weights[np.arange(len(tokens)) % 4 != 3].any())
+
+  def test_tokens_are_in_the_vocabulary(self):
+    tokens, _ = facts.make_row(self.config, 512, np.random.default_rng(0))
+    self.assertLess(tokens.max(), self.config.vocab_size)
+    values = tokens[3::4]
+    self.assertGreaterEqual(values.min(), self.config.first_value)
+
+
+class GrammarTest(parameterized.TestCase):
+  def test_a_sentence_by_hand(self):
+    language = grammar.Language(
+      words=tuple((i, i) for i in range(20)),
+      affixes=(21, 22, 23),
+      is_suffix=(True, False, True),
+      order='OVS',
+      adjective_first=False,
+    )
+    meaning = grammar.Meaning(
+      subject=grammar.Phrase(0, None, False),  # dog
+      verb=10,  # watch
+      target=grammar.Phrase(1, 16, True),  # big cats
+      is_past=True,
+    )
+    self.assertEqual(
+      grammar.to_text(grammar.to_english(meaning)), 'dog watched big cats'
+    )
+    first = grammar.VOCAB_SIZE - 24
+    # cats, their plural and case, big; past, see; dog.
+    syllables = [1, 1, 21, 23, 16, 16, 22, 10, 10, 0, 0]
+    self.assertEqual(
+      grammar.say(language, meaning), [first + s for s in syllables]
+    )
+
+  def test_pairs_fit_and_languages_differ(self):
+    rng = np.random.default_rng(0)
+    one, other = (grammar.make_language(rng) for _ in range(2))
+    self.assertNotEqual(one.words, other.words)
+    self.assertLen(set(one.words), 20)
+    for meaning in grammar.make_meanings(rng, 300):
+      tokens, start = grammar.pair(one, meaning)
+      self.assertLen(tokens, grammar.PAIR)
+      self.assertEqual(tokens[start - 1], grammar.TO_ENGLISH)
+      english = grammar.to_english(meaning)
+      self.assertLessEqual(len(english), grammar.MAX_ENGLISH)
+      self.assertEqual(
+        grammar.to_text(tokens[start:]), grammar.to_text(english)
+      )
+
+  def test_only_translations_and_the_review_weigh(self):
+    config = languages.get_config('small')
+    tokens, weights = languages.make_row(config, np.random.default_rng(0))
+    tokens = tokens.reshape(-1, grammar.PAIR)
+    weights = weights.reshape(tokens.shape)
+    english = grammar.is_english(tokens)
+    self.assertTrue((weights[english] > 1).all())
+    self.assertTrue((weights[~english] < 1).all())
+
+
+class HorizonTest(absltest.TestCase):
+  def test_text_follows_its_topic(self):
+    config = horizon.HorizonConfig(noise=0.0)
+    rng = np.random.default_rng(0)
+    topics = np.stack([horizon.make_topic(config, rng) for _ in range(2)])
+    np.testing.assert_allclose(topics[..., -1], 1)
+    text = horizon.write_text(topics, 500, rng)
+    for topic, words in zip(topics, text, strict=True):
+      chances = np.diff(topic, axis=1, prepend=0)
+      self.assertTrue((chances[words[:-1], words[1:]] > 1e-12).all())
+
+
+class FrequenciesTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (0, (None, None, None, None)),
+    (1, (256, None, None, None)),
+    (2, (16, 256, None, None)),
+    (3, (16, 64, 256, None)),
+    (4, (16, 48, 96, 256)),
+  )
+  def test_clocks_are_even_in_the_logarithm(self, number, sizes):
+    self.assertEqual(frequencies.chunk_sizes(number, 16, 256), sizes)
+
+  def test_refuses_what_has_no_common_segment(self):
+    with self.assertRaisesRegex(errors.UserError, 'slowest=100'):
+      frequencies.chunk_sizes(2, 16, 100)
+
+
+class ClassesTest(absltest.TestCase):
+  def test_every_class_is_in_one_task(self):
+    config = classes.get_config('small')
+    tasks = classes.make_tasks(config)
+    self.assertLen(tasks.train, 16)
+    self.assertLen(tasks.test, 8)
+    for seed in range(config.num_seeds):
+      parts = [tasks.part(seed, task) for task in range(config.num_tasks)]
+      np.testing.assert_array_equal(np.sort(np.concatenate(parts)), range(16))
+
+  def test_candidates_are_what_came(self):
+    tasks = classes.make_tasks(classes.get_config('small'))
+    labels = tasks.test[:, -1]
+    asked = []
+
+    def perfect(allowed):
+      asked.append(allowed.sum(axis=1).tolist())
+      return np.stack([labels] * len(allowed))
+
+    np.testing.assert_array_equal(tasks.score(perfect, 0), np.ones((2, 2)))
+    self.assertEqual(asked, [[4, 4], [2, 2]])  # all classes, then the first two
+
+  def test_texts_become_words_a_mark_and_a_class(self):
+    words = classifier.Words(num_classes=4, num_words=64)
+    tokens = words.encode(['Pay my bill!', 'pay ' * 20])
+    self.assertEqual(tokens.shape, (2, classifier.EXAMPLE))
+    self.assertTrue((tokens[:, -2] == words.question).all())
+    self.assertTrue((tokens[0, :-5] == words.pad).all())
+    self.assertEqual(tokens[0, -5], tokens[1, 0])
+    self.assertTrue((tokens[1, :-2] >= 6).all())
+
+  def test_refuses_tasks_of_unequal_size(self):
+    config = classes.ClassesConfig(num_classes=10, num_tasks=3)
+    with self.assertRaisesRegex(errors.UserError, 'no multiple of num_tasks=3'):
+      classes.make_tasks(config)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,135 @@
+"""The experiments on continual learning, each at its smallest."""
+
+import json
+import pathlib
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import numpy as np
+import pytest
+
+from experiments.continual import classes
+from experiments.continual import facts
+from experiments.continual import frequencies
+from experiments.continual import horizon
+from experiments.continual import languages
+from experiments.continual import reading
+from nested_learning import configs
+from nested_learning import errors
+from nested_learning import levels
+from tests import compiling
+
+_LEARNER = reading.LearnerConfig(embed_dim=16, mlp_dim=16)
+
+
+class ReadingTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.enterContext(compiling.quickly())
+    self.model = reading.make_model(_LEARNER, 20, ('fast', 'slow'))
+    self.params = self.model.init_params(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    self.tokens = rng.integers(20, size=(2, 32))
+    self.questions = rng.integers(20, size=(3, 2, 8))
+
+  @parameterized.parameters([()], [(0, 1)])
+  def test_a_question_is_answered_as_if_it_were_read_and_then_forgotten(
+    self, which
+  ):
+    inner = reading.only(levels.InnerConfig((8, 16), (0.5,)), which)
+    learner = reading.make_reading(self.model, inner, segment_size=8)
+    _, state = learner.read(
+      self.params, learner.start(self.params, 2), self.tokens
+    )
+    asked = learner.ask(self.params, state, self.questions)
+    for i, question in enumerate(self.questions):
+      read, _ = learner.read(self.params, state, question)
+      np.testing.assert_allclose(
+        asked.losses[i], read.losses, rtol=1e-4, atol=1e-4
+      )
+      np.testing.assert_array_equal(asked.answers[i], read.answers)
+    few = np.arange(20) < 3
+    asked = learner.ask(self.params, state, self.questions, allowed=few)
+    self.assertLess(asked.answers.max(), 3)
+
+  def test_what_is_said_of_a_token_stands_at_its_place(self):
+    inner = levels.InnerConfig((None, None))
+    learner = reading.make_reading(self.model, inner, segment_size=8)
+    said, _ = learner.read(
+      self.params, learner.start(self.params, 2), self.tokens
+    )
+    logits, _ = self.model.forward(self.params, None, self.tokens)
+    self.assertTrue(np.isnan(said.losses[:, 0]).all())
+    np.testing.assert_array_equal(
+      said.answers[:, 1:8], np.argmax(logits, axis=-1)[:, :7]
+    )
+
+  def test_refuses_segments_that_levels_do_not_have(self):
+    with self.assertRaisesRegex(errors.UserError, 'no multiple'):
+      reading.make_reading(
+        self.model, levels.InnerConfig((8, 16)), segment_size=12
+      )
+
+  @parameterized.parameters('no such', 'transformer')
+  def test_refuses_families(self, family):
+    with self.assertRaisesRegex(errors.UserError, f"family='{family}'"):
+      reading.make_config(reading.LearnerConfig(family), 20, ('fast',))
+
+
+class ContinualTest(parameterized.TestCase):
+  def _run(self, experiment):
+    self.enterContext(compiling.quickly())
+    workdir = pathlib.Path(self.create_tempdir().full_path)
+    config = experiment.get_config('small')
+    experiment.run(config, str(workdir), 'train')
+    saved = (workdir / 'config.json').read_text()
+    self.assertEqual(configs.from_json(saved), config)
+    self.assertIn('.png)', (workdir / 'report.md').read_text())
+    self.assertLen(list(workdir.glob('*.png')), 1)
+    return json.loads((workdir / 'summary.json').read_text())
+
+  @parameterized.parameters(
+    (classes,), (facts,), (frequencies,), (horizon,), (languages,)
+  )
+  def test_configs(self, experiment):
+    experiment.get_config()
+    with self.assertRaisesRegex(errors.UserError, "'no'"):
+      experiment.get_config('no')
+
+  def test_facts(self):
+    summary = self._run(facts)
+    for name in ('memories_only', 'fast_level', 'fast_and_slow_level'):
+      self.assertBetween(summary[f'{name}_after_64'], 0, 1)
+
+  @pytest.mark.slow
+  def test_horizon(self):
+    summary = self._run(horizon)
+    self.assertIn('all_levels_gain_after_64', summary)
+    self.assertGreater(summary['loss_before'], 0)
+
+  @pytest.mark.slow
+  def test_frequencies(self):
+    summary = self._run(frequencies)
+    self.assertIn(summary['best_levels'], (0, 2))
+    self.assertBetween(summary['levels_2_slowest_32_rate_1_after_64'], 0, 1)
+
+  @pytest.mark.slow
+  def test_languages(self):
+    pytest.importorskip('sacrebleu')
+    summary = self._run(languages)
+    self.assertBetween(summary['alone_1_levels'], 0, 100)
+
+  @pytest.mark.slow
+  def test_classes(self):
+    pytest.importorskip('sklearn')
+    summary = self._run(classes)
+    for name in ('in_context', 'levels', 'ewc', 'replay', 'joint'):
+      self.assertBetween(summary[f'{name}_final'], 0, 1)
+      self.assertIn(f'{name}_forward', summary)
+    mean = summary['nearest_class_mean_tf_idf_final']
+    self.assertGreater(mean, 0.25)  # better than a guess among four
+
+
+if __name__ == '__main__':
+  absltest.main()
