@@ -185,9 +185,7 @@ FAMILIES = {
   'tnt': Family(_tnt, _mlp),
   'yaad': Family(_memory(**{**_MIRAS, **_WIDE, 'objective': 'huber'}), _mlp),
   'moneta': Family(
-    _memory(
-      **{**_MIRAS, **_WIDE, 'objective': 'l3', 'weights': 'lq_norm'}
-    ),
+    _memory(**{**_MIRAS, **_WIDE, 'objective': 'l3', 'weights': 'lq_norm'}),
     _mlp,
   ),
   'memora': Family(_memory(**_MIRAS, **_WIDE, weights='softmax'), _mlp),
