@@ -11,21 +11,20 @@ operation counts of the two would allow), share_of_matmul_rate, flatness_1k_32k
 (training time per token of a 32K row over that of 1K rows) and
 decode_flatness_1k_100k (generation time per token, the same way).
 
-Result, two CPU cores shared with other work, float32, one run:
+Result, two idle CPU cores, float32, one run, of memories that write every map
+and erase at every map (learns and erase 'every_map', the defaults of the layer
+are cheaper and have not been timed alone yet):
 
-  chunk_over_token_loop     32.0   (237 tokens/s against 7,586 at chunks of 64)
-  hope_over_transformer     0.731  (1,497 tokens/s against 2,048)
+  chunk_over_token_loop     31.5   (229 tokens/s against 7,201 at chunks of 64)
+  hope_over_transformer     0.670  (1,338 tokens/s against 1,998)
   hope_flop_ceiling         0.506
-  share_of_matmul_rate      0.247  (Transformer++ 0.171)
-  flatness_1k_32k           0.684  (long rows are faster)
-  decode_flatness_1k_100k   0.992
+  share_of_matmul_rate      0.233  (Transformer++ 0.176)
+  flatness_1k_32k           1.055
+  decode_flatness_1k_100k   0.999
   state_bytes_100k_over_1k  1
 
-Hope passes what the operation counts alone would allow, because its matmuls run
-nearer to the machine's rate than the Transformer++'s, whose softmax counts no
-operation here. Chunks of 16 run at 4,076 tokens/s, chunks of 128 at 6,308. The
-token loop does the same algebra without the chunk's triangular system, bound by
-reading and writing every memory once per token.
+Chunks of 16 run at 3,688 tokens/s, chunks of 128 at 5,930. hope_flop_ceiling
+counts matmuls alone, at one rate for both models.
 """
 
 import dataclasses
