@@ -10,7 +10,8 @@ run. The whole suite leaves its page in experiments/results/small, a part of it
 (--only, --quick, or interrupted) in --workdir/results; --results is a folder
 for either.
 
-Hardware: two CPU cores. Not timed as a whole yet.
+Hardware: two CPU cores, 35 minutes beside other work on the same cores, one
+seed.
 
 Exits with 0 when all runs are finished, whatever the gates say; with 1 and a
 line for each run that failed; with 2 and one line when a flag is wrong.
