@@ -1,0 +1,136 @@
+"""The table of compiled sizes: what is compiled, kept and written."""
+
+import json
+import math
+import pathlib
+import subprocess
+from unittest import mock
+
+from absl.testing import absltest
+from absl.testing import parameterized
+
+from experiments import compiled
+from launch.targets import accelerators
+from nested_learning import configs
+from nested_learning import errors
+from nested_learning import sharding
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_ROWS = compiled.ROWS[:2]
+
+
+def summary(row, fits=True):
+  found = {
+    'name': row.name,
+    'topology': row.topology,
+    'mesh': {'data': 2, 'fsdp': 8, 'context': 1, 'model': 1},
+    'accumulate': 1,
+    'parameters': 169_859_136,
+    'hbm_bytes': 16 * 2**30,
+    'fits': fits,
+    'tokens_per_second_per_device': 1.0,  # not kept
+  }
+  if not fits:
+    return found | {'compiler': 'Used 20G of 15.75G hbm'}
+  return found | {'peak_bytes': 3 * 2**30, 'mfu_bound': 0.25}
+
+
+class CompiledTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+    self.compiled = []
+
+  def compile_row(self, row):
+    self.compiled.append(row)
+    return summary(row, fits=row is _ROWS[0])
+
+  def run_rows(self, rows=_ROWS, **options):
+    self.compiled.clear()
+    return compiled.run(rows, self.folder, self.compile_row, **options)
+
+  def test_compiles_what_is_missing_and_keeps_the_rest(self):
+    self.assertEmpty(self.run_rows(_ROWS[1:]))
+    self.assertEmpty(self.run_rows())
+    self.assertEqual(self.compiled, [_ROWS[0]])
+    table = json.loads((self.folder / 'table.json').read_text())
+    self.assertEqual(list(table), [row.key for row in _ROWS])
+    self.assertNotIn('tokens_per_second_per_device', table[_ROWS[0].key])
+    self.run_rows()
+    self.assertEmpty(self.compiled)
+    self.run_rows(again=True)
+    self.assertEqual(self.compiled, list(_ROWS))
+
+  def test_compiles_again_where_the_experiment_changed(self):
+    self.run_rows()
+    with mock.patch.object(compiled, '_fingerprint', return_value='another'):
+      self.run_rows()
+    self.assertEqual(self.compiled, list(_ROWS))
+
+  def test_page_says_what_fits_and_what_does_not(self):
+    self.run_rows()
+    lines = (self.folder / 'README.md').read_text().splitlines()
+    (first,) = [line for line in lines if 'v5e:4x4' in line]
+    (second,) = [line for line in lines if 'v6e:4x4' in line]
+    self.assertIn('| data 2 x fsdp 8 |', first)
+    self.assertIn('| 3.0 | 16.0 | yes |', first)
+    self.assertIn('| Used 20G of 15.75G hbm | 16.0 | NO |', second)
+
+  def test_goes_on_after_a_row_that_fails(self):
+    def fail_first(row):
+      if row is _ROWS[0]:
+        raise errors.UserError('libtpu is not installed')
+      return summary(row)
+
+    (line,) = compiled.run(_ROWS, self.folder, fail_first)
+    self.assertEqual(line, f'{_ROWS[0].key}: libtpu is not installed')
+    table = json.loads((self.folder / 'table.json').read_text())
+    self.assertEqual(list(table), [_ROWS[1].key])
+
+  @parameterized.parameters(
+    ((), 13), (('hope_170m',), 2), (('hope_170m', 'v6e:4x4'), 1)
+  )
+  def test_chooses(self, only, number):
+    self.assertLen(compiled.choose(only), number)
+
+  @parameterized.parameters('hope_17m', 'v5e')
+  def test_refuses_what_is_no_row(self, name):
+    with self.assertRaisesRegex(errors.UserError, f'{name} names no row'):
+      compiled.choose([name])
+
+  def test_calls_the_launcher(self):
+    row = compiled.Row('hope_170m', 'v5e:4x4', ('mesh.model=2',))
+    folder = self.folder / row.key
+
+    def call(command, **_):
+      self.assertIn('--topology=v5e:4x4', command)
+      self.assertIn('--set=mesh.model=2', command)
+      self.assertIn(f'--workdir={folder}', command)
+      folder.mkdir()
+      (folder / 'summary.json').write_text('{"fits": true}')
+      return subprocess.CompletedProcess(command, 0, '', '')
+
+    with mock.patch.object(subprocess, 'run', call):
+      found = compiled.compile_in_process(row, self.folder)
+    self.assertEqual(found, {'fits': True})
+    refused = subprocess.CompletedProcess([], 2, '', 'noise\nrun.py: wrong.')
+    with mock.patch.object(subprocess, 'run', return_value=refused):
+      with self.assertRaisesRegex(errors.UserError, 'code 2: run.py: wrong'):
+        compiled.compile_in_process(row, self.folder)
+
+  @parameterized.named_parameters((row.key, row) for row in compiled.ROWS)
+  def test_no_device_of_a_row_is_idle(self, row):
+    config = configs.load(str(_ROOT / 'experiments' / f'{row.name}.py'))
+    config = configs.override(config, list(row.settings))
+    topology = accelerators.find(row.topology)
+    shape = sharding.mesh_shape(
+      config.mesh,
+      num_devices=topology.num_devices,
+      num_rows=config.micro_batch_size,
+    )
+    self.assertEqual(math.prod(shape), topology.num_devices)
+    self.assertEqual(shape[0] % topology.num_slices, 0)
+
+
+if __name__ == '__main__':
+  absltest.main()
