@@ -27,6 +27,7 @@ _SHORT = {
   'chunk_size': _CHUNK,
   'chunk_size_others': _CHUNK // 2,
   'window': _WINDOW,
+  'shard_size': _CHUNK,
 }
 
 
@@ -37,7 +38,9 @@ def shorten(mixer):
   changes = {}
   for field in dataclasses.fields(mixer):
     value = getattr(mixer, field.name)
-    if dataclasses.is_dataclass(value):
+    if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+      changes[field.name] = shorten(value)
+    elif dataclasses.is_dataclass(value):
       changes[field.name] = shorten(value)
     elif field.name in _SHORT and value is not None:
       changes[field.name] = _SHORT[field.name]

@@ -102,7 +102,7 @@ class ModesTest(absltest.TestCase):
         mesh=sharding.MeshConfig(64, 2),
       )
     )
-    self.assertIn('mesh (data 64, fsdp 1, model 2)', there)
+    self.assertIn('mesh (data 64, fsdp 1, context 1, model 2)', there)
     # 260 x 16 embedding, two levels of 3 x 16 x 16 + 16, norms and the mixer.
     self.assertRegex(here, r'\| embedding +\| 4,160 +\|')
     self.assertRegex(here, r'\| blocks/levels/slow +\| 784 +\|')
