@@ -19,8 +19,9 @@ def matmul_flops(function: Callable[..., Any], *args: Any) -> int:
     *args: Arrays or `jax.ShapeDtypeStruct`s.
 
   Returns:
-    The number for one call. Of a `cond` the most expensive branch counts; a
-    `while` loop, whose length is not known, counts as one pass.
+    The number for one call, of all devices together. Of a `cond` the most
+    expensive branch counts; a `while` loop, whose length is not known, counts
+    as one pass.
   """
   return jaxpr_flops(jax.make_jaxpr(function)(*args))
 
@@ -40,8 +41,18 @@ def _count(jaxpr) -> int:
     if equation.primitive.name == 'cond':
       total += max(counts)
     else:
-      total += equation.params.get('length', 1) * sum(counts)
+      total += _times(equation) * sum(counts)
   return total
+
+
+def _times(equation) -> int:
+  """How often an equation does what its own jaxpr says."""
+  params = equation.params
+  if equation.primitive.name == 'shard_map':  # it says what one device does
+    return math.prod(
+      params['mesh'].shape[axis] for axis in params['newly_manual_axes']
+    )
+  return params.get('length', 1)
 
 
 def _dot_flops(equation) -> int:

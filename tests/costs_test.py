@@ -32,6 +32,17 @@ class CostsTest(absltest.TestCase):
 
     self.assertEqual(costs.matmul_flops(scanned, _A, _B), 6 * _PRODUCT)
 
+  def test_counts_what_every_device_does(self):
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((4,), ('rows',), axis_types=auto)
+    rows = jax.sharding.PartitionSpec('rows')
+    whole = jax.sharding.PartitionSpec()
+    product = jax.shard_map(
+      jnp.matmul, mesh=mesh, in_specs=(rows, whole), out_specs=rows
+    )
+    a = jax.ShapeDtypeStruct((12, 4), jnp.float32)
+    self.assertEqual(costs.matmul_flops(product, a, _B), 4 * _PRODUCT)
+
   def test_counts_the_dearer_branch(self):
     def either(a, b):
       return jax.lax.cond(

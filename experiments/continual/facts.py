@@ -38,7 +38,7 @@ class StreamConfig:
   num_parts: int = 12  # that a name's first half can be; the same of the second
   num_values: int = 16
   num_facts: int = 16  # of a stream, about names that its documents leave alone
-  plant_tokens: int = 512  # in which facts are told, at random
+  plant_tokens: int = 4096  # in which facts are told, in rounds
   document_facts: int = 4  # told and asked in a document
   document_tokens: int = 64
 
@@ -58,8 +58,9 @@ class FactsConfig:
   """Learners, what they are trained on and what they are asked."""
 
   stream: StreamConfig = StreamConfig()
-  learner: reading.LearnerConfig = reading.LearnerConfig()
+  learner: reading.LearnerConfig = reading.LearnerConfig(connection='nested')
   inner: levels.InnerConfig = levels.InnerConfig((16, 256), (1.0, 1.0))
+  train_plant: int = 512  # tokens, in a row of training
   train_gap: int = 512  # tokens of documents in a row of training
   gaps: tuple[int, ...] = (0, 64, 256, 1024, 4096, 16_384, 65_536, 131_072)
   num_streams: int = 16
@@ -85,9 +86,14 @@ def get_config(arg: str | None = None) -> FactsConfig:
     return FactsConfig(
       stream=StreamConfig(num_parts=4, num_facts=4, plant_tokens=32),
       learner=reading.LearnerConfig(
-        embed_dim=16, mlp_dim=16, num_steps=2, batch_size=2
+        embed_dim=16,
+        mlp_dim=16,
+        connection='nested',
+        num_steps=2,
+        batch_size=2,
       ),
       inner=levels.InnerConfig((16, 32), (1.0, 1.0)),
+      train_plant=32,
       train_gap=64,
       gaps=(0, 64),
       num_streams=2,
@@ -149,23 +155,25 @@ class Stream:
 
 def make_row(
   config: StreamConfig,
-  gap: int,
   rng: np.random.Generator,
   *,
+  plant: int,
+  gap: int,
   multiple_of: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
   """A short stream to train on, and the weights of its answers, [t].
 
   Args:
     config: What is told.
-    gap: Tokens between telling and asking; a few more where needed.
     rng: Random numbers.
+    plant: Tokens of telling.
+    gap: Tokens between telling and asking; a few more where needed.
     multiple_of: What the tokens of the row are a multiple of.
 
   Returns:
     Tokens and weights.
   """
-  stream = Stream(config, rng)
+  stream = Stream(dataclasses.replace(config, plant_tokens=plant), rng)
   told, asked = stream.plant(), stream.questions()
   gap += -(len(told) + gap + len(asked)) % multiple_of
   parts = told, stream.documents(gap), asked
@@ -252,7 +260,11 @@ def run(config: FactsConfig, workdir: str, mode: str) -> None:
       model,
       arm,
       lambda rng: make_row(
-        config.stream, config.train_gap, rng, multiple_of=size
+        config.stream,
+        rng,
+        plant=config.train_plant,
+        gap=config.train_gap,
+        multiple_of=size,
       ),
       config.learner,
       name=name,

@@ -13,6 +13,7 @@ Command:
 """
 
 import dataclasses
+import math
 import pathlib
 
 import numpy as np
@@ -31,14 +32,17 @@ class FrequenciesConfig:
   """The sweep."""
 
   stream: facts.StreamConfig = facts.StreamConfig()
-  learner: reading.LearnerConfig = reading.LearnerConfig(mlp_dim=32)
+  learner: reading.LearnerConfig = reading.LearnerConfig(
+    mlp_dim=32, connection='nested'
+  )
   inner: levels.InnerConfig = levels.InnerConfig()  # all but the clocks
   fastest: int = 16  # tokens
-  slowest: tuple[int, ...] = (64, 256, 512)  # tokens; the paper has 512, 2K, 8K
+  slowest: tuple[int, ...] = (128, 256, 1024)  # tokens; the paper: 512, 2K, 8K
   trained_at: int = 256  # the one of these that learners are trained with
   num_levels: tuple[int, ...] = (0, 1, 2, 3, 4)
   rates: tuple[float, ...] = (0.3, 1.0)  # times those of training
-  train_gap: int = 512  # tokens
+  train_plant: int = 512  # tokens, as in `facts.py`
+  train_gap: int = 512
   gaps: tuple[int, ...] = (1024, 8192)
   num_streams: int = 16
 
@@ -62,6 +66,7 @@ def get_config(arg: str | None = None) -> FrequenciesConfig:
       trained_at=32,
       num_levels=(0, 2),
       rates=(1.0,),
+      train_plant=small.train_plant,
       train_gap=small.train_gap,
       gaps=(64,),
       num_streams=2,
@@ -76,24 +81,25 @@ def chunk_sizes(
 
   Args:
     num_levels: That learn; one alone is the slowest.
-    fastest: Tokens, of which all clocks are multiples.
-    slowest: Tokens.
+    fastest: Tokens.
+    slowest: Tokens; the fastest times a power of two, as are all clocks.
 
   Returns:
     One entry for each level of the chain, fastest first.
 
   Raises:
-    errors.UserError: The slowest is no multiple of the fastest.
+    errors.UserError: The slowest is not like that.
   """
-  if slowest % fastest:
+  ratio = slowest // fastest
+  if slowest % fastest or ratio & (ratio - 1):
     raise errors.UserError(
-      f'slowest={slowest} is no multiple of fastest={fastest}; change one.'
+      f'slowest={slowest} is no power of two times fastest={fastest}; change '
+      'one.'
     )
   sizes = [slowest]
   if num_levels > 1:
     steps = np.arange(num_levels) / (num_levels - 1)
-    multiples = np.round((slowest / fastest) ** steps).astype(int)
-    sizes = [fastest * int(m) for m in multiples]
+    sizes = [fastest * 2 ** round(x * math.log2(ratio)) for x in steps]
   rest = (None,) * (_MOST_LEVELS - num_levels)
   return (*sizes[:num_levels], *rest)
 
@@ -116,7 +122,11 @@ def run(config: FrequenciesConfig, workdir: str, mode: str) -> None:
       model,
       inner,
       lambda rng: facts.make_row(
-        config.stream, config.train_gap, rng, multiple_of=config.trained_at
+        config.stream,
+        rng,
+        plant=config.train_plant,
+        gap=config.train_gap,
+        multiple_of=config.trained_at,
       ),
       config.learner,
       name=f'{number} levels',

@@ -52,7 +52,9 @@ class HorizonConfig:
   )  # tokens since home
   probes: int = 32  # texts of home that a copy is asked, of a segment each
   num_streams: int = 4
-  learner: reading.LearnerConfig = reading.LearnerConfig(num_steps=200)
+  learner: reading.LearnerConfig = reading.LearnerConfig(
+    connection='nested', num_steps=200
+  )
   inner: levels.InnerConfig = levels.InnerConfig((64, 1024, 16_384), (1.0,))
   train_tokens: int = 1024  # of a row of training, which has one topic
 

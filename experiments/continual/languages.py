@@ -33,7 +33,7 @@ class LanguagesConfig:
   """Learners, how much they are taught, and what they are asked."""
 
   learner: reading.LearnerConfig = reading.LearnerConfig(
-    num_layers=2, embed_dim=48, num_heads=2
+    num_layers=2, embed_dim=48, num_heads=2, connection='nested'
   )
   inner: levels.InnerConfig = levels.InnerConfig(
     (grammar.PAIR, 4 * grammar.PAIR, 16 * grammar.PAIR), (1.0,)

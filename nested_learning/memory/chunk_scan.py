@@ -235,20 +235,18 @@ def _see(network, rule, anchor, initial, project, chunk):
   seen = writes.evaluate(network, rule, anchor, inputs, project)
   if chunk.reset is None:
     return seen
-  fresh = jnp.cumsum(chunk.reset, axis=1) > 0
-  if chunk.window is not None:  # tokens before the chunk are of its anchor
-    past = chunk.window.key.shape[2] - fresh.shape[1]
-    fresh = jnp.pad(fresh, ((0, 0), (past, 0)))
-  # After a border the initial memory is the anchor.
-  return jax.lax.cond(
-    chunk.has_border,
-    lambda: rows.where_tokens(
-      fresh[:, None, :, None],
-      writes.evaluate(network, rule, rule.weights(initial), inputs, project),
-      seen,
-    ),
-    lambda: seen,
-  )
+
+  def see_again():  # after a border the initial memory is the anchor
+    fresh = jnp.cumsum(chunk.reset, axis=1) > 0
+    if chunk.window is not None:  # tokens before the chunk are of its anchor
+      past = chunk.window.key.shape[2] - fresh.shape[1]
+      fresh = jnp.pad(fresh, ((0, 0), (past, 0)))
+    initially = writes.evaluate(
+      network, rule, rule.weights(initial), inputs, project
+    )
+    return rows.where_tokens(fresh[:, None, :, None], initially, seen)
+
+  return jax.lax.cond(chunk.has_border, see_again, lambda: seen)
 
 
 def _solve(see, network, rule, initial, state, chunk, write):

@@ -46,7 +46,11 @@ class FactsTest(absltest.TestCase):
 
   def test_rows_weigh_the_end_as_much_as_the_rest(self):
     tokens, weights = facts.make_row(
-      self.config, 512, np.random.default_rng(0), multiple_of=256
+      self.config,
+      np.random.default_rng(0),
+      plant=512,
+      gap=512,
+      multiple_of=256,
     )
     self.assertEqual(len(tokens) % 256, 0)
     end = len(tokens) - 4 * self.config.num_facts
@@ -54,7 +58,9 @@ class FactsTest(absltest.TestCase):
     self.assertFalse(weights[np.arange(len(tokens)) % 4 != 3].any())
 
   def test_tokens_are_in_the_vocabulary(self):
-    tokens, _ = facts.make_row(self.config, 512, np.random.default_rng(0))
+    tokens, _ = facts.make_row(
+      self.config, np.random.default_rng(0), plant=512, gap=512
+    )
     self.assertLess(tokens.max(), self.config.vocab_size)
     values = tokens[3::4]
     self.assertGreaterEqual(values.min(), self.config.first_value)
@@ -128,7 +134,7 @@ class FrequenciesTest(parameterized.TestCase):
     (1, (256, None, None, None)),
     (2, (16, 256, None, None)),
     (3, (16, 64, 256, None)),
-    (4, (16, 48, 96, 256)),
+    (4, (16, 32, 128, 256)),
   )
   def test_clocks_are_even_in_the_logarithm(self, number, sizes):
     self.assertEqual(frequencies.chunk_sizes(number, 16, 256), sizes)

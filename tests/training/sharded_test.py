@@ -1,6 +1,8 @@
 """A step on any mesh is the step on one device, and sends nothing in a scan."""
 
+import dataclasses
 import functools
+import math
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -29,12 +31,19 @@ _MIXERS = {
     num_heads=4, head_dim=8, chunk_size=8, chunk_size_others=8
   ),
 }
-# data, fsdp, model
-_MESHES = ((8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2), (1, 1, 4))
+# data, fsdp, context, model
+_MESHES = (
+  (8, 1, 1, 1),
+  (1, 8, 1, 1),
+  (2, 1, 1, 4),
+  (2, 2, 1, 2),
+  (1, 1, 1, 4),
+  (1, 2, 2, 2),
+)
 
 
-def _config(name, mesh=(1, 1, 1), **train):
-  data_size, fsdp, model = mesh
+def _config(name, mesh=(1, 1, 1, 1), **train):
+  data_size, fsdp, context, model = mesh
   return training.ExperimentConfig(
     name=name,
     model=models.ModelConfig(
@@ -53,7 +62,7 @@ def _config(name, mesh=(1, 1, 1), **train):
       source='none', sequence_length=_LENGTH, batch_size=_ROWS
     ),
     train=training.TrainConfig(learning_rate=1e-3, warmup_steps=0, **train),
-    mesh=sharding.MeshConfig(data=data_size, fsdp=fsdp, model=model),
+    mesh=sharding.MeshConfig(data_size, model, fsdp, context),
   )
 
 
@@ -72,7 +81,7 @@ class _Stepped:
   """Two steps on a mesh: the program, metrics and state after each."""
 
   def __init__(self, config):
-    num = config.mesh.data * config.mesh.fsdp * config.mesh.model
+    num = math.prod(dataclasses.astuple(config.mesh))
     mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:num])
     computed = subjects.make_computed(config)
     model = computed.model
@@ -140,9 +149,7 @@ class ShardedTest(parameterized.TestCase):
   def test_transformer(self, mesh):
     found = self.check('transformer', mesh)
     kinds = {axes for _, axes in found.costs.sent_bytes}
-    data_size, fsdp, model = mesh
-    sizes = (data_size, fsdp, 1, model)
-    for axis, size in zip(sharding.AXES, sizes, strict=True):
+    for axis, size in zip(sharding.AXES, mesh, strict=True):
       used = any(axis in axes.split('_') for axes in kinds)
       self.assertEqual(used, size > 1, axis)
 
