@@ -28,6 +28,7 @@ if str(_ROOT) not in sys.path:
   sys.path.insert(0, str(_ROOT))  # A checkout runs without being installed.
 
 # JAX is imported with the config: --help and a wrong flag are answered at once.
+from launch import huge_pages  # noqa: E402
 from launch import targets  # noqa: E402
 from launch import workdirs  # noqa: E402
 from launch.targets import accelerators  # noqa: E402
@@ -359,4 +360,5 @@ def _print_error(error: Exception | str) -> None:
 
 
 if __name__ == '__main__':
+  huge_pages.start_again()
   main()

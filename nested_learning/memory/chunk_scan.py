@@ -86,10 +86,11 @@ def chunk_scan(
   # A reference per row: the scan's backward pass then sums over no rows.
   reference = rows.broadcast(initial, start.memory)
   body = functools.partial(_chunk, network, rule, reference, project, write)
-  if chunks.mask is not None:
-    state, result = _scan_groups(body, start, chunks)
-  else:  # chunks are whole: a memory at their end is the next one's anchor
-    state, result = _scan_groups(body, start._replace(anchor=None), chunks)
+  if chunks.mask is None:
+    # Chunks are whole: a memory at their end is the next one's anchor.
+    start = start._replace(anchor=None)
+  state, result = _scan_written(body, rule, initial, start, chunks)
+  if chunks.mask is None:
     state = state._replace(anchor=state.memory)
   if rule.window > 1:
     state = state._replace(tail=tail)
@@ -352,6 +353,47 @@ def _lay_out_windows(rule, initial, state, chunks, write):
     write=write,
   )
   return chunks._replace(window=window), tail
+
+
+def _scan_written(body, rule, initial, state, chunks):
+  """Scans with the maps that nobody writes outside of what the scan carries.
+
+  The backward pass then keeps no copy of them per chunk.
+  """
+  is_written = lambda name: writes.learns(rule, name, initial)
+  if all(map(is_written, initial)):
+    return _scan_groups(body, state, chunks)
+  fields = ('memory', 'anchor', 'trace')
+  fixed = {field: getattr(state, field) or {} for field in fields}
+  fixed = {
+    field: {n: x for n, x in maps.items() if not is_written(n)}
+    for field, maps in fixed.items()
+  }
+
+  def drop(state):
+    maps = {field: getattr(state, field) for field in fields}
+    return state._replace(
+      **{
+        field: x and {n: y for n, y in x.items() if is_written(n)}
+        for field, x in maps.items()
+      }
+    )
+
+  def add(state):
+    maps = {field: getattr(state, field) for field in fields}
+    return state._replace(
+      **{
+        field: x and {n: (x | fixed[field])[n] for n in initial}
+        for field, x in maps.items()
+      }
+    )
+
+  def body_of_written(state, chunk):
+    state, result = body(add(state), chunk)
+    return drop(state), result
+
+  state, result = _scan_groups(body_of_written, drop(state), chunks)
+  return add(state), result
 
 
 def _scan_groups(body, state, chunks):

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -14,6 +15,7 @@ _RUN = pathlib.Path(__file__).resolve().parents[2] / 'launch' / 'run.py'
 # Needs no JAX, so that a call takes a tenth of a second.
 _FILE = """
 import dataclasses
+import os
 import pathlib
 
 from nested_learning import errors
@@ -45,6 +47,8 @@ def run(config, workdir, mode):
     return int('three')
   if config.fail == 'code':
     return 7
+  if config.fail == 'tunables':
+    return print(os.environ.get('GLIBC_TUNABLES'))
   if workdir:
     pathlib.Path(workdir, 'metrics.jsonl').touch()
   print(mode, config.size, config.generate.prompt)
@@ -61,13 +65,13 @@ class RunTest(parameterized.TestCase):
     )
     self.workdir = pathlib.Path(self.folder.full_path, 'runs', 'a')
 
-  def _call(self, *args):
+  def _call(self, *args, **environment):
     return subprocess.run(
       [sys.executable, _RUN, *args],
       capture_output=True,
       text=True,
       cwd=self.folder.full_path,
-      env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'},
+      env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1', **environment},
     )
 
   def _toy(self, *args):
@@ -107,6 +111,17 @@ class RunTest(parameterized.TestCase):
     self._assert_refused(refused, 'size (5 there, 8 here)')
     self.assertIn('Use another --workdir', refused.stderr)
     self.assertEqual((self.workdir / 'config.json').read_bytes(), before)
+
+  @absltest.skipUnless(sys.platform.startswith('linux'), 'glibc is on Linux')
+  def test_process_has_huge_pages_unless_told_otherwise(self):
+    arguments = ['--config=experiments/toy.py', '--set=fail=tunables']
+    arguments += ['--mode=describe']
+    with mock.patch.dict(os.environ):
+      os.environ.pop('GLIBC_TUNABLES', None)
+      call = self._call(*arguments)
+      self._assert_done(call, 'glibc.malloc.hugetlb=1')
+      own = 'glibc.malloc.check=0'
+      self._assert_done(self._call(*arguments, GLIBC_TUNABLES=own), own)
 
   def test_run_that_never_began_does_not_hold_its_workdir(self):
     self._assert_refused(self._toy('--set=fail=user'), 'The corpus is empty.')
