@@ -113,7 +113,7 @@ RUNS = (
   ('aa', 'hope', 200),
   ('s_niah_1', 'transformer', 600),
   ('s_niah_1', 'gated_deltanet', 600),
-  ('s_niah_1', 'titans', 600, 'train.learning_rate=2e-3'),  # NaN, as at 5e-3
+  ('s_niah_1', 'titans', 600),
   ('s_niah_1', 'hope', 1200),
   ('selective_copying', 'transformer', 500),
   ('selective_copying', 'deltanet', 500),

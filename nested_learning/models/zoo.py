@@ -159,8 +159,9 @@ _OMEGA = {
   'chunk_size': 16,
 }
 
-# Titans' long-term memory: gradient descent with momentum, and forgetting.
-_LMM = _memory(**_DESCENT, momentum=True)
+# Titans' long-term memory: gradient descent with momentum, and forgetting. The
+# paper bounds nothing; without a bound, what a trace adds up may overflow.
+_LMM = _memory(**{**_DESCENT, 'max_norm': 8.0}, momentum=True)
 _GATED_LINEAR = _memory(**_LINEAR)
 _PERSISTENT = {'num_persistent': 4}  # tokens; Titans does not say how many
 
