@@ -20,14 +20,13 @@ line for each run that failed; with 2 and one line when a flag is wrong.
 import pathlib
 import sys
 
-from absl import app
 from absl import flags
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 if str(_ROOT) not in sys.path:
   sys.path.insert(0, str(_ROOT))  # A checkout runs without being installed.
 
-from nested_learning import errors  # noqa: E402
+from launch import programs  # noqa: E402
 
 _SEEDS = flags.DEFINE_integer(
   'seeds',
@@ -56,46 +55,22 @@ _RESULTS = flags.DEFINE_string('results', None, 'Folder of the page.')
 
 def main() -> None:
   """Parses the flags and runs."""
-  app.run(_main, flags_parser=_parse_flags)
+  programs.start(_run, example='--seeds=3')
 
 
-def _main(argv: list[str]) -> None:
+def _run() -> int:
   # Here, because it takes seconds: --help and wrong flags are answered at once.
   from experiments.small import running
 
-  try:
-    if len(argv) > 1:
-      raise errors.UserError(
-        f'Unexpected argument {argv[1]!r}; flags begin with --, as in '
-        '--seeds=3.'
-      )
-    options = running.Options(
-      workdir=pathlib.Path(_WORKDIR.value),
-      seeds=_SEEDS.value,
-      only=tuple(_ONLY.value),
-      quick=_QUICK.value,
-      jobs=_JOBS.value,
-      results=_RESULTS.value and pathlib.Path(_RESULTS.value),
-    )
-    sys.exit(running.run(options))
-  except KeyboardInterrupt:
-    _print_error('interrupted.')
-    sys.exit(130)
-  except errors.UserError as error:
-    _print_error(error)
-    sys.exit(2)
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-  try:
-    return flags.FLAGS(argv)
-  except flags.Error as error:
-    _print_error(error)
-    sys.exit(2)
-
-
-def _print_error(error: Exception | str) -> None:
-  print(f'bench_small.py: {" ".join(str(error).split())}', file=sys.stderr)
+  options = running.Options(
+    workdir=pathlib.Path(_WORKDIR.value),
+    seeds=_SEEDS.value,
+    only=tuple(_ONLY.value),
+    quick=_QUICK.value,
+    jobs=_JOBS.value,
+    results=_RESULTS.value and pathlib.Path(_RESULTS.value),
+  )
+  return running.run(options)
 
 
 if __name__ == '__main__':

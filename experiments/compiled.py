@@ -26,7 +26,6 @@ import subprocess
 import sys
 from typing import Any
 
-from absl import app
 from absl import flags
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -34,6 +33,7 @@ if str(_ROOT) not in sys.path:
   sys.path.insert(0, str(_ROOT))  # A checkout runs without being installed.
 
 from experiments import report_files  # noqa: E402
+from launch import programs  # noqa: E402
 from nested_learning import errors  # noqa: E402
 
 _ONLY = flags.DEFINE_list(
@@ -287,43 +287,19 @@ def _write(path: pathlib.Path, text: str) -> None:
 
 def main() -> None:
   """Parses the flags and runs."""
-  app.run(_main, flags_parser=_parse_flags)
+  programs.start(_main, example='--only=hope_170m')
 
 
-def _main(argv: list[str]) -> None:
-  try:
-    if len(argv) > 1:
-      raise errors.UserError(
-        f'Unexpected argument {argv[1]!r}; flags begin with --, as in '
-        '--only=hope_170m.'
-      )
-    failed = run(
-      choose(_ONLY.value),
-      _ROOT / 'experiments' / 'compiled',
-      lambda row: compile_in_process(row, pathlib.Path(_WORKDIR.value)),
-      again=_AGAIN.value,
-    )
-  except KeyboardInterrupt:
-    _print_error('interrupted.')
-    sys.exit(130)
-  except errors.UserError as error:
-    _print_error(error)
-    sys.exit(2)
+def _main() -> int:
+  failed = run(
+    choose(_ONLY.value),
+    _ROOT / 'experiments' / 'compiled',
+    lambda row: compile_in_process(row, pathlib.Path(_WORKDIR.value)),
+    again=_AGAIN.value,
+  )
   for line in failed:
-    _print_error(line)
-  sys.exit(1 if failed else 0)
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-  try:
-    return flags.FLAGS(argv)
-  except flags.Error as error:
-    _print_error(error)
-    sys.exit(2)
-
-
-def _print_error(error: Exception | str) -> None:
-  print(f'compiled.py: {" ".join(str(error).split())}', file=sys.stderr)
+    programs.print_error(line)
+  return 1 if failed else 0
 
 
 if __name__ == '__main__':

@@ -22,7 +22,6 @@ import pathlib
 import sys
 from typing import Any
 
-from absl import app
 from absl import flags
 import tqdm
 
@@ -30,6 +29,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 if str(_ROOT) not in sys.path:
   sys.path.insert(0, str(_ROOT))  # A checkout runs without being installed.
 
+from launch import programs  # noqa: E402
 from nested_learning import errors  # noqa: E402
 
 _SOURCE = flags.DEFINE_string(
@@ -67,19 +67,14 @@ _MODULE = flags.DEFINE_string(
 
 def main() -> None:
   """Parses the flags and runs."""
-  app.run(_main, flags_parser=_parse_flags)
+  programs.start(_main, example='--source=FILE')
 
 
-def _main(argv: list[str]) -> None:
-  try:
-    if len(argv) > 1:
-      raise errors.UserError(f'Unexpected argument {argv[1]!r}.')
-    for name, value in (('source', _SOURCE.value), ('output', _OUTPUT.value)):
-      if not value:
-        raise errors.UserError(f'--{name} is missing; see --help.')
-    print(_run(_SOURCE.value, pathlib.Path(_OUTPUT.value)))
-  except errors.UserError as error:
-    _refuse(error)
+def _main() -> None:
+  for name, value in (('source', _SOURCE.value), ('output', _OUTPUT.value)):
+    if not value:
+      raise errors.UserError(f'--{name} is missing; see --help.')
+  print(_run(_SOURCE.value, pathlib.Path(_OUTPUT.value)))
 
 
 def _run(source: str, output: pathlib.Path) -> str:
@@ -145,18 +140,6 @@ def _read_seqio(name: str, tokenizer: Any) -> Iterator[tuple[str, Any]]:
         f'--module={_MODULE.value} cannot be imported ({error}).'
       ) from error
   return seqio_tasks.read(name, _SPLIT.value, tokenizer)
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-  try:
-    return flags.FLAGS(argv)
-  except flags.Error as error:
-    _refuse(error)
-
-
-def _refuse(error: Exception) -> None:
-  print(f'prepare.py: {" ".join(str(error).split())}', file=sys.stderr)
-  sys.exit(2)
 
 
 if __name__ == '__main__':

@@ -28,13 +28,13 @@ import shutil
 import subprocess
 import sys
 
-from absl import app
 from absl import flags
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 if str(_ROOT) not in sys.path:
   sys.path.insert(0, str(_ROOT))  # A checkout runs without being installed.
 
+from launch import programs  # noqa: E402
 from nested_learning import configs  # noqa: E402
 from nested_learning import errors  # noqa: E402
 from nested_learning import sweeps  # noqa: E402
@@ -108,31 +108,19 @@ _COLLECT = flags.DEFINE_bool(
 
 def main() -> None:
   """Parses the flags and runs."""
-  app.run(_main, flags_parser=_parse_flags)
+  programs.start(_main, example='--config=experiments/quickstart.py')
 
 
-def _main(argv: list[str]) -> None:
-  try:
-    if len(argv) > 1:
-      raise errors.UserError(
-        f'Unexpected argument {argv[1]!r}; flags begin with --, as in '
-        '--config=experiments/quickstart.py.'
-      )
-    if _WORKDIR.value is None:
-      raise errors.UserError('A sweep needs a folder: --workdir=runs/NAME.')
-    on_tpus = _TARGET.value == 'tpu-vm'
-    if on_tpus and not re.fullmatch('gs://[^/]+/.+', _BUCKET.value or ''):
-      raise errors.UserError(
-        '--target=tpu-vm needs a folder in a bucket for the runs: '
-        '--bucket=gs://BUCKET/NAME.'
-      )
-    sys.exit(_run(pathlib.Path(_WORKDIR.value)))
-  except KeyboardInterrupt:
-    _print_error('interrupted.')
-    sys.exit(130)
-  except errors.UserError as error:
-    _print_error(error)
-    sys.exit(2)
+def _main() -> int:
+  if _WORKDIR.value is None:
+    raise errors.UserError('A sweep needs a folder: --workdir=runs/NAME.')
+  on_tpus = _TARGET.value == 'tpu-vm'
+  if on_tpus and not re.fullmatch('gs://[^/]+/.+', _BUCKET.value or ''):
+    raise errors.UserError(
+      '--target=tpu-vm needs a folder in a bucket for the runs: '
+      '--bucket=gs://BUCKET/NAME.'
+    )
+  return _run(pathlib.Path(_WORKDIR.value))
 
 
 def _run(workdir: pathlib.Path) -> int:
@@ -297,7 +285,7 @@ def _submit(left, workdir) -> int:
 def _collect(record: sweeps.Record, workdir: pathlib.Path) -> int:
   """Writes the tables; says where, and what they lack."""
   for warning in sweeps.collect(record, workdir):
-    _print_error(warning)
+    programs.print_error(warning)
   print(f'{workdir}/README.md has the results.')
   return 0
 
@@ -305,7 +293,7 @@ def _collect(record: sweeps.Record, workdir: pathlib.Path) -> int:
 def _report(outcome: sweeps.Outcome, workdir: pathlib.Path) -> int:
   """Says what did not finish; returns the exit code."""
   if outcome.failures:
-    _print_error(
+    programs.print_error(
       f'{len(outcome.failures)} runs did not finish; the same command runs '
       'these again:'
     )
@@ -313,7 +301,7 @@ def _report(outcome: sweeps.Outcome, workdir: pathlib.Path) -> int:
       print(f'  {workdir}/cells/{name}: {reason}', file=sys.stderr)
   if outcome.received is not None:
     again = shlex.join(['python', 'launch/sweep.py', f'--workdir={workdir}'])
-    _print_error(
+    programs.print_error(
       f'{outcome.received.name}: stopped {outcome.num_stopped} runs, and '
       f'{outcome.num_waiting} have not begun; to go on from there: {again}'
     )
@@ -329,18 +317,6 @@ def _commit() -> tuple[str, ...]:
   except (OSError, subprocess.CalledProcessError):
     return ()
   return (result.stdout.strip(),)
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-  try:
-    return flags.FLAGS(argv)
-  except flags.Error as error:
-    _print_error(error)
-    sys.exit(2)
-
-
-def _print_error(error: Exception | str) -> None:
-  print(f'sweep.py: {" ".join(str(error).split())}', file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -59,6 +59,7 @@ from nested_learning.layers import memory_features
 from nested_learning.layers import memory_options
 from nested_learning.layers import memory_rates
 from nested_learning.layers import memory_roles
+from nested_learning.layers import memory_table
 from nested_learning.layers import norm
 
 ROLES = (*memory_features.ROLES, *memory_rates.ROLES)
@@ -267,7 +268,10 @@ def make_memory_mixer(
   tables = {name: c.network(**size).table for name, size in sizes.items()}
   # Rates that are no memory are projections.
   rates = [r for r in memory_rates.made(c) if r not in c.adaptive]
-  table = _table(c, embed_dim, tables, rates)
+  bias = {name: memory_rates.table(c, name) for name in tables}
+  table = memory_table.make(c, embed_dim, tables, bias, rates)
+  if c.cached_segments:
+    table['ask'] = memory_table.projection(c, embed_dim)
 
   def first_memory(params):
     if 'memory' in params:
@@ -359,59 +363,6 @@ def make_memory_mixer(
     return out, MemoryMixerState(conv, others, *after)
 
   return layer.Layer(table, init_state, apply)
-
-
-def _table(
-  config: MemoryMixerConfig,
-  embed_dim: int,
-  tables: dict[str, parameters.Table],
-  rates: list[str],
-) -> parameters.Table:
-  """The layer's parameters, given its memories' and the projected rates."""
-  heads, dim = config.num_heads, config.head_dim
-  table = {
-    **memory_features.table(
-      num_heads=heads,
-      head_dim=dim,
-      embed_dim=embed_dim,
-      features=config.features,
-    ),
-    'bias': {name: memory_rates.table(config, name) for name in tables},
-    'memory': tables,
-    'norm': norm.scale_param(dim, None),
-    'gate': parameters.Param(
-      (embed_dim, heads, dim),
-      ('embed', 'heads', None),
-      parameters.fan_in(embed_dim),
-    ),
-    'out': parameters.Param(
-      (heads, dim, embed_dim),
-      ('heads', None, 'embed'),
-      parameters.fan_in(heads * dim),
-    ),
-  }
-  if config.initial == 'zero':
-    del table['memory']
-  if config.output == 'norm':
-    per_head = lambda value: parameters.Param(
-      (heads, dim), ('heads', None), parameters.constant(value)
-    )
-    table['output_norm'] = {
-      name: {'scale': per_head(1.0), 'bias': per_head(0.0)} for name in tables
-    }
-  if config.cached_segments:
-    table['ask'] = parameters.Param(
-      (embed_dim, heads, dim),
-      ('embed', 'heads', None),
-      parameters.fan_in(embed_dim),
-    )
-  if rates:
-    table['rates'] = parameters.Param(
-      (embed_dim, len(rates), heads),
-      ('embed', None, 'heads'),
-      parameters.fan_in(embed_dim, 0.1),
-    )
-  return table
 
 
 def _per_row(params: Any, batch_size: int) -> tuple[Any, Any]:

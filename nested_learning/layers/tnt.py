@@ -48,6 +48,7 @@ from nested_learning.layers import memory_features
 from nested_learning.layers import memory_mixer
 from nested_learning.layers import memory_rates
 from nested_learning.layers import memory_roles
+from nested_learning.layers import memory_table
 from nested_learning.layers import norm
 
 _GLOBAL = 'global'
@@ -140,7 +141,8 @@ def make_tnt(config: TntConfig, *, embed_dim: int, dtype: Any) -> layer.Layer:
   shards = {_name(i): local.shard_size for i, local in enumerate(config.locals)}
   rates = memory_rates.made(c)
   initial_table = {name: _network(c, None).table for name in rules}
-  table = _table(c, embed_dim, initial_table, rates)
+  bias = {name: memory_rates.table(c, 'main') for name in initial_table}
+  table = memory_table.make(c, embed_dim, initial_table, bias, rates)
 
   def first_memory(params, name):
     if 'memory' in params:
@@ -343,49 +345,3 @@ def _network(config: memory_mixer.MemoryMixerConfig, output_norm: Any):
 
 def _name(index: int) -> str:
   return f'local_{index}'
-
-
-def _table(
-  config: memory_mixer.MemoryMixerConfig,
-  embed_dim: int,
-  memories: dict[str, parameters.Table],
-  rates: list[str],
-) -> parameters.Table:
-  """The layer's parameters, given its memories' and the rates."""
-  heads, dim = config.num_heads, config.head_dim
-  table = {
-    **memory_features.table(
-      num_heads=heads,
-      head_dim=dim,
-      embed_dim=embed_dim,
-      features=config.features,
-    ),
-    'bias': {name: memory_rates.table(config, 'main') for name in memories},
-    'norm': norm.scale_param(dim, None),
-    'gate': parameters.Param(
-      (embed_dim, heads, dim),
-      ('embed', 'heads', None),
-      parameters.fan_in(embed_dim),
-    ),
-    'out': parameters.Param(
-      (heads, dim, embed_dim),
-      ('heads', None, 'embed'),
-      parameters.fan_in(heads * dim),
-    ),
-  }
-  if config.initial == 'learned':
-    table['memory'] = memories
-  if config.output == 'norm':
-    per_head = lambda value: parameters.Param(
-      (heads, dim), ('heads', None), parameters.constant(value)
-    )
-    table['output_norm'] = {
-      name: {'scale': per_head(1.0), 'bias': per_head(0.0)} for name in memories
-    }
-  if rates:
-    table['rates'] = parameters.Param(
-      (embed_dim, len(rates), heads),
-      ('embed', None, 'heads'),
-      parameters.fan_in(embed_dim, 0.1),
-    )
-  return table
