@@ -28,7 +28,7 @@ from nested_learning import parameters
 ROLES = ('inner_lr', 'retention')
 # Where inner_lr starts, as a logit: the other memories move slowly at first, so
 # that a key means the same when it is written and when it is read.
-_INNER_LR_BIAS = {'main': -1.0, 'others': -5.5}
+_INNER_LR_BIAS = {'main': -1.0, 'others': -4.0}
 _SMALLEST_CAP = 1e-9  # under a quotient
 CAPS = ('soft', 'hard', 'spectral')
 

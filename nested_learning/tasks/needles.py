@@ -27,6 +27,11 @@ class NeedleConfig:
   tokens ('essay'), or needles of other keys ('needles'). The question names
   `num_queries` of the `num_keys` keys; the answer is all their values, those of
   a key in the order in which the row has them.
+
+  Needles are anywhere before the gap: in rows of 128 tokens, in the first half
+  alone. Of longer rows a model that learned from these also asks something else
+  than how long a memory keeps what it has read, namely whether it still takes
+  up a needle after more hay than it ever saw before one.
   """
 
   num_tokens: int = 128  # of a row
