@@ -11,9 +11,17 @@ operation counts of the two would allow), share_of_matmul_rate, flatness_1k_32k
 (training time per token of a 32K row over that of 1K rows) and
 decode_flatness_1k_100k (generation time per token, the same way).
 
-Result, two idle CPU cores, float32, one run, of memories that write every map
-and erase at every map (learns and erase 'every_map', the defaults of the layer
-are cheaper and have not been timed alone yet):
+Result with the layer's defaults and huge pages, two idle CPU cores, float32,
+its first two parts in processes of their own:
+
+  gradient of one layer     12,150 tokens/s at chunks of 64, the token loop 544
+                            (9,800 and 355 without huge pages)
+  hope_over_transformer     0.619  (1,763 tokens/s against 2,848; 0.774, 1,524
+                            against 1,970, without huge pages)
+  hope_flop_ceiling         0.639
+
+Result of one whole run without huge pages, of memories that write every map and
+erase at every map (learns and erase 'every_map'):
 
   chunk_over_token_loop     31.5   (229 tokens/s against 7,201 at chunks of 64)
   hope_over_transformer     0.670  (1,338 tokens/s against 1,998)
