@@ -14,9 +14,8 @@ import os
 import sys
 
 _VARIABLE = 'GLIBC_TUNABLES'
-_SETTING = (
-  'glibc.malloc.hugetlb=1'  # ask for them, where the kernel waits for it
-)
+# Asks for them: many kernels give them to those alone that ask.
+_SETTING = 'glibc.malloc.hugetlb=1'
 
 
 def start_again() -> None:
