@@ -208,20 +208,20 @@ def _attend(
       query, key, value, places, persistent=persistent
     )
     return outputs, state
+  # A key is seen from its own document, from its own place on.
   if is_start:  # nothing before these tokens: attend among them alone
-    visible = (position[:, :, None] >= position[:, None, :]) & (
-      document[:, :, None] == document[:, None, :]
-    )
-    causal = jnp.tril(jnp.ones((num_tokens, num_tokens), bool))
-    visible &= read[:, None, :] & causal
+    place = jnp.broadcast_to(jnp.arange(num_tokens), position.shape)
+    key_place, key_document = place, jnp.where(read, document, -1)
   else:
-    slot_position = jnp.arange(max_length)[None, None, :]
-    visible = (slot_position <= position[:, :, None]) & (
-      document[:, :, None] == state.document[:, None, :]
-    )
-    key, value = state.key, state.value
-  outputs = dot_product.attend(
-    query, key, value, visible, persistent=persistent
+    place, key_place = position, jnp.arange(max_length)[None]
+    key, value, key_document = state.key, state.value, state.document
+
+  def sees(places):
+    place, document = (x[:, :, None] for x in places)
+    return (key_place[:, None] <= place) & (key_document[:, None] == document)
+
+  outputs = dot_product.attend_in_blocks(
+    query, key, value, (place, document), sees, persistent=persistent
   )
   return outputs, state
 

@@ -1,9 +1,13 @@
 """Softmax attention of given queries to given keys."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+_BLOCK = 512  # queries that are scored at a time, where there are many
+_MANY = 2048  # queries; fewer are scored at once
 
 
 class Persistent(NamedTuple):
@@ -61,3 +65,56 @@ def attend(
   weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
   out = jnp.einsum('bkgts,bskd->btkgd', weights, value)
   return out.reshape(query.shape)
+
+
+def attend_in_blocks(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  places: Any,
+  sees: Callable[[Any], jax.Array],
+  *,
+  persistent: Persistent | None = None,
+) -> jax.Array:
+  """`attend`, whose memory grows with the tokens and not with their square.
+
+  Many queries are taken a block at a time, and the backward pass scores each
+  block again.
+
+  Args:
+    query: [b, t, h, d].
+    key: [b, s, kv heads, d].
+    value: [b, s, kv heads, d].
+    places: Of the queries, leaves [b, t].
+    sees: From the places of some queries to the keys they see, bool [b, t, s].
+    persistent: What is seen beside them, or None.
+
+  Returns:
+    [b, t, h, d] in the dtype of value.
+  """
+  unplaced = None if persistent is None else persistent.query
+
+  def look(block):
+    query, unplaced, places = block
+    beside = persistent and persistent._replace(query=unplaced)
+    return attend(query, key, value, sees(places), persistent=beside)
+
+  queries = query, unplaced, places
+  num_tokens = query.shape[1]
+  if num_tokens < _MANY:
+    return look(queries)
+  num_blocks = -(-num_tokens // _BLOCK)
+  blocks = jax.tree.map(lambda x: _cut(x, num_blocks), queries)
+  out = jax.lax.map(jax.checkpoint(look), blocks)
+  return jnp.moveaxis(out, 0, 1).reshape(query.shape[0], -1, *query.shape[2:])[
+    :, :num_tokens
+  ]
+
+
+def _cut(x, num_blocks):
+  """[b, t, ...] to [block, b, _BLOCK, ...], the last one padded with zeros."""
+  missing = num_blocks * _BLOCK - x.shape[1]
+  x = jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
+  return jnp.moveaxis(
+    x.reshape(x.shape[0], num_blocks, _BLOCK, *x.shape[2:]), 1, 0
+  )

@@ -1,9 +1,11 @@
 """Attention against a softmax in numpy, whole and from its cache."""
 
 import dataclasses
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import numpy as np
 from nested_learning import layers
 from nested_learning import parameters
 from nested_learning.layers import attention
+from nested_learning.layers import dot_product
 from tests import compiling
 
 _EMBED, _LENGTH = 6, 24
@@ -121,6 +124,33 @@ class AttentionTest(parameterized.TestCase):
     state = full.init_state(params, 2)
     again, _ = compiling.jit(full.apply)(params, state, self.x, marks)
     np.testing.assert_allclose(again, expected, atol=1e-5)
+
+  @parameterized.product(marked=(False, True), carried=(False, True))
+  def test_blocks_of_queries_give_the_same(self, marked, carried):
+    config = layers.AttentionConfig(4, 2, head_dim=4, num_persistent=3)
+    layer = attention.make_attention(
+      config, embed_dim=_EMBED, max_length=_LENGTH, dtype=jnp.float32
+    )
+    params = parameters.init(jax.random.key(0), layer.table)
+    marks = layers.Marks(*(self.reset, self.mask) if marked else ())
+    there = self.mask[..., None] if marked else True
+
+    def loss(params, x):
+      state = None
+      if carried:
+        _, state = layer.apply(params, None, x[:, :3], layers.Marks())
+      out, _ = layer.apply(params, state, x, marks)
+      return jnp.sum(jnp.where(there, out, 0) ** 3), jnp.where(there, out, 0)
+
+    value = lambda: jax.value_and_grad(loss, (0, 1), has_aux=True)
+    at_once = compiling.jit(value())(params, self.x)
+    # 17 queries: four blocks of five, the last one padded.
+    with (
+      mock.patch.object(dot_product, '_BLOCK', 5),
+      mock.patch.object(dot_product, '_MANY', 17),
+    ):
+      in_blocks = compiling.jit(value())(params, self.x)
+    chex.assert_trees_all_close(in_blocks, at_once, rtol=1e-4, atol=1e-5)
 
   def test_padding_leaves_the_state(self):
     layer, params, apply = self.parts()
