@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from nested_learning.memory import capacity
 from nested_learning.memory import interface
 from nested_learning.memory import networks
+from nested_learning.memory import pieces
 from nested_learning.memory import rows
 from nested_learning.memory import writes
 
@@ -134,8 +135,9 @@ def scan_segments(
   Returns:
     The reads [b, h, t, d], and the state and the cache after the tokens.
   """
-  lay_out = _lay_out_aligned if is_start and mask is None else _lay_out
-  slots, restore = lay_out(segment_size, cache.offset, (feed, ask), reset, mask)
+  slots, restore = _lay_out(
+    segment_size, cache.offset, (feed, ask), reset, mask, is_start
+  )
   state, (own, ends) = _learn(call, state, slots)
   sums, counts = _sum_keys(slots, cache)
   means = sums / jnp.maximum(counts, 1.0)
@@ -187,44 +189,24 @@ class _Kept(NamedTuple):
   document: jax.Array  # int [b, n] as of the slots, -1 where there is none
 
 
-def _lay_out_aligned(size, offset, tokens, reset, mask):
-  """Lays out a stream's start: the last segment may be partly empty."""
-  del mask
-  num_tokens = tokens[1].shape[2]
-  padding = -num_tokens % size
-  mask = None
-  if padding:
-    tokens = jax.tree.map(lambda x: rows.pad_tokens(x, padding, 2), tokens)
-    reset = None if reset is None else rows.pad_tokens(reset, padding, 1)
-    mask = jnp.arange(num_tokens + padding) < num_tokens
-    mask = jnp.broadcast_to(mask, (offset.shape[0], num_tokens + padding))
-  slots = _cut(size, tokens, reset, mask)
-  return slots, lambda x: _join(x)[:, :, :num_tokens]
-
-
-def _lay_out(size, offset, tokens, reset, mask):
+def _lay_out(size, offset, tokens, reset, mask, is_start):
   """Lays out a call that starts at any token of a segment."""
-  num_tokens = tokens[1].shape[2]
-  if num_tokens == 1:
-    return _cut(1, tokens, reset, mask), _join
-  num_slots = -(-(num_tokens + size - 1) // size) * size
-  reset, mask = rows.default_marks(reset, mask, offset.shape[0], num_tokens)
-  order, slot, present = rows.to_slots(offset, mask, num_slots)
-  tokens = jax.tree.map(lambda x: rows.take(x, order, 2), tokens)
-  reset = rows.take(reset & mask, order, 1) & present
-  slots = _cut(size, tokens, reset, present)
-  return slots, lambda x: rows.take(_join(x), slot, 2)
+  if tokens[1].shape[2] == 1:
+    return _slots(pieces.cut(1, tokens, reset, mask)), pieces.join
+  laid, restore = pieces.lay_out(
+    size,
+    offset,
+    tokens,
+    is_aligned=is_start and mask is None,
+    reset=reset,
+    mask=mask,
+  )
+  return _slots(laid), restore
 
 
-def _cut(size, tokens, reset, mask):
-  def cut(x, axis):  # [..., s c, ...] -> [s, ..., c, ...]
-    shape = (*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
-    return jnp.moveaxis(x.reshape(shape), axis, 0)
-
-  feed, ask = jax.tree.map(lambda x: cut(x, 2), tokens)
-  reset = None if reset is None else cut(reset, 1)
-  mask = None if mask is None else cut(mask, 1)
-  num_segments, batch_size = ask.shape[:2]
+def _slots(laid):
+  (feed, ask), reset, mask = laid
+  num_segments, batch_size, _, size = ask.shape[:4]
   shape = (batch_size, num_segments, size)
   present, document = jnp.ones(shape, bool), jnp.zeros(shape, jnp.int32)
   if mask is not None:
@@ -234,11 +216,6 @@ def _cut(size, tokens, reset, mask):
     document = jnp.cumsum(borders.reshape(batch_size, -1), axis=1)
     document = document.reshape(shape)
   return _Slots(feed, ask, reset, mask, present, document)
-
-
-def _join(x):  # [s, b, h, c, d] -> [b, h, s c, d]
-  x = jnp.moveaxis(x, 0, 2)
-  return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
 def _learn(call, state, slots):

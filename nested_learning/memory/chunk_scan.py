@@ -13,6 +13,7 @@ from nested_learning.memory import interface
 from nested_learning.memory import local
 from nested_learning.memory import networks
 from nested_learning.memory import orthogonal
+from nested_learning.memory import pieces
 from nested_learning.memory import rows
 from nested_learning.memory import rule as rules
 from nested_learning.memory import tails
@@ -64,10 +65,15 @@ def chunk_scan(
       initial, batch_size, momentum=rule.momentum, window=rule.window
     )
   is_aligned = (state is None or starts_chunk) and mask is None
-  lay_out = _lay_out_aligned if is_aligned else _lay_out
-  chunks, restore = lay_out(
-    rule.chunk_size, start.offset, inputs, reset=reset, mask=mask
+  chunks, restore = pieces.lay_out(
+    rule.chunk_size,
+    start.offset,
+    inputs,
+    is_aligned=is_aligned,
+    reset=reset,
+    mask=mask,
   )
+  chunks = _Chunks(*chunks, _has_border(chunks.reset))
   tail = None
   if rule.window > 1 or rule.step == 'orthogonal':
     chunks, tail = _lay_out_windows(rule, initial, start, chunks, write)
@@ -143,50 +149,8 @@ def _make_keys(network, rule, feed, chunk, write, maps):
   return _ChunkKeys(keys, scores)
 
 
-def _lay_out_aligned(size, offset, inputs, *, reset, mask):
-  """Lays out a stream's start: the last chunk may be partly empty."""
-  del mask
-  num_tokens = jax.tree.leaves(inputs)[0].shape[2]
-  padding = -num_tokens % size
-  mask = None
-  if padding:
-    inputs = jax.tree.map(lambda x: rows.pad_tokens(x, padding, 2), inputs)
-    reset = None if reset is None else rows.pad_tokens(reset, padding, 1)
-    mask = jnp.arange(num_tokens + padding) < num_tokens
-    mask = jnp.broadcast_to(mask, (offset.shape[0], num_tokens + padding))
-  chunks = _cut(size, inputs, reset, mask)
-  return chunks, lambda x: _join(x)[:, :, :num_tokens]
-
-
-def _lay_out(size, offset, inputs, *, reset, mask):
-  """Lays out a call that starts at any token of a chunk, one row at a time."""
-  num_tokens = jax.tree.leaves(inputs)[0].shape[2]
-  num_slots = -(-(num_tokens + size - 1) // size) * size
-  reset, mask = rows.default_marks(reset, mask, offset.shape[0], num_tokens)
-  order, slot, present = rows.to_slots(offset, mask, num_slots)
-  inputs = jax.tree.map(lambda x: rows.take(x, order, 2), inputs)
-  reset = rows.take(reset & mask, order, 1) & present
-  chunks = _cut(size, inputs, reset, present)
-  return chunks, lambda x: rows.take(_join(x), slot, 2)
-
-
-def _cut(size, inputs, reset, mask):
-
-  def cut(x, axis):  # [..., t, ...] -> [n, ..., c, ...]
-    shape = (*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
-    return jnp.moveaxis(x.reshape(shape), axis, 0)
-
-  inputs = jax.tree.map(lambda x: cut(x, 2), inputs)
-  mask = None if mask is None else cut(mask, 1)
-  if reset is None:
-    return _Chunks(inputs, None, mask, None)
-  reset = cut(reset, 1)
-  return _Chunks(inputs, reset, mask, jnp.any(reset, axis=(1, 2)))
-
-
-def _join(x):  # [n, b, h, c, ...] -> [b, h, n c, ...]
-  x = jnp.moveaxis(x, 0, 2)
-  return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+def _has_border(reset):
+  return None if reset is None else jnp.any(reset, axis=(1, 2))
 
 
 def _chunk(network, rule, initial, project, write, state, chunk):
@@ -336,7 +300,7 @@ def _lay_out_windows(rule, initial, state, chunks, write):
   """The chunks with the windows of their tokens, and the tail after them."""
   feed, tail = chunks.inputs, state.tail
   tokens = jax.tree.map(
-    _join, (feed.key, feed.value, writes.error_weights(rule, feed))
+    pieces.join, (feed.key, feed.value, writes.error_weights(rule, feed))
   )
   if tail is None:
     tail = tails.init_tail(initial, tokens[0].shape[0], rule.window)
