@@ -19,7 +19,7 @@ from nested_learning.memory import rule as rules
 from nested_learning.memory import tails
 from nested_learning.memory import writes
 
-_KEPT_CHUNKS = 32  # up to which the backward pass keeps every chunk's memory
+_KEPT_CHUNKS = 512  # up to which the backward pass keeps every chunk's memory
 
 
 def chunk_scan(
@@ -37,8 +37,8 @@ def chunk_scan(
 ) -> tuple[interface.Result, interface.State]:
   """Reads and writes chunk by chunk: equal to `token_loop`, in matmuls.
 
-  Memory of the backward pass grows with the square root of the number of
-  chunks: groups of chunks are recomputed.
+  The backward pass keeps the memory at every chunk's start; of very many
+  chunks, of about 2 sqrt(n) alone, the groups between them computed again.
 
   Args:
     network: What the memory is.
@@ -361,10 +361,11 @@ def _scan_written(body, rule, initial, state, chunks):
 
 
 def _scan_groups(body, state, chunks):
-  """Scans with a backward pass that keeps memories of about 2 sqrt(n) chunks.
+  """Scans with a backward pass that computes every chunk again.
 
-  Of each chunk only the memory at its start is kept, and the rest computed
-  again; with more than `_KEPT_CHUNKS`, first those of a group of chunks.
+  Of each chunk only the memory at its start is kept: little beside what its
+  tokens have in other layers. With more than `_KEPT_CHUNKS` these are kept for
+  every sqrt(n)-th chunk, and those of a group computed again first.
   """
   body = jax.checkpoint(body, prevent_cse=False)
   num_chunks = jax.tree.leaves(chunks)[0].shape[0]
