@@ -29,6 +29,11 @@ ROLES = ('inner_lr', 'retention')
 # Where inner_lr starts, as a logit: the other memories move slowly at first, so
 # that a key means the same when it is written and when it is read.
 _INNER_LR_BIAS = {'main': -1.0, 'others': -4.0}
+# What a token lets memories forget at first, from the first head to the last.
+# The others go back to their start within tens of tokens, so that what they
+# drift has an end, and one that they reach in training: a value that is written
+# after a thousand tokens is then made as one of the first hundred is.
+_FORGOTTEN = {'main': (0.02, 0.001), 'others': (0.2, 0.05)}
 _SMALLEST_CAP = 1e-9  # under a quotient
 CAPS = ('soft', 'hard', 'spectral')
 
@@ -52,7 +57,7 @@ def table(config: Any, name: str) -> parameters.Table:
     A table with a [h] per rate.
   """
   heads = config.num_heads
-  forgotten = lambda: jnp.geomspace(0.02, 0.001, heads)
+  forgotten = lambda: jnp.geomspace(*_FORGOTTEN[name], heads)
   inits = {
     'inner_lr': parameters.constant(_INNER_LR_BIAS[name]),
     'retention': parameters.values(lambda: _logits(forgotten())),

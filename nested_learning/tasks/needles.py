@@ -28,10 +28,10 @@ class NeedleConfig:
   `num_queries` of the `num_keys` keys; the answer is all their values, those of
   a key in the order in which the row has them.
 
-  Needles are anywhere before the gap: in rows of 128 tokens, in the first half
-  alone. Of longer rows a model that learned from these also asks something else
-  than how long a memory keeps what it has read, namely whether it still takes
-  up a needle after more hay than it ever saw before one.
+  Needles are anywhere before the gap, and with a long one never late in a row.
+  A model that learned from such rows is asked in longer ones whether it still
+  takes up a needle after more hay than it ever saw before one, which is another
+  question than how long it keeps one.
   """
 
   num_tokens: int = 128  # of a row
@@ -44,7 +44,7 @@ class NeedleConfig:
   num_key_ids: int = 64
   num_value_ids: int = 10  # digits
   num_hay_ids: int = 64
-  gap: int = 64  # tokens without needle before the question
+  gap: int = 32  # tokens without needle before the question
 
   def __post_init__(self):
     task.check_choice(self, 'haystack', HAYSTACKS)

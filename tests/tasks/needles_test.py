@@ -63,7 +63,7 @@ class TokenNeedlesTest(parameterized.TestCase):
     task = tasks.make_config('niah_single_2_small', num_tokens=300)
     places = [r.tokens.tolist().index(0) for r in _rows(task, 300)]
     self.assertLess(min(places), 10)
-    self.assertBetween(max(places), 210, 300 - 64 - 7 - 6)
+    self.assertBetween(max(places), 240, 300 - task.gap - 7 - 6)
 
 
 class TextNeedlesTest(parameterized.TestCase):
