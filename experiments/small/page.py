@@ -1,5 +1,6 @@
 """The page of the suite, in Markdown."""
 
+import collections
 from collections.abc import Mapping, Sequence
 import math
 import pathlib
@@ -75,7 +76,7 @@ def make(
     Markdown.
   """
   sections = ['# Small models on small tasks', _INTRO]
-  sections.append(_provenance(record, results, workdir))
+  sections.append(_provenance(results, workdir))
   if verdicts:
     sections += ['## Gates', _gates(verdicts)]
   for name in dict.fromkeys(row.split('.')[1] for row in table):
@@ -101,7 +102,7 @@ def head(key: str) -> str:
   return ', '.join(filter(None, [_HEADS[base], factor]))
 
 
-def _provenance(record, results, workdir) -> str:
+def _provenance(results, workdir) -> str:
   """Where, when and with which code the numbers were made."""
   finished = [result for result in results if result.status == 'finished']
   starts = [
@@ -116,10 +117,11 @@ def _provenance(record, results, workdir) -> str:
     if 'device' in result.values
   }
   seconds = sum(results_lib.number(r, 'seconds') or 0.0 for r in finished)
+  seeds = collections.Counter(result.cell for result in results).values()
   rows = [
     ('command', listed('command') and f'`{listed("command")}`'),
     ('runs', f'{len(finished)} of {len(results)} finished'),
-    ('seeds', str(record.num_seeds)),
+    ('seeds', ' to '.join(map(str, sorted({min(seeds), max(seeds)})))),
     ('commit', listed('commit')),
     ('machine', listed('machine')),
     ('devices of a run', '; '.join(sorted(devices))),

@@ -1,6 +1,6 @@
 """What the suite ends in: a page, its plots and one flat file of numbers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import io
 import json
 import math
@@ -32,7 +32,11 @@ class Report(NamedTuple):
 
 
 def write(
-  record: sweeps.Record, workdir: pathlib.Path, folder: pathlib.Path
+  record: sweeps.Record,
+  workdir: pathlib.Path,
+  folder: pathlib.Path,
+  *,
+  runs: Collection[str],
 ) -> Report:
   """Writes README.md, its plots and summary.json.
 
@@ -45,11 +49,12 @@ def write(
     record: The cells that were asked for.
     workdir: Where their runs are.
     folder: Where to write.
+    runs: Names of those that were asked for.
 
   Returns:
     Where the page is, and the gates.
   """
-  results = results_lib.read(record, workdir)
+  results = [r for r in results_lib.read(record, workdir) if r.name in runs]
   keys = {key for task in suite.TASKS.values() for key in _keys(task)}
   of_cell = results_lib.summarize(results, sorted(keys))
   table = {cell.row: of_cell[cell.name] for cell in record.cells}

@@ -63,8 +63,13 @@ def run(
     provenance.note_start(started.folder, num_jobs=num_jobs)
     return make_command(started)
 
+  runs = [
+    run
+    for run in sweeps.list_runs(record, options.workdir)
+    if run.seed < options.seeds or run.folder.exists()
+  ]
   outcome = sweeps.run_all(
-    sweeps.list_runs(record, options.workdir),
+    runs,
     start,
     num_jobs=num_jobs,
     environment=_environment(options),
@@ -72,7 +77,12 @@ def run(
   )
   is_part = options.only or options.quick or outcome.received is not None
   default = options.workdir / 'results' if is_part else _RESULTS
-  written = report.write(record, options.workdir, options.results or default)
+  written = report.write(
+    record,
+    options.workdir,
+    options.results or default,
+    runs=[run.name for run in runs],
+  )
   verdicts = [verdict.word for verdict in written.gates.values()]
   counts = [f'{verdicts.count(w)} {w}' for w in dict.fromkeys(verdicts)]
   print(f'Gates: {", ".join(counts) or "none of these runs has one"}.')
@@ -81,7 +91,7 @@ def run(
 
 
 def _count_seeds(workdir: pathlib.Path, cells: Sequence[sweeps.Cell]) -> int:
-  """How many seeds the folder has of these cells: they stay on the page."""
+  """How many seeds the folder has of any cell: they stay on the page."""
   seeds = [
     int(path.name.removeprefix('seed_'))
     for cell in cells

@@ -114,6 +114,14 @@ class RunningTest(absltest.TestCase):
     self.images = sorted(path.name for path in results.glob('*.png'))
     return code
 
+  def test_models_may_have_more_seeds_than_others(self):
+    self.assertEqual(self._run(only=('deltanet.mqar',), seeds=2), 0)
+    self.assertEqual(self._run(only=('deltanet.mqar', 'titans.mqar')), 0)
+    times = [path.read_text() for path in self.workdir.rglob('times.txt')]
+    self.assertEqual(times, ['x'] * 3)
+    self.assertEqual(self.summary['finished'], 3)
+    self.assertIn('| seeds | 1 to 2 |', self.page)
+
   def test_finished_runs_stay_and_failed_ones_are_listed(self):
     only = ('mqar', 'transformer', 'linear_attention', 'deltanet')
     self.assertEqual(self._run(only=only, seeds=2), 1)
