@@ -11,6 +11,26 @@ is also read with one of its levels at rest.
 Command:
   python launch/run.py --config=experiments/continual/facts.py \
     --workdir=runs/facts
+
+Hardware: one CPU core, five minutes of its time.
+Result, one seed of training: share of 16 facts recalled, mean and standard
+deviation over 16 streams; a guess gives 0.062.
+
+  tokens since      4,096          16,384         65,536         131,072
+  memories only     0.078 ± 0.056  0.074 ± 0.077  0.047 ± 0.061  0.082 ± 0.053
+  fast level        0.848 ± 0.108  0.086 ± 0.066  0.090 ± 0.070  0.090 ± 0.070
+  fast and slow     1.000 ± 0.000  0.938 ± 0.058  0.527 ± 0.108  0.309 ± 0.092
+  slow at rest      0.090 ± 0.066  0.098 ± 0.066  0.098 ± 0.076  0.086 ± 0.073
+  fast at rest      0.703 ± 0.124  0.500 ± 0.127  0.324 ± 0.092  0.227 ± 0.088
+
+The slow level holds what the others have lost, and in the end forgets too: its
+steps on documents point everywhere (their cosine is 0.0), and after 6K tokens
+have undone 0.3 of what telling wrote. Rows of training have 1,536 tokens.
+
+It needs a memory that forgets. With deltanet's, which never does, what is asked
+within documents is answered worse the longer the stream (0.65 nats after 1K
+tokens, 2.53 after 6K), levels learn from these errors, and 0.10 of the facts
+are left after 16,384 tokens (eight streams).
 """
 
 import dataclasses
@@ -35,7 +55,7 @@ _MOST_TOKENS = 2**16  # that are made at a time
 class StreamConfig:
   """What is told, and what comes between."""
 
-  num_parts: int = 12  # that a name's first half can be; the same of the second
+  num_parts: int = 8  # that a name's first half can be; the same of the second
   num_values: int = 16
   num_facts: int = 16  # of a stream, about names that its documents leave alone
   plant_tokens: int = 4096  # in which facts are told, in rounds
@@ -58,10 +78,15 @@ class FactsConfig:
   """Learners, what they are trained on and what they are asked."""
 
   stream: StreamConfig = StreamConfig()
-  learner: reading.LearnerConfig = reading.LearnerConfig(connection='nested')
+  learner: reading.LearnerConfig = reading.LearnerConfig(
+    mlp_dim=128,
+    connection='nested',
+    batch_size=4,
+    learning_rate=6e-3,
+  )
   inner: levels.InnerConfig = levels.InnerConfig((16, 256), (1.0, 1.0))
   train_plant: int = 512  # tokens, in a row of training
-  train_gap: int = 512  # tokens of documents in a row of training
+  train_gap: int = 1536  # tokens of documents in a row of training
   gaps: tuple[int, ...] = (0, 64, 256, 1024, 4096, 16_384, 65_536, 131_072)
   num_streams: int = 16
 
@@ -180,7 +205,9 @@ def make_row(
   tokens = np.concatenate(parts)
   answers = np.arange(len(tokens)) % _SENTENCE == _SENTENCE - 1
   is_asked = answers & (np.roll(tokens, _SENTENCE - 1) == _ASK)
-  weights = 0.05 * answers + is_asked
+  # A level learns from every token: what the others are like is to be known
+  # beforehand, so that it need not be learned in the stream.
+  weights = 0.05 + is_asked
   # The questions at the end count as much as everything before them.
   end = len(tokens) - len(parts[-1])
   weights[end:] *= weights[:end].sum() / weights[end:].sum()

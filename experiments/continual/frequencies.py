@@ -33,7 +33,7 @@ class FrequenciesConfig:
 
   stream: facts.StreamConfig = facts.StreamConfig()
   learner: reading.LearnerConfig = reading.LearnerConfig(
-    mlp_dim=32, connection='nested'
+    mlp_dim=64, connection='nested', batch_size=4, learning_rate=6e-3
   )
   inner: levels.InnerConfig = levels.InnerConfig()  # all but the clocks
   fastest: int = 16  # tokens
@@ -42,8 +42,8 @@ class FrequenciesConfig:
   num_levels: tuple[int, ...] = (0, 1, 2, 3, 4)
   rates: tuple[float, ...] = (0.3, 1.0)  # times those of training
   train_plant: int = 512  # tokens, as in `facts.py`
-  train_gap: int = 512
-  gaps: tuple[int, ...] = (1024, 8192)
+  train_gap: int = 1536
+  gaps: tuple[int, ...] = (1024, 16_384)
   num_streams: int = 16
 
 

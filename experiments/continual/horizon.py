@@ -3,8 +3,8 @@
 A stream begins with a long stretch of one topic, its home, and goes on with a
 new topic every few thousand tokens, for ever. A topic is a table of which words
 follow which, drawn anew. What a level learned of home is measured on other text
-of it, by a copy of the learner: 1 is the loss right after home, 0 that of the
-levels as they started. The learner reads with no level, with its fastest, and
+of it, by a copy of the learner: in nats per token that are saved against one
+that has read nothing. The learner reads with no level, with its fastest, and
 with ever slower ones.
 
 Command:
@@ -53,10 +53,13 @@ class HorizonConfig:
   probes: int = 32  # texts of home that a copy is asked, of a segment each
   num_streams: int = 4
   learner: reading.LearnerConfig = reading.LearnerConfig(
-    connection='nested', num_steps=200
+    mlp_dim=128, connection='nested', batch_size=4, learning_rate=6e-3
   )
   inner: levels.InnerConfig = levels.InnerConfig((64, 1024, 16_384), (1.0,))
-  train_tokens: int = 1024  # of a row of training, which has one topic
+  # Rows of training are short. There, slower levels step more often, so that
+  # home has as many of their steps as in a stream.
+  train_clocks: tuple[int, ...] = (64, 128, 256)
+  train_tokens: tuple[int, int, int] = (1024, 768, 256)  # home, other, home
 
 
 def get_config(arg: str | None = None) -> HorizonConfig:
@@ -79,7 +82,8 @@ def get_config(arg: str | None = None) -> HorizonConfig:
         embed_dim=16, mlp_dim=16, num_steps=2, batch_size=2
       ),
       inner=levels.InnerConfig((16, 32, 64), (1.0,)),
-      train_tokens=32,
+      train_clocks=(16, 32, 32),
+      train_tokens=(32, 16, 16),
     )
   raise errors.UserError(f"{arg!r} must be 'full' or 'small', or nothing.")
 
@@ -111,24 +115,33 @@ def write_text(
   return np.minimum(words, num_words - 1)
 
 
+def make_row(
+  config: HorizonConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+  """Text of a topic, of another and of the first again; and weights, [t]."""
+  home, other = make_topic(config, rng), make_topic(config, rng)
+  parts = [
+    write_text(topic[None], count, rng)[0]
+    for topic, count in zip(
+      (home, other, home), config.train_tokens, strict=True
+    )
+  ]
+  tokens = np.concatenate(parts)
+  weights = np.ones(len(tokens))
+  # Coming home counts as much as everything before it.
+  back = config.train_tokens[-1]
+  weights[-back:] = (len(tokens) - back) / back
+  return tokens, weights
+
+
 def run(config: HorizonConfig, workdir: str, mode: str) -> None:
   """Trains a learner, reads the streams with each set of levels, writes."""
   report_files.check_mode(mode)
   model = reading.make_model(config.learner, config.num_words, _LEVELS)
 
-  def make_row(rng):
-    topic = make_topic(config, rng)
-    tokens = write_text(topic[None], config.train_tokens, rng)[0]
-    return tokens, np.ones(config.train_tokens)
-
-  # Only what ends within a row is trained through.
-  trained = [
-    i
-    for i, size in enumerate(config.inner.chunk_sizes)
-    if size is not None and 2 * size <= config.train_tokens
-  ]
+  trained = dataclasses.replace(config.inner, chunk_sizes=config.train_clocks)
   params, losses = reading.train(
-    model, reading.only(config.inner, trained), make_row, config.learner
+    model, trained, lambda rng: make_row(config, rng), config.learner
   )
   metrics = [{'step': i, 'loss': float(loss)} for i, loss in enumerate(losses)]
   found = {}

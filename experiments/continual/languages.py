@@ -33,7 +33,11 @@ class LanguagesConfig:
   """Learners, how much they are taught, and what they are asked."""
 
   learner: reading.LearnerConfig = reading.LearnerConfig(
-    num_layers=2, embed_dim=48, num_heads=2, connection='nested'
+    num_layers=2,
+    embed_dim=48,
+    num_heads=2,
+    connection='nested',
+    learning_rate=6e-3,
   )
   inner: levels.InnerConfig = levels.InnerConfig(
     (grammar.PAIR, 4 * grammar.PAIR, 16 * grammar.PAIR), (1.0,)
@@ -44,6 +48,7 @@ class LanguagesConfig:
   pairs: int = 160  # of a language, in the order in which they are taught
   questions: int = 30  # of each language
   num_streams: int = 8  # each with two languages of its own
+  seed: int = 0  # of parameters and of rows of training
 
 
 def get_config(arg: str | None = None) -> LanguagesConfig:
@@ -87,6 +92,7 @@ def run(config: LanguagesConfig, workdir: str, mode: str) -> None:
       inner,
       lambda rng: make_row(config, rng),
       config.learner,
+      seed=config.seed,
       name=name,
     )
     metrics += [

@@ -32,7 +32,9 @@ _WINDOW = 16  # tokens that attention sees, in families that have some
 class LearnerConfig:
   """A small model, and how it is trained before it meets a stream."""
 
-  family: str = 'deltanet'  # of the zoo: what mixes tokens
+  # Of the zoo: what mixes tokens. A memory that forgets nothing, as deltanet's,
+  # says stale things after more tokens than it was trained on.
+  family: str = 'gated_deltanet'
   num_layers: int = 1
   embed_dim: int = 32
   num_heads: int = 1
@@ -85,7 +87,8 @@ def make_config(
   if models.max_stream_length(made) is not None:
     raise errors.UserError(
       f'learner.family={config.family!r} holds a limited number of tokens, and '
-      "a stream has any; use one with a state of constant size, as 'deltanet'."
+      'a stream has any; use one with a state of constant size, as '
+      "'gated_deltanet'."
     )
   if isinstance(made.mixer, layers.MemoryMixerConfig):
     # Segments are short: wider chunks would be padding.
