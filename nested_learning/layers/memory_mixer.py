@@ -17,9 +17,9 @@ memory is its projection alone.
 What the equations leave open is settled thus: each projection is convolved over
 4 tokens; k, q, v, what their memories read and the targets are L2-normalised;
 inner_lr is a bounded sigmoid and retention a sigmoid, both with a learned bias
-per head outside the memories, one for main and one for the others, which start
-to move slowly and to return soon (`memory_rates.py`); the read is normalised per
-head, gated and projected. The paper has one x for all roles;
+per head outside the memories, one for main and one for the others, which move
+slowly at first and in some heads return soon (`memory_rates.py`); the read is
+normalised per head, gated and projected. The paper has one x for all roles;
 with a projection each, a role whose memory never changes is an ordinary one.
 
 Three defaults are not as printed. The objective is the dot product: Delta

@@ -30,10 +30,10 @@ ROLES = ('inner_lr', 'retention')
 # that a key means the same when it is written and when it is read.
 _INNER_LR_BIAS = {'main': -1.0, 'others': -4.0}
 # What a token lets memories forget at first, from the first head to the last.
-# The others go back to their start within tens of tokens, so that what they
-# drift has an end, and one that they reach in training: a value that is written
-# after a thousand tokens is then made as one of the first hundred is.
-_FORGOTTEN = {'main': (0.02, 0.001), 'others': (0.2, 0.05)}
+# In the first heads the others are soon back at their start, so that their
+# drift has an end, which rows of training reach: a value written after a
+# thousand tokens is then made as one of the first hundred is.
+_FORGOTTEN = {'main': (0.02, 0.001), 'others': (0.2, 0.001)}
 _SMALLEST_CAP = 1e-9  # under a quotient
 CAPS = ('soft', 'hard', 'spectral')
 
