@@ -51,12 +51,17 @@ class ClassesConfig:
   test_per_class: int = 10
   num_seeds: int = 3  # orders of classes, and parameters
   learner: reading.LearnerConfig = reading.LearnerConfig(
-    family='gated_deltanet', embed_dim=64, num_heads=2, mlp_dim=128
+    num_layers=2,
+    embed_dim=64,
+    num_heads=2,
+    mlp_dim=128,
+    connection='nested',
+    batch_size=4,
+    learning_rate=6e-3,
   )
-  inner: levels.InnerConfig = levels.InnerConfig((64, 512), (1.0, 1.0))
+  inner: levels.InnerConfig = levels.InnerConfig((64, 256), (8.0, 8.0))
   num_words: int = 2048  # places that words are hashed to
-  row_classes: int = 8  # of a row of training
-  row_examples: int = 32
+  row: classifier.RowConfig = classifier.RowConfig()  # of training
   epochs: int = 6  # of fine-tuning, per task
   batch_size: int = 32  # examples
   learning_rate: float = 2e-3  # of fine-tuning
@@ -89,8 +94,7 @@ def get_config(arg: str | None = None) -> ClassesConfig:
       ),
       inner=levels.InnerConfig((32, 64), (1.0, 1.0)),
       num_words=64,
-      row_classes=2,
-      row_examples=4,
+      row=classifier.RowConfig(num_tasks=2, classes=2, examples=3, review=2),
       epochs=1,
       batch_size=4,
     )
@@ -206,9 +210,7 @@ def run(config: ClassesConfig, workdir: str, mode: str) -> None:
   matrices = {'nearest class mean, tf-idf': _nearest_mean(config, tasks)}
   metrics, params = [], {}
   model = classifier.make_classifier(config.learner, tasks.words, _LEVELS)
-  row = lambda rng: classifier.make_row(
-    tasks.words, rng, classes=config.row_classes, examples=config.row_examples
-  )
+  row = lambda rng: classifier.make_row(tasks.words, rng, config.row)
   for name, inner in {
     'in context': reading.only(config.inner, ()),
     'levels': config.inner,

@@ -6,6 +6,7 @@ where no class comes next, the logits are constants, which teach nothing.
 """
 
 from collections.abc import Sequence
+import dataclasses
 import functools
 import re
 from typing import Any, NamedTuple
@@ -74,19 +75,18 @@ def make_classifier(
   model_config = reading.make_config(config, words.vocab_size, level_names)
   trunk = models.make_trunk(model_config)
   width = config.embed_dim
-  matrix = lambda rows: parameters.Param(
-    (rows, width), ('vocab', 'embed'), parameters.fan_in(width)
-  )
   table = {
-    'embedding': matrix(words.vocab_size),
-    'head': matrix(words.num_classes),
+    'embedding': parameters.Param(
+      (words.vocab_size, width), ('vocab', 'embed'), parameters.fan_in(width)
+    ),
     **trunk.table,
   }
 
   def forward(params, state, tokens, *, reset=None, mask=None, write=True):
     x = params['embedding'][tokens] * width**0.5
     x, state = trunk.apply(params, state, x, layer.Marks(reset, mask, write))
-    logits = jnp.einsum('bte,ve->btv', x, params['head'])
+    names = params['embedding'][: words.num_classes]
+    logits = jnp.einsum('bte,ve->btv', x, names)
     asked = (tokens == words.question)[..., None]
     rest = words.vocab_size - words.num_classes
     return jnp.pad(
@@ -104,38 +104,57 @@ def make_classifier(
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class RowConfig:
+  """What a row of training is: tasks in turn, and then all of them again."""
+
+  num_tasks: int = 4
+  classes: int = 3  # of a task
+  examples: int = 18  # of a task
+  review: int = 24  # examples of any of its classes, at the end
+
+
 def make_row(
-  words: Words, rng: np.random.Generator, *, classes: int, examples: int
+  words: Words, rng: np.random.Generator, config: RowConfig
 ) -> tuple[np.ndarray, np.ndarray]:
   """Examples of some invented classes, as one row, and their weights [t].
 
   Args:
     words: What tokens are.
     rng: Random numbers.
-    classes: Classes of the row, at random among all.
-    examples: Examples of the row.
+    config: How many of what.
 
   Returns:
-    Tokens and weights; a class counts where it was seen before.
+    Tokens and weights; a class counts where it was seen before, and most in the
+    review.
   """
+  classes = config.num_tasks * config.classes
   names = rng.choice(words.num_classes, classes, replace=False)
   first, own = words.num_classes + 2, 5  # words of a class's own
   drawn = rng.permutation(words.num_words)[: own * classes + 30] + first
   common, pools = drawn[:30], drawn[30:].reshape(classes, -1)
-  labels = rng.integers(classes, size=examples)
-  tokens = np.full((examples, EXAMPLE), words.pad)
-  weights = np.zeros((examples, EXAMPLE))
+  labels = (
+    rng.integers(config.classes, size=(config.num_tasks, config.examples))
+    + config.classes * np.arange(config.num_tasks)[:, None]
+  )
+  num_taught = labels.size
+  review = rng.integers(classes, size=config.review)
+  labels = np.concatenate([labels.ravel(), review])
+  tokens = np.full((len(labels), EXAMPLE), words.pad)
+  weights = np.zeros((len(labels), EXAMPLE))
   seen = set()
-  for row, weight, label in zip(tokens, weights, labels, strict=True):
+  for i, label in enumerate(labels):
     count = rng.integers(3, 9)
     is_own = rng.random(count) < 0.4
     is_own[rng.integers(count)] = True
     text = np.where(
       is_own, rng.choice(pools[label], count), rng.choice(common, count)
     )
-    row[EXAMPLE - 2 - count : EXAMPLE - 2] = text
-    row[-2:] = words.question, names[label]
-    weight[-1] = 1.0 if label in seen else 0.02
+    tokens[i, EXAMPLE - 2 - count : EXAMPLE - 2] = text
+    tokens[i, -2:] = words.question, names[label]
+    weights[i, -1] = 1.0 if i >= num_taught else 0.3
+    if label not in seen:
+      weights[i, -1] = 0.02
     seen.add(label)
   return tokens.ravel(), weights.ravel()
 
