@@ -110,7 +110,7 @@ RUNS = (
   ('aa', 'transformer', 300),
   ('aa', 'linear_attention', 300),
   ('aa', 'deltanet', 300),
-  ('aa', 'hope', 200),
+  ('aa', 'hope', 400),
   ('s_niah_1', 'transformer', 600),
   ('s_niah_1', 'gated_deltanet', 600),
   ('s_niah_1', 'titans', 600),
