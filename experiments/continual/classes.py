@@ -18,6 +18,8 @@ Command (the last arm needs scikit-learn: pip install -c constraints.txt -e
 
 The default is a generated corpus; `:clinc150` and `:banking77` are for the real
 ones, in a folder of yours as they are distributed.
+
+Result: not run to its end yet with these settings.
 """
 
 from collections.abc import Callable

@@ -25,7 +25,7 @@ deviation over 16 streams; a guess gives 0.062.
 
 The slow level holds what the others have lost, and in the end forgets too: its
 steps on documents point everywhere (their cosine is 0.0), and after 6K tokens
-have undone 0.3 of what telling wrote. Rows of training have 1,536 tokens.
+have undone 0.3 of what telling wrote. In training, gaps have 1,536 tokens.
 
 It needs a memory that forgets. With deltanet's, which never does, what is asked
 within documents is answered worse the longer the stream (0.65 nats after 1K

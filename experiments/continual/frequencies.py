@@ -10,6 +10,8 @@ with the rate is in the report, as is the spread over streams.
 Command:
   python launch/run.py --config=experiments/continual/frequencies.py \
     --workdir=runs/frequencies
+
+Result: not run to its end yet with these settings.
 """
 
 import dataclasses

@@ -10,6 +10,8 @@ level is slower than those before it.
 Command (needs sacrebleu: pip install -c constraints.txt -e '.[experiments]'):
   python launch/run.py --config=experiments/continual/languages.py \
     --workdir=runs/languages
+
+Result: not run to its end yet with these settings.
 """
 
 import dataclasses
