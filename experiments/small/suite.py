@@ -102,7 +102,7 @@ RUNS = (
   ('mqar', 'deltanet', 600),
   ('mqar', 'gated_deltanet', 600),
   ('mqar', 'titans', 1000),
-  ('mqar', 'hope', 1400),
+  ('mqar', 'hope', 2000),
   ('parity', 'transformer', 400),
   ('parity', 'linear_attention', 400),
   ('parity', 'deltanet', 400),
