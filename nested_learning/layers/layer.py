@@ -26,6 +26,21 @@ class Marks(NamedTuple):
   lesson: Any = None
 
 
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Makes the backward pass compute elementwise work again, not keep it.
+
+  Of such work the arguments alone are kept, which are there anyway or a few
+  among many; a product of matrices that it ends in is not computed again.
+
+  Args:
+    function: Of arrays.
+
+  Returns:
+    The same function.
+  """
+  return jax.checkpoint(function, prevent_cse=False)
+
+
 class Layer(NamedTuple):
   """A layer as a table of parameters and two pure functions.
 

@@ -107,24 +107,27 @@ def apply(
   # Channels of a head lie together, so that heads stay where they are kept.
   x = jnp.einsum('bte,ehsd->bthsd', inputs, params['in'].astype(dtype))
   shape = x.shape
-  x, state = context_parallel.convolve(
-    params['conv'],
-    state,
-    x.reshape(*shape[:2], -1),
-    reset=marks.reset,
-    mask=marks.mask,
-  )
   wide = jnp.promote_types(dtype, jnp.float32)
-  k, v, q = jnp.einsum('bthsd->sbhtd', x.reshape(shape).astype(wide))
-  make = FEATURES[features]
-  powers = params.get('powers')
-  v = jax.nn.silu(v)
-  made = {
-    'k': make(k, powers),
-    'v': norm.l2_normalize(v) if normalize_values else v,
-    'q': make(q, powers),
-  }
-  return made, state
+
+  @layer.recomputed
+  def make(conv, powers, x):
+    x, after = context_parallel.convolve(
+      conv,
+      state,
+      x.reshape(*shape[:2], -1),
+      reset=marks.reset,
+      mask=marks.mask,
+    )
+    k, v, q = jnp.einsum('bthsd->sbhtd', x.reshape(shape).astype(wide))
+    v = jax.nn.silu(v)
+    made = {
+      'k': FEATURES[features](k, powers),
+      'v': norm.l2_normalize(v) if normalize_values else v,
+      'q': FEATURES[features](q, powers),
+    }
+    return made, after
+
+  return make(params['conv'], params.get('powers'), x)
 
 
 def _polynomial(x: jax.Array, powers: jax.Array) -> jax.Array:

@@ -58,6 +58,7 @@ from nested_learning.layers import layer
 from nested_learning.layers import memory_engine
 from nested_learning.layers import memory_features
 from nested_learning.layers import memory_options
+from nested_learning.layers import memory_out
 from nested_learning.layers import memory_rates
 from nested_learning.layers import memory_roles
 from nested_learning.layers import memory_table
@@ -272,7 +273,7 @@ def make_memory_mixer(
   bias = {name: memory_rates.table(c, name) for name in tables}
   table = memory_table.make(c, embed_dim, tables, bias, rates)
   if c.cached_segments:
-    table['ask'] = memory_table.projection(c, embed_dim)
+    table['ask'] = memory_out.projection(c.num_heads, c.head_dim, embed_dim)
 
   def first_memory(params):
     if 'memory' in params:
@@ -357,10 +358,7 @@ def make_memory_mixer(
     feed = memory_rates.set_rates(c, bias['main'], feed)
     read, after = run_main(params, start, inputs, feed, marks)
 
-    read = jnp.einsum('bhtd->bthd', read)
-    read = norm.rms_norm(params['norm'], read).astype(dtype)
-    gate = jnp.einsum('bte,ehd->bthd', inputs, weights('gate'))
-    out = jnp.einsum('bthd,hde->bte', read * jax.nn.silu(gate), weights('out'))
+    out = memory_out.apply(params, read, inputs)
     return out, MemoryMixerState(conv, others, *after)
 
   return layer.Layer(table, init_state, apply)

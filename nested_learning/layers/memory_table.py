@@ -5,7 +5,7 @@ from typing import Any
 
 from nested_learning import parameters
 from nested_learning.layers import memory_features
-from nested_learning.layers import norm
+from nested_learning.layers import memory_out
 
 
 def make(
@@ -36,13 +36,7 @@ def make(
       features=config.features,
     ),
     'bias': dict(bias),
-    'norm': norm.scale_param(dim, None),
-    'gate': projection(config, embed_dim),
-    'out': parameters.Param(
-      (heads, dim, embed_dim),
-      ('heads', None, 'embed'),
-      parameters.fan_in(heads * dim),
-    ),
+    **memory_out.table(num_heads=heads, head_dim=dim, embed_dim=embed_dim),
   }
   if config.initial == 'learned':
     table['memory'] = dict(memories)
@@ -60,12 +54,3 @@ def make(
       parameters.fan_in(embed_dim, 0.1),
     )
   return table
-
-
-def projection(config: Any, embed_dim: int) -> parameters.Param:
-  """From the layer's input to a vector per head, [e, h, d]."""
-  return parameters.Param(
-    (embed_dim, config.num_heads, config.head_dim),
-    ('embed', 'heads', None),
-    parameters.fan_in(embed_dim),
-  )

@@ -46,6 +46,7 @@ from nested_learning.layers import layer
 from nested_learning.layers import memory_engine
 from nested_learning.layers import memory_features
 from nested_learning.layers import memory_mixer
+from nested_learning.layers import memory_out
 from nested_learning.layers import memory_rates
 from nested_learning.layers import memory_roles
 from nested_learning.layers import memory_table
@@ -229,12 +230,7 @@ def make_tnt(config: TntConfig, *, embed_dim: int, dtype: Any) -> layer.Layer:
         )
       read = read + result.read
 
-    read = jnp.einsum('bhtd->bthd', read)
-    read = norm.rms_norm(params['norm'], read).astype(dtype)
-    gate = jnp.einsum('bte,ehd->bthd', inputs, params['gate'].astype(dtype))
-    out = jnp.einsum(
-      'bthd,hde->bte', read * jax.nn.silu(gate), params['out'].astype(dtype)
-    )
+    out = memory_out.apply(params, read, inputs)
     together = math.lcm(*shards.values())
     return out, TntState(conv, memories, projections, count % together)
 

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from nested_learning import errors
 from nested_learning import parameters
+from nested_learning.layers import layer
 from nested_learning.layers import norm
 from nested_learning.memory import objectives
 
@@ -270,7 +271,12 @@ def _mlp(params: Any, x: jax.Array) -> jax.Array:
   normed = norm.rms_norm(params['norm'], x)
   gate = jnp.einsum('bte,ef->btf', normed, weights['gate'])
   up = jnp.einsum('bte,ef->btf', normed, weights['up'])
-  return jnp.einsum('btf,fe->bte', jax.nn.silu(gate) * up, weights['down'])
+  return _gated_projection(gate, up, weights['down'])
+
+
+@layer.recomputed
+def _gated_projection(gate, up, down):
+  return jnp.einsum('btf,fe->bte', jax.nn.silu(gate) * up, down)
 
 
 def _level_table(level: LevelConfig, embed_dim: int) -> parameters.Table:

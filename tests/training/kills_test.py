@@ -38,6 +38,7 @@ _SCRIPT = textwrap.dedent("""
     model={'embed_dim': 256, 'vocab_size': 2048},
     train={
       'num_steps': int(sys.argv[3]),
+      'final_fraction': 1.0,  # rates do not depend on the number of steps
       'checkpoint_every': 2,
       'keep_checkpoints': 3,
     },
