@@ -1,9 +1,8 @@
 """Several processes as one run: how they meet, agree, wait and end.
 
-`jax.distributed` finds TPU pods, Slurm, and Open MPI up to 4 by itself. This
-module adds Open MPI 5 and environment variables of its own, and what a run
-needs when something goes wrong: a process that is lost, fails or hangs ends all
-of them within a stated time, with one line that says which and why.
+`cluster.py` finds them. This module has what a run needs when something goes
+wrong: a process that is lost, fails or hangs ends all of them within a stated
+time, with one line that says which and why.
 
 A process that is lost (killed, or its machine is gone) ends the others after
 `heartbeat_seconds`. One that fails ends them after at most ten seconds more
@@ -16,7 +15,6 @@ JAX is imported late: a launcher that starts no process does without it.
 from collections.abc import Callable, Mapping
 import faulthandler
 import hashlib
-import importlib.util
 import itertools
 import os
 import re
@@ -24,8 +22,8 @@ import sys
 import threading
 import time
 from typing import Any
-import zlib
 
+from nested_learning import cluster
 from nested_learning import errors
 
 # The exit code of a failure that is worth another attempt; so are the codes
@@ -34,56 +32,9 @@ EXIT_RETRY = 42
 
 _START_SECONDS = 1800  # a cold pod takes longer than JAX's default of 300
 _END_SECONDS = 10  # for the others to fail as well
-_ADDRESS = 'JAX_COORDINATOR_ADDRESS'
-_COUNT = 'JAX_NUM_PROCESSES'
-_INDEX = 'JAX_PROCESS_ID'
 
 _numbers = itertools.count()  # of barriers: no name is used twice
 _watchdog: '_Watchdog | None' = None  # of this process, as in faulthandler
-
-
-def find_cluster(
-  environ: Mapping[str, str],
-  *,
-  coordinator_address: str | None = None,
-  num_processes: int | None = None,
-  process_id: int | None = None,
-) -> dict[str, Any] | None:
-  """Arguments for `jax.distributed.initialize`, or None for one process.
-
-  What is given comes first, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
-  and JAX_PROCESS_ID (or the JOB_COMPLETION_INDEX of a Kubernetes job), then
-  Open MPI, Slurm and TPUs.
-
-  Args:
-    environ: The environment.
-    coordinator_address: Host and port of process 0.
-    num_processes: How many there are.
-    process_id: Which one this is.
-
-  Returns:
-    The arguments; empty where JAX finds them itself.
-
-  Raises:
-    errors.UserError: Some are there and others are missing or wrong.
-  """
-  address = coordinator_address or environ.get(_ADDRESS)
-  count = _integer(num_processes, _COUNT, environ)
-  index = _integer(process_id, _INDEX, environ)
-  if count is not None or index is not None:
-    if index is None:
-      index = _integer(None, 'JOB_COMPLETION_INDEX', environ)
-    return _explicit(address, count, index)
-  if 'OMPI_COMM_WORLD_SIZE' in environ:
-    return _open_mpi(address, environ)
-  slurm = ('SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID')
-  if all(name in environ for name in slurm):
-    return None if environ['SLURM_NTASKS'] == '1' else {}
-  if _may_be_tpu(environ):
-    return {}
-  if address is not None:
-    return _explicit(address, count, index)
-  return None
 
 
 def initialize(
@@ -99,9 +50,9 @@ def initialize(
   Call it before anything that uses a device. With one process it does nothing.
 
   Args:
-    coordinator_address: See `find_cluster`; from the environment by default.
-    num_processes: See `find_cluster`.
-    process_id: See `find_cluster`.
+    coordinator_address: See `cluster.find`; from the environment by default.
+    num_processes: See `cluster.find`.
+    process_id: See `cluster.find`.
     heartbeat_seconds: A process that is silent for so long is lost, and all
       others end.
     hang_seconds: A process that does not call `progress` for so long dumps the
@@ -112,29 +63,29 @@ def initialize(
     errors.UserError: The cluster is described in part or wrongly, or not all
       processes came.
   """
-  cluster = find_cluster(
+  found = cluster.find(
     os.environ,
     coordinator_address=coordinator_address,
     num_processes=num_processes,
     process_id=process_id,
   )
-  if cluster is None:
+  if found is None:
     return
   import jax
 
   try:
     jax.distributed.initialize(
-      **cluster,
+      **found,
       initialization_timeout=_START_SECONDS,
       heartbeat_timeout_seconds=heartbeat_seconds,
     )
   except (ValueError, RuntimeError) as error:
-    if not cluster and 'coordinator_address should be defined' in str(error):
+    if not found and 'coordinator_address should be defined' in str(error):
       return  # libtpu and chips, but no pod around them
     raise errors.UserError(
       'The processes of this run did not find each other '
-      f'({_first_line(error)}); check {_ADDRESS}, {_COUNT} and {_INDEX}, or '
-      'what the cluster says in their place.'
+      f'({_first_line(error)}); check {cluster.ADDRESS}, {cluster.COUNT} and '
+      f'{cluster.INDEX}, or what the cluster says in their place.'
     ) from error
   global _watchdog
   _watchdog = _Watchdog(hang_seconds)
@@ -362,87 +313,6 @@ class _Watchdog:
     )
     faulthandler.dump_traceback(all_threads=True)
     os._exit(EXIT_RETRY)
-
-
-def _explicit(address, count, index) -> dict[str, Any] | None:
-  """The three that describe a cluster, all there and fitting together."""
-  missing = [
-    name
-    for name, value in ((_ADDRESS, address), (_COUNT, count), (_INDEX, index))
-    if value is None
-  ]
-  if missing and (count != 1 or index):
-    raise errors.UserError(
-      f'{" and ".join(missing)} must be set too, for processes to find each '
-      'other: host:port of process 0, how many there are, and which this is.'
-    )
-  if count == 1:
-    return None
-  if not 0 <= index < count:
-    raise errors.UserError(
-      f'process id {index} must be at least 0 and below the number of '
-      f'processes, {count} ({_INDEX}, {_COUNT}).'
-    )
-  if not re.fullmatch(r'.+:\d+', address):
-    raise errors.UserError(
-      f'{_ADDRESS}={address!r} must be host:port of process 0.'
-    )
-  return {
-    'coordinator_address': address,
-    'num_processes': count,
-    'process_id': index,
-    'cluster_detection_method': 'deactivate',
-  }
-
-
-def _open_mpi(address, environ) -> dict[str, Any] | None:
-  """Open MPI; from version 5 on it no longer says where process 0 is."""
-  count = int(environ['OMPI_COMM_WORLD_SIZE'])
-  if count == 1:
-    return None
-  if 'OMPI_MCA_orte_hnp_uri' in environ:
-    return {}
-  if address is None:
-    if environ.get('OMPI_COMM_WORLD_LOCAL_SIZE') != str(count):
-      raise errors.UserError(
-        f'Open MPI started {count} processes on several machines and does not '
-        f'say where process 0 is; set {_ADDRESS}=host:port (mpirun -x).'
-      )
-    # A port of its own for every run on this machine.
-    run = environ.get('PMIX_NAMESPACE', '')
-    address = f'localhost:{61440 + zlib.crc32(run.encode()) % 4096}'
-  return {
-    'coordinator_address': address,
-    'num_processes': count,
-    'process_id': int(environ['OMPI_COMM_WORLD_RANK']),
-    'local_device_ids': [int(environ['OMPI_COMM_WORLD_LOCAL_RANK'])],
-  }
-
-
-def _may_be_tpu(environ) -> bool:
-  """Whether JAX should ask for a TPU pod around this machine."""
-  hosts = environ.get('TPU_PROCESS_ADDRESSES') or environ.get(
-    'TPU_WORKER_HOSTNAMES'
-  )
-  if hosts is not None:  # Kubernetes says it all
-    num_slices = int(environ.get('MEGASCALE_NUM_SLICES') or 1)
-    return ',' in hosts or num_slices > 1
-  if importlib.util.find_spec('libtpu') is None:
-    return False
-  import jax  # noqa: F401  (It sets the variable when it finds no chip.)
-
-  return 'TPU_SKIP_MDS_QUERY' not in environ
-
-
-def _integer(value: int | None, name: str, environ) -> int | None:
-  if value is not None or name not in environ:
-    return value
-  try:
-    return int(environ[name])
-  except ValueError as error:
-    raise errors.UserError(
-      f'{name}={environ[name]!r} must be a whole number.'
-    ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -20,6 +20,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _TIERS = (
   (
     'errors',
+    'cluster',
     'distributed',
     'parameters',
     'sharding',
