@@ -65,6 +65,9 @@ _METRICS = flags.DEFINE_list(
   'best where the name does not.',
 )
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the sweep.')
+_RESULTS = flags.DEFINE_string(
+  'results', None, 'Folder of the tables and plots; by default the same.'
+)
 _TARGET = flags.DEFINE_enum(
   'target',
   'local',
@@ -284,9 +287,10 @@ def _submit(left, workdir) -> int:
 
 def _collect(record: sweeps.Record, workdir: pathlib.Path) -> int:
   """Writes the tables; says where, and what they lack."""
-  for warning in sweeps.collect(record, workdir):
+  folder = pathlib.Path(_RESULTS.value or workdir)
+  for warning in sweeps.collect(record, workdir, folder):
     programs.print_error(warning)
-  print(f'{workdir}/README.md has the results.')
+  print(f'{folder}/README.md has the results.')
   return 0
 
 

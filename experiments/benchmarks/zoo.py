@@ -106,7 +106,7 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
     rate = config.step_tokens / seconds[length][_BASE]
     summary[f'tokens_per_second_{_BASE}_{length}'] = rate
   summary |= facts
-  head = ['', *(f'training, {n} tokens' for n in lengths)]
+  head = ['', *(f'{n} tokens' for n in lengths)]
   report_files.write(
     workdir,
     config,
@@ -119,13 +119,29 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
       'faster. Decode: seconds per token over those of Transformer++ with room '
       f'for {max(lengths)} tokens; below 1 is faster. One machine, one run.',
       report_files.table([*head, 'decode', 'bytes of a stream'], rows),
+      'Bytes that the program of a gradient needs beside its arguments, over '
+      'those of Transformer++:',
+      report_files.table(head, _temporaries(config, facts)),
       report_files.table(
         ('the engine over the rule alone', ''),
         [item for item in facts.items() if item[0].endswith('_reference')],
       ),
     ],
   )
-  print(report_files.table([*head, 'decode', 'state bytes'], rows))
+  print(report_files.table([*head, 'decode', 'bytes of a stream'], rows))
+
+
+def _temporaries(config, facts):
+  """A row for each family; nothing where the compiler does not say."""
+  name = 'temporary_bytes_{}'.format
+  rows = []
+  for family in config.families:
+    found = [
+      (facts.get(f'{f}/{name(n)}') for f in (family, _BASE))
+      for n in config.lengths
+    ]
+    rows.append((family, *(a / b if a and b else '' for a, b in found)))
+  return rows
 
 
 def _model(config: BenchmarkConfig, family: str, length: int) -> models.Model:

@@ -18,7 +18,11 @@ PAGE = 'README.md'
 _CSV = 'results.csv'
 
 
-def collect(record: record_lib.Record, workdir: pathlib.Path) -> list[str]:
+def collect(
+  record: record_lib.Record,
+  workdir: pathlib.Path,
+  folder: pathlib.Path | None = None,
+) -> list[str]:
   """Writes what the finished runs of a sweep gave.
 
   README.md has the table and the plots; results.csv a line for each run;
@@ -28,10 +32,12 @@ def collect(record: record_lib.Record, workdir: pathlib.Path) -> list[str]:
   Args:
     record: The sweep.
     workdir: Its folder.
+    folder: For what is written; None is the workdir.
 
   Returns:
     A line for each metric that is asked for and that no run has.
   """
+  folder = workdir if folder is None else folder
   results = results_lib.read(record, workdir)
   wanted = results_lib.metrics(record, results)
   known = sorted({key for result in results for key in result.values})
@@ -43,7 +49,7 @@ def collect(record: record_lib.Record, workdir: pathlib.Path) -> list[str]:
     values = {cell: row[key] for cell, row in table.items() if key in row}
     image = io.BytesIO()
     plots.make_figure(key, record.cells, values).savefig(image, dpi=110)
-    record_lib.write_file(workdir / images[key], image.getvalue())
+    record_lib.write_file(folder / images[key], image.getvalue())
   text = page.make(record, results, metrics=metrics, table=table, images=images)
   summary = json.dumps(_summary(results, table), indent=2) + '\n'
   for name, content in (
@@ -51,7 +57,7 @@ def collect(record: record_lib.Record, workdir: pathlib.Path) -> list[str]:
     (PAGE, text),
     (record_lib.SUMMARY, summary),
   ):
-    record_lib.write_file(workdir / name, content.encode())
+    record_lib.write_file(folder / name, content.encode())
   return [
     f'no run has the metric {key!r}; the nearest is '
     f'{difflib.get_close_matches(key, known, 1, 0)[0]}.'

@@ -49,6 +49,17 @@ class CollectTest(parameterized.TestCase):
     self.assertIn('| size=1 | 2.333 ± 1.5 | 3 of 3 |', self.page)
     self.assertIn('| size=2 | **2** | 1 of 3 |', self.page)
 
+  def test_in_a_folder_of_its_own(self):
+    self._write('size=1', 0, {'loss': 1.0})
+    self._collect('size=1')
+    record = toy.make_record(self.spec, 'size=1')
+    folder = self.workdir.parent / 'deep' / 'page'
+    sweeps.collect(record, self.workdir, folder)
+    for path in folder.iterdir():
+      same = self.workdir / path.name
+      self.assertEqual(path.read_bytes(), same.read_bytes(), path)
+    self.assertTrue((folder / 'loss.png').exists())
+
   def test_damage_stays_with_its_run(self):
     self._write('size=1', 0, '{"loss": 1')
     self._write('size=1', 1, {'loss': 3})
