@@ -3,6 +3,10 @@ r"""The chunked gated delta rule alone, to measure the engine against.
 .. math:: S_t = retention_t \, S_{t-1} (I - inner\_lr_t k_t k_t^T)
                 + inner\_lr_t v_t k_t^T
 
+Its triangular systems are inverted in blocks by matmuls, as published kernels
+do: jaxlib's batched solves on CPUs (0.10.2) can wait for each other for ever
+where two of them share two cores.
+
 References:
   Yang et al., arXiv:2406.06484, 2024 (chunks by the WY form);
   Yang et al., arXiv:2412.06464, 2024, eq. 10 (with decay).
@@ -10,6 +14,8 @@ References:
 
 import jax
 import jax.numpy as jnp
+
+from nested_learning.memory import triangular
 
 
 def chunked(
@@ -42,12 +48,9 @@ def chunked(
   ratio = total - jnp.swapaxes(total, -1, -2)
   decay = jnp.exp(jnp.where(lower, ratio, -jnp.inf))
   gram = jnp.einsum('...td,...sd->...ts', k, k)
-  system = jnp.eye(chunk_size) + jnp.tril(inner_lr * decay * gram, -1)
-  solve = lambda right: jax.lax.linalg.triangular_solve(
-    system, right, left_side=True, lower=True, unit_diagonal=True
-  )
-  values = solve(inner_lr * v)
-  keys = solve(inner_lr * jnp.exp(total) * k)
+  inverse = triangular.unit_lower_inverse(inner_lr * decay * gram)
+  values = inverse @ (inner_lr * v)
+  keys = inverse @ (inner_lr * jnp.exp(total) * k)
   scores = decay * jnp.einsum('...td,...sd->...ts', q, k)
   from_start = jnp.exp(total) * q
   to_end = jnp.exp(total[..., -1:, :] - total) * k

@@ -133,15 +133,13 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
 
 def _temporaries(config, facts):
   """A row for each family; nothing where the compiler does not say."""
-  name = 'temporary_bytes_{}'.format
-  rows = []
-  for family in config.families:
-    found = [
-      (facts.get(f'{f}/{name(n)}') for f in (family, _BASE))
-      for n in config.lengths
-    ]
-    rows.append((family, *(a / b if a and b else '' for a, b in found)))
-  return rows
+
+  def ratio(family, length):
+    name = f'temporary_bytes_{length}'
+    of, base = (facts.get(f'{f}/{name}') for f in (family, _BASE))
+    return of / base if of and base else ''
+
+  return [(f, *(ratio(f, n) for n in config.lengths)) for f in config.families]
 
 
 def _model(config: BenchmarkConfig, family: str, length: int) -> models.Model:
