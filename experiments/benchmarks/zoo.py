@@ -4,6 +4,44 @@ Command:
   python launch/run.py --config=experiments/benchmarks/zoo.py \
     --workdir=runs/zoo
 
+Hardware: two CPU cores and 8 GB, 25 minutes with --set=repeats=1.
+Result of one run, two idle cores, huge pages; tokens per second of a gradient
+over Transformer++'s (5,647, 1,637 and 223 at the three lengths), seconds per
+token of decoding over its 3.5 ms, bytes of a stream, and what a gradient at 1K
+needs beside its arguments over its 2.1 GB:
+
+                              1K     4K    16K   decode       bytes memory
+  hope                      1.36   4.66   14.7     0.15     541,712   0.49
+  hope_attention            0.62   1.02    1.1     1.08   8,519,696   1.03
+  transformer               1.00   1.00    1.0     1.00   8,519,696   1.00
+  sliding_window            2.62   8.74   50.2     0.10     133,136   0.59
+  samba                     2.52  12.19   48.6     0.07     103,948   0.59
+  linear_attention          3.00  11.13   32.3     0.11      74,760   0.38
+  retnet                    2.89  10.90   38.4     0.08      74,760   0.39
+  gated_linear_attention    2.66  10.27   26.4     0.10      74,760   0.43
+  deltanet                  2.33   9.27   27.0     0.10      74,760   0.47
+  gated_deltanet            2.24   8.76   36.9     0.08      74,760   0.52
+  ttt_linear                2.57   9.06   37.8     0.10      74,760   0.38
+  ttt_mlp                   1.34   5.31   29.0     0.12     533,512   0.55
+  titans                    2.29   5.72   23.9     0.10     205,832   0.51
+  tnt                       1.54   5.78   27.3     0.09     336,928   0.70
+  yaad                      2.00   6.15   23.5     0.08     533,512   0.55
+  moneta                    1.92   6.95   21.8     0.08     533,512   0.55
+  memora                    1.88   6.62   23.1     0.09     533,512   0.55
+  omeganet                  1.69   5.65   22.3     0.10     548,086   0.62
+  atlas                     0.06   0.27    1.3     0.18     810,230   0.97
+  deltattt                  2.36   7.99   23.7     0.07     140,296   0.48
+  titans_mac                0.82   2.60   13.2     0.10     281,632   0.22
+  titans_mag                0.70   2.48   13.5     0.08     338,968   1.00
+  titans_mal                1.46   5.43   18.1     0.08     338,968   0.96
+
+`deltanet_over_reference` 1.55, `gated_deltanet_over_reference` 1.29. Attention
+is dense below 2,048 tokens and in blocks of 512 queries above, at every length
+far below the rate of the machine's matmuls, as softmax on a CPU is: that the
+others are faster at 1K, too, says nothing about accelerators. Atlas makes every
+token's step orthogonal, five matmuls of Newton-Schulz for each: below 0.4 at
+1K, and the only one.
+
 Models have equal blocks around their mixers, not equal parameter counts. For
 each family summary.json has `<family>/training_<length>` (tokens per second of
 a gradient, over Transformer++'s at the same length), `<family>/decode` (seconds
