@@ -9,8 +9,9 @@ chunk_over_token_loop (forward and backward of one layer), hope_over_transformer
 (a whole training step, equal parameter count), hope_flop_ceiling (what the
 operation counts of the two would allow, at one rate for both),
 share_of_matmul_rate, flatness_1k_32k (training time per token of a 32K row over
-that of 1K rows) and decode_flatness_1k_100k (generation time per token, the
-same way).
+that of 1K rows), flatness_1k_32k_work (the same of the program's own work, by
+CPU time, without what the system does for it) and decode_flatness_1k_100k
+(generation time per token, by time again).
 
 Result of one run, two idle CPU cores, float32, huge pages:
 
@@ -203,12 +204,13 @@ def _long_rows(config: BenchmarkConfig, matmul_rate: float) -> dict[str, float]:
     params = model.init_params(jax.random.key(0))
     functions[length] = jax.jit(jax.grad(loss)), params, _tokens(1, length)
   seconds = timing.fastest(functions, config.repeats)
-  per_token = {length: value / length for length, value in seconds.items()}
+  work = timing.fastest(functions, 1, clock=timing.work_time)
+  short, long = config.num_tokens, config.long_row
+  flatness = lambda found: (found[long] / long) / (found[short] / short)
   return {
-    'flatness_1k_32k': (
-      per_token[config.long_row] / per_token[config.num_tokens]
-    ),
-    'tokens_per_second_long_row': 1 / per_token[config.long_row],
+    'flatness_1k_32k': flatness(seconds),
+    'flatness_1k_32k_work': flatness(work),
+    'tokens_per_second_long_row': long / seconds[long],
   }
 
 

@@ -20,6 +20,7 @@ class EngineBenchmarkTest(absltest.TestCase):
       'chunk_over_token_loop',
       'hope_over_transformer',
       'flatness_1k_32k',
+      'flatness_1k_32k_work',
       'decode_flatness_1k_100k',
       'share_of_matmul_rate',
     ):
