@@ -216,12 +216,19 @@ def _attend(
     place, key_place = position, jnp.arange(max_length)[None]
     key, value, key_document = state.key, state.value, state.document
 
-  def sees(places):
+  def sees(places, num_keys):
     place, document = (x[:, :, None] for x in places)
-    return (key_place[:, None] <= place) & (key_document[:, None] == document)
+    before = key_place[:, None, :num_keys] <= place
+    return before & (key_document[:, None, :num_keys] == document)
 
   outputs = dot_product.attend_in_blocks(
-    query, key, value, (place, document), sees, persistent=persistent
+    query,
+    key,
+    value,
+    (place, document),
+    sees,
+    is_causal=is_start,
+    persistent=persistent,
   )
   return outputs, state
 

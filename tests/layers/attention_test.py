@@ -125,8 +125,10 @@ class AttentionTest(parameterized.TestCase):
     again, _ = compiling.jit(full.apply)(params, state, self.x, marks)
     np.testing.assert_allclose(again, expected, atol=1e-5)
 
-  @parameterized.product(marked=(False, True), carried=(False, True))
-  def test_blocks_of_queries_give_the_same(self, marked, carried):
+  @parameterized.product(
+    marked=(False, True), carried=(False, True), num_groups=(2, 8)
+  )
+  def test_blocks_of_queries_give_the_same(self, marked, carried, num_groups):
     config = layers.AttentionConfig(4, 2, head_dim=4, num_persistent=3)
     layer = attention.make_attention(
       config, embed_dim=_EMBED, max_length=_LENGTH, dtype=jnp.float32
@@ -144,10 +146,11 @@ class AttentionTest(parameterized.TestCase):
 
     value = lambda: jax.value_and_grad(loss, (0, 1), has_aux=True)
     at_once = compiling.jit(value())(params, self.x)
-    # 17 queries: four blocks of five, the last one padded.
+    # 17 queries: four blocks of five, the last one padded, in two groups or
+    # each by itself.
     with (
       mock.patch.object(dot_product, '_BLOCK', 5),
-      mock.patch.object(dot_product, '_MANY', 17),
+      mock.patch.object(dot_product, '_GROUPS', num_groups),
     ):
       in_blocks = compiling.jit(value())(params, self.x)
     chex.assert_trees_all_close(in_blocks, at_once, rtol=1e-4, atol=1e-5)
