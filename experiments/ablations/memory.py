@@ -2,10 +2,13 @@
 
 Command:
   python launch/sweep.py --config=experiments/ablations/memory.py \
-    --workdir=runs/memory --seeds=3
+    --workdir=runs/memory --seeds=1 \
+    --results=experiments/results/ablations/memory
 
-Hardware: two CPU cores, a few minutes for each of the 18 runs.
-Result: not run to its end yet.
+Hardware: two CPU cores, a minute or two for each of the 6 runs.
+Result: experiments/results/ablations/memory/README.md. Bits per byte, one seed:
+matrix 2.880, hidden width 8 2.911, 16 2.862, 32 (as wide as a head, the
+default) 2.815, 64 2.776, 128 2.753. Wider is better, and slower.
 
 A matrix is one map deep. The paper writes a residual MLP of two maps (equation
 91) and says no width.
