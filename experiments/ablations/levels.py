@@ -9,7 +9,7 @@ Hardware: two CPU cores, a minute or two for each of the 5 runs.
 Result: experiments/results/ablations/levels/README.md. Bits per byte, one seed
 (those of `components.py` spread by 0.016): one level 2.775, two 2.815, three
 2.840, four 2.845, two on one clock 2.785. In 200 steps a level that learns half
-as often is behind; what slow clocks are worth in long trainings this cannot say.
+as often is behind; what slow clocks are worth in a long training is open.
 
 One level is a Transformer's MLP. The last row has two levels that both learn
 at every step: what clocks alone are worth is the row `levels_2` against it.
