@@ -15,21 +15,22 @@ CPU time, without what the system does for it) and decode_flatness_1k_100k
 
 Result of one run, two idle CPU cores, float32, huge pages:
 
-  chunk_over_token_loop     23.8   (556 tokens/s against 13,231 at chunks of 64;
-                                   10,111 at 16, 12,006 at 128)
-  hope_over_transformer     0.742  (1,966 tokens/s against 2,648)
-  hope_flop_ceiling         0.639
-  share_of_matmul_rate      0.245  (Transformer++ 0.211)
-  flatness_1k_32k           1.489  (944 tokens/s of a 32K row)
-  decode_flatness_1k_100k   0.958
+  chunk_over_token_loop     24.0   (505 tokens/s against 12,110 at chunks of 64;
+                                   9,374 at 16, 10,640 at 128)
+  hope_over_transformer     0.453  (1,984 tokens/s against 4,379)
+  hope_flop_ceiling         0.579
+  share_of_matmul_rate      0.263  (Transformer++ 0.335)
+  flatness_1k_32k           1.470  (902 tokens/s of a 32K row)
+  flatness_1k_32k_work      1.046
+  decode_flatness_1k_100k   0.973
   state_bytes_100k_over_1k  1
 
-Without huge pages the token loop runs at 355 tokens/s, Hope's step at 1,524 and
-Transformer++'s at 1,970, and flatness_1k_32k was 1.055, of memories that write
-every map. With them, the memories' layer itself takes the same CPU time per
-token at 1K and 8K tokens (0.161 and 0.165 ms). What grows is the time of all
-else, of Transformer++ with a window too (0.31 and 0.42 ms), and that of the
-system (0.03 and 0.12 ms): the gradient of a 32K row takes 11 GB.
+Transformer++ took 2,648 tokens/s at best when its attention scored all pairs at
+once; Hope's ratio to that was 0.742. Per token a long row takes the same work
+as a short one. What grows is the time of the system, 0.005 ms of CPU time per
+token at 1K and 0.30 at 32K, where it clears 5 GB of fresh memory for the
+gradient: on the virtual machine that this ran on at half a gigabyte per second.
+Without huge pages flatness_1k_32k was 1.055, and all but that slower.
 """
 
 import dataclasses
