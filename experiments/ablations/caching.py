@@ -2,10 +2,13 @@
 
 Command:
   python launch/sweep.py --config=experiments/ablations/caching.py \
-    --workdir=runs/caching --seeds=3
+    --workdir=runs/caching --seeds=1 \
+    --results=experiments/results/ablations/caching
 
-Hardware: two CPU cores, a few minutes for each of the 15 runs.
-Result: not run to its end yet.
+Hardware: two CPU cores, a minute or two for each of the 5 runs.
+Result: experiments/results/ablations/caching/README.md. Bits per byte, one seed
+(those of `components.py` spread by 0.016): none 2.815, one segment kept 2.865,
+four 2.880; of 32 tokens, none 2.821, four 2.874. On rows this short it loses.
 
 Memory Caching (arXiv:2602.24281) reports for Titans of 1.3B parameters with
 segments of 256 tokens 58.33 in place of 56.82 on average over its tasks. Rows

@@ -41,7 +41,7 @@ from run to run; that memora decodes unlike yaad is such an accident. Attention
 scores blocks of 256 queries, causal ones with the keys up to the end of their
 group; sliding windows score all their blocks at once, which is slower at 1K.
 Atlas makes every token's step orthogonal, five times three matmuls for each:
-five times the operations of all else in its block.
+at least eight times the operations of all else in its block.
 
 Models have equal blocks around their mixers, not equal parameter counts. For
 each family summary.json has `<family>/training_<length>` (tokens per second of

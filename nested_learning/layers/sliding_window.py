@@ -120,7 +120,7 @@ def attend(
     theta,
     persistent,
   )
-  out = out.reshape(batch_size, -1, *out.shape[2:])[:, :num_tokens]
+  out = out.reshape(batch_size, -1, *out.shape[3:])[:, :num_tokens]
   if rank is not None:
     out = _take(out, rank)
 
@@ -140,22 +140,29 @@ def attend(
 
 
 def _attend_blocks(query, document, spans, window, theta, persistent):
-  """Blocks of queries [b, n, c, h, d] among the keys of their spans."""
+  """Blocks of queries [b, n, c, h, d] among the keys of their spans.
+
+  One block at a time, which the backward pass scores again.
+  """
   key, value, key_document = spans
-  (batch_size, num_blocks, size), length = query.shape[:3], key.shape[2]
+  num_blocks, size, length = *query.shape[1:3], key.shape[2]
   position = jnp.arange(length)
   age = position[-size:, None] - position
   visible = (age >= 0) & (age < window)
   visible &= document[..., None] == key_document[:, :, None]
-  query, key, value, visible = (
-    x.reshape(batch_size * num_blocks, *x.shape[2:])
-    for x in (query, key, value, visible)
-  )
-  if persistent is not None:
-    persistent = dot_product.Persistent(query, *persistent)
-  query = rotary.rotate(query, position[-size:], theta)
-  key = rotary.rotate(key, position, theta)
-  return dot_product.attend(query, key, value, visible, persistent=persistent)
+
+  def look(block):
+    query, key, value, visible = block
+    beside = persistent and dot_product.Persistent(query, *persistent)
+    query = rotary.rotate(query, position[-size:], theta)
+    key = rotary.rotate(key, position, theta)
+    return dot_product.attend(query, key, value, visible, persistent=beside)
+
+  blocks = query, key, value, visible
+  if num_blocks == 1:
+    return look(jax.tree.map(lambda x: x[:, 0], blocks))[:, None]
+  blocks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), blocks)
+  return jnp.moveaxis(jax.lax.map(jax.checkpoint(look), blocks), 0, 1)
 
 
 def _blocks(x, size):
