@@ -11,8 +11,9 @@ seeds: hope 2.817 (spread 0.016), no_dgd 3.328, no_retention 2.868, as_printed
 2.859, static_v 2.827, static_k 2.821, with_momentum 2.816, adaptive_q 2.817,
 no_cms 2.781. DGD and retention are worth more than the spread, in the paper's
 direction. Which of k, v and q is a memory, and momentum, are not, at this size.
-no_cms turns the paper's order round; most of that is the slow level's clock, by
-which it takes 100 steps where the others take 200 (`levels.py`).
+no_cms turns the paper's order round; most of that, by one seed of `levels.py`,
+is the slow level's clock, by which it takes 100 steps where the others take
+200.
 
 The paper (arXiv:2512.24695, Table 6) prints perplexity / accuracy in per cent,
 of one run each; its first row is the mean of Table 2's at 1.3B parameters:

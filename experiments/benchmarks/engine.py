@@ -4,7 +4,7 @@ Command:
   python launch/run.py --config=experiments/benchmarks/engine.py \
     --workdir=runs/engine
 
-Hardware: two CPU cores and 15 GB, five minutes. Writes summary.json:
+Hardware: two CPU cores and 15 GB, seven minutes. Writes summary.json:
 chunk_over_token_loop (forward and backward of one layer), hope_over_transformer
 (a whole training step, equal parameter count), hope_flop_ceiling (what the
 operation counts of the two would allow, at one rate for both),
@@ -30,7 +30,8 @@ once; Hope's ratio to that was 0.742. Per token a long row takes the same work
 as a short one. What grows is the time of the system, 0.005 ms of CPU time per
 token at 1K and 0.30 at 32K, where it clears 5 GB of fresh memory for the
 gradient: on the virtual machine that this ran on at half a gigabyte per second.
-Without huge pages flatness_1k_32k was 1.055, and all but that slower.
+Without huge pages flatness_1k_32k was 1.055, of memories that write every map,
+and all but that slower.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ Command:
   python launch/run.py --config=experiments/benchmarks/zoo.py \
     --workdir=runs/zoo
 
-Hardware: two CPU cores and 8 GB, 25 minutes with --set=repeats=1.
+Hardware: two CPU cores, 20 minutes with --set=repeats=1.
 Result of one run, two idle cores, huge pages; tokens per second of a gradient
 over Transformer++'s (12,137, 3,392 and 465 at the three lengths), seconds per
 token of decoding over its own, bytes of a stream, and what a gradient at 1K
@@ -36,12 +36,14 @@ needs beside its arguments over its 0.7 GB:
   titans_mal                0.59   2.39   11.5     0.19     338,968    2.68
 
 `deltanet_over_reference` 1.06, `gated_deltanet_over_reference` 1.20 (of another
-run, the fastest of 20). All else is of one call each, which moves by a fifth
-from run to run; that memora decodes unlike yaad is such an accident. Attention
-scores blocks of 256 queries, causal ones with the keys up to the end of their
-group; sliding windows score all their blocks at once, which is slower at 1K.
-Atlas makes every token's step orthogonal, five times three matmuls for each:
-at least eight times the operations of all else in its block.
+run, the fastest of 20). All else is of one call each: tokens per second
+differed by up to a third between two runs, and that memora decodes unlike yaad
+is such an accident. Attention scores blocks of 256 queries, causal ones with
+the keys up to the end of their group. Sliding windows scored all their blocks
+at once in that run; one at a time, as now, they need less memory in about the
+same time. Atlas makes every token's step orthogonal: its forward pass has 38
+million operations of matmuls per token at 1K, Transformer++'s 1.5 and Hope's
+2.1.
 
 Models have equal blocks around their mixers, not equal parameter counts. For
 each family summary.json has `<family>/training_<length>` (tokens per second of
