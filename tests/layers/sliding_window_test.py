@@ -73,6 +73,30 @@ class SlidingWindowTest(parameterized.TestCase):
     params = parameters.init(jax.random.key(0), layer.table, jnp.float64)
     return layer, params, compiling.jit(layer.apply)
 
+  def test_gradients_of_blocks_are_those_of_windows_alone(self):
+    """Six blocks of 5, against each token read with its window alone."""
+    layer, params, _ = self.parts(num_persistent=2)
+    marks = layers.Marks(self.reset)
+
+    def one_by_one(params, x):
+      reads = []
+      for i in range(_LENGTH):
+        first = max(i - 4, 0)
+        piece = x[:, first : i + 1]
+        reset = self.reset[:, first : i + 1]
+        reads.append(layer.apply(params, None, piece, layers.Marks(reset))[0])
+      return jnp.concatenate([read[:, -1:] for read in reads], axis=1)
+
+    blocks = lambda params, x: layer.apply(params, None, x, marks)[0]
+    gradient = lambda f: jax.grad(lambda *a: jnp.sum(f(*a) ** 3), (0, 1))
+    found = compiling.jit(gradient(blocks))(params, self.x)
+    expected = compiling.jit(gradient(one_by_one))(params, self.x)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9),
+      found,
+      expected,
+    )
+
   @parameterized.parameters((5, 0, 2), (1, 3, 4), (29, 0, 1), (64, 2, 2))
   def test_equals_the_masked_definition(self, window, persistent, kv_heads):
     layer, params, apply = self.parts(
