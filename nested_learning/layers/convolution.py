@@ -62,13 +62,7 @@ def apply(
   if reset is not None:
     document = jnp.cumsum(reset, axis=1)
     document = jnp.pad(document, ((0, 0), (width - 1, 0)))
-  out = 0.0
-  for tap in range(width):
-    past = padded[:, tap : tap + num_tokens]
-    if document is not None:
-      same = document[:, tap : tap + num_tokens] == document[:, width - 1 :]
-      past = jnp.where(same[..., None], past, 0.0)
-    out = out + kernel[tap] * past
+  out = _filter(kernel, padded, document)
   if mask is None:
     last = padded[:, num_tokens:]
     if document is not None:
@@ -84,3 +78,54 @@ def apply(
     last = jnp.where(same[..., None], last, 0.0)
   rank = jnp.argsort(order, axis=1)
   return jnp.take_along_axis(out, rank[..., None], axis=1), last
+
+
+@jax.custom_vjp
+def _filter(kernel, padded, document):
+  """Sums the taps over [b, width - 1 + t, c]: [b, t, c], within documents.
+
+  Its gradient is written out, as the same sum backwards in time: that of a
+  slice would be a copy as long as x, for every tap.
+  """
+  num_tokens = padded.shape[1] - len(kernel) + 1
+  own = None if document is None else document[:, -num_tokens:]
+  window = lambda x, tap: x[:, tap : tap + num_tokens]
+  out = 0.0
+  for tap, weight in enumerate(kernel):
+    past = window(padded, tap)
+    if document is not None:
+      past = jnp.where((window(document, tap) == own)[..., None], past, 0.0)
+    out = out + weight * past
+  return out
+
+
+def _filter_fwd(kernel, padded, document):
+  return _filter(kernel, padded, document), (kernel, padded, document)
+
+
+def _filter_bwd(kept, gradient):
+  kernel, padded, document = kept
+  before = len(kernel) - 1
+  num_tokens, length = gradient.shape[1], padded.shape[1]
+  # Later tokens, of which those outside of the call are in no document.
+  later = jnp.pad(gradient, ((0, 0), (before, before), (0, 0)))
+  own = None
+  if document is not None:
+    own = jnp.pad(
+      document[:, -num_tokens:],
+      ((0, 0), (before, before)),
+      constant_values=-1,
+    )
+  of_padded, of_kernel = 0.0, []
+  for tap, weight in enumerate(kernel):
+    window = slice(before - tap, before - tap + length)
+    sees = later[:, window]
+    if document is not None:
+      same = own[:, window] == document
+      sees = jnp.where(same[..., None], sees, 0.0)
+    of_padded = of_padded + weight * sees
+    of_kernel.append(jnp.sum(sees * padded, axis=(0, 1)))
+  return jnp.stack(of_kernel), of_padded, None
+
+
+_filter.defvjp(_filter_fwd, _filter_bwd)

@@ -118,22 +118,22 @@ def apply(
       reset=marks.reset,
       mask=marks.mask,
     )
-    k, v, q = jnp.einsum('bthsd->sbhtd', x.reshape(shape).astype(wide))
+    x = x.reshape(shape).astype(wide)
+    k, v, q = (role[..., 0, :] for role in jnp.split(x, len(ROLES), axis=3))
     v = jax.nn.silu(v)
     made = {
       'k': FEATURES[features](k, powers),
       'v': norm.l2_normalize(v) if normalize_values else v,
       'q': FEATURES[features](q, powers),
     }
-    return made, after
+    # Heads are moved last: elementwise work is slow over long strides.
+    return {r: jnp.einsum('bthd->bhtd', x) for r, x in made.items()}, after
 
   return make(params['conv'], params.get('powers'), x)
 
 
 def _polynomial(x: jax.Array, powers: jax.Array) -> jax.Array:
-  """The features [b, h, t, d] of Atlas, for coefficients [h, degree]."""
+  """The features [b, t, h, d] of Atlas, for coefficients [h, degree]."""
   x = math.sqrt(x.shape[-1]) * norm.l2_normalize(x)
-  terms = [
-    powers[:, i, None, None] * x ** (i + 1) for i in range(powers.shape[1])
-  ]
+  terms = [powers[:, i, None] * x ** (i + 1) for i in range(powers.shape[1])]
   return norm.l2_normalize(sum(terms))

@@ -3,6 +3,7 @@
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
+from jax import test_util
 import numpy as np
 
 from nested_learning import parameters
@@ -42,6 +43,27 @@ class ConvolutionTest(parameterized.TestCase):
         self.params['kernel'], self.x[row], self.reset[row]
       )
       np.testing.assert_allclose(out[row], expected, atol=1e-5)
+
+  @parameterized.parameters(False, True)
+  def test_gradients_equal_differences(self, marked):
+    marks = {'reset': self.reset, 'mask': self.mask} if marked else {}
+    there = self.mask[..., None] if marked else 1.0
+    rng = np.random.default_rng(1)
+    with jax.enable_x64(True):
+      kernel = rng.normal(size=(_WIDTH, _CHANNELS))
+      state = rng.normal(size=(2, _WIDTH - 1, _CHANNELS))
+      weights = rng.normal(size=self.x.shape) * there
+
+      def loss(kernel, state, x):
+        out, last = convolution.apply({'kernel': kernel}, state, x, **marks)
+        return (weights * out**2).sum() + (last**3).sum()
+
+      arguments = kernel, state, self.x.astype(np.float64)
+      first = jax.grad(loss, (0, 1, 2))
+      test_util.check_grads(loss, arguments, order=1, modes=['rev'])
+      # The gradient has one, too: levels learn through it.
+      norm = lambda *x: sum((g**2).sum() for g in jax.tree.leaves(first(*x)))
+      test_util.check_grads(norm, arguments, order=1, modes=['rev'])
 
   def test_tokens_that_are_not_there_are_skipped(self):
     out, _ = self.apply(
