@@ -17,6 +17,7 @@ from nested_learning.memory import pieces
 from nested_learning.memory import rows
 from nested_learning.memory import rule as rules
 from nested_learning.memory import tails
+from nested_learning.memory import unwritten
 from nested_learning.memory import writes
 
 _KEPT_CHUNKS = 512  # up to which the backward pass keeps every chunk's memory
@@ -78,17 +79,9 @@ def chunk_scan(
   if rule.window > 1 or rule.step == 'orthogonal':
     chunks, tail = _lay_out_windows(rule, initial, start, chunks, write)
     start = start._replace(tail=None)
-  if project is None and rule.step == 'gradient':
-    chunks = chunks._replace(
-      keys=_make_keys(
-        network,
-        rule,
-        chunks.inputs,
-        chunks,
-        write,
-        initial,
-      )
-    )
+  if write and project is None and rule.step == 'gradient':
+    keys = _make_keys(network, rule, chunks.inputs, chunks, initial)
+    chunks = chunks._replace(keys=keys)
   # A reference per row: the scan's backward pass then sums over no rows.
   reference = rows.broadcast(initial, start.memory)
   body = functools.partial(_chunk, network, rule, reference, project, write)
@@ -113,16 +106,10 @@ class _Chunks(NamedTuple):
   keys: '_ChunkKeys | None' = None  # of a static memory, known beforehand
   window: tails.Window | None = None  # of the tokens, where steps sum errors
 
-  def marks(self, write: bool) -> tuple[jax.Array | None, jax.Array | None]:
+  def marks(self) -> tuple[jax.Array | None, jax.Array | None]:
     """Resets, and which tokens write, each [(n,) b, 1, c, 1]."""
     column = lambda x: None if x is None else x[..., None, :, None]
-    does_write = None
-    if self.mask is not None:
-      does_write = self.mask & write
-    elif not write:
-      size = jax.tree.leaves(self.inputs)[0].shape[-2]
-      does_write = jnp.zeros((1, size), bool)
-    return column(self.reset), column(does_write)
+    return column(self.reset), column(self.mask)
 
 
 class _ChunkKeys(NamedTuple):
@@ -132,8 +119,8 @@ class _ChunkKeys(NamedTuple):
   scores: jax.Array | None  # with rule.read 'token'
 
 
-def _make_keys(network, rule, feed, chunk, write, maps):
-  reset, does_write = chunk.marks(write)
+def _make_keys(network, rule, feed, chunk, maps):
+  reset, does_write = chunk.marks()
   rates = writes.feed_rates(feed, does_write)
   decays = chunk_rule.make_decays(rates, reset, erase_from=rule.erase_from)
   key = capacity.gate_input(network, feed.key, feed.active)
@@ -159,13 +146,21 @@ def _chunk(network, rule, initial, project, write, state, chunk):
   if chunk.mask is not None:
     anchor = rows.where(state.offset == 0, anchor, state.anchor)
   see = functools.partial(_see, network, rule, anchor, initial, project, chunk)
-  if rule.errors == 'propagated':
+  feed, read = chunk.inputs, None
+  if not write:
+    if project is not None or rule.read == 'chunk':
+      seen = see()
+      feed = feed if project is None else seen.feed
+      read = seen.read
+    linear, ended = unwritten.solve(
+      rule, initial, state, chunk.reset, chunk.has_border
+    )
+  elif rule.errors == 'propagated':
     feed, read, linear, ended = _solve(
-      see, network, rule, initial, state, chunk, write
+      see, network, rule, initial, state, chunk
     )
   else:
-    feed, read = chunk.inputs, None
-    linear, ended = _solve_local(network, rule, initial, state, chunk, write)
+    linear, ended = _solve_local(network, rule, initial, state, chunk)
   if rule.read == 'token':
     linear = capacity.gate(network, linear, feed.active)
     read = writes.read_vector(network, linear, feed.query)
@@ -214,18 +209,18 @@ def _see(network, rule, anchor, initial, project, chunk):
   return jax.lax.cond(chunk.has_border, see_again, lambda: seen)
 
 
-def _solve(see, network, rule, initial, state, chunk, write):
+def _solve(see, network, rule, initial, state, chunk):
   """Feed, anchor's read, what each token's maps give, and maps at the end."""
   seen = see()
   feed = seen.feed if chunk.window is None else chunk.inputs
-  reset, does_write = chunk.marks(write)
+  reset, does_write = chunk.marks()
   if rule.step == 'orthogonal':
     rates = writes.feed_rates(feed, does_write)
     linear, ended = orthogonal.solve(
       rule, state, initial, seen, rates, chunk.window, reset
     )
     return feed, seen.read, linear, ended
-  first = chunk.keys or _make_keys(network, rule, feed, chunk, write, initial)
+  first = chunk.keys or _make_keys(network, rule, feed, chunk, initial)
   solved = {}
   for name, weights in state.memory.items():
     carry = rules.Carry(weights, state.trace and state.trace[name])
@@ -259,9 +254,9 @@ def _solve(see, network, rule, initial, state, chunk, write):
   return feed, seen.read, linear, _end(solved)
 
 
-def _solve_local(network, rule, initial, state, chunk, write):
+def _solve_local(network, rule, initial, state, chunk):
   """The last two of `_solve` where every map has errors of its own."""
-  _, does_write = chunk.marks(write)
+  _, does_write = chunk.marks()
   solved = local.solve(
     network,
     rule,

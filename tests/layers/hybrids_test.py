@@ -54,15 +54,19 @@ class _Case(parameterized.TestCase):
     return jax.tree.map(lambda w: w + 0.3 * rng.normal(size=w.shape), params)
 
 
+def read(layer, params, x, reset):
+  """What a layer gives for whole rows."""
+  run = lambda params, x, reset: layer.apply(
+    params, None, x, layers.Marks(reset)
+  )
+  return np.asarray(compiling.jit(run)(params, x, reset)[0])
+
+
 class HybridsTest(_Case):
   def parts(self, params):
     """The memory over whole rows, and attention over whole rows by hand."""
     memory = memory_mixer.make_memory_mixer(_MEMORY, **_SIZES)
-    remember = lambda x: np.asarray(
-      compiling.jit(memory.apply)(
-        params['titans'], None, x, layers.Marks(self.reset)
-      )[0]
-    )
+    remember = lambda x: read(memory, params['titans'], x, self.reset)
     attend = lambda x: np.stack(
       [
         sliding_window_test.attend_by_hand(
@@ -78,9 +82,7 @@ class HybridsTest(_Case):
       layers.MemoryAsLayerConfig(_MEMORY, _WINDOW), max_length=1, **_SIZES
     )
     params = self.random(layer)
-    out, _ = compiling.jit(layer.apply)(
-      params, None, self.x, layers.Marks(self.reset)
-    )
+    out = read(layer, params, self.x, self.reset)
     remember, attend = self.parts(params)
     expected = attend(rms(params['norm'], remember(self.x)))
     np.testing.assert_allclose(out, expected, atol=1e-9)
@@ -90,9 +92,7 @@ class HybridsTest(_Case):
       layers.MemoryAsGateConfig(_MEMORY, _WINDOW), max_length=1, **_SIZES
     )
     params = self.random(layer)
-    out, _ = compiling.jit(layer.apply)(
-      params, None, self.x, layers.Marks(self.reset)
-    )
+    out = read(layer, params, self.x, self.reset)
     remember, attend = self.parts(params)
     expected = gated(
       rms(params['norm']['attention'], attend(self.x)),
@@ -153,11 +153,11 @@ class MemoryAsContextTest(_Case):
   def test_equals_the_definition(self):
     expected = self.by_hand()
     for num_tokens in (_LENGTH, 2 * _SIZE):  # the second are whole segments
-      out, _ = compiling.jit(self.layer.apply)(
+      out = read(
+        self.layer,
         self.params,
-        None,
         self.x[:, :num_tokens],
-        layers.Marks(self.reset[:, :num_tokens]),
+        self.reset[:, :num_tokens],
       )
       np.testing.assert_allclose(out, expected[:, :num_tokens], atol=1e-9)
 

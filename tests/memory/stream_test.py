@@ -177,6 +177,16 @@ class StreamTest(parameterized.TestCase):
       read_again, _ = stream(after, 0, num_tokens, reset=quiet, write=False)
       assert_close(read_again, read)
 
+    with self.subTest('writes off: borders act as they do token by token'):
+      _, state = stream(stream.start, 0, 10)
+      both = [
+        stream(state, 10, num_tokens, write=False, engine=engine)
+        for engine in (memory.chunk_scan, memory.token_loop)
+      ]
+      (read, after), (expected, end) = both
+      assert_close(read, expected)
+      assert_close(problems.comparable(after), problems.comparable(end))
+
   @parameterized.product(settings=_SETTINGS, feed=('made', 'given'))
   def test_writes_off_from_the_start(self, settings, feed):
     problem = problems.make_problem(
