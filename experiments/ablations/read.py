@@ -4,8 +4,11 @@ Command:
   python launch/sweep.py --config=experiments/ablations/read.py \
     --workdir=runs/read --seeds=3
 
-Hardware: two CPU cores, a few minutes for each of the 18 runs.
-Result: not run to its end yet.
+Hardware: two CPU cores, a minute for each of the 18 runs.
+Result, one seed, 200 steps of text (experiments/results/ablations/read): read
+as of its own token a memory is worth 0.37 to 0.46 bits of a byte late in a row,
+whatever the chunk (2.809, 2.809 and 2.815 bits per byte in chunks of 4, 16 and
+64); read as of the chunk's start 0.12, 0.03 and 0.004 (2.848, 2.885, 2.893).
 
 The paper prints the second (equation 90), which does not see the last tokens;
 how many depends on the chunk.

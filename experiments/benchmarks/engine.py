@@ -68,6 +68,7 @@ class BenchmarkConfig:
   long_context: int = 100_000  # tokens read before generating
   decode_steps: int = 64  # tokens generated
   repeats: int = 3  # the fastest of so many counts
+  step_repeats: int = 10  # of training steps
 
 
 def get_config(arg: str | None = None) -> BenchmarkConfig:
@@ -85,6 +86,7 @@ def get_config(arg: str | None = None) -> BenchmarkConfig:
       long_context=64,
       decode_steps=4,
       repeats=1,
+      step_repeats=1,
     )
   if arg is not None:
     raise errors.UserError(f"{arg!r} must be 'small', or nothing.")
@@ -178,7 +180,7 @@ def _training_steps(config: BenchmarkConfig, rate: float) -> dict[str, float]:
     functions[name] = jax.jit(step), state, batch
     flops[name] = costs.matmul_flops(step, state, batch)
     counts[name] = parameters.count(model.table)
-  seconds = timing.fastest(functions, config.repeats)
+  seconds = timing.fastest(functions, config.step_repeats)
   return {
     'hope_over_transformer': seconds['transformer'] / seconds['hope'],
     'hope_flop_ceiling': flops['transformer'] / flops['hope'],

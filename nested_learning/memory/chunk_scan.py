@@ -196,6 +196,8 @@ def _see(network, rule, anchor, initial, project, chunk):
   if chunk.reset is None:
     return seen
 
+  # What the other branch would keep for the backward pass it has to fill, too.
+  @functools.partial(jax.checkpoint, prevent_cse=False)
   def see_again():  # after a border the initial memory is the anchor
     fresh = jnp.cumsum(chunk.reset, axis=1) > 0
     if chunk.window is not None:  # tokens before the chunk are of its anchor
