@@ -7,31 +7,31 @@ Command:
 Hardware: two CPU cores and 15 GB, seven minutes. Writes summary.json:
 chunk_over_token_loop (forward and backward of one layer), hope_over_transformer
 (a whole training step, equal parameter count), hope_flop_ceiling (what the
-operation counts of the two would allow, at one rate for both),
-share_of_matmul_rate, flatness_1k_32k (training time per token of a 32K row over
-that of 1K rows), flatness_1k_32k_work (the same of the program's own work, by
-CPU time, without what the system does for it) and decode_flatness_1k_100k
-(generation time per token, by time again).
+operation counts of the two would allow, at one rate for both, without the
+branch that a border between documents takes), share_of_matmul_rate,
+flatness_1k_32k (training time per token of a 32K row over that of 1K rows),
+flatness_1k_32k_work (the same of the program's own work, by CPU time, without
+what the system does for it) and decode_flatness_1k_100k (generation time per
+token, by time again).
 
 Result of one run, two idle CPU cores, float32, huge pages:
 
-  chunk_over_token_loop     24.0   (505 tokens/s against 12,110 at chunks of 64;
-                                   9,374 at 16, 10,640 at 128)
-  hope_over_transformer     0.453  (1,984 tokens/s against 4,379)
-  hope_flop_ceiling         0.579
-  share_of_matmul_rate      0.263  (Transformer++ 0.335)
-  flatness_1k_32k           1.470  (902 tokens/s of a 32K row)
-  flatness_1k_32k_work      1.046
-  decode_flatness_1k_100k   0.973
+  chunk_over_token_loop     24.9   (529 tokens/s against 13,190 at chunks of 64;
+                                   9,870 at 16, 12,160 at 128)
+  hope_over_transformer     0.553  (2,498 tokens/s against 4,517)
+  hope_flop_ceiling         0.739
+  share_of_matmul_rate      0.286  (Transformer++ 0.382)
+  flatness_1k_32k           1.301  (1,331 tokens/s of a 32K row)
+  flatness_1k_32k_work      1.090
+  decode_flatness_1k_100k   1.021
   state_bytes_100k_over_1k  1
 
-Transformer++ took 2,648 tokens/s at best when its attention scored all pairs at
-once; Hope's ratio to that was 0.742. Per token a long row takes the same work
-as a short one. What grows is the time of the system, 0.005 ms of CPU time per
-token at 1K and 0.30 at 32K, where it clears 5 GB of fresh memory for the
-gradient: on the virtual machine that this ran on at half a gigabyte per second.
-Without huge pages flatness_1k_32k was 1.055, of memories that write every map,
-and all but that slower.
+Hope takes three quarters of what its operations allow beside Transformer++. A
+layer's gradient, with matrices of 64, runs at 27 % of the machine's rate; 40
+times the token loop would be 44 %. Per token a long row takes the same work as
+a short one, within a tenth. What grows is the time of the system, which clears
+5 GB of fresh memory for the gradient (2 GB with model.remat=layer), on the
+virtual machine that this ran on at half a gigabyte per second.
 """
 
 import dataclasses
@@ -178,7 +178,7 @@ def _training_steps(config: BenchmarkConfig, rate: float) -> dict[str, float]:
       'reset': jnp.zeros(tokens.shape, bool),
     }
     functions[name] = jax.jit(step), state, batch
-    flops[name] = costs.matmul_flops(step, state, batch)
+    flops[name] = costs.matmul_flops(_gradient(model), state.params, tokens)
     counts[name] = parameters.count(model.table)
   seconds = timing.fastest(functions, config.step_repeats)
   return {
@@ -201,12 +201,8 @@ def _long_rows(config: BenchmarkConfig, matmul_rate: float) -> dict[str, float]:
   functions = {}
   for length in (config.num_tokens, config.long_row):
     model = models.make_model(_hope(config, length))
-
-    def loss(params, tokens, model=model):
-      return jnp.mean(model.forward(params, None, tokens)[0] ** 2)
-
     params = model.init_params(jax.random.key(0))
-    functions[length] = jax.jit(jax.grad(loss)), params, _tokens(1, length)
+    functions[length] = jax.jit(_gradient(model)), params, _tokens(1, length)
   seconds = timing.fastest(functions, config.repeats)
   work = timing.fastest(functions, 1, clock=timing.work_time)
   short, long = config.num_tokens, config.long_row
@@ -285,6 +281,15 @@ def _transformer_as_large(hope: models.ModelConfig) -> models.ModelConfig:
   count = lambda c: parameters.count(models.make_model(c).table)
   missing = count(hope) - count(with_mlp(1))
   return with_mlp(1 + missing // (3 * hope.embed_dim * hope.num_layers))
+
+
+def _gradient(model: models.Model):
+  """Of a loss on the logits, for rows of one document each."""
+
+  def loss(params, tokens):
+    return jnp.mean(model.forward(params, None, tokens)[0] ** 2)
+
+  return jax.grad(loss)
 
 
 def _tokens(batch_size: int, num_tokens: int) -> jax.Array:

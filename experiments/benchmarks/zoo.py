@@ -6,43 +6,41 @@ Command:
 
 Hardware: two CPU cores, 20 minutes with --set=repeats=1.
 Result of one run, two idle cores, huge pages; tokens per second of a gradient
-over Transformer++'s (12,137, 3,392 and 465 at the three lengths), seconds per
+over Transformer++'s (14,261, 3,618 and 494 at the three lengths), seconds per
 token of decoding over its own, bytes of a stream, and what a gradient at 1K
 needs beside its arguments over its 0.7 GB:
 
                               1K     4K    16K   decode       bytes  memory
-  hope                      0.65   2.15    7.4     0.23     541,712    1.36
-  hope_attention            1.08   1.01    1.1     1.19   8,519,696    1.21
+  hope                      0.57   1.90   10.0     0.17     541,712    1.23
+  hope_attention            0.87   0.95    0.9     1.16   8,519,696    1.21
   transformer               1.00   1.00    1.0     1.00   8,519,696    1.00
-  sliding_window            0.82   3.14   25.7     0.15     133,136    1.65
-  samba                     1.66   5.93   15.5     0.15     103,948    1.64
-  linear_attention          1.55   5.26   15.0     0.11      74,760    1.04
-  retnet                    1.29   4.01   16.9     0.12      74,760    1.09
-  gated_linear_attention    1.26   5.18   14.3     0.10      74,760    1.20
-  deltanet                  1.19   3.59   13.7     0.10      74,760    1.32
-  gated_deltanet            1.12   3.98   13.9     0.12      74,760    1.45
-  ttt_linear                1.24   4.54   13.3     0.11      74,760    1.07
-  ttt_mlp                   0.69   2.53   12.0     0.17     533,512    1.52
-  titans                    0.79   3.77   11.3     0.15     205,832    1.42
-  tnt                       0.65   2.92   11.6     0.16     336,928    1.96
-  yaad                      0.81   3.49   10.3     0.17     533,512    1.52
-  moneta                    0.62   2.86   11.6     0.17     533,512    1.52
-  memora                    0.82   3.08   11.0     1.26     533,512    1.52
-  omeganet                  0.58   2.15    8.5     0.16     548,086    1.73
-  atlas                     0.03   0.11    0.5     0.35     810,230    2.70
-  deltattt                  0.79   3.13   10.6     0.20     140,296    1.33
-  titans_mac                0.39   1.10    5.5     0.20     281,632    0.62
-  titans_mag                0.28   1.12    5.9     0.18     338,968    2.78
-  titans_mal                0.59   2.39   11.5     0.19     338,968    2.68
+  sliding_window            1.18   4.98   24.1     0.12     133,136    0.62
+  samba                     1.56   6.10   21.9     0.10     103,948    1.08
+  linear_attention          1.77   7.05   35.0     0.11      74,760    0.92
+  retnet                    1.68   7.01   35.6     0.09      74,760    0.96
+  gated_linear_attention    1.55   6.87   31.5     0.10      74,760    1.08
+  deltanet                  1.31   4.03   18.7     0.10      74,760    1.19
+  gated_deltanet            1.30   4.69   25.7     0.10      74,760    1.33
+  ttt_linear                1.30   5.25   30.8     0.11      74,760    0.94
+  ttt_mlp                   0.80   2.54   20.5     0.15     533,512    1.40
+  titans                    1.21   4.36   18.5     0.11     205,832    1.29
+  tnt                       0.85   3.18   19.9     0.14     336,928    1.80
+  yaad                      1.01   3.93   18.0     0.13     533,512    1.40
+  moneta                    1.02   3.66   20.6     0.15     533,512    1.40
+  memora                    0.95   3.51   17.1     0.15     533,512    1.40
+  omeganet                  0.79   2.94   14.6     0.19     548,086    1.61
+  atlas                     0.03   0.12    0.7     0.33     810,230    2.57
+  deltattt                  1.05   4.07   19.1     0.13     140,296    1.21
+  titans_mac                0.47   1.61    8.3     0.15     281,632    0.62
+  titans_mag                0.52   1.73   10.0     0.14     338,968    1.59
+  titans_mal                0.70   2.52   16.7     0.15     338,968    1.48
 
-`deltanet_over_reference` 1.06, `gated_deltanet_over_reference` 1.20 (of another
-run, the fastest of 20). All else is of one call each: tokens per second
-differed by up to a third between two runs, and that memora decodes unlike yaad
-is such an accident. Attention scores blocks of 256 queries, causal ones with
-the keys up to the end of their group. Sliding windows scored all their blocks
-at once in that run; one at a time, as now, they need less memory in about the
-same time. Atlas makes every token's step orthogonal: its forward pass has 38
-million operations of matmuls per token at 1K, Transformer++'s 1.5 and Hope's
+`deltanet_over_reference` 1.17, `gated_deltanet_over_reference` 1.18 (the
+fastest of 20 calls; all else is of one call each, and tokens per second of two
+runs differed by up to a third). Attention scores blocks of 256 queries, causal
+ones with the keys up to the end of their group, and sliding windows one block
+at a time. Atlas makes every token's step orthogonal: its forward pass has
+38 million operations of matmuls per token at 1K, Transformer++'s 1.5 and Hope's
 2.1.
 
 Models have equal blocks around their mixers, not equal parameter counts. For
