@@ -94,7 +94,10 @@ _KEPT = (  # of summary.json
   'argument_bytes',
   'temporary_bytes',
   'flops_ratio',
+  'flops_in_memories',
+  'results_in_memories',
   'collective_bytes',
+  'collective_share',
   'collectives_in_memory_scans',
   'step_seconds',
   'step_seconds_overlapped',
@@ -200,7 +203,10 @@ def describe(table: Sequence[dict[str, Any]]) -> str:
     'GiB per device',
     'of',
     'fits',
+    'of FLOPs in memories',
+    'of buffers in memories',
     'sent, GiB',
+    'of all bytes',
     'step at least, s',
     'MFU at most',
     'compiled in, s of a core',
@@ -211,9 +217,11 @@ def describe(table: Sequence[dict[str, Any]]) -> str:
     'trained on. `python experiments/compiled.py` makes this page; '
     '`table.json` has the numbers.',
     report_files.table(head, [_line(row) for row in table]),
-    'GiB are what a device needs for a training step, and has. Sent is what '
-    'one device sends in a step. The time of a step is a roofline, collectives '
-    'overlapping with everything: no run is faster, and all are slower. '
+    'GiB are what a device needs for a training step, and has. Buffers are the '
+    'results of all instructions, each once. Sent is what one device sends in '
+    'a step, of all bytes that it sends, reads and writes. The time of a step '
+    'is a roofline, collectives overlapping with everything: no run is faster, '
+    'and all are slower. '
     'Nothing was run.',
   ]
   return '\n\n'.join(sections) + '\n'
@@ -232,7 +240,10 @@ def _line(row: dict[str, Any]) -> list[Any]:
     gib('peak_bytes') or row.get('compiler', ''),
     gib('hbm_bytes'),
     'yes' if row['fits'] else 'NO',
+    number('flops_in_memories', '.2f'),
+    number('results_in_memories', '.2f'),
     gib('collective_bytes'),
+    number('collective_share', '.3f'),
     number('step_seconds_overlapped', '.3f'),
     number('mfu_bound', '.2f'),
     number('compile_cpu_seconds', '.0f'),

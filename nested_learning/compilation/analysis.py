@@ -31,12 +31,16 @@ class Analysis(NamedTuple):
     flops: Of matmuls, by precision: 'native', 'default', 'high', 'highest'.
     memory_flops: Those inside memories, of any precision.
     memory_bytes: Bytes that go through the device's memory.
+    traffic_share: Of these, those of memories' instructions, from 0 to 1.
+    result_share: The same of all results, each counted once.
     collectives: What is sent, one entry per collective.
   """
 
   flops: Mapping[str, int]
   memory_flops: int
   memory_bytes: float
+  traffic_share: float
+  result_share: float
   collectives: tuple[collectives_lib.Collective, ...]
 
   @property
@@ -94,10 +98,14 @@ def analyze(text: str, mesh_shape: Mapping[str, int]) -> Analysis:
     if found:
       flops[matmuls.precision(instruction, operands)] += found
       memory_flops += found * is_of_memory(instruction.op_name)
+  in_memory = lambda instruction: is_of_memory(instruction.op_name)
+  share = lambda count: count(program, in_memory) / max(count(program), 1.0)
   return Analysis(
     dict(flops),
     memory_flops,
     memory_traffic.num_bytes(program),
+    share(memory_traffic.num_bytes),
+    share(memory_traffic.result_bytes),
     tuple(collectives_lib.find(program, mesh_shape)),
   )
 

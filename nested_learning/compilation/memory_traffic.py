@@ -1,6 +1,6 @@
 """Bytes that a compiled program moves through the device's memory."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from nested_learning.compilation import hlo
 
@@ -29,7 +29,12 @@ _VIEWS = ('bitcast', 'reshape')
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 
 
-def num_bytes(program: hlo.Program) -> float:
+Which = Callable[[hlo.Instruction], bool]
+
+
+def num_bytes(
+  program: hlo.Program, which: Which = lambda instruction: True
+) -> float:
   """Bytes that one device reads and writes in one run.
 
   An instruction reads its operands and writes its result, once each; a fusion
@@ -38,11 +43,12 @@ def num_bytes(program: hlo.Program) -> float:
 
   Args:
     program: From `hlo.parse`.
+    which: Whether an instruction counts; all do unless said otherwise.
   """
   total = 0.0
   known: dict[tuple[str, str], float] = {}
   for executed in hlo.walk(program):
-    if executed.is_fused or executed.instruction.opcode in _FREE:
+    if not _counts(executed, which):
       continue
     key = executed.computation, executed.instruction.name
     if key not in known:
@@ -51,6 +57,33 @@ def num_bytes(program: hlo.Program) -> float:
       )
     total += executed.times * known[key]
   return total
+
+
+def result_bytes(
+  program: hlo.Program, which: Which = lambda instruction: True
+) -> float:
+  """Bytes of the results of all instructions, each once however often it runs.
+
+  A compiler lays most of them over each other; where, its text does not say.
+
+  Args:
+    program: From `hlo.parse`.
+    which: As for `num_bytes`.
+  """
+  sizes = {
+    (executed.computation, executed.instruction.name): _far(
+      executed.instruction.shapes
+    )
+    for executed in hlo.walk(program)
+    if _counts(executed, which)
+  }
+  return sum(sizes.values())
+
+
+def _counts(executed, which):
+  instruction = executed.instruction
+  is_free = executed.is_fused or instruction.opcode in _FREE
+  return not is_free and which(instruction)
 
 
 def _instruction_bytes(

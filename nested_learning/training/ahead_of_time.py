@@ -173,7 +173,11 @@ def _compile(
     'flops_ratio': analysis.total_flops * mesh.size / max(numbers['flops'], 1),
     'flops_in_memories': analysis.memory_flops / max(analysis.total_flops, 1),
     'memory_traffic_bytes': analysis.memory_bytes,
+    'traffic_in_memories': analysis.traffic_share,
+    'results_in_memories': analysis.result_share,
     'collective_bytes': sum(sent.values()),
+    'collective_share': sum(sent.values())
+    / max(sum(sent.values()) + analysis.memory_bytes, 1.0),
     **{
       f'collective_bytes_{kind.replace("-", "_")}_{axes}': num_bytes
       for (kind, axes), num_bytes in sent.items()

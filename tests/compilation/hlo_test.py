@@ -10,6 +10,7 @@ from nested_learning import costs
 from nested_learning.compilation import analysis
 from nested_learning.compilation import hlo
 from nested_learning.compilation import matmuls
+from nested_learning.compilation import memory_traffic
 
 # As libtpu writes a scan: its length is a constant of the condition.
 _LOOP = """HloModule jit_f, is_scheduled=true
@@ -72,6 +73,19 @@ class HloTest(parameterized.TestCase):
     # 18 times 4 KiB written; what is read lies in fast memory.
     found = analysis.analyze(_LOOP, {'data': 1})
     self.assertEqual(found.memory_bytes, 18 * 4096)
+
+  def test_what_is_of_memories_is_told_by_name(self):
+    found = analysis.analyze(_LOOP, {'data': 1})
+    self.assertEqual((found.traffic_share, found.result_share), (0.0, 0.0))
+    named = _LOOP.replace('jit(f)/sin', 'jit(f)/memory/while/body/sin')
+    found = analysis.analyze(named, {'data': 1})
+    # The compare of the condition writes its result, too.
+    self.assertBetween(found.traffic_share, 0.99, 1.0)
+    self.assertBetween(found.result_share, 0.99, 1.0)
+    program = hlo.parse(_LOOP)
+    is_sine = lambda instruction: instruction.opcode == 'sine'
+    self.assertEqual(memory_traffic.num_bytes(program, is_sine), 18 * 4096)
+    self.assertEqual(memory_traffic.result_bytes(program, is_sine), 4096)
 
   def test_a_convolution_is_as_many_products_as_it_stands_for(self):
     program = hlo.parse(_CONVOLUTION)

@@ -67,6 +67,9 @@ class AheadOfTimeTest(parameterized.TestCase):
     # One recomputation of the blocks is all that is beyond the model.
     self.assertBetween(summary['flops'] / summary['model_flops'], 1.0, 4 / 3)
     self.assertEqual(summary['collectives_in_memory_scans'], 0)
+    for name in ('flops', 'traffic', 'results'):  # a Transformer has none
+      self.assertEqual(summary[f'{name}_in_memories'], 0.0)
+    self.assertBetween(summary['collective_share'], 0.001, 0.5)
     for kind in ('all_gather_fsdp', 'all_reduce_model'):
       self.assertGreater(summary[f'collective_bytes_{kind}'], 0)
     self.assertLess(summary['decode']['flops'], summary['flops'] / 100)

@@ -185,6 +185,8 @@ class ShardedTest(parameterized.TestCase):
     found = compilation.analyze(compiled.as_text(), mesh.shape)
     self.assertEmpty(found.in_memory_loops)
     self.assertGreater(found.memory_flops, 0)
+    for share in (found.traffic_share, found.result_share):
+      self.assertBetween(share, 0.05, 0.95)
     self.assertNotEmpty(found.collectives)  # but before and after it is
 
 
