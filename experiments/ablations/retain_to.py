@@ -4,8 +4,11 @@ Command:
   python launch/sweep.py --config=experiments/ablations/retain_to.py \
     --workdir=runs/retain_to --seeds=3
 
-Hardware: two CPU cores, a few minutes for each of the 6 runs.
-Result: not run to its end yet.
+Hardware: two CPU cores, a minute for each of the 6 runs.
+Result, one seed, 200 steps of text (experiments/results/ablations/retain_to):
+2.815 bits per byte with the learned start, 2.884 with zero; writes are worth
+0.46 and 0.25 bits of a byte late in a row. Rates of that page are of runs that
+shared the machine.
 
 Read literally, the paper's retention decays to zero, and with it all that was
 learned about the start.
