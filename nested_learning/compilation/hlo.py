@@ -202,7 +202,7 @@ def _walk(program, name, times, loops, is_fused):
       continue
     kinds = ['calls', 'branch_computations', 'called_computations']
     kinds += ['true_computation', 'false_computation']
-    if instruction.opcode in ('call', 'async-start'):
+    if instruction.opcode in ('call', 'call-start', 'async-start'):
       kinds.append('to_apply')
     fused = is_fused or instruction.opcode == 'fusion'
     for called in instruction.called(*kinds):

@@ -14,6 +14,8 @@ _FREE = frozenset(
     'while',
     'conditional',
     'call',
+    'call-start',
+    'call-done',
     'after-all',
     'async-start',
     'async-update',

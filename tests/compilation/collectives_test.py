@@ -77,6 +77,25 @@ calls=%all-reduce-scatter.1
 }}
 """
 
+# As libtpu writes for tpu7x: another core of the chip gathers.
+_OFFLOADED = """HloModule jit_f
+
+%called (p: f32[16,32], q: token[]) -> f32[32,32] {
+  %p = f32[16,32]{1,0} parameter(0)
+  %q = token[] parameter(1)
+  ROOT %all-gather.1 = f32[32,32]{1,0} all-gather(%p), channel_id=1, \
+replica_groups=[4,2]<=[8], dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: f32[16,32]) -> f32[32,32] {
+  %a = f32[16,32]{1,0} parameter(0)
+  %t = token[] after-all()
+  %start = ((f32[16,32]{1,0}, token[]), f32[32,32]{1,0}) call-start(%a, %t), \
+async_execution_thread="sparsecore", to_apply=%called
+  ROOT %done = f32[32,32]{1,0} call-done(%start)
+}
+"""
+
 
 def _find(function, in_specs, out_specs):
   mesh = jax.make_mesh(
@@ -157,6 +176,13 @@ class CollectivesTest(parameterized.TestCase):
         ('reduce-scatter', axes, _BYTES / 2),
       ],
     )
+
+  def test_what_another_core_sends(self):
+    found = analysis.analyze(_OFFLOADED, _MESH)
+    self.assertEqual(found.sent_bytes, {('all-gather', 'model'): _BYTES})
+    self.assertEqual(
+      found.memory_bytes, 3 * _BYTES
+    )  # its part read, and the whole written
 
   def test_seconds_of_what_is_sent(self):
     text = _TPU.format(groups='replica_groups=[4,2]<=[8]')
