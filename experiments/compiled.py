@@ -9,8 +9,8 @@ compiles what is missing, and what has another config by now; --again compiles
 all of the chosen. After every row the page and the numbers are written anew, to
 experiments/compiled/README.md and table.json.
 
-Time: on one core about three minutes a row for Hope of 1.3B; more for larger
-ones.
+Time: on one core two to eight minutes a row, the longer the more tokens a
+device has.
 
 Exits with 0 when every chosen row is there, with 1 when one could not be
 compiled, with 2 and one line when a flag is wrong.
