@@ -3,11 +3,12 @@
     python experiments/compiled.py
     python experiments/compiled.py --only=hope_170m,v6e:4x4
 
-Needs libtpu (pip install '.[tpu]', or TPU_LIBRARY_PATH) and no TPU. Each row is
-a `launch/run.py --mode=compile` in a process of its own. The same command again
-compiles what is missing, and what has another config by now; --again compiles
-all of the chosen. After every row the page and the numbers are written anew, to
-experiments/compiled/README.md and table.json.
+Needs libtpu (pip install '.[tpu]', or TPU_LIBRARY_PATH) and no TPU; for rows of
+GPUs, jaxlib's plugin for CUDA and no GPU (without it a message names it). Each
+row is a `launch/run.py --mode=compile` in a process of its own. The same
+command again compiles what is missing, and what has another config by now;
+--again compiles all of the chosen. After every row the page and the numbers are
+written anew, to experiments/compiled/README.md and table.json.
 
 Time: on one core two to eight minutes a row, the longer the more tokens a
 device has.
@@ -66,6 +67,7 @@ class Row:
 ROWS = (
   Row('hope_170m', 'v5e:4x4'),
   Row('hope_170m', 'v6e:4x4'),
+  Row('hope_170m', 'h100:1x8'),
   Row('hope_340m', 'v5e:4x8'),
   Row('hope_340m', 'v5p:2x4x4'),
   Row('hope_760m', 'v5e:8x8'),
@@ -73,6 +75,7 @@ ROWS = (
   Row('hope_1p3b', 'v5e:16x16'),
   Row('hope_1p3b', 'v5p:4x4x8'),
   Row('hope_1p3b', 'v5e:8x16*2'),
+  Row('hope_1p3b', 'h100:4x8'),
   Row('hope_7b', 'v5p:4x4x8'),
   Row('hope_7b', 'v6e:8x16'),
   Row('hope_70b', 'v5p:8x8x16'),

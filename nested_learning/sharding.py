@@ -332,6 +332,38 @@ def keep_rows(x: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
+def pin_heads(tree: Any) -> Any:
+  """Keeps arrays [b, h, ...] where batches have rows and parameters heads.
+
+  What lies along their other axes is left to the compiler, as is everything
+  under no mesh, and an axis that its mesh axes do not divide. For what a loop
+  or the branches of a `cond` take and give: where nothing says how these lie,
+  the compiler may gather them anew every time.
+
+  Args:
+    tree: A pytree of arrays.
+
+  Returns:
+    The same values.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not {*ROWS, RULES['heads']} <= set(mesh.auto_axes):
+    return tree
+  rows, heads = num_row_groups(mesh), mesh.shape[RULES['heads']]
+  if rows == heads == 1:
+    return tree
+
+  def leaf(x):
+    spec = [jsharding.PartitionSpec.UNCONSTRAINED] * x.ndim
+    if x.shape[0] % rows == 0:
+      spec[0] = ROWS
+    if x.shape[1] % heads == 0:
+      spec[1] = RULES['heads']
+    return jax.lax.with_sharding_constraint(x, jsharding.PartitionSpec(*spec))
+
+  return jax.tree.map(leaf, tree)
+
+
 def batch_sharding(mesh) -> jsharding.NamedSharding:
   """The sharding of arrays [b, ...]: rows over 'data' and 'fsdp'.
 

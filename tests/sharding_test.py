@@ -4,6 +4,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nested_learning import errors
 from nested_learning import parameters
@@ -55,6 +56,24 @@ class ShardingTest(parameterized.TestCase):
       one = jax.jit(sharding.keep_rows)(jnp.zeros((4, 1, 3)))
     self.assertEqual(kept.sharding.shard_shape(kept.shape), (2, 2, 3))
     self.assertEqual(one.sharding.shard_shape(one.shape), (2, 1, 3))
+
+  def test_pinned_heads_lie_where_parameters_have_them(self):
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, model=2))
+    tree = {
+      'whole': jnp.zeros((8, 4, 3)),
+      'one head': jnp.zeros((8, 1, 4)),
+      'few rows': jnp.zeros((2, 4)),
+      'not there': None,
+    }
+    tree = jax.device_put(tree, sharding.replicated(mesh))
+    with jax.set_mesh(mesh):
+      pinned = jax.jit(sharding.pin_heads)(tree)
+    shapes = jax.tree.map(lambda x: x.sharding.shard_shape(x.shape), pinned)
+    self.assertEqual(shapes['whole'], (2, 2, 3))
+    self.assertEqual(shapes['one head'][:2], (2, 1))
+    self.assertEqual(shapes['few rows'][1], 2)
+    alone = sharding.pin_heads({'of rows': np.ones(3)})
+    self.assertEqual(alone['of rows'].tolist(), [1, 1, 1])
 
   @parameterized.parameters(
     # rows, mesh.model, mesh.fsdp, devices, processes -> devices along data

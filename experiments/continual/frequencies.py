@@ -11,7 +11,22 @@ Command:
   python launch/run.py --config=experiments/continual/frequencies.py \
     --workdir=runs/frequencies
 
-Result: not run to its end yet with these settings.
+Hardware: one CPU core, fifteen minutes of its time.
+Result, one seed of training: share of 16 facts recalled after 16,384 tokens of
+other documents, mean over 16 streams (standard deviations 0.06 to 0.12; a guess
+gives 0.062), at the learning rates of training; the slowest level steps every
+
+  levels that learn  128 tokens  256 tokens  1,024 tokens
+  none               0.074       0.074       0.074
+  1                  0.121       0.172       0.293
+  2                  0.148       0.164       0.160
+  3                  0.426       0.500       0.523
+  4                  0.352       0.465       0.551
+
+The number of levels matters most (0.34 between the best and the worst), then
+the clock of the slowest (0.11), and rates least (0.04). Slower is better, also
+than what was trained with (256); after 1,024 tokens alone the clock makes
+little difference from three levels on (0.51 to 0.56).
 """
 
 import dataclasses

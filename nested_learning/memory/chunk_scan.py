@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nested_learning import sharding
 from nested_learning.memory import capacity
 from nested_learning.memory import chunk_rule
 from nested_learning.memory import interface
@@ -83,7 +84,7 @@ def chunk_scan(
     keys = _make_keys(network, rule, chunks.inputs, chunks, initial)
     chunks = chunks._replace(keys=keys)
   # A reference per row: the scan's backward pass then sums over no rows.
-  reference = rows.broadcast(initial, start.memory)
+  reference = sharding.pin_heads(rows.broadcast(initial, start.memory))
   body = functools.partial(_chunk, network, rule, reference, project, write)
   if chunks.mask is None:
     # Chunks are whole: a memory at their end is the next one's anchor.
@@ -208,7 +209,10 @@ def _see(network, rule, anchor, initial, project, chunk):
     )
     return rows.where_tokens(fresh[:, None, :, None], initially, seen)
 
-  return jax.lax.cond(chunk.has_border, see_again, lambda: seen)
+  pin = sharding.pin_heads
+  return pin(
+    jax.lax.cond(chunk.has_border, lambda: pin(see_again()), lambda: pin(seen))
+  )
 
 
 def _solve(see, network, rule, initial, state, chunk):

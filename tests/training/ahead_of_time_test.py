@@ -174,46 +174,75 @@ class SuggestionsTest(parameterized.TestCase):
       suggestions.find(config, _POD, jax.devices())
 
 
-class TpuTest(parameterized.TestCase):
+class CompilerTest(parameterized.TestCase):
+  """The compilers of accelerators, where they are installed."""
+
   def test_compiles_for_tpus(self):
-    self.compile('transformer')
+    self.compile_for_tpus('transformer')
 
   @pytest.mark.slow
   def test_compiles_hope_for_tpus(self):
-    self.compile('hope_tiny')
+    self.compile_for_tpus('hope_tiny')
 
-  def compile(self, name):
+  @pytest.mark.slow
+  def test_nothing_is_sent_in_scans_on_gpus(self):
+    if not any(
+      importlib.util.find_spec('jax_plugins')
+      and importlib.util.find_spec(f'jax_plugins.xla_cuda{version}')
+      for version in (12, 13)
+    ):
+      self.skipTest('no plugin for CUDA is installed')
+    summary, _ = self.compile(
+      f"""configs.override(
+        configs.load({str(_ROOT / 'experiments' / 'hope_170m.py')!r}),
+        ['model.num_layers=1', 'data.sequence_length=256',
+         'data.batch_size=16'],
+      )""",
+      "compilation.Pod('h100', (1, 8))",
+    )
+    self.assertEqual(summary['collectives_in_memory_scans'], 0)
+    self.assertGreater(summary['flops_in_memories'], 0)
+    self.assertAlmostEqual(summary['flops_ratio'], 1.0, delta=0.02)
+
+  def compile_for_tpus(self, name):
     if not (
       importlib.util.find_spec('libtpu') or os.environ.get('TPU_LIBRARY_PATH')
     ):
       self.skipTest("libtpu is not installed: pip install '.[tpu]'")
-    # In a process of its own, which libtpu may end.
-    code = f"""
-    import json, pathlib, jax
-    from nested_learning import compilation
-    from nested_learning.training import ahead_of_time
-    from tests.training import ahead_of_time_test
-
-    config = ahead_of_time_test._config({name!r}, data=2, fsdp=2)
-    ahead_of_time.run(
-      config, compilation.Pod('v5e', (2, 2)), pathlib.Path('.')
+    summary, printed = self.compile(
+      f'ahead_of_time_test._config({name!r}, data=2, fsdp=2)',
+      "compilation.Pod('v5e', (2, 2))",
     )
-    """
+    self.assertTrue(summary['fits'])
+    self.assertAlmostEqual(summary['flops_ratio'], 1.0, delta=0.02)
+    self.assertGreater(summary['collective_bytes_reduce_scatter_fsdp'], 0)
+    self.assertBetween(summary['mfu_estimate'], 0.0, summary['mfu_bound'])
+    self.assertIn(f'# {name} on v5e:2x2', printed)
+
+  def compile(self, config, pod):
+    """Summary and what is printed, of a process that libtpu may end."""
+    code = f"""
+import pathlib
+from nested_learning import compilation
+from nested_learning import configs
+from nested_learning.training import ahead_of_time
+from tests.training import ahead_of_time_test
+
+config = {textwrap.dedent(config)}
+ahead_of_time.run(config, {pod}, pathlib.Path('.'))
+"""
     folder = self.create_tempdir().full_path
+    path = [str(_ROOT), os.environ.get('PYTHONPATH', '')]
     result = subprocess.run(
-      [sys.executable, '-c', textwrap.dedent(code)],
+      [sys.executable, '-c', code],
       cwd=folder,
-      env={**os.environ, 'PYTHONPATH': str(_ROOT)},
+      env={**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, path))},
       capture_output=True,
       text=True,
     )
     self.assertEqual(result.returncode, 0, result.stderr)
     summary = json.loads(pathlib.Path(folder, 'summary.json').read_text())
-    self.assertTrue(summary['fits'])
-    self.assertAlmostEqual(summary['flops_ratio'], 1.0, delta=0.02)
-    self.assertGreater(summary['collective_bytes_reduce_scatter_fsdp'], 0)
-    self.assertBetween(summary['mfu_estimate'], 0.0, summary['mfu_bound'])
-    self.assertIn(f'# {name} on v5e:2x2', result.stdout)
+    return summary, result.stdout
 
 
 if __name__ == '__main__':
