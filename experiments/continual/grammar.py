@@ -1,33 +1,30 @@
 """Artificial languages: a seed is a lexicon, affixes and an order of words.
 
-A language says what English sentences of a small grammar mean. Its words are of
-two syllables, which all languages share; plural, past and object are marked by
-a syllable before or after the word; subject, object and verb come in one of
-four orders, and adjectives before or after their noun. So that a language can
-be learned from pairs of sentences alone, and only so.
+A language says what English sentences of a small grammar mean. It has a word of
+its own for each noun, verb and adjective; plural and past are marked by a word
+before or after; subject, object and verb come in one of four orders, adjectives
+before or after their noun. A sentence is taught with its gloss, as linguists
+write it: after every word what it means. So that a language can be learned from
+glossed sentences alone, and only so.
 """
 
 import dataclasses
-import itertools
 from typing import NamedTuple
 
 import numpy as np
 
-PAD, TO_ENGLISH, END = range(3)
+PAD = 0
 _NOUNS = tuple('dog cat bird boat king farmer horse river stone tree'.split())
 _VERBS = tuple('watch want follow call paint help'.split())
 _ADJECTIVES = tuple('big old red quiet'.split())
 _PLURAL, _PAST = '-s', '-ed'
 ENGLISH = (*_NOUNS, *_VERBS, *_ADJECTIVES, _PLURAL, _PAST)
 _ORDERS = ('SOV', 'SVO', 'VSO', 'OVS')
-_SYLLABLES = tuple(c + v for c, v in itertools.product('bdgklmnprst', 'aiu'))[
-  :24
-]
-_FIRST_ENGLISH = 3
-_FIRST_SYLLABLE = _FIRST_ENGLISH + len(ENGLISH)
-VOCAB_SIZE = _FIRST_SYLLABLE + len(_SYLLABLES)
-PAIR = 24  # tokens of a sentence, its translation and the marks, padded
-MAX_ENGLISH = 9  # tokens of a translation with the mark of its end
+_NUM_FOREIGN = 64  # words of all languages
+_FIRST_ENGLISH = 1
+_FIRST_FOREIGN = _FIRST_ENGLISH + len(ENGLISH)
+VOCAB_SIZE = _FIRST_FOREIGN + _NUM_FOREIGN
+SENTENCE = 16  # tokens of a sentence with its gloss, padded in front
 
 
 class Phrase(NamedTuple):
@@ -49,28 +46,26 @@ class Meaning(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Language:
-  """How a language says it; syllables are numbers."""
+  """How a language says it; its words are numbers."""
 
-  words: tuple[tuple[int, int], ...]  # of nouns, verbs, adjectives
-  affixes: tuple[int, int, int]  # of plural, past and object
-  is_suffix: tuple[bool, bool, bool]
+  words: tuple[int, ...]  # for each of `ENGLISH`
+  is_suffix: tuple[bool, bool]  # the marks of plural and past
   order: str
   adjective_first: bool
 
 
-def make_language(rng: np.random.Generator) -> Language:
-  """Draws a language whose words all differ."""
-  count = len(_NOUNS) + len(_VERBS) + len(_ADJECTIVES)
-  num = len(_SYLLABLES)
-  affixes = rng.choice(num, 3, replace=False)
-  words = rng.choice(num * num, count, replace=False)
-  return Language(
-    words=tuple(divmod(int(word), num) for word in words),
-    affixes=tuple(map(int, affixes)),
-    is_suffix=tuple(bool(x) for x in rng.integers(2, size=3)),
-    order=str(rng.choice(_ORDERS)),
-    adjective_first=bool(rng.integers(2)),
-  )
+def make_languages(rng: np.random.Generator, count: int) -> list[Language]:
+  """Draws languages that have no word in common."""
+  words = rng.permutation(_NUM_FOREIGN)[: count * len(ENGLISH)]
+  return [
+    Language(
+      words=tuple(map(int, own)),
+      is_suffix=tuple(bool(x) for x in rng.integers(2, size=2)),
+      order=str(rng.choice(_ORDERS)),
+      adjective_first=bool(rng.integers(2)),
+    )
+    for own in words.reshape(count, len(ENGLISH))
+  ]
 
 
 def make_meanings(rng: np.random.Generator, count: int) -> list[Meaning]:
@@ -79,7 +74,8 @@ def make_meanings(rng: np.random.Generator, count: int) -> list[Meaning]:
   def phrase(noun):
     adjective = None
     if rng.random() < 0.4:
-      adjective = len(_NOUNS) + len(_VERBS) + int(rng.integers(4))
+      which = int(rng.integers(len(_ADJECTIVES)))
+      adjective = len(_NOUNS) + len(_VERBS) + which
     return Phrase(int(noun), adjective, bool(rng.random() < 0.3))
 
   nouns = np.concatenate(
@@ -93,71 +89,51 @@ def make_meanings(rng: np.random.Generator, count: int) -> list[Meaning]:
   return meanings
 
 
-def to_english(meaning: Meaning) -> list[int]:
-  """The English sentence as tokens, with the mark of its end."""
-  first = _FIRST_ENGLISH
-  plural, past = (first + ENGLISH.index(x) for x in (_PLURAL, _PAST))
+def gloss(language: Language, meaning: Meaning) -> list[int]:
+  """What the words of the sentence mean, in its order; indices of `ENGLISH`."""
+
+  def affix(word, mark, is_marked):
+    if not is_marked:
+      return [word]
+    part = [ENGLISH.index(mark)]
+    is_suffix = language.is_suffix[mark == _PAST]
+    return [word, *part] if is_suffix else [*part, word]
 
   def phrase(part):
-    before = [] if part.adjective is None else [first + part.adjective]
-    return [*before, first + part.noun, *([plural] if part.is_plural else [])]
-
-  verb = [first + meaning.verb, *([past] if meaning.is_past else [])]
-  return [*phrase(meaning.subject), *verb, *phrase(meaning.target), END]
-
-
-def say(language: Language, meaning: Meaning) -> list[int]:
-  """The sentence in a language, as tokens."""
-
-  def affix(word, which):
-    mark = [language.affixes[which]]
-    return word + mark if language.is_suffix[which] else mark + word
-
-  def phrase(part, is_object):
-    noun = list(language.words[part.noun])
-    if part.is_plural:
-      noun = affix(noun, 0)
-    if is_object:
-      noun = affix(noun, 2)
+    noun = affix(part.noun, _PLURAL, part.is_plural)
     if part.adjective is None:
       return noun
-    adjective = list(language.words[part.adjective])
+    adjective = [part.adjective]
     return adjective + noun if language.adjective_first else noun + adjective
 
-  verb = list(language.words[meaning.verb])
   parts = {
-    'S': phrase(meaning.subject, False),
-    'O': phrase(meaning.target, True),
-    'V': affix(verb, 1) if meaning.is_past else verb,
+    'S': phrase(meaning.subject),
+    'O': phrase(meaning.target),
+    'V': affix(meaning.verb, _PAST, meaning.is_past),
   }
-  return [_FIRST_SYLLABLE + x for role in language.order for x in parts[role]]
+  return [word for role in language.order for word in parts[role]]
 
 
-def pair(language: Language, meaning: Meaning) -> tuple[np.ndarray, int]:
-  """A sentence, its translation and padding, int [PAIR].
-
-  Returns:
-    The tokens, and the place of the first token of the translation.
-  """
-  foreign = [*say(language, meaning), TO_ENGLISH]
-  tokens = [*foreign, *to_english(meaning)]
-  return np.array(tokens + [PAD] * (PAIR - len(tokens))), len(foreign)
+def sentence(language: Language, meaning: Meaning) -> np.ndarray:
+  """A sentence, each word followed by what it means, int [SENTENCE]."""
+  meant = gloss(language, meaning)
+  tokens = [
+    token
+    for word in meant
+    for token in (
+      _FIRST_FOREIGN + language.words[word],
+      _FIRST_ENGLISH + word,
+    )
+  ]
+  return np.array([PAD] * (SENTENCE - len(tokens)) + tokens)
 
 
 def is_english(tokens: np.ndarray) -> np.ndarray:
-  """Which tokens a translation may have: words and the mark of its end."""
-  return (tokens == END) | (
-    (tokens >= _FIRST_ENGLISH) & (tokens < _FIRST_SYLLABLE)
-  )
+  """Which tokens are of English, as a gloss is."""
+  return (tokens >= _FIRST_ENGLISH) & (tokens < _FIRST_FOREIGN)
 
 
-def to_text(tokens) -> str:
-  """English tokens up to the end, as text; what is no English is a '?'."""
-  text = ''
-  for token in tokens:
-    if token == END:
-      break
-    index = int(token) - _FIRST_ENGLISH
-    word = ENGLISH[index] if 0 <= index < len(ENGLISH) else '?'
-    text += word[1:] if word in (_PLURAL, _PAST) else ' ' + word
-  return text.strip()
+def to_text(tokens: np.ndarray) -> str:
+  """What the tokens of English among others say, as text."""
+  words = [ENGLISH[t - _FIRST_ENGLISH] for t in tokens if is_english(t)]
+  return ' '.join(words)

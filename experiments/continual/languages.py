@@ -35,22 +35,21 @@ class LanguagesConfig:
   """Learners, how much they are taught, and what they are asked."""
 
   learner: reading.LearnerConfig = reading.LearnerConfig(
-    num_layers=2,
-    embed_dim=48,
-    num_heads=2,
+    mlp_dim=128,
     connection='nested',
+    batch_size=4,
     learning_rate=6e-3,
   )
-  inner: levels.InnerConfig = levels.InnerConfig(
-    (grammar.PAIR, 4 * grammar.PAIR, 16 * grammar.PAIR), (1.0,)
-  )
+  inner: levels.InnerConfig = levels.InnerConfig((16, 64, 256), (1.0,))
   num_levels: tuple[int, ...] = (0, 1, 2, 3)  # that learn, fastest first
-  train_pairs: int = 24  # of each of two languages in a row of training
-  review_pairs: int = 6  # of the first one again, at the row's end
-  pairs: int = 160  # of a language, in the order in which they are taught
+  # Of training with no level, which takes a fraction of the time per step.
+  num_steps_alone: int = 3000
+  train_sentences: int = 32  # of each of two languages in a row of training
+  review_sentences: int = 8  # of the first one again, at the row's end
+  sentences: int = 1000  # of a language, in the order in which they are taught
   questions: int = 30  # of each language
   num_streams: int = 8  # each with two languages of its own
-  seed: int = 0  # of parameters and of rows of training
+  num_seeds: int = 3  # of parameters, rows of training and languages
 
 
 def get_config(arg: str | None = None) -> LanguagesConfig:
@@ -60,7 +59,7 @@ def get_config(arg: str | None = None) -> LanguagesConfig:
     return config
   if arg == 'full':
     learner = dataclasses.replace(
-      config.learner, num_steps=6000, batch_size=32, embed_dim=128, mlp_dim=256
+      config.learner, num_steps=6000, batch_size=32, embed_dim=128, mlp_dim=512
     )
     return dataclasses.replace(config, learner=learner, num_streams=32)
   if arg == 'small':
@@ -71,11 +70,13 @@ def get_config(arg: str | None = None) -> LanguagesConfig:
       config,
       learner=learner,
       num_levels=(0, 1),
-      train_pairs=2,
-      review_pairs=1,
-      pairs=2,
+      num_steps_alone=2,
+      train_sentences=2,
+      review_sentences=1,
+      sentences=2,
       questions=2,
       num_streams=1,
+      num_seeds=1,
     )
   raise errors.UserError(f"{arg!r} must be 'full' or 'small', or nothing.")
 
@@ -87,24 +88,37 @@ def run(config: LanguagesConfig, workdir: str, mode: str) -> None:
   model = reading.make_model(config.learner, grammar.VOCAB_SIZE, _LEVELS)
   scores, metrics, samples = {}, [], []
   for number in config.num_levels:
-    name = f'{number} levels'
-    inner = reading.only(config.inner, range(number))
-    params, losses = reading.train(
-      model,
-      inner,
-      lambda rng: make_row(config, rng),
-      config.learner,
-      seed=config.seed,
-      name=name,
-    )
-    metrics += [
-      {'learner': name, 'step': i, 'loss': float(loss)}
-      for i, loss in enumerate(losses)
-    ]
-    scores[number], sample = _teach(config, model, inner, params, chrf)
-    samples.append((name, *sample))
-    print(f'{name}: {_means(scores[number])}', flush=True)
+    found = []
+    for seed in range(config.num_seeds):
+      name = f'{number} levels, seed {seed}'
+      inner = reading.only(config.inner, range(number))
+      params, losses = _train(config, model, inner, seed, name)
+      metrics += [
+        {'learner': name, 'step': i, 'loss': float(loss)}
+        for i, loss in enumerate(losses)
+      ]
+      taught, sample = _teach(config, model, inner, params, seed, chrf)
+      found.append(_summarise(taught))
+      samples.append((name, *sample))
+      print(f'{name}: {found[-1]}', flush=True)
+    scores[number] = {
+      key: np.array([one[key] for one in found]) for key in found[0]
+    }
   _write(config, workdir, scores, metrics, samples)
+
+
+def _train(config, model, inner, seed, name):
+  learner = config.learner
+  if not inner.is_on:
+    learner = dataclasses.replace(learner, num_steps=config.num_steps_alone)
+  return reading.train(
+    model,
+    inner,
+    lambda rng: make_row(config, rng),
+    learner,
+    seed=seed,
+    name=name,
+  )
 
 
 def make_chrf():
@@ -125,128 +139,122 @@ def make_chrf():
 def make_row(
   config: LanguagesConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Pairs of one language, of another and of the first; and their weights."""
-  pairs = []
-  first, second = (grammar.make_language(rng) for _ in range(2))
-  for language, count in (
-    (first, config.train_pairs),
-    (second, config.train_pairs),
-    (first, config.review_pairs),
-  ):
-    meanings = grammar.make_meanings(rng, count)
-    pairs += [grammar.pair(language, meaning) for meaning in meanings]
-  tokens = np.stack([tokens for tokens, _ in pairs])
-  starts = np.array([start for _, start in pairs])
-  places = np.arange(grammar.PAIR)
-  weights = (places >= starts[:, None]) & (tokens != grammar.PAD)
-  weights = 0.02 + weights.astype(np.float32)
-  weights[-config.review_pairs :] *= config.train_pairs / config.review_pairs
+  """Sentences of one language, of another and of the first; their weights."""
+  first, second = grammar.make_languages(rng, 2)
+  tokens = np.stack(
+    [
+      grammar.sentence(language, meaning)
+      for language, count in (
+        (first, config.train_sentences),
+        (second, config.train_sentences),
+        (first, config.review_sentences),
+      )
+      for meaning in grammar.make_meanings(rng, count)
+    ]
+  )
+  weights = 0.02 + grammar.is_english(tokens)
+  # The review counts as much as everything before it.
+  review = weights[-config.review_sentences :]
+  review *= (weights.sum() - review.sum()) / review.sum()
   return tokens.ravel(), weights.ravel()
 
 
-def translate(config, learner, params, state, languages, meanings) -> list:
-  """English of each sentence in each stream's language, [stream][sentence]."""
-  pairs = [[grammar.pair(lang, m) for lang in languages] for m in meanings]
-  tokens = np.array([[t for t, _ in row] for row in pairs])
-  starts = np.array([[start for _, start in row] for row in pairs])
-  places = np.arange(grammar.PAIR)
-  tokens[places >= starts[..., None]] = grammar.PAD
-  size = learner.segment_size
-  tokens = np.pad(tokens, ((0, 0), (0, 0), (0, size - grammar.PAIR)))
-  is_english = grammar.is_english(np.arange(grammar.VOCAB_SIZE))
-  for i in range(grammar.MAX_ENGLISH):
-    said = learner.ask(params, state, tokens, allowed=is_english)
-    place = starts[..., None] + i
-    word = np.take_along_axis(said.answers, place, axis=-1)
-    np.put_along_axis(tokens, place, word, axis=-1)
-  texts = [
-    [
-      grammar.to_text(tokens[i, row, starts[i, row] :][: grammar.MAX_ENGLISH])
-      for i in range(len(meanings))
-    ]
-    for row in range(len(languages))
+def translate(learner, params, state, languages, meanings) -> list:
+  """The gloss of each sentence in each stream's language, [stream][sentence].
+
+  Words are asked for one after the other, each after what was said before it.
+  """
+  tokens = np.array(
+    [[grammar.sentence(lang, m) for lang in languages] for m in meanings]
+  )
+  is_asked = grammar.is_english(tokens)
+  tokens[is_asked] = grammar.PAD
+  allowed = grammar.is_english(np.arange(grammar.VOCAB_SIZE))
+  for place in range(1, grammar.SENTENCE, 2):
+    said = learner.ask(params, state, tokens, allowed=allowed).answers
+    asked = is_asked[..., place]
+    tokens[asked, place] = said[asked, place]
+  return [
+    [grammar.to_text(row) for row in tokens[:, stream]]
+    for stream in range(len(languages))
   ]
-  return texts
 
 
-def _teach(config, model, inner, params, chrf):
+def _teach(config, model, inner, params, seed, chrf):
   """chrF [stream] of A and of B after each order, and one translation."""
-  learner = reading.make_reading(model, inner, segment_size=grammar.PAIR)
-  rng = np.random.default_rng(1)
+  learner = reading.make_reading(model, inner, segment_size=grammar.SENTENCE)
+  rng = np.random.default_rng((1, seed))
   num = config.num_streams
-  languages = [[grammar.make_language(rng) for _ in range(num)] for _ in 'AB']
-  lessons = []
-  for spoken in languages:
-    lesson = [
-      np.concatenate(
-        [
-          grammar.pair(language, meaning)[0]
-          for meaning in grammar.make_meanings(rng, config.pairs)
-        ]
-      )
+  pairs = [grammar.make_languages(rng, 2) for _ in range(num)]
+  languages = list(zip(*pairs, strict=True))  # [A or B][stream]
+
+  def lesson(language):
+    meanings = grammar.make_meanings(rng, config.sentences)
+    return np.concatenate([grammar.sentence(language, m) for m in meanings])
+
+  lessons = [np.stack([lesson(one) for one in spoken]) for spoken in languages]
+  asked = grammar.make_meanings(rng, config.questions)
+  wanted = [
+    [
+      [grammar.to_text(grammar.sentence(language, m)) for m in asked]
       for language in spoken
     ]
-    lessons.append(np.stack(lesson))
-  asked = grammar.make_meanings(rng, config.questions)
-  wanted = [grammar.to_text(grammar.to_english(m)) for m in asked]
+    for spoken in languages
+  ]
   scores, sample = {}, None
   for order, parts in {'nothing': (), **_ORDERS}.items():
     state = learner.start(params, num)
     for part in parts:
       _, state = learner.read(params, state, lessons[part])
-    for name, spoken in zip('AB', languages, strict=True):
-      texts = translate(config, learner, params, state, spoken, asked)
-      scores[order, name] = np.array([chrf(text, wanted) for text in texts])
-      if (order, name) == ('A', 'A'):
-        sample = wanted[0], texts[0][0]
+    for i, name in enumerate('AB'):
+      texts = translate(learner, params, state, languages[i], asked)
+      scores[order, name] = np.array(
+        [chrf(*both) for both in zip(texts, wanted[i], strict=True)]
+      )
+      if (order, name) == ('A then B', 'A'):
+        sample = wanted[0][0][0], texts[0][0]
   return scores, sample
 
 
-def _means(scores):
-  return ', '.join(
-    f'{name} after {order} {np.mean(values):.1f}'
-    for (order, name), values in scores.items()
-    if order == 'nothing' or name in order
-  )
-
-
 def _summarise(scores):
-  """chrF of a language taught last, first and alone, and what was kept."""
+  """chrF of a language taught last, first and alone, and what was kept.
+
+  Each is a mean over streams and over both orders.
+  """
   alone = (scores['A', 'A'] + scores['B', 'B']) / 2
   first = (scores['A then B', 'A'] + scores['B then A', 'B']) / 2
   last = (scores['A then B', 'B'] + scores['B then A', 'A']) / 2
   floor = (scores['nothing', 'A'] + scores['nothing', 'B']) / 2
-  return {
+  found = {
     'floor': floor,
     'alone': alone,
     'taught_first': first,
     'taught_last': last,
     'kept': first / np.maximum(alone, 1e-9),
   }
+  return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def _write(config, workdir, scores, metrics, samples):
-  found = {number: _summarise(values) for number, values in scores.items()}
+  numbers, names = list(scores), list(scores[config.num_levels[0]])
   summary = {
     f'{name}_{number}_levels': float(np.mean(values))
-    for number, row in found.items()
-    for name, values in row.items()
+    for number, found in scores.items()
+    for name, values in found.items()
   }
-  numbers = list(found)
   reading.plot_lines(
     pathlib.Path(workdir) / 'languages.png',
     numbers,
     {
-      name.replace('_', ' '): np.stack([found[n][name] for n in numbers], 1)
+      name.replace('_', ' '): np.stack([scores[n][name] for n in numbers], 1)
       for name in ('floor', 'alone', 'taught_first', 'taught_last')
     },
     xlabel='levels that learn',
     ylabel='chrF',
     log_x=False,
   )
-  names = list(found[numbers[0]])
   rows = [
-    (number, *(reading.mean_and_spread(found[number][n]) for n in names))
+    (number, *(reading.mean_and_spread(scores[number][n]) for n in names))
     for number in numbers
   ]
   report_files.write(
@@ -257,14 +265,16 @@ def _write(config, workdir, scores, metrics, samples):
     metrics=metrics,
     sections=[
       '# Two languages in turn',
-      f'chrF of {config.questions} new sentences after {config.pairs} pairs, '
-      f'mean and spread over {config.num_streams} pairs of languages, in both '
-      'orders. Kept is the language taught first over the same one alone.',
+      f'chrF of the glosses of {config.questions} new sentences after '
+      f'{config.sentences} sentences of a language, mean and spread over '
+      f'{config.num_seeds} seeds, each of {config.num_streams} pairs of '
+      'languages in both orders. Kept is the language taught first over the '
+      'same one alone.',
       report_files.table(
         ('levels', *(n.replace('_', ' ') for n in names)), rows
       ),
       '![chrF by the number of levels](languages.png)',
-      '## What they say after one language',
+      '## What they say of the first after the second',
       report_files.table(('learner', 'wanted', 'said'), samples),
     ],
   )

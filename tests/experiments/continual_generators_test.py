@@ -71,9 +71,8 @@ class FactsTest(absltest.TestCase):
 class GrammarTest(parameterized.TestCase):
   def test_a_sentence_by_hand(self):
     language = grammar.Language(
-      words=tuple((i, i) for i in range(20)),
-      affixes=(21, 22, 23),
-      is_suffix=(True, False, True),
+      words=tuple(range(22)),
+      is_suffix=(True, False),
       order='OVS',
       adjective_first=False,
     )
@@ -83,39 +82,37 @@ class GrammarTest(parameterized.TestCase):
       target=grammar.Phrase(1, 16, True),  # big cats
       is_past=True,
     )
-    self.assertEqual(
-      grammar.to_text(grammar.to_english(meaning)), 'dog watched big cats'
-    )
-    first = grammar.VOCAB_SIZE - 24
-    # cats, their plural and case, big; past, see; dog.
-    syllables = [1, 1, 21, 23, 16, 16, 22, 10, 10, 0, 0]
-    self.assertEqual(
-      grammar.say(language, meaning), [first + s for s in syllables]
-    )
+    words = [1, 20, 16, 21, 10, 0]  # cat, plural, big; past, watch; dog
+    self.assertEqual(grammar.gloss(language, meaning), words)
+    tokens = grammar.sentence(language, meaning)
+    self.assertEqual(grammar.to_text(tokens), 'cat -s big -ed watch dog')
+    foreign, english = grammar.VOCAB_SIZE - 64, 1
+    self.assertEqual(tokens[:4].tolist(), [grammar.PAD] * 4)
+    self.assertEqual(tokens[4::2].tolist(), [foreign + w for w in words])
+    self.assertEqual(tokens[5::2].tolist(), [english + w for w in words])
 
-  def test_pairs_fit_and_languages_differ(self):
+  def test_sentences_fit_and_languages_share_no_word(self):
     rng = np.random.default_rng(0)
-    one, other = (grammar.make_language(rng) for _ in range(2))
-    self.assertNotEqual(one.words, other.words)
-    self.assertLen(set(one.words), 20)
+    one, other = grammar.make_languages(rng, 2)
+    self.assertEmpty(set(one.words) & set(other.words))
+    self.assertLen(set(one.words), len(grammar.ENGLISH))
+    longest = 0
     for meaning in grammar.make_meanings(rng, 300):
-      tokens, start = grammar.pair(one, meaning)
-      self.assertLen(tokens, grammar.PAIR)
-      self.assertEqual(tokens[start - 1], grammar.TO_ENGLISH)
-      english = grammar.to_english(meaning)
-      self.assertLessEqual(len(english), grammar.MAX_ENGLISH)
-      self.assertEqual(
-        grammar.to_text(tokens[start:]), grammar.to_text(english)
-      )
+      tokens = grammar.sentence(one, meaning)
+      self.assertLen(tokens, grammar.SENTENCE)
+      self.assertLess(tokens.max(), grammar.VOCAB_SIZE)
+      longest = max(longest, np.sum(tokens != grammar.PAD))
+    self.assertEqual(longest, grammar.SENTENCE)
 
-  def test_only_translations_and_the_review_weigh(self):
+  def test_only_what_words_mean_weighs(self):
     config = languages.get_config('small')
     tokens, weights = languages.make_row(config, np.random.default_rng(0))
-    tokens = tokens.reshape(-1, grammar.PAIR)
+    tokens = tokens.reshape(-1, grammar.SENTENCE)
     weights = weights.reshape(tokens.shape)
     english = grammar.is_english(tokens)
-    self.assertTrue((weights[english] > 1).all())
-    self.assertTrue((weights[~english] < 1).all())
+    self.assertGreater(weights[english].min(), 10 * weights[~english].max())
+    review = config.review_sentences
+    self.assertAlmostEqual(weights[-review:].sum() / weights.sum(), 0.5)
 
 
 class HorizonTest(absltest.TestCase):
