@@ -53,15 +53,15 @@ class ClassesConfig:
   test_per_class: int = 10
   num_seeds: int = 3  # orders of classes, and parameters
   learner: reading.LearnerConfig = reading.LearnerConfig(
-    num_layers=2,
-    embed_dim=64,
-    num_heads=2,
-    mlp_dim=128,
+    embed_dim=128,
+    mlp_dim=256,
     connection='nested',
-    batch_size=4,
+    batch_size=2,
     learning_rate=6e-3,
   )
-  inner: levels.InnerConfig = levels.InnerConfig((64, 256), (8.0, 8.0))
+  inner: levels.InnerConfig = levels.InnerConfig(
+    (64, 256), (2.0,), max_drift=10.0
+  )
   num_words: int = 2048  # places that words are hashed to
   row: classifier.RowConfig = classifier.RowConfig()  # of training
   epochs: int = 6  # of fine-tuning, per task

@@ -1,8 +1,10 @@
 """Texts as tokens, and a model that says their class.
 
-An example is a row of 16 tokens: words, a question mark, the class. A stream of
-examples is read like any text, except that nothing but classes is predicted:
-where no class comes next, the logits are constants, which teach nothing.
+An example is 16 tokens: words, a question mark, the class. The model reads two
+things of it: the sum of what its words are embedded as, one vector for a text,
+and then its class. So a text is at once what a level sees of it: where a mixer
+had to gather the words, what came before got in with them. Nothing but classes
+is predicted: where none comes next, logits are constants, which teach nothing.
 """
 
 from collections.abc import Sequence
@@ -82,18 +84,34 @@ def make_classifier(
     **trunk.table,
   }
 
+  num_rest = words.vocab_size - words.num_classes
+  constant = np.pad(
+    np.zeros(words.num_classes), (0, num_rest), constant_values=_NEVER
+  )
+
   def forward(params, state, tokens, *, reset=None, mask=None, write=True):
-    x = params['embedding'][tokens] * width**0.5
-    x, state = trunk.apply(params, state, x, layer.Marks(reset, mask, write))
+    batch = tokens.shape[0]
+    examples = tokens.reshape(batch, -1, EXAMPLE)
+    vectors = params['embedding'][examples]
+    is_word = examples[..., :-2, None] > words.question
+    text = _unit(jnp.sum(vectors[..., :-2, :] * is_word, axis=-2))
+    x = jnp.stack([text, vectors[..., -1, :]], axis=2).reshape(batch, -1, width)
+    in_pairs = lambda marks: (
+      None
+      if marks is None
+      else marks.reshape(batch, -1, EXAMPLE)[..., -2:].reshape(batch, -1)
+    )
+    marks = layer.Marks(in_pairs(reset), in_pairs(mask), write)
+    x, state = trunk.apply(params, state, x * width**0.5, marks)
     names = params['embedding'][: words.num_classes]
-    logits = jnp.einsum('bte,ve->btv', x, names)
-    asked = (tokens == words.question)[..., None]
-    rest = words.vocab_size - words.num_classes
-    return jnp.pad(
-      jnp.where(asked, logits, 0.0),
-      ((0, 0), (0, 0), (0, rest)),
+    logits = jnp.pad(
+      jnp.einsum('bne,ve->bnv', x[:, ::2], names),
+      ((0, 0), (0, 0), (0, num_rest)),
       constant_values=_NEVER,
-    ), state
+    )
+    is_asked = jnp.arange(EXAMPLE)[:, None] == EXAMPLE - 2
+    logits = jnp.where(is_asked, logits[:, :, None], constant)
+    return logits.reshape(*tokens.shape, -1), state
 
   return models.Model(
     config=model_config,
@@ -104,14 +122,18 @@ def make_classifier(
   )
 
 
+def _unit(x):
+  return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
 @dataclasses.dataclass(frozen=True)
 class RowConfig:
   """What a row of training is: tasks in turn, and then all of them again."""
 
-  num_tasks: int = 4
-  classes: int = 3  # of a task
-  examples: int = 18  # of a task
-  review: int = 24  # examples of any of its classes, at the end
+  num_tasks: int = 8
+  classes: int = 4  # of a task
+  examples: int = 24  # of a task
+  review: int = 48  # examples of any of its classes, at the end
 
 
 def make_row(
@@ -199,8 +221,8 @@ def make_tuning(
   optimizer = optax.adam(learning_rate)
 
   def classify(params, batch):
-    logits, _ = model.forward(params, None, batch[:, :-1])
-    return logits[:, -1]
+    logits, _ = model.forward(params, None, batch)
+    return logits[:, -2]
 
   def loss_fn(params, batch, anchor):
     logits = classify(params, batch)[:, : words.num_classes]

@@ -1,17 +1,34 @@
 """Two new languages, one after the other: what is left of the first?
 
-The paper's continual translation of a new language, in small. A language is
-made from a seed (`grammar.py`), and is taught by pairs of a sentence and what
-it means in English. A learner, trained on pairs of other languages, reads those
-of one language, or of two in turn, and then translates sentences that it has
-not seen. With no level, all that it learns is in its memories; every further
-level is slower than those before it.
+The paper's continual translation of a new language (Figure 8), in small. A
+language is made from a seed (`grammar.py`), and is taught by sentences with a
+gloss: after every word what it means in English. A learner, trained on other
+languages, reads those of one language, or of two in turn, and then glosses
+sentences that it has not seen. With no level, all that it learns is in its
+memories; every further level is slower than those before it.
 
 Command (needs sacrebleu: pip install -c constraints.txt -e '.[experiments]'):
   python launch/run.py --config=experiments/continual/languages.py \
     --workdir=runs/languages
 
-Result: not run to its end yet with these settings.
+Hardware: one CPU core, half an hour of its time.
+Result: chrF, mean and standard deviation over three seeds, of a language asked
+for before any was taught, alone after 1,000 sentences, and after 1,000 more of
+another language.
+
+  levels  before        alone          and then another
+  0       16.4 ± 0.5     17.9 ± 0.6    16.3 ± 0.8
+  1       15.1 ± 0.3    100.0 ± 0.0    81.8 ± 4.7
+  2       16.0 ± 0.5    100.0 ± 0.0    93.3 ± 1.2
+  3       15.4 ± 0.6    100.0 ± 0.0    97.7 ± 2.2
+
+A level writes down what the memory alone did not learn to keep, although it was
+trained ten times as long: the learner with no level glosses no better after 32
+sentences (18.6), so that this is no forgetting. Every slower level keeps more
+of the first language. After 160 sentences of each, one level is enough (100.0).
+Glosses, and no sentences in the order of English: a learner of two layers knew
+every word of the dictionaries it read, but copied none from an earlier place
+(verbs of free translations were at chance after 2,500 steps).
 """
 
 import dataclasses
@@ -217,7 +234,7 @@ def _teach(config, model, inner, params, seed, chrf):
 
 
 def _summarise(scores):
-  """chrF of a language taught last, first and alone, and what was kept.
+  """chrF of a language taught last, first and alone.
 
   Each is a mean over streams and over both orders.
   """
@@ -230,7 +247,6 @@ def _summarise(scores):
     'alone': alone,
     'taught_first': first,
     'taught_last': last,
-    'kept': first / np.maximum(alone, 1e-9),
   }
   return {name: float(np.mean(values)) for name, values in found.items()}
 
@@ -268,8 +284,7 @@ def _write(config, workdir, scores, metrics, samples):
       f'chrF of the glosses of {config.questions} new sentences after '
       f'{config.sentences} sentences of a language, mean and spread over '
       f'{config.num_seeds} seeds, each of {config.num_streams} pairs of '
-      'languages in both orders. Kept is the language taught first over the '
-      'same one alone.',
+      'languages in both orders.',
       report_files.table(
         ('levels', *(n.replace('_', ' ') for n in names)), rows
       ),
