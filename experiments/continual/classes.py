@@ -19,7 +19,26 @@ Command (the last arm needs scikit-learn: pip install -c constraints.txt -e
 The default is a generated corpus; `:clinc150` and `:banking77` are for the real
 ones, in a folder of yours as they are distributed.
 
-Result: not run to its end yet with these settings.
+Hardware: one CPU core, six minutes of its time.
+Result of the generated corpus, percent, mean and standard deviation over three
+seeds: right at the end, right on all so far on average over the tasks, and
+forgotten.
+
+  arm                         final         average       forgetting
+  nearest class mean, tf-idf  86.1 ± 0.0    90.7 ± 0.3     4.5 ± 0.6
+  joint                       67.2 ± 0.8    72.3 ± 0.6     2.8 ± 1.2
+  replay, 5 of a class        49.8 ± 2.2    59.2 ± 2.4    33.9 ± 1.5
+  EWC                         11.5 ± 1.6    26.2 ± 0.2    82.6 ± 2.6
+  fine-tuning                  9.4 ± 0.5    25.1 ± 0.3    85.5 ± 0.9
+  levels                       2.5 ± 0.2     8.9 ± 0.4    28.3 ± 1.1
+  in context                   0.7 ± 0.1     2.0 ± 0.2     6.3 ± 0.3
+
+Levels help a learner that reads in context, and both are behind everything that
+is fine-tuned: nothing may be claimed for them here. What is known of why: steps
+of levels, read once, forget earlier tasks as fine-tuning does. Untrained and
+without a mixer before it, a level knows 0.8 of the first task's fifteen classes
+after it and 0.03 at the end; with a mixer, which brings along what came before,
+less than 0.02. Training, 300 steps of rows of 32 classes, undoes none of that.
 """
 
 from collections.abc import Callable
@@ -263,6 +282,7 @@ def _stream(config, tasks, model, inner, params, name):
     tokens = np.stack([tasks.train[part].ravel() for part in rows])
     _, state = learner.read(params, state, tokens)
     scores.append(tasks.score(answer, task))
+  reading.print_warnings(state, name)
   return np.stack(scores, axis=1)
 
 

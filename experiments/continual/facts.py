@@ -258,6 +258,7 @@ def recall(
     right = said.answers[..., -1] == questions[..., -1]
     scores.append(np.mean(right, axis=0))
     print(f'{name}: {np.mean(scores[-1]):.3f} after {gap:,} tokens', flush=True)
+    reading.print_warnings(state, name)
   return np.stack(scores, axis=1)
 
 

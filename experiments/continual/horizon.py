@@ -185,6 +185,7 @@ def _read(config, model, inner, params, name):
       f'{name}: {np.mean(scores[-1]):.3f} nats after {distance:,} tokens',
       flush=True,
     )
+    reading.print_warnings(state, name)
   return np.stack(scores, axis=1)
 
 

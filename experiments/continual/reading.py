@@ -22,6 +22,7 @@ from nested_learning import errors
 from nested_learning import layers
 from nested_learning import levels
 from nested_learning import models
+from nested_learning.levels import stream
 
 _PIECE = 1024  # tokens of a row that one program reads
 _CHUNK = 16  # tokens of a memory's chunk
@@ -305,6 +306,18 @@ def only(inner: levels.InnerConfig, which: Iterable[int]) -> levels.InnerConfig:
     chunk_sizes=tuple(x if i <= slowest else None for i, x in enumerate(sizes)),
     learning_rates=tuple(x if i in which else 0.0 for i, x in enumerate(rates)),
   )
+
+
+def print_warnings(state: Any, name: str) -> None:
+  """Prints what is wrong with the levels of a stream, if any learn.
+
+  Args:
+    state: From a `Reading`.
+    name: Of the learner.
+  """
+  if isinstance(state, stream.State):
+    for warning in levels.warnings(levels.health(state)):
+      print(f'{name}: {warning}', flush=True)
 
 
 def mean_and_spread(values: Iterable[float]) -> str:
