@@ -13,7 +13,25 @@ Command:
 
 `:full` reads ten million tokens per stream.
 
-Result: not run to its end yet with these settings.
+Hardware: one CPU core, four minutes of its time; `:full` fifteen.
+Result of `:full` with --set=num_streams=2, one training: nats per token that
+having read home saves, after so many tokens of other topics; standard
+deviations over streams up to 0.1, of the fast level 0.2.
+
+  levels  0      4,096  16,384  65,536  262,144  1,048,576  10,485,760
+  none    -0.01   0.01   0.01   -0.01    0.01     0.00       0.01
+  fast     2.12   0.30  -1.00   put back
+  middle   2.11   1.32   0.42   -0.14   -0.15    -0.02      put back
+  slow     1.92   1.92   1.71    1.02    0.29     0.07       0.00
+  all      0.44  -0.41   0.45    0.42    0.34     0.04      -0.42
+
+So forgetting does come back: a level keeps half of what it saved for about four
+of its own steps on other text (the slow one: 65,536 tokens), and from a million
+on nothing is left of home. Slower levels keep it longer and cost next to nothing
+at the start. A level alone that has gone too far from its start is put back
+(`max_drift`), and knows from then on what no level knows. All levels together
+know less of home than the slow one alone: faster levels, started anew at each of
+its steps, leave it little to explain, and in the end are of the last topic.
 """
 
 import dataclasses
