@@ -25,13 +25,13 @@ deviations over streams up to 0.1, of the fast level 0.2.
   slow     1.92   1.92   1.71    1.02    0.29     0.07       0.00
   all      0.44  -0.41   0.45    0.42    0.34     0.04      -0.42
 
-So forgetting does come back: a level keeps half of what it saved for about four
-of its own steps on other text (the slow one: 65,536 tokens), and from a million
-on nothing is left of home. Slower levels keep it longer and cost next to nothing
-at the start. A level alone that has gone too far from its start is put back
+So forgetting does come back: after four of its own steps on other text a level
+keeps about half of what it saved (the slow one: 65,536 tokens), and from a
+million on nothing is left of home. Slower levels keep it longer and cost little
+at the start. A level that has gone too far from its start is put back there
 (`max_drift`), and knows from then on what no level knows. All levels together
-know less of home than the slow one alone: faster levels, started anew at each of
-its steps, leave it little to explain, and in the end are of the last topic.
+know less of home than the slow one alone, presumably because faster ones,
+started anew at each of its steps, leave it little to explain meanwhile.
 """
 
 import dataclasses
