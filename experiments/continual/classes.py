@@ -19,7 +19,7 @@ Command (the last arm needs scikit-learn: pip install -c constraints.txt -e
 The default is a generated corpus; `:clinc150` and `:banking77` are for the real
 ones, in a folder of yours as they are distributed.
 
-Hardware: one CPU core, six minutes of its time.
+Hardware: one CPU core, six minutes of its time; CLINC150 fifteen.
 Result of the generated corpus, percent, mean and standard deviation over three
 seeds: right at the end, right on all so far on average over the tasks, and
 forgotten.
@@ -32,6 +32,10 @@ forgotten.
   fine-tuning                  9.4 ± 0.5    25.1 ± 0.3    85.5 ± 0.9
   levels                       2.5 ± 0.2     8.9 ± 0.4    28.3 ± 1.1
   in context                   0.7 ± 0.1     2.0 ± 0.2     6.3 ± 0.3
+
+CLINC150, right at the end: class mean 83.1 ± 0.0, joint 79.1 ± 0.4, replay
+59.7 ± 1.0, EWC 13.8 ± 1.7, fine-tuning 9.6 ± 0.3, levels 6.7 ± 0.5, in context
+0.8 ± 0.1.
 
 Levels help a learner that reads in context, and both are behind everything that
 is fine-tuned: nothing may be claimed for them here. What is known of why: steps
