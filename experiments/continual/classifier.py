@@ -23,6 +23,7 @@ from experiments.continual import reading
 from nested_learning import models
 from nested_learning import parameters
 from nested_learning.layers import layer
+from nested_learning.layers import norm
 
 EXAMPLE = 16  # tokens
 _NEVER = -30.0  # logit of what is no class
@@ -94,7 +95,7 @@ def make_classifier(
     examples = tokens.reshape(batch, -1, EXAMPLE)
     vectors = params['embedding'][examples]
     is_word = examples[..., :-2, None] > words.question
-    text = _unit(jnp.sum(vectors[..., :-2, :] * is_word, axis=-2))
+    text = norm.l2_normalize(jnp.sum(vectors[..., :-2, :] * is_word, axis=-2))
     x = jnp.stack([text, vectors[..., -1, :]], axis=2).reshape(batch, -1, width)
     in_pairs = lambda marks: (
       None
@@ -120,10 +121,6 @@ def make_classifier(
     init_state=trunk.init_state,
     forward=forward,
   )
-
-
-def _unit(x):
-  return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
 
 
 @dataclasses.dataclass(frozen=True)
