@@ -37,12 +37,13 @@ CLINC150, right at the end: class mean 83.1 ± 0.0, joint 79.1 ± 0.4, replay
 59.7 ± 1.0, EWC 13.8 ± 1.7, fine-tuning 9.6 ± 0.3, levels 6.7 ± 0.5, in context
 0.8 ± 0.1.
 
-Levels help a learner that reads in context, and both are behind everything that
-is fine-tuned: nothing may be claimed for them here. What is known of why: steps
-of levels, read once, forget earlier tasks as fine-tuning does. Untrained and
-without a mixer before it, a level knows 0.8 of the first task's fifteen classes
-after it and 0.03 at the end; with a mixer, which brings along what came before,
-less than 0.02. Training, 300 steps of rows of 32 classes, undoes none of that.
+Reading in context is at chance (0.7), levels a little above it, and both behind
+all that is fine-tuned: nothing may be claimed for levels here. What is known of
+why: their steps forget earlier tasks, as fine-tuning does. In a probe (one
+seed, width 256, not trained, the fast level alone) a level knows 0.65 of the
+first task's texts right after it, and 0.82 without a mixer before it; of all
+earlier tasks it answers 9 and 17 of 540 texts at the end. That training, 300
+steps of rows of 32 classes, does not teach it to keep them is to be solved.
 """
 
 from collections.abc import Callable

@@ -13,7 +13,7 @@ Command:
 
 Hardware: one CPU core, fifteen minutes of its time.
 Result, one seed of training: share of 16 facts recalled after 16,384 tokens of
-other documents, mean over 16 streams (standard deviations 0.06 to 0.12; a guess
+other documents, mean over 16 streams (standard deviations 0.06 to 0.10; a guess
 gives 0.062), at the learning rates of training; the slowest level steps every
 
   levels that learn  128 tokens  256 tokens  1,024 tokens
@@ -24,9 +24,10 @@ gives 0.062), at the learning rates of training; the slowest level steps every
   4                  0.352       0.465       0.551
 
 The number of levels matters most (0.34 between the best and the worst), then
-the clock of the slowest (0.11), and rates least (0.04). Slower is better, also
-than what was trained with (256); after 1,024 tokens alone the clock makes
-little difference from three levels on (0.51 to 0.56).
+the clock of the slowest (0.11), and rates least (0.04). With one, three and
+four levels slower is better, also than what was trained with (256); after 1,024
+tokens alone the clock makes little difference from three levels on (0.51 to
+0.56).
 """
 
 import dataclasses
