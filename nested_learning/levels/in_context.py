@@ -13,6 +13,11 @@ parameters are shared and stand still. Instead of the loss, a level may have an
 objective of its own input and output (`cms.teach`), which needs no backward
 pass; all else is the same.
 
+The loss of a token makes all others of the vocabulary less likely, also those
+that the stream spoke of long ago and does not speak of now: that is how levels
+forget. It may be taken among the tokens of the segment alone (`in_segment`),
+which says nothing of the others.
+
 A chunk may end anywhere in a call, and a call anywhere in a segment. The state
 therefore has the model's state twice: where the stream is, from which the next
 token is read, and where the segment began, with the segment's tokens. At the
@@ -65,6 +70,7 @@ def make_reader(
   nested: bool = False,
   gradient: str = 'second_order',
   max_drift: float = 1.0,
+  in_segment: bool = False,
   teach: Callable[..., tuple[jax.Array, Any, Any]] | None = None,
 ) -> stream.Reader:
   """Makes a model's levels learn from the tokens that it reads.
@@ -82,6 +88,8 @@ def make_reader(
       'first_order' takes the inner gradients as constants.
     max_drift: A level that has gone further from its start than this times the
       start's norm has diverged, as has one whose step is not finite.
+    in_segment: Whether a token's loss is that of telling it from the others
+      that its segment predicts, in place of all others.
     teach: What makes gradients in place of those of the next-token loss:
       `teach(params, state, tokens, counts, *, reset=None)` gives logits, the
       state, and a tree that has, at the paths of the levels' parameters, the
@@ -153,8 +161,11 @@ def make_reader(
       logits, after = forward_row(
         params, axes, weights, model, tokens, reset, None, True
       )
+      predicted = logits[:-1]
+      if in_segment:
+        predicted = _among(tokens[1:], predicted)
       losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits[:-1], tokens[1:]
+        predicted, tokens[1:]
       )
       return jnp.sum(losses * counts), (logits, after)
 
@@ -335,6 +346,12 @@ def segment_size(levels: Sequence[Any]) -> int:
       'a next-token loss needs; make them multiples of one.'
     )
   return size
+
+
+def _among(tokens, logits):
+  """Logits [t, v] of the tokens [t]; next to minus infinity for all others."""
+  is_there = jnp.zeros(logits.shape[-1:], bool).at[tokens].set(True)
+  return jnp.where(is_there, logits, jnp.finfo(logits.dtype).min / 2)
 
 
 def _check_levels(levels, names, nested):

@@ -5,6 +5,8 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from nested_learning import errors
@@ -15,7 +17,7 @@ from nested_learning.levels.multi_timescale import Level
 _OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
   'sgd': optax.sgd,
   'momentum': lambda rate: optax.sgd(rate, momentum=0.9),
-  'adam': lambda rate: optax.adam(rate, b1=0.9, b2=0.95),
+  'adam': lambda rate: optax.adam(rate, b1=0.9, b2=0.95, eps_root=1e-20),
   'm3': optimizers.m3,
   'delta_momentum': optimizers.delta_momentum,
   'preconditioned_momentum': optimizers.preconditioned_momentum,
@@ -47,8 +49,9 @@ class InnerConfig:
   learning_rates: tuple[float, ...] = (1.0,)  # one per level, or one for all
   optimizer: str = 'sgd'  # or momentum, adam, m3, delta_momentum, ...
   clip_norm: float | None = 1.0  # longest gradient of a level; None is any
-  # What a level minimises: 'next_token' is the model's loss, 'l2' and 'dot' are
-  # of its own input and output (`cms.teach`) and need no backward pass.
+  # What a level minimises: 'next_token' is the model's loss, 'in_segment' the
+  # same among the tokens that a segment has, 'l2' and 'dot' are of the level's
+  # own input and output (`cms.teach`) and need no backward pass.
   objective: str = 'next_token'
   depth: float = 0.25  # share of the blocks that learn, the last; 1.0 is all
   reduce: str = 'mean'  # of the gradients of a chunk; 'sum' is the paper's
@@ -78,7 +81,7 @@ class InnerConfig:
     _check(
       'gradient', self.gradient, self.gradient in orders, ' or '.join(orders)
     )
-    objectives = ('next_token', *cms.LOCAL_OBJECTIVES)
+    objectives = ('next_token', 'in_segment', *cms.LOCAL_OBJECTIVES)
     _check(
       'objective',
       self.objective,
@@ -140,7 +143,26 @@ def make_optimizer(
   made = _OPTIMIZERS[config.optimizer](learning_rate)
   if config.clip_norm is None:
     return made
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), made)
+  return optax.chain(_clip(config.clip_norm), made)
+
+
+def _clip(max_norm: float) -> optax.GradientTransformation:
+  """`optax.clip_by_global_norm`, with a derivative also where all is zero.
+
+  A segment that teaches nothing has a gradient of zero, and an outer gradient
+  goes through its norm.
+  """
+  limit = max_norm**2
+
+  def clip(updates, params=None):
+    del params
+    square = optax.tree.norm(updates, squared=True)
+    scale = max_norm * jax.lax.rsqrt(jnp.maximum(square, limit))
+    return jax.tree.map(
+      lambda u: jnp.where(square > limit, scale * u, u).astype(u.dtype), updates
+    )
+
+  return optax.stateless(clip)
 
 
 def _check(name: str, value: Any, passed: bool, rule: str) -> None:

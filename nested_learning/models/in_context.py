@@ -3,6 +3,7 @@
 import functools
 
 from nested_learning import errors
+from nested_learning.levels import cms
 from nested_learning.levels import in_context
 from nested_learning.levels import inner
 from nested_learning.levels import stream
@@ -33,7 +34,7 @@ def make_reader(
   split = functools.partial(stacks.split_blocks, num_last=num_last)
   labels = language_model.level_labels(model.config, model.table, of='chain')
   teach = None
-  if config.objective != 'next_token':
+  if config.objective in cms.LOCAL_OBJECTIVES:
     if model.teach is None:
       raise errors.UserError(
         f'inner.objective={config.objective!r} is about the next token, which '
@@ -53,6 +54,7 @@ def make_reader(
     nested=model.config.chain.connection == 'nested',
     gradient=config.gradient,
     max_drift=config.max_drift,
+    in_segment=config.objective == 'in_segment',
     teach=teach,
   )
 

@@ -71,22 +71,27 @@ def draw(seed=0):
   return tokens, rng.uniform(size=tokens.shape) < 0.15
 
 
-def segment_loss(model, params, state, tokens, reset):
+def segment_loss(model, objective, params, state, tokens, reset):
   """Sum over the transitions of a segment that cross no reset."""
-  logits, state = model.forward(params, state, tokens, reset=reset)
-  losses = optax.softmax_cross_entropy_with_integer_labels(
-    logits[:, :-1], tokens[:, 1:]
-  )
+  said, state = model.forward(params, state, tokens, reset=reset)
+  logits, targets = said[:, :-1], tokens[:, 1:, None]
+  rivals = jnp.ones(_VOCAB)
+  if objective == 'in_segment':
+    rivals = jnp.isin(jnp.arange(_VOCAB), targets)
+  right = jnp.take_along_axis(logits, targets, axis=-1)[..., 0]
+  losses = jnp.log(jnp.sum(jnp.exp(logits) * rivals, axis=-1)) - right
   counts = ~reset[:, 1:]
-  return jnp.sum(losses * counts), (logits, state, jnp.sum(counts))
+  return jnp.sum(losses * counts), (said, state, jnp.sum(counts))
 
 
-def loop(params, tokens, reset, *, nested=False, num_last=1):
+def loop(
+  params, tokens, reset, *, nested=False, num_last=1, objective='next_token'
+):
   """The definition, for one row [1, t]: both levels with Adam."""
   num_layers = params['blocks']['norm'].shape[0]
   model = models.make_model(dataclasses.replace(_CONFIG, num_layers=num_layers))
   grad = compiling.jit(
-    jax.grad(functools.partial(segment_loss, model), has_aux=True)
+    jax.grad(functools.partial(segment_loss, model, objective), has_aux=True)
   )
   clocks = {'fast': (_FAST, 0.03), 'slow': (_SLOW, 0.02)}
   adams = {
@@ -148,17 +153,27 @@ class InContextTest(parameterized.TestCase):
     super().setUp()
     init()  # outside of any trace
 
-  @parameterized.parameters('sequential', 'nested')
-  def test_equals_the_loop(self, connection):
+  @parameterized.parameters(
+    ('sequential', 'next_token'),
+    ('nested', 'next_token'),
+    ('sequential', 'in_segment'),
+  )
+  def test_equals_the_loop(self, connection, objective):
     chain = models.ChainConfig(connection)
-    _, learner = learning(dataclasses.replace(_CONFIG, chain=chain))
+    _, learner = learning(
+      dataclasses.replace(_CONFIG, chain=chain), objective=objective
+    )
     tokens, reset = draw()
     read = lambda p, t, r: learner.forward(p, None, t, reset=r)
     logits, state = compiling.jit(read)(init(), tokens, reset)
     for row in range(_ROWS):
       one = slice(row, row + 1)
       expected, weights = loop(
-        init(), tokens[one], reset[one], nested=connection == 'nested'
+        init(),
+        tokens[one],
+        reset[one],
+        nested=connection == 'nested',
+        objective=objective,
       )
       assert_close(logits[one], expected, 1e-4)
       found = {name: learned(level) for name, level in state.levels.items()}
@@ -344,7 +359,8 @@ class InContextTest(parameterized.TestCase):
     np.testing.assert_array_equal(after.levels['slow'].num_updates, [2, 0])
     np.testing.assert_array_equal(after.levels['fast'].frozen, [False, False])
 
-  def test_meta_gradient_against_finite_differences(self):
+  @parameterized.parameters('next_token', 'in_segment')
+  def test_meta_gradient_against_finite_differences(self, objective):
     self.enterContext(jax.enable_x64(True))
     config = dataclasses.replace(_CONFIG, dtype='float64')
     tokens, reset = draw()
@@ -360,7 +376,11 @@ class InContextTest(parameterized.TestCase):
     for gradient in ('second_order', 'first_order'):
       # SGD: Adam's first step is a sign, whose slope is nothing to go by.
       _, learner = learning(
-        config, optimizer='sgd', learning_rates=(0.3,), gradient=gradient
+        config,
+        optimizer='sgd',
+        learning_rates=(0.3,),
+        gradient=gradient,
+        objective=objective,
       )
 
       def loss(params, learner=learner):
@@ -383,6 +403,23 @@ class InContextTest(parameterized.TestCase):
     np.testing.assert_allclose(slopes['second_order'], finite, rtol=1e-6)
     self.assertGreater(abs(slopes['first_order'] - finite), 1e-3 * abs(finite))
 
+  @parameterized.parameters('sgd', 'adam')
+  def test_a_segment_that_teaches_nothing_has_a_meta_gradient(self, optimizer):
+    # One token alone has no rival: a gradient of zero, which clipping divides
+    # by its norm.
+    _, learner = learning(
+      optimizer=optimizer, objective='in_segment', clip_norm=1.0
+    )
+    tokens, _ = draw()
+    tokens[:, :_SLOW] = 3
+
+    def loss(params):
+      logits, _ = learner.forward(params, None, tokens)
+      return jnp.sum(jax.nn.log_softmax(logits)[..., 0])
+
+    for leaf in jax.tree.leaves(compiling.jit(jax.grad(loss))(init())):
+      self.assertTrue(np.all(np.isfinite(leaf)))
+
   @parameterized.named_parameters(
     (
       'count',
@@ -400,7 +437,11 @@ class InContextTest(parameterized.TestCase):
     ('clip', {'clip_norm': 0.0}, 'clip_norm=0.0 must be above 0'),
     ('drift', {'max_drift': 0.0}, 'max_drift=0.0 must be above 0'),
     ('depth', {'depth': 1.5}, 'depth=1.5 must be above 0, and 1 at most'),
-    ('objective', {'objective': 'l1'}, 'objective=l1 must be next_token or l2'),
+    (
+      'objective',
+      {'objective': 'l1'},
+      'objective=l1 must be next_token or in_seg',
+    ),
   )
   def test_refuses(self, changes, message):
     with self.assertRaisesRegex(errors.UserError, message):
