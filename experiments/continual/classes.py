@@ -46,17 +46,16 @@ earlier tasks it answers 9 and 17 of 540 texts at the end. That training, 300
 steps of rows of 32 classes, does not teach it to keep them is to be solved.
 """
 
-from collections.abc import Callable
 import dataclasses
 import pathlib
-from typing import Any
 
-import jax
 import numpy as np
 import tqdm
 
 from experiments import report_files
+from experiments.continual import class_tasks
 from experiments.continual import classifier
+from experiments.continual import fine_tuning
 from experiments.continual import reading
 from nested_learning import errors
 from nested_learning import evaluation
@@ -77,22 +76,20 @@ class ClassesConfig:
   test_per_class: int = 10
   num_seeds: int = 3  # orders of classes, and parameters
   learner: reading.LearnerConfig = reading.LearnerConfig(
-    embed_dim=128,
-    mlp_dim=256,
-    connection='nested',
-    batch_size=2,
-    learning_rate=6e-3,
+    embed_dim=512, mlp_dim=1024, num_steps=120, batch_size=1, learning_rate=1e-3
   )
+  num_steps_alone: int = 1000  # of training where no level learns
+  learning_rate_alone: float = 3e-3
   inner: levels.InnerConfig = levels.InnerConfig(
-    (64, 256), (2.0,), max_drift=10.0
+    (256, 1024),
+    (1.5,),
+    clip_norm=None,
+    objective='in_segment',
+    max_drift=10.0,
   )
-  num_words: int = 2048  # places that words are hashed to
+  num_words: int = 8192  # places that words are hashed to
   row: classifier.RowConfig = classifier.RowConfig()  # of training
-  epochs: int = 6  # of fine-tuning, per task
-  batch_size: int = 32  # examples
-  learning_rate: float = 2e-3  # of fine-tuning
-  replayed: int = 5  # examples of an earlier class
-  ewc_strength: float = 1e3
+  tuning: fine_tuning.TuningConfig = fine_tuning.TuningConfig()
 
 
 def get_config(arg: str | None = None) -> ClassesConfig:
@@ -118,69 +115,20 @@ def get_config(arg: str | None = None) -> ClassesConfig:
       learner=reading.LearnerConfig(
         embed_dim=16, mlp_dim=16, num_steps=2, batch_size=2
       ),
-      inner=levels.InnerConfig((32, 64), (1.0, 1.0)),
+      num_steps_alone=2,
+      inner=levels.InnerConfig(
+        (32, 64), (1.0, 1.0), objective='in_segment', max_drift=10.0
+      ),
       num_words=64,
       row=classifier.RowConfig(num_tasks=2, classes=2, examples=3, review=2),
-      epochs=1,
-      batch_size=4,
+      tuning=fine_tuning.TuningConfig(epochs=1, batch_size=4),
     )
   raise errors.UserError(
     f"{arg!r} must be 'full', 'clinc150', 'banking77' or 'small', or nothing."
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class Tasks:
-  """A corpus cut into tasks, in one order of classes for each seed.
-
-  Attributes:
-    words: What tokens are.
-    texts: Of training and test, one string each.
-    train: [text, EXAMPLE], with classes.
-    test: The same.
-    task_of: [seed, class], when it comes.
-  """
-
-  words: classifier.Words
-  texts: tuple[list[str], list[str]]
-  train: np.ndarray
-  test: np.ndarray
-  task_of: np.ndarray
-
-  def part(self, seed: int, task: int) -> np.ndarray:
-    """Places of the texts of a task in `train`."""
-    return np.flatnonzero(self.task_of[seed, self.train[:, -1]] == task)
-
-  def seen(self, task: int) -> np.ndarray:
-    """Which tokens are classes that have come by a task, [seed, v]."""
-    rest = self.words.vocab_size - self.words.num_classes
-    return np.pad(self.task_of <= task, ((0, 0), (0, rest)))
-
-  def score(self, answer: Callable[[np.ndarray], Any], task: int) -> np.ndarray:
-    """Share of right answers in each task after one, [seed, task].
-
-    Args:
-      answer: From which tokens may be answered [seed, v] to answers
-        [seed, test].
-      task: The last that came; -1 is none. Candidates for what came are the
-        classes that came, and for what did not, all classes.
-    """
-    labels, num_tasks = self.test[:, -1], self.task_of.max() + 1
-    tasks = self.task_of[:, labels]
-    right = np.asarray(answer(self.seen(num_tasks - 1))) == labels
-    if 0 <= task < num_tasks - 1:
-      seen = np.asarray(answer(self.seen(task))) == labels
-      right = np.where(tasks <= task, seen, right)
-    return np.stack(
-      [
-        np.sum(right & (tasks == t), axis=1) / np.sum(tasks == t, axis=1)
-        for t in range(num_tasks)
-      ],
-      axis=1,
-    )
-
-
-def make_tasks(config: ClassesConfig) -> Tasks:
+def make_tasks(config: ClassesConfig) -> class_tasks.Tasks:
   """Reads or makes the corpus and cuts it."""
   if config.path is None:
     corpus = intents.generate_intents(
@@ -191,42 +139,15 @@ def make_tasks(config: ClassesConfig) -> Tasks:
     )
   else:
     corpus = intents.read_intents(config.path)
-  if config.num_classes > len(corpus.names):
-    raise errors.UserError(
-      f'num_classes={config.num_classes}, but the corpus has '
-      f'{len(corpus.names)}; lower it.'
-    )
-  if config.num_classes % config.num_tasks:
-    raise errors.UserError(
-      f'num_classes={config.num_classes} is no multiple of '
-      f'num_tasks={config.num_tasks}; change one.'
-    )
-  rng = np.random.default_rng(0)
-  chosen = np.arange(len(corpus.names))
-  if config.num_classes < len(chosen):
-    chosen = np.sort(rng.choice(len(chosen), config.num_classes, replace=False))
-  words = classifier.Words(config.num_classes, config.num_words)
-
-  def take(texts, labels, count):
-    places = [
-      rng.permutation(np.flatnonzero(labels == name))[:count] for name in chosen
-    ]
-    tokens = words.encode([texts[i] for i in np.concatenate(places)])
-    tokens[:, -1] = np.repeat(np.arange(len(chosen)), [*map(len, places)])
-    return [texts[i] for i in np.concatenate(places)], tokens
-
-  train_texts, train = take(
-    corpus.train, corpus.train_labels, config.train_per_class
+  return class_tasks.make_tasks(
+    corpus,
+    num_classes=config.num_classes,
+    num_tasks=config.num_tasks,
+    num_words=config.num_words,
+    num_seeds=config.num_seeds,
+    train_per_class=config.train_per_class,
+    test_per_class=config.test_per_class,
   )
-  test_texts, test = take(
-    corpus.test, corpus.test_labels, config.test_per_class
-  )
-  size = config.num_classes // config.num_tasks
-  orders = [
-    np.random.default_rng((2, seed)).permutation(config.num_classes) // size
-    for seed in range(config.num_seeds)
-  ]
-  return Tasks(words, (train_texts, test_texts), train, test, np.stack(orders))
 
 
 def run(config: ClassesConfig, workdir: str, mode: str) -> None:
@@ -237,20 +158,23 @@ def run(config: ClassesConfig, workdir: str, mode: str) -> None:
   metrics, params = [], {}
   model = classifier.make_classifier(config.learner, tasks.words, _LEVELS)
   row = lambda rng: classifier.make_row(tasks.words, rng, config.row)
-  for name, inner in {
-    'in context': reading.only(config.inner, ()),
-    'levels': config.inner,
-  }.items():
-    params[name], losses = reading.train(
-      model, inner, row, config.learner, name=name
-    )
+  alone = dataclasses.replace(
+    config.learner,
+    num_steps=config.num_steps_alone,
+    learning_rate=config.learning_rate_alone,
+  )
+  for name, inner, learner in (
+    ('in context', reading.only(config.inner, ()), alone),
+    ('levels', config.inner, config.learner),
+  ):
+    params[name], losses = reading.train(model, inner, row, learner, name=name)
     metrics += [
       {'arm': name, 'step': i, 'loss': float(x)} for i, x in enumerate(losses)
     ]
     matrices[name] = _stream(config, tasks, model, inner, params[name], name)
-  for name in ('fine-tuning', 'ewc', 'replay', 'joint'):
+  for name in fine_tuning.METHODS:
     start = params['in context']
-    matrices[name] = _tune(config, tasks, model, start, name)
+    matrices[name] = fine_tuning.tune(config.tuning, tasks, model, start, name)
   _write(config, workdir, tasks, matrices, metrics)
 
 
@@ -289,62 +213,6 @@ def _stream(config, tasks, model, inner, params, name):
     scores.append(tasks.score(answer, task))
   reading.print_warnings(state, name)
   return np.stack(scores, axis=1)
-
-
-def _tune(config, tasks, model, params, name):
-  """Scores [seed, 1 + task, task] of fine-tuning."""
-  tuning = classifier.make_tuning(
-    model, tasks.words, config.learning_rate, config.ewc_strength
-  )
-  num_seeds = config.num_seeds
-  params = jax.tree.map(lambda x: np.stack([x] * num_seeds), params)
-  state, anchor = tuning.init(params), None
-  rngs = [np.random.default_rng((4, seed)) for seed in range(num_seeds)]
-  kept = [np.zeros(0, np.int64) for _ in range(num_seeds)]
-
-  def answer(allowed):
-    batches = np.array_split(tasks.test, -(-len(tasks.test) // 256))
-    found = [tuning.answer(params, batch, allowed) for batch in batches]
-    return np.concatenate(found, axis=1)
-
-  scores = [tasks.score(answer, -1)]
-  for task in tqdm.trange(config.num_tasks, desc=name):
-    new = [tasks.part(seed, task) for seed in range(num_seeds)]
-    steps = max(config.epochs * max(map(len, new)) // config.batch_size, 1)
-    for _ in range(steps):
-      picks = []
-      for rng, fresh, old in zip(rngs, new, kept, strict=True):
-        pool = fresh if name != 'joint' else np.concatenate([fresh, old])
-        pick = rng.choice(pool, config.batch_size)
-        if name == 'replay' and len(old):
-          half = config.batch_size // 2
-          pick[:half] = rng.choice(old, half)
-        picks.append(pick)
-      batch = tasks.train[np.stack(picks)]
-      params, state = tuning.step(params, state, batch, anchor)
-    if name == 'ewc':
-      picks = [rng.choice(x, 64) for rng, x in zip(rngs, new, strict=True)]
-      found = tuning.importances(params, tasks.train[np.stack(picks)])
-      if anchor is not None:
-        found = jax.tree.map(np.add, found, anchor[1])
-      anchor = jax.tree.map(np.array, params), found
-    per_class = config.replayed if name == 'replay' else None
-    kept = [
-      np.concatenate([old, _keep(tasks, rng, fresh, per_class)])
-      for rng, old, fresh in zip(rngs, kept, new, strict=True)
-    ]
-    scores.append(tasks.score(answer, task))
-  return np.stack(scores, axis=1)
-
-
-def _keep(tasks, rng, places, per_class):
-  """Some examples of each class of a task."""
-  labels = tasks.train[places, -1]
-  picks = [
-    rng.permutation(places[labels == label])[:per_class]
-    for label in np.unique(labels)
-  ]
-  return np.concatenate(picks)
 
 
 def _nearest_mean(config, tasks):

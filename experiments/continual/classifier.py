@@ -9,15 +9,12 @@ is predicted: where none comes next, logits are constants, which teach nothing.
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 import zlib
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments.continual import reading
 from nested_learning import models
@@ -127,10 +124,10 @@ def make_classifier(
 class RowConfig:
   """What a row of training is: tasks in turn, and then all of them again."""
 
-  num_tasks: int = 8
-  classes: int = 4  # of a task
-  examples: int = 24  # of a task
-  review: int = 48  # examples of any of its classes, at the end
+  num_tasks: int = 10
+  classes: int = 6  # of a task
+  examples: int = 36  # of a task
+  review: int = 120  # examples of any of its classes, at the end
 
 
 def make_row(
@@ -176,87 +173,3 @@ def make_row(
       weights[i, -1] = 0.02
     seen.add(label)
   return tokens.ravel(), weights.ravel()
-
-
-class Tuning(NamedTuple):
-  """Fine-tuning of all parameters, for several seeds at once.
-
-  Attributes:
-    init: `init(params) -> state` of the optimiser; leaves [seed, ...].
-    step: `step(params, state, batch, anchor)` takes one step on examples
-      [seed, b, EXAMPLE]; the anchor is (parameters, importances), to which
-      parameters are held, or None.
-    importances: `importances(params, batch)`, the mean squared gradient of the
-      likelihood of each of the examples: the diagonal of Fisher's matrix.
-    answer: `answer(params, batch, allowed)`, the likeliest class of each among
-      allowed [seed, v].
-  """
-
-  init: Any
-  step: Any
-  importances: Any
-  answer: Any
-
-
-def make_tuning(
-  model: models.Model, words: Words, learning_rate: float, strength: float
-) -> Tuning:
-  """Makes what fine-tunes a classifier on single examples.
-
-  Args:
-    model: From `make_classifier`.
-    words: What its tokens are.
-    learning_rate: Of Adam.
-    strength: Of the pull towards an anchor; Kirkpatrick et al.'s lambda.
-
-  Returns:
-    A `Tuning`.
-
-  References:
-    Kirkpatrick et al., arXiv:1612.00796, 2016, eq. 3.
-  """
-  optimizer = optax.adam(learning_rate)
-
-  def classify(params, batch):
-    logits, _ = model.forward(params, None, batch)
-    return logits[:, -2]
-
-  def loss_fn(params, batch, anchor):
-    logits = classify(params, batch)[:, : words.num_classes]
-    loss = jnp.mean(
-      optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, -1])
-    )
-    if anchor is None:
-      return loss
-    pulls = jax.tree.map(
-      lambda p, at, weight: jnp.sum(weight * jnp.square(p - at)),
-      params,
-      *anchor,
-    )
-    return loss + 0.5 * strength * sum(jax.tree.leaves(pulls))
-
-  def step_one(params, state, batch, anchor):
-    gradients = jax.grad(loss_fn)(params, batch, anchor)
-    updates, state = optimizer.update(gradients, state, params)
-    return optax.apply_updates(params, updates), state
-
-  def importances_one(params, batch):
-    def add(total, example):
-      gradient = jax.grad(loss_fn)(params, example[None], None)
-      return jax.tree.map(lambda a, g: a + g * g, total, gradient), None
-
-    zero = jax.tree.map(jnp.zeros_like, params)
-    total, _ = jax.lax.scan(add, zero, batch)
-    return jax.tree.map(lambda x: x / batch.shape[0], total)
-
-  def answer_one(params, batch, allowed):
-    logits = jnp.where(allowed, classify(params, batch), -jnp.inf)
-    return jnp.argmax(logits, axis=-1)
-
-  step = functools.partial(jax.jit, donate_argnums=(0, 1))
-  return Tuning(
-    jax.jit(jax.vmap(optimizer.init)),
-    step(jax.vmap(step_one, in_axes=(0, 0, 0, 0))),
-    jax.jit(jax.vmap(importances_one)),
-    jax.jit(jax.vmap(answer_one, in_axes=(0, None, 0))),
-  )

@@ -38,6 +38,8 @@ levels keep what they learned, which is what they are for.
 References:
   Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eqs. 71-73.
   Sun et al., arXiv:2512.23675, 2025 (one level, trained end to end).
+  Zeno et al., arXiv:1803.10123, 2018, and Caccia et al., arXiv:2104.05025, 2021
+  (a loss among the classes of a batch, against forgetting).
 """
 
 from collections.abc import Callable, Sequence

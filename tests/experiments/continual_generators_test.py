@@ -2,16 +2,20 @@
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.continual import classes
 from experiments.continual import classifier
 from experiments.continual import facts
+from experiments.continual import fine_tuning
 from experiments.continual import frequencies
 from experiments.continual import grammar
 from experiments.continual import horizon
 from experiments.continual import languages
 from nested_learning import errors
+from tests import compiling
 
 
 class FactsTest(absltest.TestCase):
@@ -173,6 +177,23 @@ class ClassesTest(absltest.TestCase):
     self.assertTrue((tokens[0, :-5] == words.pad).all())
     self.assertEqual(tokens[0, -5], tokens[1, 0])
     self.assertTrue((tokens[1, :-2] >= 6).all())
+
+  def test_in_batch_names_of_other_classes_stay(self):
+    config = classes.get_config('small')
+    tasks = classes.make_tasks(config)
+    model = classifier.make_classifier(config.learner, tasks.words, ('fast',))
+    start = compiling.jit(model.init_params)(jax.random.key(0))
+    params = jax.tree.map(lambda x: x[None], start)
+    batch = tasks.train[tasks.train[:, -1] < 2][None]
+    for in_batch in (True, False):
+      tuner = fine_tuning.make_tuning(
+        model, tasks.words, 0.1, 0.0, in_batch=in_batch
+      )
+      copy = jax.tree.map(jnp.copy, params)
+      after, _ = tuner.step(copy, tuner.init(params), batch, None)
+      moved = np.abs(after['embedding'][0] - start['embedding']).max(axis=1)
+      self.assertTrue((moved[:2] > 0).all())
+      self.assertEqual((moved[2:4] > 0).all(), not in_batch)
 
   def test_refuses_tasks_of_unequal_size(self):
     config = classes.ClassesConfig(num_classes=10, num_tasks=3)

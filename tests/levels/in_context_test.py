@@ -403,6 +403,17 @@ class InContextTest(parameterized.TestCase):
     np.testing.assert_allclose(slopes['second_order'], finite, rtol=1e-6)
     self.assertGreater(abs(slopes['first_order'] - finite), 1e-3 * abs(finite))
 
+  @parameterized.parameters(0.1, 10.0)
+  def test_clips_as_optax_does(self, norm):
+    gradients = {'a': jnp.array([3.0, 4.0]), 'b': jnp.full((2, 2), 0.5)}
+    inner = levels.InnerConfig(clip_norm=norm)
+    mine = levels.inner.make_optimizer(inner, 1.0)
+    theirs = optax.chain(optax.clip_by_global_norm(norm), optax.sgd(1.0))
+    found, expected = (
+      opt.update(gradients, opt.init(gradients))[0] for opt in (mine, theirs)
+    )
+    assert_close(found, expected, 1e-6)
+
   @parameterized.parameters('sgd', 'adam')
   def test_a_segment_that_teaches_nothing_has_a_meta_gradient(self, optimizer):
     # One token alone has no rival: a gradient of zero, which clipping divides
