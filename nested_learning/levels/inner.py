@@ -39,6 +39,13 @@ class InnerConfig:
   bytes of code, a Transformer of two blocks comes from 2.54 nats per byte to
   1.91 with one block learning, and to 1.87 with both.
 
+  The objective 'in_segment' leaves alone what a stream does not speak of. Of
+  150 classes read in ten tasks, a learner whose levels are not trained for it
+  knows 38 % at the end, and 12 % with 'next_token', which knows more of the
+  last task (72 % against 58 %; one seed of experiments/continual/classes.py).
+  It is for streams whose parts speak of different things: that what is not read
+  is unlikely is something that levels do not learn by it.
+
   References:
     Sun et al., arXiv:2512.23675, 2025 (the last quarter of the blocks).
   """
