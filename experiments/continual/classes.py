@@ -21,20 +21,39 @@ Command (the last arm needs scikit-learn: pip install -c constraints.txt -e
 The default is a generated corpus; `:clinc150` and `:banking77` are for the real
 ones, in a folder of yours as they are distributed.
 
-Hardware: one CPU core, an hour of its time; CLINC150 with one seed as long.
+Hardware: one CPU core, an hour of its time (a third of it training).
 Result of the generated corpus, percent, mean and standard deviation over three
 seeds: right at the end, right on all so far on average over the tasks, and
-forgotten. The learner without levels was trained as long as that with levels.
+forgotten.
 
   arm                         final         average       forgetting
   nearest class mean, tf-idf  86.1 ± 0.0    90.7 ± 0.3     4.5 ± 0.6
-  levels                      44.5 ± 1.6    53.5 ± 1.1    15.7 ± 0.3
+  joint                       76.3 ± 1.0    81.1 ± 0.3     5.6 ± 1.0
+  replay, 5 of a class        61.8 ± 1.2    70.0 ± 0.2    30.8 ± 1.7
+  levels                      44.5 ± 1.5    53.5 ± 1.1    15.7 ± 0.3
   fine-tuning in batch        27.1 ± 1.1    41.9 ± 0.6    67.1 ± 0.7
-  fine-tuning                  9.8 ± 0.2    27.0 ± 0.2    92.3 ± 0.1
-  in context                   0.7 ± 0.1     1.9 ± 0.1     6.3 ± 0.0
+  fine-tuning                  9.8 ± 0.2    27.0 ± 0.1    92.3 ± 0.1
+  EWC                          9.5 ± 0.3    27.0 ± 0.2    92.3 ± 0.4
+  in context                   0.7 ± 0.2     1.9 ± 0.1     6.3 ± 0.0
 
-A narrower learner (width 128, words hashed to 2,048 places) has joint 67.2,
-replay 49.8 and EWC 11.5 at the end.
+CLINC150, one seed, right at the end: class mean 83.1, levels 61.8, fine-tuning
+in batch 32.1, fine-tuning 9.7, in context 0.7.
+
+What levels forgot by was the loss among all classes, which makes all those less
+likely that do not come now. The same learner, not trained, knows 12.1 with it
+and has forgotten 61.6; telling a class from those of its segment, 38.1 and
+17.0, and trained for it, in 120 rows of 60 classes, 46.6 (the first seed).
+Width counts, too: with 128, two nested levels on clocks of 64 and 256 tokens
+are at 2.3 (not trained, the first seed), and were at 2.5 with the loss among
+all (trained, three seeds).
+
+What the table does not say. EWC has the strength that a learner of width 128
+was given (11.5 there); none was looked for here. The learner in context was
+trained for as long as that with levels, by the clock, and knows of a task right
+after it what a guess among its fifteen classes gives (7 %); one of width 128,
+trained for 2,000 steps of two rows of 32 classes, knows 28 % of the first task
+then, and 1.2 of all at the end (the first seed). Levels stay behind class means
+of words that are weighed by how rare they are, which no learner here is told.
 """
 
 import dataclasses
