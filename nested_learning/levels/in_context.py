@@ -14,9 +14,9 @@ objective of its own input and output (`cms.teach`), which needs no backward
 pass; all else is the same.
 
 The loss of a token makes all others of the vocabulary less likely, also those
-that the stream spoke of long ago and does not speak of now: that is how levels
-forget. It may be taken among the tokens of the segment alone (`in_segment`),
-which says nothing of the others.
+that the stream spoke of long ago and does not speak of now, which is one way in
+which levels forget. It may be taken among the tokens of the segment alone
+(`in_segment`), which says nothing of the others.
 
 A chunk may end anywhere in a call, and a call anywhere in a segment. The state
 therefore has the model's state twice: where the stream is, from which the next

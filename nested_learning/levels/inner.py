@@ -17,6 +17,7 @@ from nested_learning.levels.multi_timescale import Level
 _OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
   'sgd': optax.sgd,
   'momentum': lambda rate: optax.sgd(rate, momentum=0.9),
+  # eps_root: a root has no derivative at a gradient of zero.
   'adam': lambda rate: optax.adam(rate, b1=0.9, b2=0.95, eps_root=1e-20),
   'm3': optimizers.m3,
   'delta_momentum': optimizers.delta_momentum,
@@ -44,9 +45,9 @@ class InnerConfig:
   knows 38 % at the end, and 12 % with 'next_token', which knows more of the
   last task (72 % against 58 %; one seed of experiments/continual/classes.py).
   It is for streams whose parts speak of different things: that what is not read
-  is unlikely is something that levels do not learn by it. Where all parts speak
-  of the same, it is worse: of the facts of experiments/continual/facts.py 23 %
-  are left after 16K tokens, and 94 % with 'next_token'.
+  is unlikely is something that levels do not learn by it. Elsewhere it can be
+  worse: of the facts of experiments/continual/facts.py 23 % are left after 16K
+  tokens, and 94 % with 'next_token'.
 
   References:
     Sun et al., arXiv:2512.23675, 2025 (the last quarter of the blocks).
