@@ -20,6 +20,8 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _TIERS = (
   (
     'errors',
+    'files',
+    'markdown',
     'cluster',
     'distributed',
     'parameters',
