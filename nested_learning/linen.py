@@ -18,7 +18,7 @@ import jax
 
 from nested_learning import models
 from nested_learning import parameters
-from nested_learning.layers import layer as layers
+from nested_learning.layers import base
 
 _COLLECTION = 'memory'
 
@@ -27,13 +27,13 @@ class Bridge(nn.Module):
   """A layer or a model as a Linen module.
 
   Attributes:
-    source: A `layers.Layer`, applied to [b, t, e], or a `models.Model`, applied
+    source: A `base.Layer`, applied to [b, t, e], or a `models.Model`, applied
       to tokens [b, t].
     partitioned: Whether parameters are boxed with the names of their logical
       axes, see `flax.linen.with_logical_partitioning`.
   """
 
-  source: layers.Layer | models.Model
+  source: base.Layer | models.Model
   partitioned: bool = False
 
   @nn.compact
@@ -71,7 +71,7 @@ class Bridge(nn.Module):
         params, state, inputs, reset=reset, mask=mask, write=write
       )
     else:
-      marks = layers.Marks(reset, mask, write)
+      marks = base.TokenInfo(reset, mask, write)
       outputs, state = self.source.apply(params, state, inputs, marks)
     if not self.is_initializing() and self.is_mutable_collection(_COLLECTION):
       self.put_variable(_COLLECTION, 'state', state)

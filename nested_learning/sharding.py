@@ -4,7 +4,7 @@ Rows of a batch lie over 'data' and 'fsdp' together. Along 'data' every device
 has the same parameters; along 'fsdp' each keeps a part of every matrix, and of
 what the optimiser knows of it, and a layer's matrices are put together where
 the layer is computed (`gather`). Along 'context' each has a part of a row's
-tokens, where rows are too long for one (`layers/context_parallel.py`). 'model'
+tokens, where rows are too long for one (`context_parallel.py`). 'model'
 divides the computation itself: heads, columns of MLPs, vocabulary. Slices that
 are joined by a slow network differ along 'data' alone, so that only gradients
 cross it.

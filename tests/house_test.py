@@ -26,6 +26,7 @@ _TIERS = (
     'distributed',
     'parameters',
     'sharding',
+    'context_parallel',
     'costs',
     'compilation',
     'configs',

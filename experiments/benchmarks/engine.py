@@ -49,7 +49,7 @@ from nested_learning import models
 from nested_learning import parameters
 from nested_learning import training
 from nested_learning.layers import attention
-from nested_learning.layers import layer
+from nested_learning.layers import base
 from nested_learning.layers import memory_mixer
 
 
@@ -137,7 +137,7 @@ def _layers(config: BenchmarkConfig, matmul_rate: float) -> dict[str, float]:
     params = parameters.init(jax.random.key(0), made.table)
 
     def loss(params, inputs, made=made):
-      return jnp.sum(made.apply(params, None, inputs, layer.Marks())[0] ** 2)
+      return jnp.sum(made.apply(params, None, inputs, base.TokenInfo())[0] ** 2)
 
     functions[name] = jax.jit(jax.grad(loss, argnums=(0, 1))), params, inputs
   seconds = timing.fastest(functions, config.repeats)

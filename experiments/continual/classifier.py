@@ -19,7 +19,7 @@ import numpy as np
 from experiments.continual import reading
 from nested_learning import models
 from nested_learning import parameters
-from nested_learning.layers import layer
+from nested_learning.layers import base
 from nested_learning.layers import norm
 
 EXAMPLE = 16  # tokens
@@ -99,7 +99,7 @@ def make_classifier(
       if marks is None
       else marks.reshape(batch, -1, EXAMPLE)[..., -2:].reshape(batch, -1)
     )
-    marks = layer.Marks(in_pairs(reset), in_pairs(mask), write)
+    marks = base.TokenInfo(in_pairs(reset), in_pairs(mask), write)
     x, state = trunk.apply(params, state, x * width**0.5, marks)
     names = params['embedding'][: words.num_classes]
     logits = jnp.pad(

@@ -1,10 +1,10 @@
 """Layers: pure functions `(params, state, inputs) -> (outputs, state)`."""
 
 from nested_learning.layers.attention import AttentionConfig
+from nested_learning.layers.base import Layer
+from nested_learning.layers.base import TokenInfo
 from nested_learning.layers.hybrids import MemoryAsGateConfig
 from nested_learning.layers.hybrids import MemoryAsLayerConfig
-from nested_learning.layers.layer import Layer
-from nested_learning.layers.layer import Marks
 from nested_learning.layers.memory_as_context import MemoryAsContextConfig
 from nested_learning.layers.memory_mixer import MemoryMixerConfig
 from nested_learning.layers.tnt import LocalConfig

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nested_learning import context_parallel
 from nested_learning import parameters
-from nested_learning.layers import context_parallel
+from nested_learning.layers import base
 from nested_learning.layers import dot_product
-from nested_learning.layers import layer
 from nested_learning.layers import ring_attention
 from nested_learning.layers import rotary
 from nested_learning.layers import sliding_window
@@ -72,7 +72,7 @@ class AttentionState(NamedTuple):
 
 def make_attention(
   config: AttentionConfig, *, embed_dim: int, max_length: int, dtype: Any
-) -> layer.Layer:
+) -> base.Layer:
   """Makes the attention layer.
 
   Args:
@@ -152,7 +152,7 @@ def make_attention(
     out = jnp.einsum('bthd,hde->bte', outputs, params['out'].astype(dtype))
     return out, state
 
-  return layer.Layer(table, init_state, apply)
+  return base.Layer(table, init_state, apply)
 
 
 def _init_state(max_length, key_shape, batch_size, dtype) -> AttentionState:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from nested_learning import context_parallel
 from nested_learning import parameters
 
 
@@ -32,20 +33,44 @@ def apply(
   reset: jax.Array | None = None,
   mask: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Convolves x with what came before it in its document.
+  """Convolves each token with the tokens before it in its document.
+
+  Devices that share the tokens of a row exchange the `width - 1` tokens at the
+  borders of their parts.
 
   Args:
-    params: Of `table`.
+    params: Parameters of `table`.
     state: [b, width - 1, channels], from `init_state` or an earlier call; None
       at a stream's start.
     x: [b, t, channels].
     reset: bool [b, t], True at a document's first token, or None.
-    mask: bool [b, t], False for tokens that are not there, or None. What those
-      tokens get is undefined.
+    mask: bool [b, t], False for padding, or None. The outputs at padding are
+      undefined.
 
   Returns:
     [b, t, channels], and the state after the tokens.
   """
+  in_parts = context_parallel.num_parts(x.shape[1]) > 1
+  if state is not None or mask is not None or not in_parts:
+    return _apply(params, state, x, reset=reset, mask=mask)
+  before = params['kernel'].shape[0] - 1
+
+  def part(params, tokens):
+    x, reset = tokens
+    state, borders = context_parallel.halo(tokens, before)
+    if reset is not None:  # tokens before a border are of another document
+      later = jnp.cumsum(borders[:, ::-1], axis=1)[:, ::-1] - borders
+      state = jnp.where((later > 0)[..., None], 0.0, state)
+    out, state = _apply(params, state, x, reset=reset)
+    return out, state[None]
+
+  run = context_parallel.over_parts(part, (None, 1), (1, 0))
+  out, states = run(params, (x, reset))
+  return out, states[-1]
+
+
+def _apply(params, state, x, *, reset=None, mask=None):
+  """Convolves the tokens that one device holds."""
   kernel = params['kernel'].astype(x.dtype)
   width = kernel.shape[0]
   num_tokens = x.shape[1]

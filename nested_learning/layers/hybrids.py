@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from nested_learning.layers import attention
-from nested_learning.layers import layer
+from nested_learning.layers import base
 from nested_learning.layers import memory_mixer
 from nested_learning.layers import norm
 
@@ -44,7 +44,7 @@ class MemoryAsGateConfig:
 
 def make_memory_as_layer(
   config: MemoryAsLayerConfig, *, embed_dim: int, max_length: int, dtype: Any
-) -> layer.Layer:
+) -> base.Layer:
   """Makes Titans' MAL.
 
   Args:
@@ -66,12 +66,12 @@ def make_memory_as_layer(
     out, attention_state = run('attention', normed)
     return out, {'titans': memory_state, 'attention': attention_state}
 
-  return layer.Layer(table, _init_state(parts), apply)
+  return base.Layer(table, _init_state(parts), apply)
 
 
 def make_memory_as_gate(
   config: MemoryAsGateConfig, *, embed_dim: int, max_length: int, dtype: Any
-) -> layer.Layer:
+) -> base.Layer:
   """Makes Titans' MAG; arguments and result are those of MAL.
 
   Args:
@@ -97,7 +97,7 @@ def make_memory_as_gate(
     out = gate(params['norm']['titans'], normed, remembered)
     return out, {'titans': memory_state, 'attention': attention_state}
 
-  return layer.Layer(table, _init_state(parts), apply)
+  return base.Layer(table, _init_state(parts), apply)
 
 
 def gate(scale: jax.Array, x: jax.Array, by: jax.Array) -> jax.Array:

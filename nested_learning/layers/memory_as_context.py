@@ -31,10 +31,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nested_learning import context_parallel
 from nested_learning.layers import attention
-from nested_learning.layers import context_parallel
+from nested_learning.layers import base
 from nested_learning.layers import hybrids
-from nested_learning.layers import layer
 from nested_learning.layers import memory_mixer
 from nested_learning.layers import norm
 from nested_learning.memory import rows
@@ -90,7 +90,7 @@ class ContextState(NamedTuple):
 
 def make_memory_as_context(
   config: MemoryAsContextConfig, *, embed_dim: int, dtype: Any
-) -> layer.Layer:
+) -> base.Layer:
   """Makes Titans' MAC.
 
   Args:
@@ -139,7 +139,7 @@ def make_memory_as_context(
       params['titans'],
       _at_segment_start(state),
       x,
-      layer.Marks(reset, mask, write=False),
+      base.TokenInfo(reset, mask, write=False),
     )
     read = norm.rms_norm(params['norm']['read'], read)
     is_whole = mask is None and length == size
@@ -147,14 +147,14 @@ def make_memory_as_context(
       params['attention'],
       None if is_whole else state.attention,
       jnp.stack([read, x], axis=2).reshape(batch_size, 2 * length, -1),
-      layer.Marks(
+      base.TokenInfo(
         None if reset is None else _pairs(reset, jnp.zeros_like(reset)),
         None if mask is None else _pairs(mask, mask),
       ),
     )
     y = norm.rms_norm(params['norm']['attention'], pairs[:, 1::2])
     remembered, titans_state = memory.apply(
-      params['titans'], state.titans, y, layer.Marks(reset, mask, write)
+      params['titans'], state.titans, y, base.TokenInfo(reset, mask, write)
     )
     out = hybrids.gate(params['norm']['titans'], y, remembered)
     count = length if mask is None else jnp.sum(mask, 1, dtype=jnp.int32)
@@ -197,7 +197,7 @@ def make_memory_as_context(
     out = out.reshape(inputs.shape[0], -1, inputs.shape[2])
     return out if is_whole else rows.take(out, slot, 1), state
 
-  return layer.Layer(table, init_state, apply)
+  return base.Layer(table, init_state, apply)
 
 
 def _at_segment_start(state: ContextState) -> memory_mixer.MemoryMixerState:
@@ -221,6 +221,6 @@ def _to_slots(offset, inputs, reset, mask, size):
 
 
 def _pairs(of_reads, of_tokens):
-  """Marks [b, t] of reads and of tokens as those of their pairs [b, 2 t]."""
+  """Interleaves [b, t] for reads and tokens to [b, 2 t] for their pairs."""
   pairs = jnp.stack([of_reads, of_tokens], axis=2)
   return pairs.reshape(pairs.shape[0], -1)

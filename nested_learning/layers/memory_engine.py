@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 
+from nested_learning import context_parallel
 from nested_learning import memory
-from nested_learning.layers import context_parallel
-from nested_learning.layers import layer
+from nested_learning.layers import base
 
 
 def run(
@@ -17,7 +17,7 @@ def run(
   initial: Any,
   state: memory.State | None,
   inputs: Any,
-  marks: layer.Marks,
+  marks: base.TokenInfo,
   *,
   engine: str = 'chunk',
 ) -> tuple[memory.Result, memory.State]:

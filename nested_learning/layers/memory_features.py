@@ -24,9 +24,8 @@ import jax
 import jax.numpy as jnp
 
 from nested_learning import parameters
-from nested_learning.layers import context_parallel
+from nested_learning.layers import base
 from nested_learning.layers import convolution
-from nested_learning.layers import layer
 from nested_learning.layers import norm
 
 ROLES = ('k', 'v', 'q')
@@ -83,7 +82,7 @@ def apply(
   params: Any,
   state: jax.Array | None,
   inputs: jax.Array,
-  marks: layer.Marks,
+  marks: base.TokenInfo,
   *,
   features: str,
   normalize_values: bool,
@@ -109,9 +108,9 @@ def apply(
   shape = x.shape
   wide = jnp.promote_types(dtype, jnp.float32)
 
-  @layer.recomputed
+  @base.recomputed
   def make(conv, powers, x):
-    x, after = context_parallel.convolve(
+    x, after = convolution.apply(
       conv,
       state,
       x.reshape(*shape[:2], -1),

@@ -54,7 +54,7 @@ import jax.numpy as jnp
 
 from nested_learning import memory
 from nested_learning import parameters
-from nested_learning.layers import layer
+from nested_learning.layers import base
 from nested_learning.layers import memory_engine
 from nested_learning.layers import memory_features
 from nested_learning.layers import memory_options
@@ -253,7 +253,7 @@ class MemoryMixerState(NamedTuple):
 
 def make_memory_mixer(
   config: MemoryMixerConfig, *, embed_dim: int, dtype: Any
-) -> layer.Layer:
+) -> base.Layer:
   """Makes the layer.
 
   Args:
@@ -361,7 +361,7 @@ def make_memory_mixer(
     out = memory_out.apply(params, read, inputs)
     return out, MemoryMixerState(conv, others, *after)
 
-  return layer.Layer(table, init_state, apply)
+  return base.Layer(table, init_state, apply)
 
 
 def _per_row(params: Any, batch_size: int) -> tuple[Any, Any]:

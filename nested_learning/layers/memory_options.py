@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_learning import memory
-from nested_learning.layers import layer
+from nested_learning.layers import base
 
 
 def check(config: Any) -> None:
@@ -107,7 +107,7 @@ def limit_capacity(
   state: memory.State | None,
   position: jax.Array | None,
   feed: memory.Feed,
-  marks: layer.Marks,
+  marks: base.TokenInfo,
 ) -> tuple[memory.Feed, jax.Array]:
   """The feed with how many units of the main memory each token has.
 
@@ -147,7 +147,7 @@ def run_cached(
   state: tuple[memory.State | None, memory.Cache | None],
   feed: memory.Feed,
   ask: jax.Array,
-  marks: layer.Marks,
+  marks: base.TokenInfo,
 ) -> tuple[jax.Array, memory.State, memory.Cache]:
   """The main memory, and what is kept of its segments.
 

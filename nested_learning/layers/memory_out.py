@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_learning import parameters
-from nested_learning.layers import layer
+from nested_learning.layers import base
 from nested_learning.layers import norm
 
 
@@ -50,7 +50,7 @@ def apply(params: Any, read: jax.Array, inputs: jax.Array) -> jax.Array:
   return _project(params['norm'], read, gate, out)
 
 
-@layer.recomputed
+@base.recomputed
 def _project(scale, read, gate, out):
   read = norm.rms_norm(scale, jnp.einsum('bhtd->bthd', read))
   return jnp.einsum(

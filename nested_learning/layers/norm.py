@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_learning import parameters
-from nested_learning.layers import layer
+from nested_learning.layers import base
 
 
 def scale_param(size: int, axis: str = 'embed') -> parameters.Param:
@@ -12,7 +12,7 @@ def scale_param(size: int, axis: str = 'embed') -> parameters.Param:
   return parameters.Param((size,), (axis,), parameters.constant(1.0))
 
 
-@layer.recomputed
+@base.recomputed
 def rms_norm(scale: jax.Array, x: jax.Array) -> jax.Array:
   """scale * x / rms(x) over the last axis, in float32 at least, x's dtype out.
 

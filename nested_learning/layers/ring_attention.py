@@ -25,7 +25,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nested_learning.layers import context_parallel
+from nested_learning import context_parallel
 from nested_learning.layers import dot_product
 from nested_learning.layers import sliding_window
 

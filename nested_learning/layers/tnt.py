@@ -38,11 +38,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nested_learning import context_parallel
 from nested_learning import errors
 from nested_learning import memory
 from nested_learning import parameters
-from nested_learning.layers import context_parallel
-from nested_learning.layers import layer
+from nested_learning.layers import base
 from nested_learning.layers import memory_engine
 from nested_learning.layers import memory_features
 from nested_learning.layers import memory_mixer
@@ -125,7 +125,7 @@ class TntState(NamedTuple):
   position: jax.Array
 
 
-def make_tnt(config: TntConfig, *, embed_dim: int, dtype: Any) -> layer.Layer:
+def make_tnt(config: TntConfig, *, embed_dim: int, dtype: Any) -> base.Layer:
   """Makes the layer.
 
   Args:
@@ -234,7 +234,7 @@ def make_tnt(config: TntConfig, *, embed_dim: int, dtype: Any) -> layer.Layer:
     together = math.lcm(*shards.values())
     return out, TntState(conv, memories, projections, count % together)
 
-  return layer.Layer(table, init_state, apply)
+  return base.Layer(table, init_state, apply)
 
 
 def _run_shards(

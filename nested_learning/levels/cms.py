@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from nested_learning import errors
 from nested_learning import parameters
-from nested_learning.layers import layer
+from nested_learning.layers import base
 from nested_learning.layers import norm
 from nested_learning.memory import objectives
 
@@ -274,7 +274,7 @@ def _mlp(params: Any, x: jax.Array) -> jax.Array:
   return _gated_projection(gate, up, weights['down'])
 
 
-@layer.recomputed
+@base.recomputed
 def _gated_projection(gate, up, down):
   return jnp.einsum('btf,fe->bte', jax.nn.silu(gate) * up, down)
 

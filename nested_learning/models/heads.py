@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_learning import parameters
-from nested_learning.layers import layer
+from nested_learning.layers import base
 from nested_learning.models import language_model
 
 
@@ -40,7 +40,7 @@ def make_regressor(
     x = jnp.einsum(
       'btx,xe->bte', inputs.astype(dtype), params['read_in'].astype(dtype)
     )
-    x, state = trunk.apply(params, state, x, layer.Marks(reset, mask, write))
+    x, state = trunk.apply(params, state, x, base.TokenInfo(reset, mask, write))
     return jnp.einsum('bte,ey->bty', x, params['read_out'].astype(dtype)), state
 
   return _make(config, table, trunk, forward)
@@ -78,7 +78,7 @@ def make_compressor(
 
   def forward(params, state, tokens, *, reset=None, mask=None, write=True):
     x = params['embedding'][tokens].astype(dtype) * width**0.5
-    x, state = trunk.apply(params, state, x, layer.Marks(reset, mask, write))
+    x, state = trunk.apply(params, state, x, base.TokenInfo(reset, mask, write))
     code = _position_code(tokens.shape[1], width).astype(dtype)
     x = x[:, -1:] + code
     x = jnp.einsum('bte,ef->btf', x, params['hidden'].astype(dtype))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from nested_learning import parameters
 from nested_learning import sharding
-from nested_learning.layers import layer
+from nested_learning.layers import base
 from nested_learning.layers import norm
 from nested_learning.levels import cms
 from nested_learning.models import mixers
@@ -139,14 +139,14 @@ def make_model(config: ModelConfig) -> Model:
     return logits, state
 
   def forward(params, state, tokens, *, reset=None, mask=None, write=True):
-    marks = layer.Marks(reset, mask, write)
+    marks = base.TokenInfo(reset, mask, write)
     return read(params, state, tokens, lambda x: marks)
 
   def teach(params, state, tokens, counts, *, objective, names, reset=None):
     def make_marks(x):
       target = norm.rms_norm(1.0, jnp.roll(x, -1, axis=1))
       lesson = cms.Lesson(objective, names, target, counts)
-      return layer.Marks(reset, lesson=lesson)
+      return base.TokenInfo(reset, lesson=lesson)
 
     logits, taught = read(params, state, tokens, make_marks)
     return logits, taught.state, {'blocks': taught.gradients}
@@ -161,7 +161,7 @@ def make_model(config: ModelConfig) -> Model:
   )
 
 
-def make_trunk(config: ModelConfig) -> layer.Layer:
+def make_trunk(config: ModelConfig) -> base.Layer:
   """Makes what is between embedding and logits, for inputs of any kind.
 
   Args:
@@ -196,7 +196,7 @@ def make_trunk(config: ModelConfig) -> layer.Layer:
     x, state = stacks.apply(group, params['blocks'], state, x, marks)
     return norm.rms_norm(params['norm'], x), state
 
-  return layer.Layer(table, init_state, apply)
+  return base.Layer(table, init_state, apply)
 
 
 def max_stream_length(config: ModelConfig) -> int | None:
@@ -245,7 +245,7 @@ def level_labels(
 
 def _make_block(
   config: ModelConfig, mixer_config: mixers.MixerConfig
-) -> layer.Layer:
+) -> base.Layer:
   """One mixer and the levels after it, with their residual connections."""
   mixer = mixers.make_mixer(
     mixer_config,
@@ -279,10 +279,10 @@ def _make_block(
       block = jax.checkpoint(block)
     return block(params, state, x)
 
-  return layer.Layer(table, init_state, apply)
+  return base.Layer(table, init_state, apply)
 
 
-def _make_group(blocks: Sequence[layer.Layer]) -> layer.Layer:
+def _make_group(blocks: Sequence[base.Layer]) -> base.Layer:
   """Blocks one after the other, as one layer; parameters by their index."""
   named = {str(i): block for i, block in enumerate(blocks)}
 
@@ -305,4 +305,4 @@ def _make_group(blocks: Sequence[layer.Layer]) -> layer.Layer:
     return x, states
 
   table = {name: block.table for name, block in named.items()}
-  return layer.Layer(table, init_state, apply)
+  return base.Layer(table, init_state, apply)

@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 from nested_learning.layers import attention
+from nested_learning.layers import base
 from nested_learning.layers import hybrids
-from nested_learning.layers import layer
 from nested_learning.layers import memory_as_context
 from nested_learning.layers import memory_mixer
 from nested_learning.layers import tnt
@@ -22,7 +22,7 @@ MixerConfig = (
 
 def make_mixer(
   config: MixerConfig, *, embed_dim: int, max_length: int, dtype: Any
-) -> layer.Layer:
+) -> base.Layer:
   """Makes the layer of a config.
 
   Args:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nested_learning.layers import layer
+from nested_learning.layers import base
 from nested_learning.levels import cms
 
 
@@ -73,7 +73,7 @@ def split_labels(labels: Any, num_blocks: int, num_last: int) -> Any:
   return {**labels, 'blocks': stacks}
 
 
-def init_state(group: layer.Layer, blocks: Any, batch_size: int) -> Any:
+def init_state(group: base.Layer, blocks: Any, batch_size: int) -> Any:
   """The states of all blocks, stacked, however the blocks are.
 
   Args:
@@ -90,7 +90,11 @@ def init_state(group: layer.Layer, blocks: Any, batch_size: int) -> Any:
 
 
 def apply(
-  group: layer.Layer, blocks: Any, state: Any, x: jax.Array, marks: layer.Marks
+  group: base.Layer,
+  blocks: Any,
+  state: Any,
+  x: jax.Array,
+  marks: base.TokenInfo,
 ) -> tuple[jax.Array, Any]:
   """Reads x through all blocks.
 

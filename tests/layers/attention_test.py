@@ -73,8 +73,10 @@ class AttentionTest(parameterized.TestCase):
     _, params, apply = self.parts(
       num_heads=num_heads, num_kv_heads=num_kv_heads
     )
-    out, _ = apply(params, None, self.x, layers.Marks(self.reset))
-    masked, _ = apply(params, None, self.x, layers.Marks(self.reset, self.mask))
+    out, _ = apply(params, None, self.x, layers.TokenInfo(self.reset))
+    masked, _ = apply(
+      params, None, self.x, layers.TokenInfo(self.reset, self.mask)
+    )
     for row in range(2):
       expected = attend_by_hand(params, self.x[row], self.reset[row])
       np.testing.assert_allclose(out[row], expected, atol=1e-5)
@@ -90,12 +92,12 @@ class AttentionTest(parameterized.TestCase):
   def test_any_split_gives_the_same(self, lengths, marked):
     layer, params, apply = self.parts()
     marks = (self.reset, self.mask) if marked else (None, None)
-    whole, last = apply(params, None, self.x, layers.Marks(*marks))
+    whole, last = apply(params, None, self.x, layers.TokenInfo(*marks))
     state, pieces, t = layer.init_state(params, 2), [], 0
     for n in lengths:
       piece = [None if m is None else m[:, t : t + n] for m in marks]
       out, state = apply(
-        params, state, self.x[:, t : t + n], layers.Marks(*piece)
+        params, state, self.x[:, t : t + n], layers.TokenInfo(*piece)
       )
       pieces.append(out)
       t += n
@@ -117,7 +119,7 @@ class AttentionTest(parameterized.TestCase):
       dataclasses.replace(config, window=17), **sizes
     )
     params = parameters.init(jax.random.key(0), full.table)
-    marks = layers.Marks(self.reset)
+    marks = layers.TokenInfo(self.reset)
     out, _ = compiling.jit(full.apply)(params, None, self.x, marks)
     expected, _ = compiling.jit(wide.apply)(params, None, self.x, marks)
     np.testing.assert_allclose(out, expected, atol=1e-5)
@@ -134,13 +136,13 @@ class AttentionTest(parameterized.TestCase):
       config, embed_dim=_EMBED, max_length=_LENGTH, dtype=jnp.float32
     )
     params = parameters.init(jax.random.key(0), layer.table)
-    marks = layers.Marks(*(self.reset, self.mask) if marked else ())
+    marks = layers.TokenInfo(*(self.reset, self.mask) if marked else ())
     there = self.mask[..., None] if marked else True
 
     def loss(params, x):
       state = None
       if carried:
-        _, state = layer.apply(params, None, x[:, :3], layers.Marks())
+        _, state = layer.apply(params, None, x[:, :3], layers.TokenInfo())
       out, _ = layer.apply(params, state, x, marks)
       return jnp.sum(jnp.where(there, out, 0) ** 3), jnp.where(there, out, 0)
 
@@ -158,9 +160,9 @@ class AttentionTest(parameterized.TestCase):
   def test_padding_leaves_the_state(self):
     layer, params, apply = self.parts()
     _, state = apply(
-      params, None, self.x[:, :9], layers.Marks(self.reset[:, :9])
+      params, None, self.x[:, :9], layers.TokenInfo(self.reset[:, :9])
     )
-    none = layers.Marks(self.reset, np.zeros((2, 17), bool))
+    none = layers.TokenInfo(self.reset, np.zeros((2, 17), bool))
     _, after = apply(params, state, self.x, none)
     jax.tree.map(np.testing.assert_array_equal, after, state)
     del layer

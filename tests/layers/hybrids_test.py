@@ -57,7 +57,7 @@ class _Case(parameterized.TestCase):
 def read(layer, params, x, reset):
   """What a layer gives for whole rows."""
   run = lambda params, x, reset: layer.apply(
-    params, None, x, layers.Marks(reset)
+    params, None, x, layers.TokenInfo(reset)
   )
   return np.asarray(compiling.jit(run)(params, x, reset)[0])
 
@@ -115,7 +115,7 @@ class MemoryAsContextTest(_Case):
 
     @compiling.jit_static('write')
     def step(state, token, write):
-      marks = layers.Marks(write=write)
+      marks = layers.TokenInfo(write=write)
       out, state = memory.apply(
         self.params['titans'], state, token[None, None], marks
       )
@@ -165,7 +165,7 @@ class MemoryAsContextTest(_Case):
 
     @compiling.jit_static('write')
     def run(state, write):
-      marks = layers.Marks(write=write)
+      marks = layers.TokenInfo(write=write)
       return self.layer.apply(self.params, state, self.x, marks)
 
     _, state = run(self.layer.init_state(self.params, 2), write=True)
@@ -181,7 +181,7 @@ class MemoryAsContextTest(_Case):
     weights = np.random.default_rng(3).normal(size=x.shape)
 
     def loss(params):
-      out, _ = self.layer.apply(params, None, x, layers.Marks())
+      out, _ = self.layer.apply(params, None, x, layers.TokenInfo())
       return jnp.sum(out * weights)
 
     run = compiling.jit(jax.value_and_grad(loss))

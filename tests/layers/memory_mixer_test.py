@@ -82,7 +82,7 @@ class TitansTest(parameterized.TestCase):
 
     @compiling.jit
     def apply(state, x, reset, mask):
-      return layer.apply(params, state, x, layers.Marks(reset, mask))
+      return layer.apply(params, state, x, layers.TokenInfo(reset, mask))
 
     whole, last = apply(start, self.x, self.reset, self.all)
     with self.subTest('shapes and types'):
@@ -151,7 +151,7 @@ class TitansTest(parameterized.TestCase):
     params = init(layer)
 
     def loss(params, write):
-      marks = layers.Marks(self.reset, write=write)
+      marks = layers.TokenInfo(self.reset, write=write)
       out, _ = layer.apply(params, None, self.x, marks)
       return jnp.sum(jnp.sin(3.0 * out)), out
 
@@ -161,9 +161,12 @@ class TitansTest(parameterized.TestCase):
       return (
         jax.grad(loss, has_aux=True)(params, True),
         loss(params, False)[1],
-        layer.apply(params, start, self.x, layers.Marks(self.reset))[0],
+        layer.apply(params, start, self.x, layers.TokenInfo(self.reset))[0],
         half.apply(
-          params, None, self.x.astype(jnp.bfloat16), layers.Marks(self.reset)
+          params,
+          None,
+          self.x.astype(jnp.bfloat16),
+          layers.TokenInfo(self.reset),
         ),
       )
 
@@ -204,7 +207,7 @@ class TitansTest(parameterized.TestCase):
         )
       }
     }
-    marks = layers.Marks(write=False)
+    marks = layers.TokenInfo(write=False)
 
     @compiling.jit
     def run(params):
@@ -246,7 +249,7 @@ class TitansTest(parameterized.TestCase):
       return [
         jnp.abs(
           make(dataclasses.replace(_HOPE, injection=injection))
-          .apply(params, None, self.x, layers.Marks())[1]
+          .apply(params, None, self.x, layers.TokenInfo())[1]
           .main.memory['vector']
           - params['memory']['main']['vector']
         ).max()

@@ -76,7 +76,7 @@ class SlidingWindowTest(parameterized.TestCase):
   def test_gradients_of_blocks_are_those_of_windows_alone(self):
     """Six blocks of 5, against each token read with its window alone."""
     layer, params, _ = self.parts(num_persistent=2)
-    marks = layers.Marks(self.reset)
+    marks = layers.TokenInfo(self.reset)
 
     def one_by_one(params, x):
       reads = []
@@ -84,7 +84,9 @@ class SlidingWindowTest(parameterized.TestCase):
         first = max(i - 4, 0)
         piece = x[:, first : i + 1]
         reset = self.reset[:, first : i + 1]
-        reads.append(layer.apply(params, None, piece, layers.Marks(reset))[0])
+        reads.append(
+          layer.apply(params, None, piece, layers.TokenInfo(reset))[0]
+        )
       return jnp.concatenate([read[:, -1:] for read in reads], axis=1)
 
     blocks = lambda params, x: layer.apply(params, None, x, marks)[0]
@@ -103,9 +105,9 @@ class SlidingWindowTest(parameterized.TestCase):
       window=window, num_persistent=persistent, num_kv_heads=kv_heads
     )
     start = layer.init_state(params, 2)
-    out, _ = apply(params, None, self.x, layers.Marks(self.reset))
+    out, _ = apply(params, None, self.x, layers.TokenInfo(self.reset))
     masked, _ = apply(
-      params, start, self.x, layers.Marks(self.reset, self.mask)
+      params, start, self.x, layers.TokenInfo(self.reset, self.mask)
     )
     for row in range(2):
       expected = attend_by_hand(params, self.x[row], self.reset[row], window)
@@ -122,12 +124,12 @@ class SlidingWindowTest(parameterized.TestCase):
   def test_any_split_gives_the_same(self, lengths, marked):
     layer, params, apply = self.parts(num_persistent=2)
     marks = (self.reset, self.mask) if marked else (None, None)
-    whole, last = apply(params, None, self.x, layers.Marks(*marks))
+    whole, last = apply(params, None, self.x, layers.TokenInfo(*marks))
     state, pieces, t = layer.init_state(params, 2), [], 0
     for n in lengths:
       piece = [None if m is None else m[:, t : t + n] for m in marks]
       out, state = apply(
-        params, state, self.x[:, t : t + n], layers.Marks(*piece)
+        params, state, self.x[:, t : t + n], layers.TokenInfo(*piece)
       )
       pieces.append(out)
       t += n
@@ -143,8 +145,8 @@ class SlidingWindowTest(parameterized.TestCase):
 
   def test_padding_leaves_the_state(self):
     _, params, apply = self.parts()
-    _, state = apply(params, None, self.x, layers.Marks(self.reset))
-    none = layers.Marks(self.reset, np.zeros((2, _LENGTH), bool))
+    _, state = apply(params, None, self.x, layers.TokenInfo(self.reset))
+    none = layers.TokenInfo(self.reset, np.zeros((2, _LENGTH), bool))
     _, after = apply(params, state, self.x, none)
     jax.tree.map(np.testing.assert_array_equal, after, state)
 
@@ -153,9 +155,9 @@ class SlidingWindowTest(parameterized.TestCase):
     params = jax.tree.map(jnp.float32, params)
     x = self.x.astype(np.float32)
     start = layer.init_state(params, 2)
-    expected, _ = apply(params, start, x, layers.Marks())
+    expected, _ = apply(params, start, x, layers.TokenInfo())
     late = start._replace(slot=start.slot + 3, current=start.current + 10**9)
-    out, _ = apply(params, late, x, layers.Marks())
+    out, _ = apply(params, late, x, layers.TokenInfo())
     np.testing.assert_array_equal(out, expected)
 
   def test_state_and_operations_do_not_grow_with_the_stream(self):
@@ -165,7 +167,7 @@ class SlidingWindowTest(parameterized.TestCase):
 
     def flops(num_tokens):
       x = jax.ShapeDtypeStruct((1, num_tokens, _EMBED), jnp.float64)
-      run = lambda x: layer.apply(params, None, x, layers.Marks())
+      run = lambda x: layer.apply(params, None, x, layers.TokenInfo())
       return costs.matmul_flops(run, x)
 
     per_block = flops(512) - flops(504)

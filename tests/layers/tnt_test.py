@@ -49,7 +49,7 @@ def make(config):
 def jit(apply):
   return compiling.jit(
     lambda params, state, x, *marks: apply(
-      params, state, x, layers.Marks(*marks)
+      params, state, x, layers.TokenInfo(*marks)
     )
   )
 
@@ -92,7 +92,7 @@ def run_by_hand(config, params, x, reset):
     params,
     None,
     x,
-    layers.Marks(reset),
+    layers.TokenInfo(reset),
     features='l2',
     normalize_values=False,
     dtype=jnp.float64,

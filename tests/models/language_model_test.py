@@ -141,7 +141,7 @@ class LanguageModelTest(parameterized.TestCase):
   def test_a_pattern_is_its_blocks_in_turn(self):
     config = _ZOO['pattern']
     model, params = self.parts('pattern')
-    marks = layers.Marks(self.reset)
+    marks = layers.TokenInfo(self.reset)
     out, _ = compiling.jit(model.forward)(
       params, None, self.tokens, reset=self.reset
     )

@@ -168,7 +168,7 @@ class ShardedTest(parameterized.TestCase):
 
     def loss(params, x, reset):
       params = sharding.gather(params, layer.table)
-      out, _ = layer.apply(params, None, x, layers.Marks(reset))
+      out, _ = layer.apply(params, None, x, layers.TokenInfo(reset))
       return jnp.sum(out**2)
 
     rows = sharding.batch_sharding(mesh)

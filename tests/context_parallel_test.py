@@ -13,7 +13,6 @@ from nested_learning import layers
 from nested_learning import parameters
 from nested_learning import sharding
 from nested_learning.layers import attention
-from nested_learning.layers import context_parallel
 from nested_learning.layers import convolution
 from nested_learning.layers import memory_as_context
 from nested_learning.layers import memory_mixer
@@ -54,7 +53,7 @@ class ContextParallelTest(parameterized.TestCase):
 
   def marks(self, name):
     """No marks, resets, or resets and a mask."""
-    return layers.Marks(
+    return layers.TokenInfo(
       None if name == 'none' else self.reset,
       self.mask if name == 'mask' else None,
     )
@@ -64,7 +63,7 @@ class ContextParallelTest(parameterized.TestCase):
     params = parameters.init(jax.random.key(1), layer.table, jnp.float64)
 
     def loss(params, x, reset, mask):
-      marks = layers.Marks(reset, mask)
+      marks = layers.TokenInfo(reset, mask)
       if mesh is not None:
         x = sharding.keep_rows(x)
       out, state = layer.apply(params, None, x, marks)
@@ -129,7 +128,7 @@ class ContextParallelTest(parameterized.TestCase):
   )
   def test_convolution(self, mesh, marks, width):
     def apply(params, state, x, marks):
-      return context_parallel.convolve(params, state, x, reset=marks.reset)
+      return convolution.apply(params, state, x, reset=marks.reset)
 
     table = convolution.table(width, _EMBED, None)
     layer = layers.Layer(table, None, apply)

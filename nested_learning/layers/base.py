@@ -8,7 +8,7 @@ import jax
 from nested_learning import parameters
 
 
-class Marks(NamedTuple):
+class TokenInfo(NamedTuple):
   """What is marked on the tokens of a call; None where nothing is.
 
   Attributes:
@@ -54,4 +54,4 @@ class Layer(NamedTuple):
 
   table: parameters.Table
   init_state: Callable[[Any, int], Any]
-  apply: Callable[[Any, Any, jax.Array, Marks], tuple[jax.Array, Any]]
+  apply: Callable[[Any, Any, jax.Array, TokenInfo], tuple[jax.Array, Any]]

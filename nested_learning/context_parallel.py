@@ -20,7 +20,6 @@ from jax import sharding as jsharding
 import jax.numpy as jnp
 
 from nested_learning import sharding
-from nested_learning.layers import convolution
 
 AXIS = 'context'
 
@@ -116,34 +115,6 @@ def halo(x: Any, num_tokens: int) -> Any:
     return jnp.concatenate([jnp.zeros(shape, like.dtype), *parts], axis=1)
 
   return jax.tree.map(join, x, *pieces)
-
-
-def convolve(
-  params: Any,
-  state: jax.Array | None,
-  x: jax.Array,
-  *,
-  reset: jax.Array | None = None,
-  mask: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-  """`convolution.apply`, over the devices where these have parts of rows."""
-  in_parts = num_parts(x.shape[1]) > 1
-  if state is not None or mask is not None or not in_parts:
-    return convolution.apply(params, state, x, reset=reset, mask=mask)
-  before = params['kernel'].shape[0] - 1
-
-  def part(params, tokens):
-    x, reset = tokens
-    state, borders = halo(tokens, before)
-    if reset is not None:  # what is before a border is of another document
-      later = jnp.cumsum(borders[:, ::-1], axis=1)[:, ::-1] - borders
-      state = jnp.where((later > 0)[..., None], 0.0, state)
-    out, state = convolution.apply(params, state, x, reset=reset)
-    return out, state[None]
-
-  run = over_parts(part, (None, 1), (1, 0))
-  out, states = run(params, (x, reset))
-  return out, states[-1]
 
 
 def hand_over(
