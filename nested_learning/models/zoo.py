@@ -139,29 +139,51 @@ _DESCENT = {
 }
 _TTT = {**_DESCENT, 'retention': 'none', 'output': 'norm', 'chunk_size': 16}
 _MIRAS = {**_DESCENT, 'output': 'norm', 'read': 'chunk', 'chunk_size': 16}
+_MAX_NORM = 8.0  # departure of a map from its initial weights, Frobenius norm
 _WIDE = {'expansion': 4, 'activation': 'gelu'}
 
 
 def _tnt(size: Size) -> tnt.TntConfig:
   """One local memory; shards are as long as the global memory's chunks."""
   shard = 4 * size.window
-  settings = {**_DESCENT, 'retention': 'none', 'chunk_size': shard}
+  # The paper bounds nothing. Without a bound the steps of a whole chunk, which
+  # one anchor's errors make, overflow where keys repeat.
+  settings = {
+    **_DESCENT,
+    'retention': 'none',
+    'chunk_size': shard,
+    'max_norm': _MAX_NORM,
+  }
   return tnt.TntConfig(
     _memory(**settings)(size), (tnt.LocalConfig(shard_size=shard),)
   )
 
 
-# Atlas: windows of tokens, and keys that are polynomials. It says no window.
+# Atlas: windows of tokens, and keys that are polynomials. The paper leaves the
+# length of a window open.
+_WINDOW = 8  # tokens
 _OMEGA = {
   **_DESCENT,
-  'window': 8,
+  'window': _WINDOW,
   'features': 'polynomial',
   'chunk_size': 16,
+}
+# OmegaNet's plain steps sum the errors of a window, so that every error is
+# written once per token of the window. The paper bounds neither the sum of a
+# window's weights nor the state, and normalises the memory's layer at the end
+# of a chunk. Here the largest rates of a window sum to the rate of one token,
+# and `max_norm` bounds the state at the end of a chunk. Without the two bounds
+# an untrained memory overflows within a hundred tokens. Atlas' orthogonal steps
+# have a size of their own and need neither.
+_OMEGA_NET = {
+  **_OMEGA,
+  'max_inner_lr': _DESCENT['max_inner_lr'] / _WINDOW,
+  'max_norm': _MAX_NORM,
 }
 
 # Titans' long-term memory: gradient descent with momentum, and forgetting. The
 # paper bounds nothing; without a bound, what a trace adds up may overflow.
-_LMM = _memory(**{**_DESCENT, 'max_norm': 8.0}, momentum=True)
+_LMM = _memory(**{**_DESCENT, 'max_norm': _MAX_NORM}, momentum=True)
 _GATED_LINEAR = _memory(**_LINEAR)
 _PERSISTENT = {'num_persistent': 4}  # tokens; Titans does not say how many
 
@@ -190,7 +212,7 @@ FAMILIES = {
     _mlp,
   ),
   'memora': Family(_memory(**_MIRAS, **_WIDE, weights='softmax'), _mlp),
-  'omeganet': Family(_memory(**_OMEGA, **_WIDE), _mlp),
+  'omeganet': Family(_memory(**_OMEGA_NET, **_WIDE), _mlp),
   'atlas': Family(
     _memory(**_OMEGA, **_WIDE, momentum=True, step='orthogonal'), _mlp
   ),

@@ -7,6 +7,7 @@ is written again and again makes a float32 memory lose digits.
 
 import dataclasses
 import functools
+import pathlib
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from nested_learning import models
 from nested_learning import parameters
@@ -226,6 +228,64 @@ class ContractTest(parameterized.TestCase):
       layers = grad if name.startswith('blocks') else grad[None]
       for layer in layers:
         self.assertGreater(np.abs(layer).max(), 0.0, name)
+
+
+def make_streams(num_tokens):
+  """Makes rows of one token, two in turn, random tokens and text, [4, t]."""
+  rng = np.random.default_rng(0)
+  text = pathlib.Path(dataclasses.__file__).read_bytes()[:num_tokens]
+  rows = (
+    np.full(num_tokens, 7),
+    7 + np.arange(num_tokens) % 2,
+    rng.integers(256, size=num_tokens),
+    np.frombuffer(text, np.uint8),
+  )
+  return np.stack(rows).astype(np.int32)
+
+
+class LongStreamTest(parameterized.TestCase):
+  """Untrained models stay finite on rows of many chunks.
+
+  Weights times 4 and 16 stand for what training may lead to.
+  """
+
+  def check(self, family, num_tokens, dtype):
+    # The pattern of mixers is as long as the model has layers.
+    config = models.zoo.make_config(
+      f'{family}_tiny', dtype=dtype, max_length=num_tokens
+    )
+    pattern = isinstance(config.mixer, tuple)
+    config = dataclasses.replace(
+      config, num_layers=len(config.mixer) if pattern else 1
+    )
+    model = models.make_model(config)
+
+    @compiling.jit
+    def all_finite(scale, tokens):
+      params = model.init_params(jax.random.key(0))
+      params = jax.tree.map(lambda x: (x * scale).astype(x.dtype), params)
+      logits, _ = model.forward(params, None, tokens)
+      return jnp.all(jnp.isfinite(logits), axis=(1, 2))  # [b]
+
+    rows = make_streams(num_tokens)
+    # Attention to thousands of tokens needs the memory of one row at a time.
+    groups = rows[None] if num_tokens <= 512 else rows[:, None]
+    for scale in (1.0, 4.0, 16.0):
+      finite = [all_finite(scale, group) for group in groups]
+      self.assertEqual(
+        np.concatenate(finite).tolist(), [True] * 4, f'weights times {scale}'
+      )
+
+  @parameterized.parameters(*models.zoo.FAMILIES)
+  def test_finite(self, family):
+    self.check(family, 320, 'float32')
+
+  @pytest.mark.slow
+  @parameterized.product(
+    family=tuple(models.zoo.FAMILIES), dtype=('float32', 'bfloat16')
+  )
+  def test_finite_over_8192_tokens(self, family, dtype):
+    self.check(family, 8192, dtype)
 
 
 if __name__ == '__main__':
