@@ -4,10 +4,11 @@ Each kind counts the bytes of text behind every token, so that a loss per
 token becomes bits per byte of text without an estimate.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -25,6 +26,7 @@ _DOCUMENT_TOKENS = (
   '</s>',
   '[EOS]',
 )
+_CONTEXT = 16  # tokens that decide how those after them are decoded
 # Texts on which the byte counts of a model are checked when it is loaded.
 _PROBES = ('a', 'The cat, "2 x 3".', 'def f(x):\n  return x\n\n# naïve ☃')
 
@@ -45,6 +47,30 @@ class Tokenizer:
   fingerprint: str  # equal for equal tokenizers, on every machine
   encode: Callable[[str], np.ndarray]  # text -> int32 [tokens]
   decode: Callable[[np.ndarray], str]
+  # Ids of the tokens that decode to nothing, by name: '<|im_end|>'.
+  special: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+  def decode_after(self, context: np.ndarray, tokens: np.ndarray) -> str:
+    """Decodes tokens that continue a text.
+
+    Many tokenizers drop the space before the first token of what they decode,
+    so the tokens are decoded together with the end of their context, which is
+    then cut off.
+
+    Args:
+      context: int [n], the tokens before them; may be empty.
+      tokens: int [t].
+
+    Returns:
+      The text that the tokens add. A character that is cut off at its end is
+      left out.
+    """
+    context = np.asarray(context, np.int32)[-_CONTEXT:]
+    before = self.decode(context)
+    text = self.decode(np.concatenate([context, np.asarray(tokens, np.int32)]))
+    # Not all of `before` need come back: it may end inside a character.
+    start = len(os.path.commonprefix([before, text]))
+    return text[start:].rstrip('\ufffd')
 
 
 def make_tokenizer(spec: str) -> Tokenizer:
@@ -120,6 +146,11 @@ def _make_sentencepiece(spec: str, content: bytes) -> Tokenizer:
     document_id=ids[0] if ids else None,
     encode=model.encode,
     decode=model.decode,
+    special={
+      model.id_to_piece(i): i
+      for i in range(model.vocab_size())
+      if model.is_control(i)
+    },
   )
 
 
@@ -158,6 +189,7 @@ def _make_hugging_face(spec: str, content: bytes) -> Tokenizer:
     document_id=special[names[0]] if names else None,
     encode=lambda text: model.encode(text, add_special_tokens=False).ids,
     decode=model.decode,
+    special=special,
   )
 
 
@@ -169,6 +201,7 @@ def _finish(
   document_id: int | None,
   encode: Callable[[str], list[int]],
   decode: Callable[[list[int]], str],
+  special: Mapping[str, int],
 ) -> Tokenizer:
   """Adds what a loaded model may lack, and checks its byte counts."""
   if document_id is None:
@@ -201,6 +234,7 @@ def _finish(
     fingerprint=fingerprint,
     encode=encode_array,
     decode=decode_array,
+    special=special,
   )
 
 

@@ -149,7 +149,7 @@ def make_write(
       drawn = np.concatenate([drawn, jax.device_get(block)], axis=1)
       for i, context in enumerate(contexts):
         if texts[i] is None:
-          texts[i] = finished_text(tokenizer, context[-1], drawn[i], config)
+          texts[i] = finished_text(tokenizer, context, drawn[i], config)
     return texts
 
   def write(params, contexts, config, *, description=None):
@@ -178,29 +178,32 @@ def make_write(
 
 def finished_text(
   tokenizer: data_lib.Tokenizer,
-  last: int,
+  context: np.ndarray,
   drawn: np.ndarray,
   config: WriteConfig,
 ) -> str | None:
-  """The text of tokens, if it has ended; otherwise None.
+  """Returns the text of tokens if it has ended, otherwise None.
 
   It ends before the mark of the next document, after max_tokens, and before the
-  first string of `until`.
+  first string of `until`. A string of `until` that names a special token, which
+  decodes to nothing, ends the text at that token.
 
   Args:
     tokenizer: The tokenizer.
-    last: The token before them, beside which they are decoded: the first token
-      of a text may lose its space.
+    context: int32 [n], the tokens before them.
     drawn: int32 [t].
-    config: When it ends.
+    config: When the text ends.
 
   Returns:
     The text, or None.
   """
-  ends = np.flatnonzero(drawn == tokenizer.document_id)
+  marks = [tokenizer.document_id]
+  marks += [
+    tokenizer.special[s] for s in config.until if s in tokenizer.special
+  ]
+  ends = np.flatnonzero(np.isin(drawn, marks))
   length = min(int(ends[0]) if len(ends) else len(drawn), config.max_tokens)
-  before = tokenizer.decode(np.array([last]))
-  text = tokenizer.decode(np.array([last, *drawn[:length]]))[len(before) :]
+  text = tokenizer.decode_after(context, drawn[:length])
   places = [text.find(string) for string in config.until]
   places = [place for place in places if place >= 0]
   if places:

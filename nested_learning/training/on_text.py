@@ -147,10 +147,12 @@ def generate_text(
     stop_token=tokenizer.document_id,
     vocab_size=tokenizer.vocab_size,
   )
-  prompt = jnp.asarray(encode_prompt(config, tokenizer))
-  generated = generate(params, prompt, jax.random.key(settings.seed))
+  prompt = encode_prompt(config, tokenizer)
+  generated = generate(
+    params, jnp.asarray(prompt), jax.random.key(settings.seed)
+  )
   tokens = np.asarray(generated.tokens)[0, : int(generated.lengths[0])]
-  return settings.prompt + tokenizer.decode(tokens)
+  return settings.prompt + tokenizer.decode_after(prompt[0], tokens)
 
 
 def verdict(summary: Mapping[str, Any]) -> str:

@@ -142,4 +142,4 @@ def _answer(session, config, tokenizer, prompt) -> str:
     vocab_size=tokenizer.vocab_size,
   )
   tokens = np.asarray(written.tokens)[0, : int(written.lengths[0])]
-  return tokenizer.decode(tokens)
+  return tokenizer.decode_after(prompt, tokens)

@@ -240,6 +240,38 @@ class TokenizersTest(parameterized.TestCase):
     ):
       _make('word_piece.json')
 
+  @parameterized.parameters(
+    'bytes', 'unigram.model', 'fallback.model', 'byte_level.json', 'llama.json'
+  )
+  def test_decode_after_continues_a_text(self, name):
+    tokenizer = _make(name)
+    text = 'the cat sat on the mat'
+    tokens = tokenizer.encode(text)
+    document = np.array([tokenizer.document_id])
+    self.assertEqual(tokenizer.decode_after(document, tokens), text)
+    for cut in range(len(tokens)):
+      context = np.concatenate([document, tokens[:cut]])
+      self.assertEqual(
+        tokenizer.decode(context)
+        + tokenizer.decode_after(context, tokens[cut:]),
+        text,
+      )
+
+  def test_decode_after_leaves_out_half_a_character(self):
+    tokenizer = _make('bytes')
+    tokens = tokenizer.encode('Gr\u00fc\u00dfe')
+    self.assertEqual(tokenizer.decode_after([], tokens[:3]), 'Gr')
+    self.assertEqual(
+      tokenizer.decode_after(tokens[:3], tokens[3:]), '\u00fc\u00dfe'
+    )
+
+  def test_names_special_tokens(self):
+    for name in ('special.json', 'unigram.model'):
+      tokenizer = _make(name)
+      self.assertIn('</s>', tokenizer.special)
+      for special, i in tokenizer.special.items():
+        self.assertEqual(tokenizer.decode(np.array([i])), '', special)
+
 
 if __name__ == '__main__':
   absltest.main()

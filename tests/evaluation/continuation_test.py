@@ -27,6 +27,7 @@ _TITANS = dataclasses.replace(
     num_heads=2, head_dim=8, kind='matrix', adaptive=(), chunk_size=4
   ),
 )
+_X = np.array([ord('x')])
 _CONTEXTS = ('one, two, three, ', '', 'a', 'words and words and')
 
 
@@ -147,25 +148,28 @@ class FinishedTextTest(parameterized.TestCase):
   )
   def test_bytes(self, drawn, wanted):
     config = continuation.WriteConfig(('STOP', ';'), 5)
-    found = continuation.finished_text(
-      _ASCII, ord('x'), _ASCII.encode(drawn), config
-    )
+    found = continuation.finished_text(_ASCII, _X, _ASCII.encode(drawn), config)
     self.assertEqual(found, wanted)
 
   def test_ends_before_the_next_document(self):
     drawn = np.array([97, _ASCII.document_id, 98])
     found = continuation.finished_text(
-      _ASCII, ord('x'), drawn, continuation.WriteConfig()
+      _ASCII, _X, drawn, continuation.WriteConfig()
     )
     self.assertEqual(found, 'a')
 
   def test_half_a_character_waits_for_its_other_half(self):
-    config = continuation.WriteConfig(('é',), 9)
+    config = continuation.WriteConfig(('\u00e9',), 9)
     drawn = np.array([0x61, 0xC3])
-    self.assertIsNone(continuation.finished_text(_ASCII, 0xA9, drawn, config))
+    self.assertIsNone(continuation.finished_text(_ASCII, _X, drawn, config))
     drawn = np.array([0x61, 0xC3, 0xA9])
+    self.assertEqual(continuation.finished_text(_ASCII, _X, drawn, config), 'a')
+
+  def test_half_a_character_at_the_end_is_left_out(self):
+    config = continuation.WriteConfig(max_tokens=3)
+    drawn = _ASCII.encode('Gr\u00fc')[:3]
     self.assertEqual(
-      continuation.finished_text(_ASCII, 0xA9, drawn, config), 'a'
+      continuation.finished_text(_ASCII, _X, drawn, config), 'Gr'
     )
 
   def test_the_first_token_keeps_its_space(self):
@@ -176,8 +180,18 @@ class FinishedTextTest(parameterized.TestCase):
 
     tokenizer = dataclasses.replace(_ASCII, decode=decode)
     config = continuation.WriteConfig(max_tokens=2)
-    found = continuation.finished_text(tokenizer, 0, np.array([1, 2]), config)
+    found = continuation.finished_text(
+      tokenizer, np.array([0]), np.array([1, 2]), config
+    )
     self.assertEqual(found, ' cat sat')
+
+  def test_a_special_token_of_until_ends_the_text(self):
+    tokenizer = dataclasses.replace(_ASCII, special={'<|im_end|>': 3})
+    config = continuation.WriteConfig(('<|im_end|>',), 9)
+    drawn = np.array([*_ASCII.encode('yes'), 3, *_ASCII.encode('no')])
+    self.assertEqual(
+      continuation.finished_text(tokenizer, _X, drawn, config), 'yes'
+    )
 
 
 class ParseSettingsTest(parameterized.TestCase):
