@@ -51,6 +51,22 @@ class AttentionConfig:
     if self.head_dim % 2:
       raise ValueError(f'{self.head_dim=} must be even for rotary positions.')
 
+  @property
+  def holds_any_length(self) -> bool:
+    """Whether a stream may have any length; see `base.MixerConfig`."""
+    return self.window is not None
+
+  @property
+  def granularity(self) -> int:
+    """1: attention has no chunks; see `base.MixerConfig`."""
+    return 1
+
+  def make(self, *, embed_dim: int, max_length: int, dtype: Any) -> base.Layer:
+    """Makes the layer; see `base.MixerConfig`."""
+    return make_attention(
+      self, embed_dim=embed_dim, max_length=max_length, dtype=dtype
+    )
+
 
 class AttentionState(NamedTuple):
   """What attention to all tokens carries; s is the longest stream allowed.

@@ -1,7 +1,7 @@
-"""The one type of a layer, and what is marked on the tokens it reads."""
+"""The type of a layer, of its inputs' marks, and of a mixer's config."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -55,3 +55,27 @@ class Layer(NamedTuple):
   table: parameters.Table
   init_state: Callable[[Any, int], Any]
   apply: Callable[[Any, Any, jax.Array, TokenInfo], tuple[jax.Array, Any]]
+
+
+class MixerConfig(Protocol):
+  """The config of a layer that mixes tokens."""
+
+  @property
+  def holds_any_length(self) -> bool:
+    """Whether a stream may have any length; False if the state can fill up."""
+
+  @property
+  def granularity(self) -> int:
+    """Tokens that devices must not divide when they share a row."""
+
+  def make(self, *, embed_dim: int, max_length: int, dtype: Any) -> Layer:
+    """Makes the layer.
+
+    Args:
+      embed_dim: Width e of inputs and outputs.
+      max_length: Tokens a stream may have, if `holds_any_length` is False.
+      dtype: Type of the projections.
+
+    Returns:
+      A `Layer`.
+    """

@@ -33,6 +33,22 @@ class MemoryAsLayerConfig:
   memory: memory_mixer.MemoryMixerConfig
   attention: attention.AttentionConfig
 
+  @property
+  def holds_any_length(self) -> bool:
+    """Whether a stream may have any length; see `base.MixerConfig`."""
+    return self.attention.holds_any_length
+
+  @property
+  def granularity(self) -> int:
+    """Tokens of a chunk; see `base.MixerConfig`."""
+    return self.memory.granularity
+
+  def make(self, *, embed_dim: int, max_length: int, dtype: Any) -> base.Layer:
+    """Makes the layer; see `base.MixerConfig`."""
+    return make_memory_as_layer(
+      self, embed_dim=embed_dim, max_length=max_length, dtype=dtype
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class MemoryAsGateConfig:
@@ -40,6 +56,22 @@ class MemoryAsGateConfig:
 
   memory: memory_mixer.MemoryMixerConfig
   attention: attention.AttentionConfig
+
+  @property
+  def holds_any_length(self) -> bool:
+    """Whether a stream may have any length; see `base.MixerConfig`."""
+    return self.attention.holds_any_length
+
+  @property
+  def granularity(self) -> int:
+    """Tokens of a chunk; see `base.MixerConfig`."""
+    return self.memory.granularity
+
+  def make(self, *, embed_dim: int, max_length: int, dtype: Any) -> base.Layer:
+    """Makes the layer; see `base.MixerConfig`."""
+    return make_memory_as_gate(
+      self, embed_dim=embed_dim, max_length=max_length, dtype=dtype
+    )
 
 
 def make_memory_as_layer(

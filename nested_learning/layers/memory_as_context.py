@@ -71,6 +71,21 @@ class MemoryAsContextConfig:
         'memory is read and written with different inputs; set it to ().'
       )
 
+  @property
+  def holds_any_length(self) -> bool:
+    """Whether a stream may have any length; see `base.MixerConfig`."""
+    return True
+
+  @property
+  def granularity(self) -> int:
+    """Tokens of a segment; see `base.MixerConfig`."""
+    return self.memory.chunk_size
+
+  def make(self, *, embed_dim: int, max_length: int, dtype: Any) -> base.Layer:
+    """Makes the layer; see `base.MixerConfig`."""
+    del max_length
+    return make_memory_as_context(self, embed_dim=embed_dim, dtype=dtype)
+
 
 class ContextState(NamedTuple):
   """What the layer carries.

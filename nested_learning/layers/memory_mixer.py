@@ -47,6 +47,7 @@ References:
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -162,6 +163,22 @@ class MemoryMixerConfig:
     for name in ('main', 'others'):
       self.rule(name)  # raises on what the engine does not know
     memory_options.check(self)
+
+  @property
+  def holds_any_length(self) -> bool:
+    """Whether a stream may have any length; see `base.MixerConfig`."""
+    return True
+
+  @property
+  def granularity(self) -> int:
+    """Tokens of a chunk; see `base.MixerConfig`."""
+    others = self.chunk_size_others if self.adaptive else 1
+    return math.lcm(self.chunk_size, others)
+
+  def make(self, *, embed_dim: int, max_length: int, dtype: Any) -> base.Layer:
+    """Makes the layer; see `base.MixerConfig`."""
+    del max_length
+    return make_memory_mixer(self, embed_dim=embed_dim, dtype=dtype)
 
   def rule(self, name: str) -> memory.Rule:
     """The engine's rule for the 'main' memory or the 'others'."""

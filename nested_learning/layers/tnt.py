@@ -100,6 +100,22 @@ class TntConfig:
       )
     self.rules()  # raises on what the engine does not know
 
+  @property
+  def holds_any_length(self) -> bool:
+    """Whether a stream may have any length; see `base.MixerConfig`."""
+    return True
+
+  @property
+  def granularity(self) -> int:
+    """Tokens of a chunk and of shards; see `base.MixerConfig`."""
+    shards = (local.shard_size for local in self.locals)
+    return math.lcm(self.memory.chunk_size, *shards)
+
+  def make(self, *, embed_dim: int, max_length: int, dtype: Any) -> base.Layer:
+    """Makes the layer; see `base.MixerConfig`."""
+    del max_length
+    return make_tnt(self, embed_dim=embed_dim, dtype=dtype)
+
   def rules(self) -> dict[str, memory.Rule]:
     """The engine's rule for each memory; the global one is read at anchors."""
     rule = self.memory.rule('main')

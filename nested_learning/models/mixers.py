@@ -1,6 +1,5 @@
 """Every layer that mixes tokens, by its config."""
 
-import math
 from typing import Any
 
 from nested_learning.layers import attention
@@ -35,33 +34,12 @@ def make_mixer(
   Returns:
     A `Layer`.
   """
-  sizes = {'embed_dim': embed_dim, 'dtype': dtype}
-  match config:
-    case attention.AttentionConfig():
-      return attention.make_attention(config, max_length=max_length, **sizes)
-    case memory_mixer.MemoryMixerConfig():
-      return memory_mixer.make_memory_mixer(config, **sizes)
-    case hybrids.MemoryAsLayerConfig():
-      return hybrids.make_memory_as_layer(
-        config, max_length=max_length, **sizes
-      )
-    case hybrids.MemoryAsGateConfig():
-      return hybrids.make_memory_as_gate(config, max_length=max_length, **sizes)
-    case memory_as_context.MemoryAsContextConfig():
-      return memory_as_context.make_memory_as_context(config, **sizes)
-    case tnt.TntConfig():
-      return tnt.make_tnt(config, **sizes)
-  raise ValueError(f'unknown mixer {config!r}.')
+  return config.make(embed_dim=embed_dim, max_length=max_length, dtype=dtype)
 
 
 def holds_any_length(config: MixerConfig) -> bool:
   """Whether the mixer's state has a size that no stream outgrows."""
-  match config:
-    case attention.AttentionConfig():
-      return config.window is not None
-    case hybrids.MemoryAsLayerConfig() | hybrids.MemoryAsGateConfig():
-      return config.attention.window is not None
-  return True
+  return config.holds_any_length
 
 
 def tokens_at_once(config: MixerConfig) -> int:
@@ -73,15 +51,4 @@ def tokens_at_once(config: MixerConfig) -> int:
   Returns:
     What the number of tokens of a device has to be a multiple of.
   """
-  match config:
-    case memory_mixer.MemoryMixerConfig():
-      others = config.chunk_size_others if config.adaptive else 1
-      return math.lcm(config.chunk_size, others)
-    case hybrids.MemoryAsLayerConfig() | hybrids.MemoryAsGateConfig():
-      return tokens_at_once(config.memory)
-    case memory_as_context.MemoryAsContextConfig():
-      return config.memory.chunk_size
-    case tnt.TntConfig():
-      shards = [local.shard_size for local in config.locals]
-      return math.lcm(config.memory.chunk_size, *shards)
-  return 1
+  return config.granularity
