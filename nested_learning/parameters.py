@@ -27,11 +27,15 @@ class Param:
     axes: The logical name of each axis ('embed', 'heads', 'mlp', 'vocab', ...)
       or None for an axis that is never sharded.
     init: `init(key, shape, dtype)` gives the initial value.
+    decay: Whether weight decay pulls it to zero. True for the matrices that
+      project activations; False for scales, biases, filters, embeddings and
+      initial memories, whose size is part of what they say.
   """
 
   shape: tuple[int, ...]
   axes: tuple[str | None, ...]
   init: Initializer
+  decay: bool = dataclasses.field(kw_only=True)
 
   def __post_init__(self):
     if len(self.shape) != len(self.axes):
@@ -70,7 +74,12 @@ def stack(table: Table, num_layers: int) -> Table:
       keys = jax.random.split(key, shape[0])
       return jax.vmap(lambda k: param.init(k, shape[1:], dtype))(keys)
 
-    return Param((num_layers, *param.shape), ('layers', *param.axes), init)
+    return dataclasses.replace(
+      param,
+      shape=(num_layers, *param.shape),
+      axes=('layers', *param.axes),
+      init=init,
+    )
 
   return jax.tree.map(stacked, table, is_leaf=_is_param)
 

@@ -8,8 +8,14 @@ import numpy as np
 from nested_learning import parameters
 
 _TABLE = {
-  'a': parameters.Param((64, 3), ('embed', None), parameters.fan_in(64)),
-  'b': {'scale': parameters.Param((3,), (None,), parameters.constant(2.0))},
+  'a': parameters.Param(
+    (64, 3), ('embed', None), parameters.fan_in(64), decay=True
+  ),
+  'b': {
+    'scale': parameters.Param(
+      (3,), (None,), parameters.constant(2.0), decay=False
+    )
+  },
 }
 
 
@@ -41,13 +47,15 @@ class ParametersTest(absltest.TestCase):
 
   def test_values_per_head(self):
     init = parameters.values(lambda: np.arange(3.0))
-    param = parameters.Param((2, 3), (None, 'heads'), init)
+    param = parameters.Param((2, 3), (None, 'heads'), init, decay=False)
     params = parameters.init(jax.random.key(0), {'x': param})
     np.testing.assert_array_equal(params['x'], [[0, 1, 2], [0, 1, 2]])
 
   def test_every_axis_has_a_name(self):
     with self.assertRaisesRegex(ValueError, 'differ in length; name every'):
-      parameters.Param((2, 3), ('embed',), parameters.constant(0.0))
+      parameters.Param(
+        (2, 3), ('embed',), parameters.constant(0.0), decay=False
+      )
 
 
 if __name__ == '__main__':

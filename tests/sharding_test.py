@@ -11,8 +11,12 @@ from nested_learning import parameters
 from nested_learning import sharding
 
 _TABLE = {
-  'w': parameters.Param((6, 8), ('embed', 'heads'), parameters.constant(0.0)),
-  'scale': parameters.Param((6,), ('embed',), parameters.constant(0.0)),
+  'w': parameters.Param(
+    (6, 8), ('embed', 'heads'), parameters.constant(0.0), decay=False
+  ),
+  'scale': parameters.Param(
+    (6,), ('embed',), parameters.constant(0.0), decay=False
+  ),
 }
 
 
@@ -151,7 +155,11 @@ class ShardingTest(parameterized.TestCase):
 
   def test_axis_that_does_not_divide(self):
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, model=4))
-    table = {'w': parameters.Param((6,), ('heads',), parameters.constant(0.0))}
+    table = {
+      'w': parameters.Param(
+        (6,), ('heads',), parameters.constant(0.0), decay=False
+      )
+    }
     with self.assertRaisesRegex(ValueError, "'heads' of size 6 .* size 4"):
       sharding.param_shardings(table, mesh)
 

@@ -77,7 +77,10 @@ def make_classifier(
   width = config.embed_dim
   table = {
     'embedding': parameters.Param(
-      (words.vocab_size, width), ('vocab', 'embed'), parameters.fan_in(width)
+      (words.vocab_size, width),
+      ('vocab', 'embed'),
+      parameters.fan_in(width),
+      decay=False,
     ),
     **trunk.table,
   }

@@ -110,6 +110,7 @@ def make_attention(
       (c.num_heads, c.head_dim, embed_dim),
       ('heads', None, 'embed'),
       parameters.fan_in(c.num_heads * c.head_dim),
+      decay=True,
     ),
   }
 
@@ -119,6 +120,7 @@ def make_attention(
         (c.num_persistent, c.num_kv_heads, c.head_dim),
         (None, 'heads', None),
         parameters.normal(1.0),  # as a token's projection
+        decay=False,
       )
       for name in ('key', 'value')
     }
@@ -254,4 +256,5 @@ def _projection(embed_dim: int, num_heads: int, head_dim: int):
     (embed_dim, num_heads, head_dim),
     ('embed', 'heads', None),
     parameters.fan_in(embed_dim),
+    decay=True,
   )

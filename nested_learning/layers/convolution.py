@@ -17,7 +17,11 @@ def table(width: int, channels: int, axis: str) -> parameters.Table:
     noise = parameters.normal(0.1)(key, shape, dtype)
     return noise.at[-1].add(1.0)
 
-  return {'kernel': parameters.Param((width, channels), (None, axis), init)}
+  return {
+    'kernel': parameters.Param(
+      (width, channels), (None, axis), init, decay=False
+    )
+  }
 
 
 def init_state(width: int, channels: int, batch_size: int, dtype) -> jax.Array:

@@ -147,8 +147,6 @@ def gate(scale: jax.Array, x: jax.Array, by: jax.Array) -> jax.Array:
 
 
 def _make_parts(config, embed_dim, max_length, dtype):
-  # The memory's part is 'titans': 'memory' is the name of initial memories,
-  # which weight decay leaves alone.
   return {
     'titans': memory_mixer.make_memory_mixer(
       config.memory, embed_dim=embed_dim, dtype=dtype

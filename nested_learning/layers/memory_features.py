@@ -59,6 +59,7 @@ def table(
       (embed_dim, num_heads, len(ROLES), head_dim),
       ('embed', 'heads', None, None),
       parameters.fan_in(embed_dim),
+      decay=True,
     ),
     'conv': convolution.table(
       _CONV_WIDTH, len(ROLES) * num_heads * head_dim, None
@@ -67,7 +68,10 @@ def table(
   if features == 'polynomial':
     first = lambda: [1.0 / math.factorial(i + 1) for i in range(_DEGREE)]
     table['powers'] = parameters.Param(
-      (num_heads, _DEGREE), ('heads', None), parameters.values(first)
+      (num_heads, _DEGREE),
+      ('heads', None),
+      parameters.values(first),
+      decay=False,
     )
   return table
 

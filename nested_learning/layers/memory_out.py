@@ -19,6 +19,7 @@ def table(*, num_heads: int, head_dim: int, embed_dim: int) -> parameters.Table:
       (num_heads, head_dim, embed_dim),
       ('heads', None, 'embed'),
       parameters.fan_in(num_heads * head_dim),
+      decay=True,
     ),
   }
 
@@ -31,6 +32,7 @@ def projection(
     (embed_dim, num_heads, head_dim),
     ('embed', 'heads', None),
     parameters.fan_in(embed_dim),
+    decay=True,
   )
 
 

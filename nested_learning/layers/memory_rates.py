@@ -66,7 +66,7 @@ def table(config: Any, name: str) -> parameters.Table:
     'hidden_lr': parameters.constant(_INNER_LR_BIAS[name]),
   }
   return {
-    role: parameters.Param((heads,), ('heads',), inits[role])
+    role: parameters.Param((heads,), ('heads',), inits[role], decay=False)
     for role in made(config)
   }
 

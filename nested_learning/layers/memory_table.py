@@ -42,7 +42,7 @@ def make(
     table['memory'] = dict(memories)
   if config.output == 'norm':
     per_head = lambda value: parameters.Param(
-      (heads, dim), ('heads', None), parameters.constant(value)
+      (heads, dim), ('heads', None), parameters.constant(value), decay=False
     )
     table['output_norm'] = {
       name: {'scale': per_head(1.0), 'bias': per_head(0.0)} for name in memories
@@ -52,5 +52,6 @@ def make(
       (embed_dim, len(rates), heads),
       ('embed', None, 'heads'),
       parameters.fan_in(embed_dim, 0.1),
+      decay=True,
     )
   return table

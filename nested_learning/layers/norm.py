@@ -9,7 +9,9 @@ from nested_learning.layers import base
 
 def scale_param(size: int, axis: str = 'embed') -> parameters.Param:
   """The learned scale of an RMS norm, initially one."""
-  return parameters.Param((size,), (axis,), parameters.constant(1.0))
+  return parameters.Param(
+    (size,), (axis,), parameters.constant(1.0), decay=False
+  )
 
 
 @base.recomputed

@@ -159,7 +159,9 @@ def mix_table(
   if chain.connection != 'independent':
     return {}
   return {
-    'mix': parameters.Param((len(levels),), (None,), parameters.constant(1.0))
+    'mix': parameters.Param(
+      (len(levels),), (None,), parameters.constant(1.0), decay=False
+    )
   }
 
 
@@ -281,7 +283,10 @@ def _gated_projection(gate, up, down):
 
 def _level_table(level: LevelConfig, embed_dim: int) -> parameters.Table:
   wide = lambda: parameters.Param(
-    (embed_dim, level.mlp_dim), ('embed', 'mlp'), parameters.fan_in(embed_dim)
+    (embed_dim, level.mlp_dim),
+    ('embed', 'mlp'),
+    parameters.fan_in(embed_dim),
+    decay=True,
   )
   return {
     'norm': norm.scale_param(embed_dim),
@@ -291,5 +296,6 @@ def _level_table(level: LevelConfig, embed_dim: int) -> parameters.Table:
       (level.mlp_dim, embed_dim),
       ('mlp', 'embed'),
       parameters.fan_in(level.mlp_dim),
+      decay=True,
     ),
   }

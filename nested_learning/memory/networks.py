@@ -106,6 +106,7 @@ def make_matrix(
       (num_heads, num_outputs, dim),
       ('heads', None, None),
       parameters.values(identity) if init is None else init,
+      decay=False,
     )
   }
 
@@ -180,11 +181,15 @@ def make_mlp(
       (num_heads, num_roles, out_dim, hidden_dim),
       ('heads', None, None, None),
       parameters.fan_in(hidden_dim * out_dim, out_scale),
+      decay=False,
     )
 
   table = {
     'in': parameters.Param(
-      (num_heads, num_hidden + num_scalars, dim), ('heads', None, None), init_in
+      (num_heads, num_hidden + num_scalars, dim),
+      ('heads', None, None),
+      init_in,
+      decay=False,
     )
   }
   if num_vectors:

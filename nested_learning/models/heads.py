@@ -31,6 +31,7 @@ def make_regressor(
       (num_inputs, config.embed_dim),
       (None, 'embed'),
       parameters.fan_in(num_inputs),
+      decay=True,
     ),
     'read_out': _matrix(config.embed_dim, 1),
     **trunk.table,
@@ -69,7 +70,10 @@ def make_compressor(
   trunk = language_model.make_trunk(config)
   table = {
     'embedding': parameters.Param(
-      (config.vocab_size, width), ('vocab', 'embed'), parameters.fan_in(width)
+      (config.vocab_size, width),
+      ('vocab', 'embed'),
+      parameters.fan_in(width),
+      decay=False,
     ),
     'hidden': _matrix(width, width),
     'read_out': _matrix(width, config.vocab_size),
@@ -92,7 +96,10 @@ def make_compressor(
 
 def _matrix(num_inputs: int, num_outputs: int) -> parameters.Param:
   return parameters.Param(
-    (num_inputs, num_outputs), ('embed', None), parameters.fan_in(num_inputs)
+    (num_inputs, num_outputs),
+    ('embed', None),
+    parameters.fan_in(num_inputs),
+    decay=True,
   )
 
 

@@ -121,6 +121,7 @@ def make_model(config: ModelConfig) -> Model:
       (config.vocab_size, config.embed_dim),
       ('vocab', 'embed'),
       parameters.fan_in(config.embed_dim),
+      decay=False,
     ),
     **trunk.table,
   }

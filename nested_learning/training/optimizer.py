@@ -94,11 +94,7 @@ def make_optimizer(
 
 
 def decay_mask(table: parameters.Table) -> Any:
-  """Which parameters weight decay pulls to zero: matrices, by the table.
-
-  Vectors and scalars, norms, biases and convolutions of any rank, embeddings,
-  and initial memories are left alone: an initial memory is a state, and its
-  size is part of what it says.
+  """Returns which parameters weight decay pulls to zero: `Param.decay`.
 
   Args:
     table: The model's parameters.
@@ -106,13 +102,4 @@ def decay_mask(table: parameters.Table) -> Any:
   Returns:
     A tree of bools with the table's structure.
   """
-
-  def leaf(path, param: parameters.Param) -> bool:
-    axes = [axis for axis in param.axes if axis != 'layers']
-    name = parameters.path_name(path)
-    kept = any(word in name for word in ('norm', 'bias', 'conv', 'memory'))
-    return len(axes) >= 2 and 'vocab' not in axes and not kept
-
-  return jax.tree_util.tree_map_with_path(
-    leaf, table, is_leaf=lambda x: isinstance(x, parameters.Param)
-  )
+  return parameters.map_params(lambda param: param.decay, table)

@@ -35,7 +35,7 @@ class ScheduleTest(parameterized.TestCase):
     np.testing.assert_allclose(first, expected, atol=1e-6)
 
 
-class OptimizerTest(absltest.TestCase):
+class OptimizerTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.root = pathlib.Path(self.create_tempdir().full_path)
@@ -56,6 +56,31 @@ class OptimizerTest(absltest.TestCase):
     }
     mixers = {f'blocks/mixer/{name}' for name in ('in', 'gate', 'out')}
     self.assertEqual(decayed, levels | mixers)
+
+  @parameterized.parameters(*models.zoo.FAMILIES)
+  def test_decayed_parameters_of_a_family(self, family):
+    config = models.zoo.make_config(f'{family}_tiny')
+    table = models.make_model(config).table
+    for path, param in jax.tree.leaves_with_path(
+      table, is_leaf=lambda x: isinstance(x, parameters.Param)
+    ):
+      name = parameters.path_name(path)
+      # Checked by name here, where no user chose the names.
+      small = 'norm', 'bias', 'conv', 'memory', 'powers', 'embedding'
+      is_matrix = len([axis for axis in param.axes if axis != 'layers']) > 1
+      expected = is_matrix and not any(word in name for word in small)
+      self.assertEqual(param.decay, expected, name)
+
+  def test_names_of_levels_do_not_change_what_is_decayed(self):
+    names = 'slow_memory', 'convex', 'norm', 'bias'
+    levels = tuple(models.LevelConfig(name, mlp_dim=8) for name in names)
+    config = tiny.experiment(self.root, model={'levels': levels})
+    mask = training.decay_mask(models.make_model(config.model).table)
+    for name in names:
+      decayed = mask['blocks']['levels'][name]
+      self.assertEqual(
+        decayed, {'norm': False, 'gate': True, 'up': True, 'down': True}
+      )
 
   def test_each_level_steps_on_its_own_clock(self):
     # 256 tokens per step: 'slow' takes every second step.
