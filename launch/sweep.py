@@ -35,9 +35,9 @@ if str(_ROOT) not in sys.path:
   sys.path.insert(0, str(_ROOT))  # A checkout runs without being installed.
 
 from launch import programs  # noqa: E402
+from launch import sweeps  # noqa: E402
 from nested_learning import configs  # noqa: E402
 from nested_learning import errors  # noqa: E402
-from nested_learning import sweeps  # noqa: E402
 
 _CONFIG = flags.DEFINE_string(
   'config',

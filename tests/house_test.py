@@ -37,7 +37,7 @@ _TIERS = (
   ),
   ('memory', 'layers', 'levels'),
   ('models', 'linen'),
-  ('training', 'inference', 'evaluation', 'sweeps'),
+  ('training', 'inference', 'evaluation'),
 )
 
 

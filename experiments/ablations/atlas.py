@@ -20,8 +20,8 @@ of 760M parameters:
 import dataclasses
 
 from experiments.ablations import small
+from launch import sweeps
 from nested_learning import models
-from nested_learning import sweeps
 from nested_learning import training
 
 

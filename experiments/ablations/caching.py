@@ -16,7 +16,7 @@ of these runs have 256 tokens: a segment is one chunk of 64, or two of 32.
 """
 
 from experiments.ablations import small
-from nested_learning import sweeps
+from launch import sweeps
 from nested_learning import training
 
 

@@ -14,7 +14,7 @@ memory grow 16 times in a row.
 """
 
 from experiments.ablations import small
-from nested_learning import sweeps
+from launch import sweeps
 from nested_learning import training
 
 

@@ -12,7 +12,7 @@ paper's token recurrence is 1, and it prints no chunk size for any of its runs.
 """
 
 from experiments.ablations import small
-from nested_learning import sweeps
+from launch import sweeps
 from nested_learning import training
 
 

@@ -38,8 +38,8 @@ stable; `as_printed` is equation 93: L2 and the delta rule on every map.
 """
 
 from experiments.ablations import small
+from launch import sweeps
 from nested_learning import errors
-from nested_learning import sweeps
 from nested_learning import training
 
 

@@ -13,7 +13,7 @@ equations have one head, and it says nothing of more.
 """
 
 from experiments.ablations import small
-from nested_learning import sweeps
+from launch import sweeps
 from nested_learning import training
 
 

@@ -12,7 +12,7 @@ and spectral 82.3, hard 81.8, without a cap not a number.
 """
 
 from experiments.ablations import small
-from nested_learning import sweeps
+from launch import sweeps
 from nested_learning import training
 
 

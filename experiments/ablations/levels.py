@@ -16,8 +16,8 @@ at every step: what clocks alone are worth is the row `levels_2` against it.
 """
 
 from experiments.ablations import small
+from launch import sweeps
 from nested_learning import errors
-from nested_learning import sweeps
 from nested_learning import training
 
 _MOST = 4

@@ -14,8 +14,8 @@ the write) where DeltaNet has 1.955.
 import dataclasses
 
 from experiments.ablations import small
+from launch import sweeps
 from nested_learning import models
-from nested_learning import sweeps
 from nested_learning import training
 
 

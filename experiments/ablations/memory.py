@@ -16,7 +16,7 @@ A matrix is one map deep. The paper writes a residual MLP of two maps (equation
 """
 
 from experiments.ablations import small
-from nested_learning import sweeps
+from launch import sweeps
 from nested_learning import training
 
 

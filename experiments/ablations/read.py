@@ -15,7 +15,7 @@ how many depends on the chunk.
 """
 
 from experiments.ablations import small
-from nested_learning import sweeps
+from launch import sweeps
 from nested_learning import training
 
 

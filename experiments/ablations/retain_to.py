@@ -15,7 +15,7 @@ learned about the start.
 """
 
 from experiments.ablations import small
-from nested_learning import sweeps
+from launch import sweeps
 from nested_learning import training
 
 

@@ -12,8 +12,8 @@ from experiments.small import gates as gates_lib
 from experiments.small import printed
 from experiments.small import provenance
 from experiments.small import suite
-from nested_learning import sweeps
-from nested_learning.sweeps import results as results_lib
+from launch import sweeps
+from launch.sweeps import results as results_lib
 
 _EMPTY = '–'
 _HEADS = {

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from experiments.small import gates as gates_lib
 from experiments.small import page
 from experiments.small import suite
-from nested_learning import sweeps
-from nested_learning.sweeps import plots
-from nested_learning.sweeps import record as record_lib
-from nested_learning.sweeps import results as results_lib
+from launch import sweeps
+from launch.sweeps import plots
+from launch.sweeps import record as record_lib
+from launch.sweeps import results as results_lib
 
 PAGE = 'README.md'
 _LENGTH = 'length, over that in training'

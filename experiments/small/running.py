@@ -10,7 +10,7 @@ import sys
 from experiments.small import provenance
 from experiments.small import report
 from experiments.small import suite
-from nested_learning import sweeps
+from launch import sweeps
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _RESULTS = _ROOT / 'experiments' / 'results' / 'small'

@@ -10,9 +10,9 @@ import hashlib
 import pathlib
 from typing import NamedTuple
 
+from launch import sweeps
 from nested_learning import configs
 from nested_learning import errors
-from nested_learning import sweeps
 
 _EXPERIMENT = pathlib.Path(__file__).resolve().parents[1] / 'tasks.py'
 

@@ -168,7 +168,7 @@ def _find_class(name: Any, path: str) -> type:
   """Returns the config class of a qualified name from a JSON file."""
   module, _, cls = str(name).rpartition('.')
   found = None
-  if module.split('.')[0] == 'nested_learning':
+  if module.split('.')[0] in ('nested_learning', 'launch'):
     try:
       __import__(module)
       found = getattr(sys.modules[module], cls, None)

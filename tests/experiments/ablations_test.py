@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.ablations import small
+from launch import sweeps
 from nested_learning import configs
 from nested_learning import models
 from nested_learning import parameters
-from nested_learning import sweeps
 
 _FOLDER = pathlib.Path(__file__).resolve().parents[2] / 'experiments/ablations'
 _FILES = sorted(

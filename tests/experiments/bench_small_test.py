@@ -14,8 +14,8 @@ from experiments.small import page
 from experiments.small import printed
 from experiments.small import running
 from experiments.small import suite
+from launch import sweeps
 from nested_learning import errors
-from nested_learning import sweeps
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 # A run that writes what its own name says; that of the Transformer breaks.

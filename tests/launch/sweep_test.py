@@ -77,7 +77,7 @@ def run(config, workdir, mode):
 _SWEEP_FILE = """
 from experiments.toy import Config
 from experiments.toy import run
-from nested_learning import sweeps
+from launch import sweeps
 
 def get_config(arg=None):
   return Config(size=int(arg or 1))

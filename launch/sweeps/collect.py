@@ -9,10 +9,10 @@ import math
 import pathlib
 import re
 
-from nested_learning.sweeps import page
-from nested_learning.sweeps import plots
-from nested_learning.sweeps import record as record_lib
-from nested_learning.sweeps import results as results_lib
+from launch.sweeps import page
+from launch.sweeps import plots
+from launch.sweeps import record as record_lib
+from launch.sweeps import results as results_lib
 
 PAGE = 'README.md'
 _CSV = 'results.csv'

@@ -8,14 +8,15 @@ import pathlib
 import tempfile
 from typing import Any, NamedTuple
 
+from launch.sweeps import cells as cells_lib
 from nested_learning import configs
 from nested_learning import errors
-from nested_learning.sweeps import cells as cells_lib
 
 _FILE = 'sweep.json'
 SUMMARY = 'summary.json'
 ERROR = 'error.txt'
 LOG = 'log.txt'
+_OLD_ROOM, _ROOM = '"nested_learning.sweeps.', '"launch.sweeps.'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +67,16 @@ def load(workdir: pathlib.Path) -> Record | None:
   Raises:
     errors.UserError: The folder holds something else.
   """
-  if (workdir / _FILE).is_file():
-    record = configs.load(str(workdir / _FILE))
+  path = workdir / _FILE
+  if path.is_file():
+    try:
+      text = path.read_text(encoding='utf-8')
+      # The classes moved; the sweeps from before still go on.
+      record = configs.from_json(text.replace(_OLD_ROOM, _ROOM))
+    except (OSError, UnicodeDecodeError) as error:
+      raise errors.UserError(f'Cannot read {path}: {error}.') from error
+    except errors.UserError as error:
+      raise errors.UserError(f'{path}: {error}') from error
     if isinstance(record, Record):
       return record
   elif not workdir.is_dir() or not any(workdir.iterdir()):

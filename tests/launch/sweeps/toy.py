@@ -3,8 +3,8 @@
 import dataclasses
 import pathlib
 
+from launch import sweeps
 from nested_learning import configs
-from nested_learning import sweeps
 
 EXPERIMENT = """
 import dataclasses

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 import math
 
-from nested_learning.sweeps import cells as cells_lib
-from nested_learning.sweeps import record as record_lib
-from nested_learning.sweeps import results as results_lib
+from launch.sweeps import cells as cells_lib
+from launch.sweeps import record as record_lib
+from launch.sweeps import results as results_lib
 
 _EMPTY = '–'
 

@@ -6,8 +6,8 @@ import math
 from matplotlib import figure as mpl_figure
 from matplotlib import ticker
 
-from nested_learning.sweeps import cells as cells_lib
-from nested_learning.sweeps import results as results_lib
+from launch.sweeps import cells as cells_lib
+from launch.sweeps import results as results_lib
 
 
 def make_figure(

@@ -3,8 +3,8 @@
 from absl.testing import absltest
 from absl.testing import parameterized
 
+from launch import sweeps
 from nested_learning import errors
-from nested_learning import sweeps
 
 
 class GridTest(parameterized.TestCase):

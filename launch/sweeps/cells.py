@@ -7,10 +7,10 @@ import itertools
 import re
 from typing import Any
 
+from launch.sweeps import definition
 from nested_learning import configs
 from nested_learning import errors
 from nested_learning.configs import files
-from nested_learning.sweeps import definition
 
 _PLAIN = 'config'  # the name of a cell that changes nothing
 _LONGEST = 120  # letters of a cell's name

@@ -7,8 +7,8 @@ import pathlib
 import statistics
 from typing import NamedTuple
 
-from nested_learning.sweeps import definition
-from nested_learning.sweeps import record as record_lib
+from launch.sweeps import definition
+from launch.sweeps import record as record_lib
 
 # Numbers that are better the larger, or the smaller, by what is in their name.
 _LARGER = ('accuracy', 'exact', 'per_second', 'gain', 'score', 'recall')

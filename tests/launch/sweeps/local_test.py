@@ -7,7 +7,7 @@ import time
 
 from absl.testing import absltest
 
-from nested_learning import sweeps
+from launch import sweeps
 
 _FINISH = 'open("{folder}/summary.json", "w").write("1")'
 

@@ -4,8 +4,8 @@ import subprocess
 
 from absl.testing import absltest
 
+from launch import sweeps
 from nested_learning import errors
-from nested_learning import sweeps
 
 
 class SlurmTest(absltest.TestCase):

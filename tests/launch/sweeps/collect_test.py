@@ -8,10 +8,10 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
-from nested_learning import sweeps
-from nested_learning.sweeps import plots
-from nested_learning.sweeps import results
-from tests.sweeps import toy
+from launch import sweeps
+from launch.sweeps import plots
+from launch.sweeps import results
+from tests.launch.sweeps import toy
 
 
 class CollectTest(parameterized.TestCase):

@@ -5,9 +5,9 @@ import os
 from absl.testing import absltest
 from absl.testing import parameterized
 
+from launch import sweeps
 from nested_learning import errors
-from nested_learning import sweeps
-from tests.sweeps import toy
+from tests.launch.sweeps import toy
 
 
 class CellsTest(parameterized.TestCase):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import tqdm
 
-from nested_learning.sweeps import record as record_lib
+from launch.sweeps import record as record_lib
 
 _POLL = 0.1  # seconds
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

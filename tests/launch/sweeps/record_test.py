@@ -6,10 +6,10 @@ import pathlib
 from absl.testing import absltest
 from absl.testing import parameterized
 
+from launch import sweeps
 from nested_learning import configs
 from nested_learning import errors
-from nested_learning import sweeps
-from tests.sweeps import toy
+from tests.launch.sweeps import toy
 
 
 class RecordTest(parameterized.TestCase):
