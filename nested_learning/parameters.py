@@ -40,7 +40,8 @@ class Param:
   def __post_init__(self):
     if len(self.shape) != len(self.axes):
       raise ValueError(
-        f'{self.shape=} and {self.axes=} differ in length; name every axis.'
+        f'shape={self.shape} and axes={self.axes} differ in length; name every '
+        'axis.'
       )
 
 

@@ -46,12 +46,14 @@ class MeshConfig:
   context: int = 1  # devices that share the tokens of a row, in their order
 
   def __post_init__(self):
-    sizes = self.data, self.fsdp, self.context, self.model
-    if min(sizes[1:]) < 1 or (self.data < 1 and self.data != -1):
-      raise ValueError(
-        f'mesh {self.data=}, {self.fsdp=}, {self.context=}, {self.model=}: all '
-        'must be at least 1 (data may be -1 for all devices that are left).'
-      )
+    for name in ('fsdp', 'context', 'model'):
+      errors.check_field(self, name, getattr(self, name) >= 1, 'at least 1')
+    errors.check_field(
+      self,
+      'data',
+      self.data == -1 or self.data >= 1,
+      'at least 1, or -1 for all devices that are left',
+    )
 
 
 def mesh_shape(

@@ -134,12 +134,12 @@ class ShardingTest(parameterized.TestCase):
     self.assertEqual(sharding.process_slice(mesh), (0, 1))
 
   @parameterized.parameters(
-    (0, 1, 1), (-2, 1, 1), (1, 0, 1), (1, 1, 0), (1, 1, 1, 0)
+    ('data', 0), ('data', -2), ('model', 0), ('fsdp', 0), ('context', -1)
   )
-  def test_mesh_sizes_are_positive(self, data, model, fsdp, context=1):
-    message = f'data={data}.*fsdp={fsdp}.*context={context}.*model={model}'
-    with self.assertRaisesRegex(ValueError, message):
-      sharding.MeshConfig(data, model, fsdp, context)
+  def test_mesh_sizes_are_positive(self, name, size):
+    message = f'^{name}={size} must be at least 1'
+    with self.assertRaisesRegex(errors.UserError, message):
+      sharding.MeshConfig(**{name: size})
 
   def test_shardings_follow_the_rules(self):
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, model=4))

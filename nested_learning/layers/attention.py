@@ -12,12 +12,14 @@ References:
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from nested_learning import context_parallel
+from nested_learning import errors
 from nested_learning import parameters
 from nested_learning.layers import base
 from nested_learning.layers import dot_product
@@ -38,18 +40,24 @@ class AttentionConfig:
   num_persistent: int = 0  # learned keys and values that every query sees
 
   def __post_init__(self):
-    if self.window is not None and self.window < 1:
-      raise ValueError(
-        f'{self.window=} must be at least 1 token, or None for all tokens.'
-      )
-    if self.num_persistent < 0:
-      raise ValueError(f'{self.num_persistent=} must be at least 0.')
-    if self.num_heads % self.num_kv_heads:
-      raise ValueError(
-        f'{self.num_heads=} is not a multiple of {self.num_kv_heads=}.'
-      )
-    if self.head_dim % 2:
-      raise ValueError(f'{self.head_dim=} must be even for rotary positions.')
+    check = functools.partial(errors.check_field, self)
+    for name in ('num_heads', 'num_kv_heads', 'head_dim'):
+      check(name, getattr(self, name) >= 1, 'at least 1')
+    check('head_dim', self.head_dim % 2 == 0, 'even for rotary positions')
+    check(
+      'num_heads',
+      self.num_heads % self.num_kv_heads == 0,
+      f'a multiple of num_kv_heads={self.num_kv_heads}',
+    )
+    check(
+      'rope_theta', 0 < self.rope_theta < math.inf, 'a finite number above 0'
+    )
+    check(
+      'window',
+      self.window is None or self.window >= 1,
+      'at least 1 token, or None for all tokens',
+    )
+    check('num_persistent', self.num_persistent >= 0, 'at least 0')
 
   @property
   def holds_any_length(self) -> bool:
@@ -170,7 +178,7 @@ def make_attention(
     out = jnp.einsum('bthd,hde->bte', outputs, params['out'].astype(dtype))
     return out, state
 
-  return base.Layer(table, init_state, apply)
+  return base.make_layer(table, init_state, apply)
 
 
 def _init_state(max_length, key_shape, batch_size, dtype) -> AttentionState:

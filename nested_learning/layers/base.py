@@ -57,6 +57,32 @@ class Layer(NamedTuple):
   apply: Callable[[Any, Any, jax.Array, TokenInfo], tuple[jax.Array, Any]]
 
 
+def make_layer(
+  table: parameters.Table,
+  init_state: Callable[[Any, int], Any],
+  apply: Callable[[Any, Any, jax.Array, TokenInfo], tuple[jax.Array, Any]],
+) -> Layer:
+  """Makes a layer; a call without tokens leaves its state as it is.
+
+  Args:
+    table: See `Layer`.
+    init_state: See `Layer`.
+    apply: See `Layer`; it is called with at least one token.
+
+  Returns:
+    A `Layer`.
+  """
+
+  def apply_any(params, state, inputs, info):
+    if inputs.shape[1]:
+      return apply(params, state, inputs, info)
+    if state is None:
+      state = init_state(params, inputs.shape[0])
+    return inputs, state
+
+  return Layer(table, init_state, apply_any)
+
+
 class MixerConfig(Protocol):
   """The config of a layer that mixes tokens."""
 

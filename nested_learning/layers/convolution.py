@@ -54,6 +54,11 @@ def apply(
   Returns:
     [b, t, channels], and the state after the tokens.
   """
+  if not x.shape[1]:
+    if state is None:
+      width, channels = params['kernel'].shape
+      state = init_state(width, channels, x.shape[0], x.dtype)
+    return x, state
   in_parts = context_parallel.num_parts(x.shape[1]) > 1
   if state is not None or mask is not None or not in_parts:
     return _apply(params, state, x, reset=reset, mask=mask)

@@ -98,7 +98,7 @@ def make_memory_as_layer(
     out, attention_state = run('attention', normed)
     return out, {'titans': memory_state, 'attention': attention_state}
 
-  return base.Layer(table, _init_state(parts), apply)
+  return base.make_layer(table, _init_state(parts), apply)
 
 
 def make_memory_as_gate(
@@ -129,7 +129,7 @@ def make_memory_as_gate(
     out = gate(params['norm']['titans'], normed, remembered)
     return out, {'titans': memory_state, 'attention': attention_state}
 
-  return base.Layer(table, _init_state(parts), apply)
+  return base.make_layer(table, _init_state(parts), apply)
 
 
 def gate(scale: jax.Array, x: jax.Array, by: jax.Array) -> jax.Array:

@@ -212,7 +212,7 @@ def make_memory_as_context(
     out = out.reshape(inputs.shape[0], -1, inputs.shape[2])
     return out if is_whole else rows.take(out, slot, 1), state
 
-  return base.Layer(table, init_state, apply)
+  return base.make_layer(table, init_state, apply)
 
 
 def _at_segment_start(state: ContextState) -> memory_mixer.MemoryMixerState:

@@ -378,7 +378,7 @@ def make_memory_mixer(
     out = memory_out.apply(params, read, inputs)
     return out, MemoryMixerState(conv, others, *after)
 
-  return base.Layer(table, init_state, apply)
+  return base.make_layer(table, init_state, apply)
 
 
 def _per_row(params: Any, batch_size: int) -> tuple[Any, Any]:

@@ -250,7 +250,7 @@ def make_tnt(config: TntConfig, *, embed_dim: int, dtype: Any) -> base.Layer:
     together = math.lcm(*shards.values())
     return out, TntState(conv, memories, projections, count % together)
 
-  return base.Layer(table, init_state, apply)
+  return base.make_layer(table, init_state, apply)
 
 
 def _run_shards(

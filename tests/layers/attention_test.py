@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nested_learning import errors
 from nested_learning import layers
 from nested_learning import parameters
 from nested_learning.layers import attention
@@ -167,11 +168,23 @@ class AttentionTest(parameterized.TestCase):
     jax.tree.map(np.testing.assert_array_equal, after, state)
     del layer
 
-  def test_bad_sizes_name_the_value(self):
-    with self.assertRaisesRegex(ValueError, 'num_heads=4 is not a multiple'):
-      layers.AttentionConfig(num_heads=4, num_kv_heads=3, head_dim=4)
-    with self.assertRaisesRegex(ValueError, 'head_dim=5 must be even'):
-      layers.AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=5)
+  @parameterized.parameters(
+    ({'num_kv_heads': 3}, 'num_heads=4 must be a multiple of num_kv_heads=3'),
+    ({'head_dim': 5}, 'head_dim=5 must be even'),
+    ({'head_dim': 0}, 'head_dim=0 must be at least 1'),
+    ({'head_dim': -2}, 'head_dim=-2 must be at least 1'),
+    ({'num_heads': 0}, 'num_heads=0 must be at least 1'),
+    ({'num_heads': -4}, 'num_heads=-4 must be at least 1'),
+    ({'num_kv_heads': 0}, 'num_kv_heads=0 must be at least 1'),
+    ({'rope_theta': 0.0}, 'rope_theta=0.0 must be a finite number above 0'),
+    ({'window': 0}, 'window=0 must be at least 1'),
+    ({'window': -1}, 'window=-1 must be at least 1'),
+    ({'num_persistent': -1}, 'num_persistent=-1 must be at least 0'),
+  )
+  def test_bad_sizes_name_the_value(self, changes, message):
+    sizes = {'num_heads': 4, 'num_kv_heads': 4, 'head_dim': 4} | changes
+    with self.assertRaisesRegex(errors.UserError, f'^{message}'):
+      layers.AttentionConfig(**sizes)
 
 
 if __name__ == '__main__':

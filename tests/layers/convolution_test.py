@@ -98,6 +98,15 @@ class ConvolutionTest(parameterized.TestCase):
     )
     np.testing.assert_allclose(state, last)
 
+  def test_no_tokens_leave_the_state(self):
+    none = {'reset': self.reset[:, :0], 'mask': self.mask[:, :0]}
+    for marks in ({}, none):
+      out, after = convolution.apply(
+        self.params, self.x[:, :3], self.x[:, :0], **marks
+      )
+      self.assertEqual(out.shape, (2, 0, _CHANNELS))
+      np.testing.assert_array_equal(after, self.x[:, :3])
+
   def test_padding_leaves_the_state(self):
     state = self.x[:, :3]
     _, after = self.apply(
