@@ -54,17 +54,11 @@ class MemoryAsContextConfig:
         'attends within segments of memory.chunk_size='
         f'{self.memory.chunk_size} tokens; set it to None.'
       )
-    for name, known in (
-      ('window', (None, 1)),
-      ('cached_segments', (0,)),
-      ('capacity_blocks', (1,)),
-    ):
-      value = getattr(self.memory, name)
-      if value not in known:
-        raise ValueError(
-          f'memory.{name}={value} has no place in MAC, which reads a memory as '
-          f'it was where the segment began; set it to {known[0]}.'
-        )
+    if self.memory.window not in (None, 1):
+      raise ValueError(
+        f'memory.window={self.memory.window} has no place in MAC, which reads '
+        'a memory as it was where the segment began; set it to None.'
+      )
     if self.memory.adaptive:
       raise ValueError(
         f'memory.adaptive={self.memory.adaptive} has no place in MAC, whose '

@@ -38,8 +38,7 @@ value is what was projected, and k and q alone are normalised.
 
 What newer papers add is an option each, in a file of its own: Atlas' windows
 (`memory/tails.py`) and orthogonal steps (`memory/orthogonal.py`), local errors
-(`memory/local.py`), segments that are kept (`memory/caching.py`), memories that
-grow (`memory/capacity.py`) and steps that are capped (`memory_rates.py`).
+(`memory/local.py`) and steps that are capped (`memory_rates.py`).
 
 References:
   Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eqs. 83-91.
@@ -58,7 +57,6 @@ from nested_learning import parameters
 from nested_learning.layers import base
 from nested_learning.layers import memory_engine
 from nested_learning.layers import memory_features
-from nested_learning.layers import memory_options
 from nested_learning.layers import memory_out
 from nested_learning.layers import memory_rates
 from nested_learning.layers import memory_roles
@@ -121,11 +119,7 @@ class MemoryMixerConfig:
   max_norm: float | None = 8.0  # bound on a map's departure from its start
   window: int | None = None  # tokens whose errors a step sums, as Atlas has
   step: str = 'gradient'  # Atlas: 'orthogonal', along the trace
-  errors: str = 'propagated'  # DeltaTTT: 'local' to each map; 'local_after'
-  cached_segments: int = 0  # read beside the main memory; Memory Caching
-  segment_chunks: int = 4  # chunks of a segment
-  capacity_blocks: int = 1  # Proteus: blocks of the main memory, one at first
-  capacity_tokens: int = 8192  # of a document, after which all are in use
+  errors: str = 'propagated'  # DeltaTTT: 'local' to each map
   engine: str = 'chunk'  # 'token' is the definition: slow, for comparison
 
   def __post_init__(self):
@@ -162,7 +156,33 @@ class MemoryMixerConfig:
       )
     for name in ('main', 'others'):
       self.rule(name)  # raises on what the engine does not know
-    memory_options.check(self)
+    self._check_extensions()
+
+  def _check_extensions(self) -> None:
+    """Checks what newer papers add; all of it is of the main memory alone."""
+    is_set = {
+      'window': self.window not in (None, 1),
+      'step': self.step != 'gradient',
+      'errors': self.errors != 'propagated',
+    }
+    for name in [name for name in is_set if is_set[name]]:
+      if self.adaptive:
+        raise ValueError(
+          f'{name}={getattr(self, name)!r} is not defined for memories that '
+          f'make adaptive={self.adaptive}; set adaptive to ().'
+        )
+    if not is_set['errors']:
+      return
+    if self.kind != 'mlp':
+      raise ValueError(
+        f'errors={self.errors!r} are of the maps of an MLP; set '
+        f"kind={self.kind!r} to 'mlp'."
+      )
+    if self.hidden_dim not in (0, self.head_dim):
+      raise ValueError(
+        f'errors={self.errors!r} make the hidden layer learn the value: '
+        f'hidden_dim={self.hidden_dim} must be head_dim={self.head_dim}.'
+      )
 
   @property
   def holds_any_length(self) -> bool:
@@ -257,15 +277,11 @@ class MemoryMixerState(NamedTuple):
     conv: The last inputs of the convolution, [b, 3, channels].
     others: State of the k, v, inner_lr and retention memories; None without.
     main: State of the main memory.
-    cache: What is kept of its earlier segments; None with none.
-    position: int32 [b], tokens of the document, where capacity goes by it.
   """
 
   conv: jax.Array
   others: memory.State | None
   main: memory.State
-  cache: memory.Cache | None = None
-  position: jax.Array | None = None
 
 
 def make_memory_mixer(
@@ -289,8 +305,6 @@ def make_memory_mixer(
   rates = [r for r in memory_rates.made(c) if r not in c.adaptive]
   bias = {name: memory_rates.table(c, name) for name in tables}
   table = memory_table.make(c, embed_dim, tables, bias, rates)
-  if c.cached_segments:
-    table['ask'] = memory_out.projection(c.num_heads, c.head_dim, embed_dim)
 
   def first_memory(params):
     if 'memory' in params:
@@ -306,12 +320,7 @@ def make_memory_mixer(
       for name, initial in first_memory(params).items()
     }
     conv = memory_features.init_state(params, batch_size, dtype)
-    return MemoryMixerState(
-      conv,
-      start.get('others'),
-      start['main'],
-      *memory_options.init_state(c, first_memory(params)['main'], batch_size),
-    )
+    return MemoryMixerState(conv, start.get('others'), start['main'])
 
   def run(name, params, state, inputs, marks):
     def make(params, num_rows):
@@ -325,30 +334,6 @@ def make_memory_mixer(
     return memory_engine.run(
       make, params, c.rule(name), initial, state, inputs, marks, engine=c.engine
     )
-
-  def run_main(params, start, inputs, feed, marks):
-    """Reads of the main memory, and its state, cache and position."""
-    state, cache, position = start.main, start.cache, start.position
-    if c.capacity_blocks > 1:
-      feed, position = memory_options.limit_capacity(
-        c, state, position, feed, marks
-      )
-    if not c.cached_segments:
-      result, state = run('main', params, state, feed, marks)
-      return result.read, (state, cache, position)
-    ask = jnp.einsum('bte,ehd->bhtd', inputs, params['ask'].astype(dtype))
-    _, output_norm = _per_row(params, inputs.shape[0])
-    network = c.network(**sizes['main'], output_norm=output_norm.get('main'))
-    read, state, cache = memory_options.run_cached(
-      c,
-      network,
-      first_memory(params)['main'],
-      (state, cache),
-      feed,
-      ask.astype(wide),
-      marks,
-    )
-    return read, (state, cache, position)
 
   def apply(params, state, inputs, marks):
     start = MemoryMixerState(None, None, None) if state is None else state
@@ -373,10 +358,10 @@ def make_memory_mixer(
       feed = result.feed
     bias, _ = _per_row(params, inputs.shape[0])
     feed = memory_rates.set_rates(c, bias['main'], feed)
-    read, after = run_main(params, start, inputs, feed, marks)
+    result, main = run('main', params, start.main, feed, marks)
 
-    out = memory_out.apply(params, read, inputs)
-    return out, MemoryMixerState(conv, others, *after)
+    out = memory_out.apply(params, result.read, inputs)
+    return out, MemoryMixerState(conv, others, main)
 
   return base.make_layer(table, init_state, apply)
 

@@ -88,12 +88,6 @@ class TntConfig:
         f'memory.adaptive={self.memory.adaptive} has no place in TNT, whose '
         'memories share keys and values; set it to ().'
       )
-    for name, none in (('cached_segments', 0), ('capacity_blocks', 1)):
-      value = getattr(self.memory, name)
-      if value != none:
-        raise errors.UserError(
-          f'memory.{name}={value} has no place in TNT; set it to {none}.'
-        )
     if self.query not in ('projected', 'plain'):
       raise errors.UserError(
         f"query={self.query!r} must be 'projected' or 'plain'."

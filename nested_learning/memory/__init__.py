@@ -1,13 +1,9 @@
 """The memory engine: associative memories that are written while they are read.
 
-Imports jax, the parameter table and Newton-Schulz alone.
+Imports JAX and, of this package, the parameter table, shardings, errors and
+Newton-Schulz.
 """
 
-from nested_learning.memory.caching import Cache
-from nested_learning.memory.caching import init_cache
-from nested_learning.memory.caching import scan_segments
-from nested_learning.memory.capacity import active_units
-from nested_learning.memory.capacity import chunk_positions
 from nested_learning.memory.chunk_scan import chunk_scan
 from nested_learning.memory.interface import Feed
 from nested_learning.memory.interface import init_state

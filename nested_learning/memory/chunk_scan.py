@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from nested_learning import sharding
-from nested_learning.memory import capacity
 from nested_learning.memory import chunk_rule
 from nested_learning.memory import interface
 from nested_learning.memory import local
@@ -81,7 +80,7 @@ def chunk_scan(
     chunks, tail = _lay_out_windows(rule, initial, start, chunks, write)
     start = start._replace(tail=None)
   if write and project is None and rule.step == 'gradient':
-    keys = _make_keys(network, rule, chunks.inputs, chunks, initial)
+    keys = _make_keys(rule, chunks.inputs, chunks, initial)
     chunks = chunks._replace(keys=keys)
   # A reference per row: the scan's backward pass then sums over no rows.
   reference = sharding.pin_heads(rows.broadcast(initial, start.memory))
@@ -120,11 +119,11 @@ class _ChunkKeys(NamedTuple):
   scores: jax.Array | None  # with rule.read 'token'
 
 
-def _make_keys(network, rule, feed, chunk, maps):
+def _make_keys(rule, feed, chunk, maps):
   reset, does_write = chunk.marks()
   rates = writes.feed_rates(feed, does_write)
   decays = chunk_rule.make_decays(rates, reset, erase_from=rule.erase_from)
-  key = capacity.gate_input(network, feed.key, feed.active)
+  key = feed.key
   if chunk.window is not None:
     decays = chunk_rule.sum_windows(decays, chunk.window.band)
     key = chunk.window.key
@@ -157,18 +156,13 @@ def _chunk(network, rule, initial, project, write, state, chunk):
       rule, initial, state, chunk.reset, chunk.has_border
     )
   elif rule.errors == 'propagated':
-    feed, read, linear, ended = _solve(
-      see, network, rule, initial, state, chunk
-    )
+    feed, read, linear, ended = _solve(see, rule, initial, state, chunk)
   else:
     linear, ended = _solve_local(network, rule, initial, state, chunk)
   if rule.read == 'token':
-    linear = capacity.gate(network, linear, feed.active)
     read = writes.read_vector(network, linear, feed.query)
   memory = {name: carry.weights for name, carry in ended.items()}
   trace = state.trace and {name: carry.trace for name, carry in ended.items()}
-  active = capacity.last_active(network, feed.active, chunk.mask)
-  memory = capacity.keep_inactive(network, active, memory, initial)
   bounded = writes.bound(rule, initial, memory, trace)
   if chunk.mask is None:
     if write:
@@ -215,7 +209,7 @@ def _see(network, rule, anchor, initial, project, chunk):
   )
 
 
-def _solve(see, network, rule, initial, state, chunk):
+def _solve(see, rule, initial, state, chunk):
   """Feed, anchor's read, what each token's maps give, and maps at the end."""
   seen = see()
   feed = seen.feed if chunk.window is None else chunk.inputs
@@ -226,7 +220,7 @@ def _solve(see, network, rule, initial, state, chunk):
       rule, state, initial, seen, rates, chunk.window, reset
     )
     return feed, seen.read, linear, ended
-  first = chunk.keys or _make_keys(network, rule, feed, chunk, initial)
+  first = chunk.keys or _make_keys(rule, feed, chunk, initial)
   solved = {}
   for name, weights in state.memory.items():
     carry = rules.Carry(weights, state.trace and state.trace[name])

@@ -30,7 +30,7 @@ class Rule:
   max_norm: float | None = None  # of a map's departure from its initial weights
   window: int = 1  # tokens whose errors a token's step sums; see `tails.py`
   step: str = 'gradient'  # or 'orthogonal', see `orthogonal.py`
-  errors: str = 'propagated'  # or 'local', 'local_after', see `local.py`
+  errors: str = 'propagated'  # or 'local', see `local.py`
   # What is written need not be what is read: Miras' retention map, from the one
   # to the other, taken at chunk starts. None is the identity.
   to_weights: Callable[[Any], Any] | None = None
@@ -45,7 +45,7 @@ class Rule:
     _one_of('read', self.read, ('token', 'chunk', 'none'))
     _one_of('target', self.target, ('own', 'value'))
     _one_of('step', self.step, ('gradient', 'orthogonal'))
-    _one_of('errors', self.errors, ('propagated', 'local', 'local_after'))
+    _one_of('errors', self.errors, ('propagated', 'local'))
     if self.window < 1:
       raise ValueError(f'{self.window=} must be at least 1 token.')
     if self.window > 1:
@@ -104,9 +104,7 @@ class Feed(NamedTuple):
     weight: [b, h, t, 1], of the token's error in the trace, with rule.step
       'orthogonal'; else None.
     hidden_lr: [b, h, t, 1], inner_lr of the second map, with rule.errors
-      'local' or 'local_after'; None for inner_lr.
-    active: int [b, 1, t, 1], how many of the network's units the token reads
-      and writes, see `capacity.py`; None for all.
+      'local'; None for inner_lr.
     extra: Whatever else `project` makes of the tokens, a pytree of
       [b, h, t, ...] that is handed through to the result.
   """
@@ -119,7 +117,6 @@ class Feed(NamedTuple):
   query: jax.Array | None = None
   weight: jax.Array | None = None
   hidden_lr: jax.Array | None = None
-  active: jax.Array | None = None
   extra: Any = None
 
 

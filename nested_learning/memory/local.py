@@ -2,8 +2,7 @@ r"""Two maps that both learn the value, each by a delta rule of its own.
 
 .. math::
    A_t &= A_{t-1} + a_t (v_t - A_{t-1} k_t) k_t^T \\
-   h_t &= \phi(A_{t-1} k_t) \text{ ('local') or } \phi(A_t k_t)
-          \text{ ('local_after')} \\
+   h_t &= \phi(A_{t-1} k_t) \\
    B_t &= B_{t-1} + b_t (v_t - B_{t-1} h_t) h_t^T \\
    y_t &= B_t \phi(A_t q_t)
 
@@ -45,7 +44,7 @@ def write_token(
 
   Args:
     network: An MLP of one vector role whose hidden layer is as wide as values.
-    rule: With its errors 'local' or 'local_after'.
+    rule: With its errors 'local'.
     initial: Initial memory per map, [(b,) h, ..., out, in].
     memory: Before the token.
     feed: Of the token, [b, h, 1, ...].
@@ -55,10 +54,9 @@ def write_token(
     The carry of each map.
   """
   carries = {}
-  now = dict(memory)
+  inputs = _map_inputs(network, networks.linear_of(memory), feed.key)
   for name in _MAPS:
-    source = now if rule.errors == 'local_after' else memory
-    x = _map_inputs(network, networks.linear_of(source), feed.key)[name]
+    x = inputs[name]
     carries[name] = rules.write_token(
       rules.Carry(memory[name]),
       writes.reference(rule, initial[name]),
@@ -67,7 +65,6 @@ def write_token(
       _rates(name, feed, x, does_write),
       erase=True,
     )
-    now[name] = carries[name].weights
   return carries
 
 
@@ -98,11 +95,8 @@ def solve(
   for name in _MAPS:
     x = feed.key
     if name != 'in':
-      read = chunk_rule.read_before
-      if rule.errors == 'local_after':
-        read = chunk_rule.read_chunk
-      linear = lambda name, x, read=read: (
-        read(solved[name], x) if name in solved else x
+      linear = lambda name, x: (
+        chunk_rule.read_before(solved[name], x) if name in solved else x
       )
       x = _map_inputs(network, linear, feed.key)[name]
     rates = _rates(name, feed, x, does_write)

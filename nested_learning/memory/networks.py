@@ -14,12 +14,11 @@ Axes: b batch, h head, r role, t token, d head dim, f hidden. The token axis is
 always the last but one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from nested_learning import parameters
 from nested_learning.memory import objectives
@@ -34,20 +33,6 @@ class Outputs(NamedTuple):
   scalars: jax.Array
 
 
-class Units(NamedTuple):
-  """Which of a network's units each row or column of a map belongs to.
-
-  Units are the hidden ones of an MLP, and the inputs of a matrix.
-
-  Attributes:
-    side: 'out' or 'in', of the map.
-    index: int [size of that side], -1 for what belongs to no unit.
-  """
-
-  side: str
-  index: np.ndarray
-
-
 class Network(NamedTuple):
   """A network as a table and functions.
 
@@ -59,15 +44,11 @@ class Network(NamedTuple):
     apply: `apply(linear, x) -> Outputs` for x [b, h, t, d].
     read: `read(memory, x, vectors, scalars) -> Outputs` of some roles alone, at
       the cost of these roles; vectors and scalars are pairs (first, last + 1).
-    num_units: How many units the network has.
-    units: Where they are, per map.
   """
 
   table: parameters.Table
   apply: Callable[[Linear, jax.Array], Outputs]
   read: Callable[[Any, jax.Array, tuple[int, int], tuple[int, int]], Outputs]
-  num_units: int = 0
-  units: Mapping[str, Units] = {}
 
 
 # Makes the output [b, h, r, t, d] of vector roles from the network's input,
@@ -131,8 +112,7 @@ def make_matrix(
     ]
     return part.apply(linear_of({'in': _rows(memory['in'], cuts)}), x)
 
-  units = {'in': Units('in', np.arange(dim))}
-  return Network(table, apply, read, dim, units)
+  return Network(table, apply, read)
 
 
 def make_mlp(
@@ -230,11 +210,7 @@ def make_mlp(
         weights[name] = memory[name][..., start:stop, :, :]
     return part.apply(linear_of(weights), x)
 
-  hidden = np.arange(hidden_dim)
-  of_rows = np.tile(hidden, num_vectors + num_scalars)
-  units = {name: Units('in', hidden) for name in table if name != 'in'}
-  units['in'] = Units('out', np.append(of_rows, [-1] * num_scalars))
-  return Network(table, apply, read, hidden_dim, units)
+  return Network(table, apply, read)
 
 
 def linear_of(memory: Any) -> Linear:

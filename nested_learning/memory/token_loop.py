@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nested_learning.memory import capacity
 from nested_learning.memory import interface
 from nested_learning.memory import local
 from nested_learning.memory import networks
@@ -82,11 +81,8 @@ def token_loop(
     )
     memory = {name: carry.weights for name, carry in carries.items()}
     trace = state.trace and {n: carry.trace for n, carry in carries.items()}
-    memory = capacity.keep_inactive(
-      network, capacity.last_active(network, feed.active, mask), memory, initial
-    )
     if rule.read == 'token':
-      linear = capacity.gate(network, networks.linear_of(memory), feed.active)
+      linear = networks.linear_of(memory)
       read = writes.read_vector(network, linear, feed.query)
     offset = state.offset + mask
     ends = offset == rule.chunk_size

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nested_learning.memory import capacity
 from nested_learning.memory import interface
 from nested_learning.memory import networks
 from nested_learning.memory import rule as rules
@@ -48,9 +47,8 @@ def evaluate(
   Returns:
     The `Seen`; its deltas are the objective's gradient at each map's output.
   """
-  plain = networks.linear_of(anchor)
+  linear = networks.linear_of(anchor)
   feed = inputs if project is None else project(anchor, inputs)
-  linear = capacity.gate(network, plain, feed.active)
   target = feed.value[:, :, None], feed.value[:, :, None, :, :0]
   if rule.target == 'own':
     vectors, scalars = network.apply(linear, feed.value)
@@ -63,13 +61,11 @@ def evaluate(
     maps = {}
 
     def bumped(name, x):
-      y = plain(name, x)
+      y = linear(name, x)
       maps[name] = x, y
       return y if bumps is None else y + bumps[name]
 
-    prediction = network.apply(
-      capacity.gate(network, bumped, feed.active), feed.key
-    )
+    prediction = network.apply(bumped, feed.key)
     total = sum(
       jnp.sum(rule.objective(p, t))
       for p, t in zip(prediction, target, strict=True)

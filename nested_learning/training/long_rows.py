@@ -32,12 +32,6 @@ def check(config: Any) -> None:
       "use data.reset='document'."
     )
   for mixer in config.model.pattern:
-    kept = getattr(getattr(mixer, 'memory', mixer), 'cached_segments', 0)
-    if kept:
-      raise errors.UserError(
-        f'a memory with cached_segments={kept} reads them on one device; set '
-        f'mesh.context={context} to 1, or cached_segments to 0.'
-      )
     together = mixers.tokens_at_once(mixer)
     if num_tokens % (context * together):
       of_chunks = '' if together == 1 else f' chunks of {together} tokens on'

@@ -206,14 +206,6 @@ class MemoryAsContextTest(_Case):
       {'memory': dataclasses.replace(_MEMORY, adaptive=('k',))},
       'adaptive=.* has no place in MAC',
     ),
-    (
-      {'memory': dataclasses.replace(_MEMORY, cached_segments=2)},
-      'memory.cached_segments=2 has no place in MAC',
-    ),
-    (
-      {'memory': dataclasses.replace(_MEMORY, capacity_blocks=2)},
-      'memory.capacity_blocks=2 has no place in MAC',
-    ),
   )
   def test_bad_settings_name_the_value(self, changes, message):
     config = layers.MemoryAsContextConfig(_MEMORY, _ATTENTION)

@@ -34,14 +34,6 @@ _CONFIGS = {
   'matrix': dataclasses.replace(_HOPE, kind='matrix', retain_to='zero'),
   'static': dataclasses.replace(_HOPE, adaptive=(), erase='input'),
   'norm': dataclasses.replace(_HOPE, output='norm', chunk_size_others=8),
-  'cached_and_growing': dataclasses.replace(
-    _HOPE,
-    chunk_size=4,
-    cached_segments=2,
-    segment_chunks=1,
-    capacity_blocks=3,
-    capacity_tokens=12,
-  ),
 }
 
 
@@ -269,17 +261,12 @@ class TitansTest(parameterized.TestCase):
     ({'chunk_size_others': 0}, 'chunk_size=0'),
     ({'injection': 0.0}, 'injection=0.0 must be above 0'),
     ({'cap': 'firm'}, "cap='firm' must be one of soft, hard, spectral"),
-    ({'cached_segments': -1}, 'cached_segments=-1 must be at least 0'),
-    ({'segment_chunks': 0}, 'segment_chunks=0 must be at least 1'),
-    ({'capacity_blocks': 0}, 'capacity_blocks=0 must be at least 1'),
-    ({'capacity_blocks': 7}, 'capacity_blocks=7 must be at most the 6 units'),
     (
       {'window': 4, 'erase': 'none', 'learns': 'every_map'},
       'window=4 .* set adaptive to',
     ),
     (_LOCAL | {'kind': 'matrix'}, "errors='local' .* kind='matrix'"),
     (_LOCAL | {'hidden_dim': 6}, 'hidden_dim=6 must be head_dim=4'),
-    (_LOCAL | {'capacity_blocks': 2}, 'set capacity_blocks=2 to 1'),
     ({'features': 'cubic'}, "features='cubic' must be one of l2, elu"),
   )
   def test_bad_settings_name_the_value(self, changes, message):

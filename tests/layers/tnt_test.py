@@ -202,9 +202,6 @@ class TntTest(parameterized.TestCase):
   def test_refuses_what_does_not_fit(self):
     with self.assertRaisesRegex(errors.UserError, 'shard_size=10, .*=4'):
       layers.LocalConfig(chunk_size=4, shard_size=10)
-    memory = make_config().memory
-    with self.assertRaisesRegex(errors.UserError, 'cached_segments=2 .*to 0'):
-      layers.TntConfig(dataclasses.replace(memory, cached_segments=2))
     with self.assertRaisesRegex(errors.UserError, "query='keys'"):
       make_config(query='keys')
     with self.assertRaisesRegex(errors.UserError, r'set it to \(\)'):

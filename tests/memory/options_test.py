@@ -33,25 +33,15 @@ _RULES = {
     ('momentum', 'weight'),
   ),
   'local': ({'erase': 'every_map', 'errors': 'local'}, ('hidden_lr',)),
-  'local_after': ({'erase': 'every_map', 'errors': 'local_after'}, ()),
-  'grows': ({'erase': 'every_map', 'retain_to': 'zero'}, ('active',)),
 }
 
 
-def make_feed(extra, reset):
+def make_feed(extra):
   """A feed of random tokens."""
   rng = np.random.default_rng(0)
   shape = (_BATCH, _HEADS, _TOKENS)
   k, v, q = (rng.normal(size=(*shape, _DIM)) for _ in range(3))
   rates = {name: rng.uniform(size=(*shape, 1)) for name in extra}
-  if 'active' in extra:
-    zero = jnp.zeros((_BATCH,), jnp.int32)
-    begin, _ = memory.chunk_positions(
-      zero, zero, 8, num_tokens=_TOKENS, reset=reset, mask=None
-    )
-    rates['active'] = memory.active_units(
-      begin, num_units=_DIM, num_blocks=4, num_tokens=20
-    )[:, None, :, None]
   feed = memory.Feed(
     key=k / np.linalg.norm(k, axis=-1, keepdims=True),
     value=v,
@@ -87,7 +77,7 @@ class OptionsTest(parameterized.TestCase):
       for name, param in network.table.items()
     }
     reset = jnp.asarray(rng.uniform(size=(_BATCH, _TOKENS)) < 0.1)
-    feed = make_feed(extra, reset)
+    feed = make_feed(extra)
     start = memory.init_state(
       initial, _BATCH, momentum=rule.momentum, window=rule.window
     )

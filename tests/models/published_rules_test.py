@@ -229,7 +229,9 @@ class PublishedRulesTest(parameterized.TestCase):
     )
     tokens = {
       **{r: rng.normal(size=(_TOKENS, _DIM)) for r in 'kvq'},
-      'inner_lr': rng.uniform(size=(_TOKENS, 1)),
+      # Within the layer's bound, so that no memory reaches `max_norm`, which
+      # no paper has.
+      'inner_lr': rng.uniform(0.0, config.max_inner_lr, size=(_TOKENS, 1)),
       'retention': rng.uniform(0.9, 1.0, size=(_TOKENS, 1)),
       'momentum': rng.uniform(size=(_TOKENS, 1)),
       'weight': rng.uniform(size=(_TOKENS, 1)),

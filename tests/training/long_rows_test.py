@@ -43,11 +43,6 @@ class LongRowsTest(parameterized.TestCase):
       configs.override(
         _config('hope_tiny'), ['data.reset=never', 'mesh.context=2']
       )
-    kept = configs.override(
-      _config('titans_tiny'), ['model.mixer.cached_segments=2']
-    )
-    with self.assertRaisesRegex(errors.UserError, 'segments=2.*context=2 to 1'):
-      configs.override(kept, ['mesh.context=2'])
     learning = dataclasses.replace(
       _config('hope_tiny').inner, chunk_sizes=(64, 128, 256)
     )
