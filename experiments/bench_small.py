@@ -20,11 +20,16 @@ line for each run that failed; with 2 and one line when a flag is wrong.
 import pathlib
 import sys
 
-from absl import flags
-
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 if str(_ROOT) not in sys.path:
   sys.path.insert(0, str(_ROOT))  # A checkout runs without being installed.
+
+from launch import startup  # noqa: E402
+
+if __name__ == '__main__':
+  startup.begin()
+
+from absl import flags  # noqa: E402
 
 from launch import programs  # noqa: E402
 

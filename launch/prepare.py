@@ -22,12 +22,17 @@ import pathlib
 import sys
 from typing import Any
 
-from absl import flags
-import tqdm
-
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 if str(_ROOT) not in sys.path:
   sys.path.insert(0, str(_ROOT))  # A checkout runs without being installed.
+
+from launch import startup  # noqa: E402
+
+if __name__ == '__main__':
+  startup.begin()
+
+from absl import flags  # noqa: E402
+import tqdm  # noqa: E402
 
 from launch import programs  # noqa: E402
 from nested_learning import errors  # noqa: E402

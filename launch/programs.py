@@ -1,24 +1,50 @@
-"""The frame of a command-line program: flags, one-line errors, exit codes."""
+"""The frame of a command-line program: flags, one-line errors, exit codes.
+
+Exit codes of every program:
+
+* what `run` returns, 0 when all is done;
+* 2, with one line on stderr, if a flag, a config or a file is wrong;
+* 128 plus the number of a signal, with one line;
+* 42, with a traceback, for any other error. It is not known to be the user's
+  mistake, so clusters make another attempt.
+"""
 
 from collections.abc import Callable
-import pathlib
+import errno
+import os
+import signal
 import sys
+import traceback
 
 from absl import app
 from absl import flags
+from absl import logging
 
+from launch import startup
+from nested_learning import distributed
 from nested_learning import errors
+
+_USER_ERROR = 2
+# What the operating system refuses is no bug: it gets one line. Room on a disk
+# may be made before the next attempt.
+_REFUSALS = {
+  errno.ENOSPC: distributed.EXIT_RETRY,
+  errno.EDQUOT: distributed.EXIT_RETRY,
+  errno.EROFS: _USER_ERROR,
+  errno.EACCES: _USER_ERROR,
+  errno.EPERM: _USER_ERROR,
+  errno.ENAMETOOLONG: _USER_ERROR,
+}
+# Room below a folder for the longest names that runs write in it.
+_BELOW = 'x' * 150
 
 
 def start(run: Callable[[], int | None], *, example: str | None = None) -> None:
-  """Parses the flags, runs, and exits.
-
-  The exit code is what `run` returns; 2, with one line on stderr, when a flag
-  or what it names is wrong; 130 when interrupted.
+  """Parses the flags, runs, and exits with one of the codes above.
 
   Args:
-    run: The program, when its flags are parsed.
-    example: A flag as it is to be written, for who writes an argument instead.
+    run: The program; called when its flags are parsed.
+    example: A flag as it is written, for users who write an argument instead.
   """
   app.run(
     lambda argv: sys.exit(_run(run, argv, example)), flags_parser=_parse_flags
@@ -27,27 +53,110 @@ def start(run: Callable[[], int | None], *, example: str | None = None) -> None:
 
 def print_error(error: Exception | str) -> None:
   """Prints one line on stderr, with the program's name before it."""
-  name = pathlib.Path(sys.argv[0]).name
-  print(f'{name}: {" ".join(str(error).split())}', file=sys.stderr)
+  text = ' '.join(str(error).split())
+  print(f'{startup.program_name()}: {text}', file=sys.stderr)
 
 
-def _run(run, argv, example):
+def check_path(flag: str, path: str | None, *, folder: bool = False) -> None:
+  """Refuses a path that is too long for the file system.
+
+  Args:
+    flag: Name of the flag that gives it.
+    path: The path, which need not exist; None passes.
+    folder: Whether files are written below it.
+
+  Raises:
+    errors.UserError: It is too long.
+  """
+  if path is None:
+    return
+  try:
+    os.lstat(path)
+    if folder:
+      os.lstat(os.path.join(path, _BELOW))
+  except OSError as error:
+    if error.errno == errno.ENAMETOOLONG:
+      raise errors.UserError(
+        f'--{flag}={_shorten(path)} is longer than the file system allows; '
+        'choose a shorter name.'
+      ) from error
+
+
+def _run(run, argv, example) -> int | str | None:
+  startup.raise_on_signals()
   try:
     if len(argv) > 1:
       hint = f'; flags begin with --, as in {example}' if example else ''
       raise errors.UserError(f'Unexpected argument {argv[1]!r}{hint}.')
     return run() or 0
-  except KeyboardInterrupt:
-    print_error('interrupted.')
-    return 130
-  except errors.UserError as error:
-    print_error(error)
-    return 2
+  except BaseException as error:
+    startup.end_on_signals()  # a second signal during the end ends it at once
+    return _end(error)
+
+
+def _end(error: BaseException) -> int | str | None:
+  """Says why the program ends; returns its exit code."""
+  if isinstance(error, SystemExit):  # the trainer has saved, and said so
+    code = error.code
+    return _fail(code) if isinstance(code, int) else code
+  interruption = _interruption(error)
+  if interruption is not None:
+    number = getattr(interruption, 'signal', signal.SIGINT)
+    again = 'run the same command again.'
+    return _fail(128 + number, f'stopped by {number.name}; {again}')
+  if logging.level_debug():
+    traceback.print_exception(error)
+  if isinstance(error, errors.UserError):
+    return _fail(_USER_ERROR, error)
+  if isinstance(error, OSError) and error.errno in _REFUSALS:
+    where = f'{_shorten(str(error.filename))}: ' if error.filename else ''
+    return _fail(_REFUSALS[error.errno], f'{where}{error.strerror}.')
+  if not logging.level_debug():
+    traceback.print_exception(error)
+  together = distributed.is_together()
+  name = type(error).__name__
+  return _fail(
+    distributed.EXIT_RETRY, f'{name}, see the traceback.' if together else None
+  )
+
+
+def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
+  """Returns the signal behind an error: imports wrap it in errors of theirs."""
+  while error is not None:
+    if isinstance(error, KeyboardInterrupt):
+      return error
+    error = error.__cause__ or error.__context__
+  return None
+
+
+def _fail(code: int, message: Exception | str | None = None) -> int:
+  """Prints a line and, where there are several processes, ends them."""
+  if code:
+    distributed.end(code, message and f'{startup.program_name()}: {message}')
+  return code
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
   try:
-    return flags.FLAGS(argv)
+    for argument in argv:
+      if not argument.isprintable():
+        argument.encode()  # what is not UTF-8 has become lone surrogates
+    argv = flags.FLAGS(argv)
+  except UnicodeEncodeError:
+    encoding = sys.getfilesystemencoding().upper()
+    print_error(
+      f'The argument {argument!a} is not {encoding}; LC_ALL=C.UTF-8 takes '
+      'every argument that is UTF-8.'
+    )
+    sys.exit(_USER_ERROR)
   except flags.Error as error:
     print_error(error)
-    sys.exit(2)
+    sys.exit(_USER_ERROR)
+  if flags.FLAGS['verbosity'].using_default_value:
+    # Orbax logs every step of a save as INFO; --verbosity=0 shows that.
+    flags.FLAGS.verbosity = logging.WARNING
+  return argv
+
+
+def _shorten(path: str) -> str:
+  return path if len(path) <= 80 else f'{path[:60]}...{path[-12:]}'

@@ -9,26 +9,29 @@
 The same command again resumes an interrupted run. --target says where it runs:
 in this process, in several, on TPUs or under Slurm; with --dry_run it prints
 what would run there. The exit code is 0 when the run is done; 2, with one line
-on stderr, when a flag, a config or a file is wrong; 128 and the number of the
-signal that ended it; 42 when one of several processes failed.
+on stderr, when a flag, a config or a file is wrong; 128 plus the number of the
+signal that ended it; 42, with a traceback, when anything else failed.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import shlex
 import sys
-import traceback
-
-from absl import app
-from absl import flags
-from absl import logging
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 if str(_ROOT) not in sys.path:
   sys.path.insert(0, str(_ROOT))  # A checkout runs without being installed.
 
+from launch import startup  # noqa: E402
+
+if __name__ == '__main__':
+  startup.begin(huge_pages=True)
+
 # JAX is imported with the config: --help and a wrong flag are answered at once.
-from launch import huge_pages  # noqa: E402
+from absl import flags  # noqa: E402
+
+from launch import programs  # noqa: E402
 from launch import targets  # noqa: E402
 from launch import workdirs  # noqa: E402
 from launch.targets import accelerators  # noqa: E402
@@ -112,38 +115,16 @@ _HANG = flags.DEFINE_integer(
 
 def main() -> None:
   """Parses the flags and runs."""
-  app.run(_main, flags_parser=_parse_flags)
-
-
-def _main(argv: list[str]) -> None:
-  try:
-    if len(argv) > 1:
-      raise errors.UserError(
-        f'Unexpected argument {argv[1]!r}; flags begin with --, as in '
-        '--config=experiments/quickstart.py.'
-      )
-    code = _run() or 0
-  except KeyboardInterrupt:
-    # A training step catches this itself, saves and says how to resume.
-    code = _fail(130, 'interrupted.')
-  except SystemExit as end:
-    code = _fail(end.code) if isinstance(end.code, int) else end.code
-  except ValueError as error:
-    if not _is_ours(error):
-      _fail_by_bug(error)
-      raise
-    if logging.level_debug():
-      traceback.print_exception(error)
-    code = _fail(2, error)
-  except Exception as error:
-    _fail_by_bug(error)
-    raise
-  sys.exit(code)
+  programs.start(_run, example='--config=experiments/quickstart.py')
 
 
 def _run() -> int | None:
   """Loads the config, checks the workdir and hands over to the run."""
   mode = _MODE.value
+  programs.check_path('workdir', _WORKDIR.value, folder=True)
+  programs.check_path('session', _SESSION.value)
+  if _CONFIG.value is not None:
+    programs.check_path('config', _CONFIG.value.partition('.py:')[0])
   target, size = targets.find(_TARGET.value)
   if target != 'local':
     return _launch(target, size)
@@ -175,18 +156,23 @@ def _run() -> int | None:
   experiment = _load(workdir)
   config, run = experiment.config, experiment.run
   distributed.check_alike(configs.to_json(config, experiment.module))
-  finished = distributed.first_does(
-    'workdir', lambda: _prepare(experiment, workdir)
-  )
-  if finished:
-    if distributed.is_first():
-      print(finished)
-    return 0
-  if run is None:
-    from nested_learning import training
+  with contextlib.ExitStack() as held:
 
-    run = training.run
-  return run(config, workdir and str(workdir), mode)
+    def prepare():
+      if mode == 'train':  # the other modes read the run
+        held.enter_context(workdirs.lock(workdir))
+      return _prepare(experiment, workdir)
+
+    finished = distributed.first_does('workdir', prepare)
+    if finished:
+      if distributed.is_first():
+        print(finished)
+      return 0
+    if run is None:
+      from nested_learning import training
+
+      run = training.run
+    return run(config, workdir and str(workdir), mode)
 
 
 def _compile(workdir: pathlib.Path) -> int:
@@ -313,52 +299,5 @@ def _set_session(config):
   return dataclasses.replace(config, session=session)
 
 
-def _is_ours(error: ValueError) -> bool:
-  """Returns whether the error is a check of the package or an experiment.
-
-  Those name the value and the way out, so that a traceback adds nothing; a
-  ValueError from inside another package keeps its traceback.
-  """
-  if isinstance(error, errors.UserError):
-    return True
-  frames = traceback.extract_tb(error.__traceback__)
-  raised_in = pathlib.Path(frames[-1].filename).resolve()
-  rooms = (_ROOT / 'nested_learning', _ROOT / 'experiments')
-  return any(raised_in.is_relative_to(room) for room in rooms)
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-  try:
-    argv = flags.FLAGS(argv)
-  except flags.Error as error:
-    _print_error(error)
-    sys.exit(2)
-  if flags.FLAGS['verbosity'].using_default_value:
-    # Orbax logs every step of a save as INFO; --verbosity=0 shows that.
-    flags.FLAGS.verbosity = logging.WARNING
-  return argv
-
-
-def _fail(code: int, message: Exception | str | None = None) -> int:
-  """Says what is wrong and, where there are several processes, ends them."""
-  if code:
-    distributed.end(code, message and f'run.py: {message}')
-  return code
-
-
-def _fail_by_bug(error: Exception) -> None:
-  """Ends one of several processes; its traceback is all that can be said."""
-  if distributed.is_together():
-    traceback.print_exception(error)
-    name = type(error).__name__
-    _fail(distributed.EXIT_RETRY, f'{name}, see the traceback.')
-    sys.exit(distributed.EXIT_RETRY)
-
-
-def _print_error(error: Exception | str) -> None:
-  print(f'run.py: {" ".join(str(error).split())}', file=sys.stderr)
-
-
 if __name__ == '__main__':
-  huge_pages.start_again()
   main()

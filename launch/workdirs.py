@@ -1,11 +1,15 @@
 """The folder of a run: whose it is, and how a run begins in it."""
 
+import contextlib
 import os
 import pathlib
-import tempfile
 
 from nested_learning import configs
 from nested_learning import errors
+from nested_learning import files
+
+# Files that are there before a run begins; a sweep makes some of them.
+_NO_RUN = ('config.json', 'logs', 'lock', '.lock', 'log.txt', 'error.txt')
 
 
 def local(path: str | None) -> pathlib.Path | None:
@@ -16,6 +20,24 @@ def local(path: str | None) -> pathlib.Path | None:
       'folder, or use --target=gke or tpu-vm, which do.'
     )
   return pathlib.Path(path) if path else None
+
+
+def lock(workdir: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+  """Holds a workdir, made where it is missing, for one run.
+
+  Only the process that writes, process 0 of a run, takes the lock. A launcher
+  takes none, so that it can start its run again.
+
+  Raises:
+    errors.UserError: Another run is at work there, or it cannot be made.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise _cannot_write(workdir, error) from error
+  if not os.access(workdir, os.W_OK):
+    raise _cannot_write(workdir, PermissionError(0, 'it is not writable'))
+  return files.lock(workdir / 'lock', f'--workdir={workdir}')
 
 
 def prepare(
@@ -49,17 +71,21 @@ def prepare(
         'it again, use another --workdir.'
       )
   elif mode == 'train':
-    path = workdir / 'config.json'
-    _write_config(experiment.config, experiment.module, path)
+    config = configs.to_json(experiment.config, experiment.module)
+    try:
+      files.write_whole(workdir / 'config.json', config)
+    except errors.UserError as error:
+      raise errors.UserError(
+        f'Cannot write to --workdir={workdir}: {error}'
+      ) from error
   return None
 
 
 def _holds_run(workdir: pathlib.Path) -> bool:
-  """Returns whether a run has begun there; config and logs are no run."""
+  """Returns whether a run has begun there."""
   if not (workdir / 'config.json').is_file():
     return False
-  begun = ('config.json', 'logs')
-  return any(path.name not in begun for path in workdir.iterdir())
+  return any(path.name not in _NO_RUN for path in workdir.iterdir())
 
 
 def _check_same_run(config, workdir: pathlib.Path, mode: str) -> None:
@@ -90,17 +116,7 @@ def _check_same_run(config, workdir: pathlib.Path, mode: str) -> None:
   )
 
 
-def _write_config(config, module: str | None, path: pathlib.Path) -> None:
-  """Writes config.json before the run starts: whole, or not at all."""
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: the processes of one run write the same file.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix='config.')
-    with open(handle, 'w', encoding='utf-8') as file:
-      file.write(configs.to_json(config, module))
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-  except OSError as error:
-    raise errors.UserError(
-      f'Cannot write to --workdir={path.parent}: {error.strerror}.'
-    ) from error
+def _cannot_write(workdir: pathlib.Path, error: OSError) -> errors.UserError:
+  return errors.UserError(
+    f'Cannot write to --workdir={workdir}: {error.strerror}.'
+  )

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 from unittest import mock
@@ -15,8 +16,10 @@ _RUN = pathlib.Path(__file__).resolve().parents[2] / 'launch' / 'run.py'
 # Needs no JAX, so that a call takes a tenth of a second.
 _FILE = """
 import dataclasses
+import errno
 import os
 import pathlib
+import time
 
 from nested_learning import errors
 
@@ -32,7 +35,7 @@ class Config:
 
   def __post_init__(self):
     if self.size < 0:
-      raise ValueError(f'{self.size=} is negative.')
+      raise errors.UserError(f'size={self.size} is negative.')
 
 def get_config(arg=None):
   return Config(size=int(arg or 1))
@@ -40,16 +43,21 @@ def get_config(arg=None):
 def run(config, workdir, mode):
   if config.fail == 'user':
     raise errors.UserError('The corpus is empty.')
-  if config.fail == 'package':
-    from nested_learning import sharding
-    sharding.MeshConfig(data=0)
   if config.fail == 'bug':
     return int('three')
+  if config.fail == 'package':  # the error of a bug, raised by the package
+    from nested_learning import markdown
+    markdown.table('ab', ['c'])
+  if config.fail == 'full':
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  if config.fail == 'wait':
+    print('here', flush=True)
+    time.sleep(60)
   if config.fail == 'code':
     return 7
   if config.fail == 'tunables':
     return print(os.environ.get('GLIBC_TUNABLES'))
-  if workdir:
+  if workdir and mode == 'train':
     pathlib.Path(workdir, 'metrics.jsonl').touch()
   print(mode, config.size, config.generate.prompt)
 """
@@ -65,14 +73,26 @@ class RunTest(parameterized.TestCase):
     )
     self.workdir = pathlib.Path(self.folder.full_path, 'runs', 'a')
 
-  def _call(self, *args, **environment):
-    return subprocess.run(
+  def _popen(self, *args, **environment):
+    return subprocess.Popen(
       [sys.executable, _RUN, *args],
-      capture_output=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
       text=True,
       cwd=self.folder.full_path,
       env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1', **environment},
     )
+
+  def _call(self, *args, **environment):
+    process = self._popen(*args, **environment)
+    stdout, stderr = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
+
+  def _start(self, *args, **environment):
+    config = ('--config=experiments/toy.py:5', '--workdir=runs/a')
+    process = self._popen(*config, *args, **environment)
+    self.addCleanup(process.kill)
+    return process
 
   def _toy(self, *args):
     return self._call(
@@ -95,7 +115,7 @@ class RunTest(parameterized.TestCase):
     data = json.loads((self.workdir / 'config.json').read_text())
     self.assertEqual(data['size'], 6)
     self.assertCountEqual(
-      os.listdir(self.workdir), ['config.json', 'metrics.jsonl']
+      os.listdir(self.workdir), ['config.json', 'lock', 'metrics.jsonl']
     )
     again = self._call('--config=runs/a/config.json', '--workdir=runs/b')
     self._assert_done(again, 'train 6 def')
@@ -195,9 +215,8 @@ class RunTest(parameterized.TestCase):
   @parameterized.parameters(
     ('sise=3', 'the nearest field is size'),
     ('size=big', 'size=big does not fit: size is int, now 5'),
-    ('size=-3', 'self.size=-3 is negative'),
+    ('size=-3', 'size=-3 is negative'),
     ('fail=user', 'The corpus is empty.'),
-    ('fail=package', 'mesh self.data=0'),
   )
   def test_bad_value(self, assignment, message):
     self._assert_refused(self._toy(f'--set={assignment}'), message)
@@ -224,10 +243,54 @@ class RunTest(parameterized.TestCase):
     self._assert_refused(result, 'multiple of the 3 processes')
     self.assertFalse(self.workdir.exists())
 
-  def test_bug_keeps_its_traceback(self):
-    result = self._toy('--set=fail=bug')
-    self.assertEqual(result.returncode, 1)
-    self.assertIn("return int('three')", result.stderr)
+  @parameterized.parameters(
+    ('bug', "return int('three')"), ('package', "table('ab', ['c'])")
+  )
+  def test_bug_keeps_its_traceback(self, fail, line):
+    result = self._toy(f'--set=fail={fail}')
+    self.assertEqual(result.returncode, 42)  # which clusters try again
+    self.assertIn(line, result.stderr)
+    self.assertIn('\nValueError: ', result.stderr)
+
+  def test_full_disk_is_one_line_and_worth_another_attempt(self):
+    result = self._toy('--set=fail=full')
+    self.assertEqual(result.returncode, 42)
+    self.assertEqual(result.stderr, 'run.py: No space left on device.\n')
+
+  @parameterized.parameters(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+  def test_signal_before_the_first_step_is_one_line(self, number):
+    process = self._start('--set=fail=wait')
+    self.assertEqual(process.stdout.readline(), 'here\n')
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    self.assertEqual(process.returncode, 128 + number)
+    self.assertRegex(stderr, f'^run.py: stopped by {number.name}; .*\n$')
+
+  @parameterized.parameters(signal.SIGINT, signal.SIGTERM)
+  def test_signal_among_the_imports_is_one_line(self, number):
+    # An import that takes long, and tells when it has begun.
+    slow = 'print("here", flush=True)\nimport time\ntime.sleep(60)\n'
+    self.folder.create_file('slow/yaml.py', content=slow)
+    self.folder.create_file('slow/absl/__init__.py', content=slow)
+    path = pathlib.Path(self.folder.full_path, 'slow')
+    process = self._start(PYTHONPATH=str(path))
+    self.assertEqual(process.stdout.readline(), 'here\n')
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    self.assertEqual(process.returncode, 128 + number)
+    self.assertRegex(stderr, f'^run.py: stopped by {number.name}; .*\n$')
+
+  def test_second_run_in_a_workdir_is_refused(self):
+    process = self._start('--set=fail=wait')
+    self.assertEqual(process.stdout.readline(), 'here\n')
+    refused = self._toy('--set=fail=wait')
+    self._assert_refused(refused, '--workdir=runs/a is in use by process')
+    self.assertIn(str(process.pid), refused.stderr)
+    mode = self._toy('--mode=describe', '--set=fail=wait', '--set=fail=')
+    self._assert_done(mode, 'describe 5 def')  # it only reads
+    process.kill()  # a dead owner does not block
+    process.communicate()
+    self._assert_done(self._toy(), 'train 5 def')
 
   def test_exit_code_of_the_run_is_passed_on(self):
     self.assertEqual(self._toy('--set=fail=code').returncode, 7)
@@ -238,6 +301,49 @@ class RunTest(parameterized.TestCase):
     file.write_text(file.read_text()[:20])
     self._assert_refused(self._toy(), 'runs/a/config.json: not a config')
     self.assertLen(file.read_text(), 20)
+
+  @parameterized.parameters(
+    'lr[3e-3]',
+    'a\\b*c?d{e}',
+    '100%d %s',
+    ' quoted \'"$HOME` ',
+    'two\nlines',
+    '-x',
+    'größe ☃',
+    '~',
+  )
+  def test_workdir_of_any_name_is_read_back(self, name):
+    workdir = f'--workdir={name}'
+    toy = '--config=experiments/toy.py:5'
+    self._assert_done(self._call(toy, workdir), 'train 5 def')
+    self.assertIn(name, os.listdir(self.folder.full_path))
+    self._assert_done(self._call(workdir, '--mode=eval'), 'eval 5 def')
+    (path,) = pathlib.Path(self.folder.full_path, name).glob('config.json')
+    again = self._call(f'--config={path}', '--workdir=other')
+    self._assert_done(again, 'train 5 def')
+
+  @parameterized.parameters('workdir', 'config', 'session')
+  def test_name_that_is_too_long_is_one_line(self, flag):
+    others = ['--workdir=runs/a'] if flag != 'workdir' else []
+    call = self._call(*others, f'--{flag}={"x" * 300}')
+    self._assert_refused(call, f'--{flag}=xxx')
+    self.assertIn('longer than the file system allows', call.stderr)
+
+  def test_argument_that_is_not_utf8_is_one_line(self):
+    call = self._call(b'--workdir=a\xff', '--mode=describe')
+    self._assert_refused(call, 'is not UTF-8')
+
+  def test_terminal_of_ascii_gets_escapes(self):
+    ascii = {'PYTHONIOENCODING': 'ascii', 'LC_ALL': 'C'}
+    prompt = '--set=generate.prompt=größe ☃'
+    call = self._call(
+      '--config=experiments/toy.py', '--mode=describe', prompt, **ascii
+    )
+    self.assertEqual(call.returncode, 0, call.stderr)
+    self.assertEqual(call.stdout, 'describe 1 gr\\xf6\\xdfe \\u2603\n')
+    missing = self._call('--config=☃.py', '--mode=describe', **ascii)
+    self.assertEqual(missing.returncode, 2)
+    self.assertLen(missing.stderr.splitlines(), 1)
 
   @parameterized.parameters(
     (['--feed=a.txt'], '--session and --feed are for --mode=session'),
