@@ -3,6 +3,7 @@
 import collections
 from collections.abc import Mapping
 import math
+import re
 from typing import NamedTuple
 
 from nested_learning.compilation import collectives as collectives_lib
@@ -68,8 +69,17 @@ class Analysis(NamedTuple):
 
 
 def is_of_memory(op_name: str) -> bool:
-  """Whether an instruction's name says that it is part of a memory."""
-  return any('memory' in part for part in op_name.split('/'))
+  """Returns whether an operation runs in the scope `memory`.
+
+  The mixers open it with `jax.named_scope`. Transformations wrap a scope's
+  name, as in 'jit(f)/transpose(jvp(memory))/dot_general'. Functions of this
+  name, and scopes that merely contain the word, do not count.
+
+  Args:
+    op_name: The `op_name` of an instruction.
+  """
+  *scopes, _ = re.sub(r'\bp?jit\([^()]*\)', '', op_name).split('/')
+  return any('memory' in re.split(r'[()]', scope) for scope in scopes)
 
 
 def analyze(text: str, mesh_shape: Mapping[str, int]) -> Analysis:
@@ -143,9 +153,7 @@ def estimate_seconds(
     'network_seconds': networked / (chip.network_bandwidth * share),
   }
   on_chip = max(seconds['matmul_seconds'], seconds['hbm_seconds'])
-  sending = seconds['link_seconds'] + seconds['network_seconds']
-  seconds['step_seconds'] = on_chip + sending
-  seconds['step_seconds_overlapped'] = max(
-    on_chip, *list(seconds.values())[2:4]
-  )
+  link, network = seconds['link_seconds'], seconds['network_seconds']
+  seconds['step_seconds'] = on_chip + link + network
+  seconds['step_seconds_overlapped'] = max(on_chip, link, network)
   return seconds

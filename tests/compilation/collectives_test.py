@@ -151,6 +151,18 @@ class CollectivesTest(parameterized.TestCase):
       self.assertLen(found.in_memory_loops, int(inside))
 
   @parameterized.parameters(
+    ('jit(f)/memory/while/body/dot_general', True),
+    ('jit(f)/transpose(jvp(vmap(memory)))/while', True),
+    ('jit(f)/jvp(layer)/memory/while/body/add', True),
+    ('jit(f)/memory_as_context/attention/dot_general', False),
+    ('jit(f)/jvp(read_memory)/dot_general', False),
+    ('jit(memory)/dot_general', False),
+    ("state.params['memory']['kernel']", False),
+  )
+  def test_scope_of_a_memory(self, op_name, expected):
+    self.assertEqual(analysis.is_of_memory(op_name), expected)
+
+  @parameterized.parameters(
     ('replica_groups={{0,1},{2,3},{4,5},{6,7}}', ('model',)),
     ('replica_groups=[4,2]<=[8]', ('model',)),
     ('replica_groups=[4,2]<=[2,4]T(1,0)', ('data',)),
