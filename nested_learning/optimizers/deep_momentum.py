@@ -154,7 +154,9 @@ def deep_momentum(
       'fallback': fallback,
     },
     lambda params: jax.tree.map(
-      lambda leaf: 'deep' if leaf.ndim >= 2 else 'fallback', params
+      # A matrix without entries has no memory to learn it.
+      lambda leaf: 'deep' if leaf.ndim >= 2 and leaf.size else 'fallback',
+      params,
     ),
   )
 

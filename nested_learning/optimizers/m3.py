@@ -134,7 +134,9 @@ def scale_by_m3(
 
   def update_fn(updates, state, params=None):
     del params
-    gradients = jax.tree.map(lambda g, m: g.astype(m.dtype), updates, state[1])
+    gradients = jax.tree.map(
+      lambda g, m: g.astype(m.dtype), updates, state.momentum
+    )
     count = state.count
     step = (count + 1).astype(jnp.float32)
     keep, share = (decay, 1 - decay) if ema else (1.0, decay)

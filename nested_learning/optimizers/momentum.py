@@ -90,15 +90,14 @@ def delta_momentum(
 
   def remember(m, g, value, rate):
     kernel = _as_kernel(g.astype(m.dtype))
+    if stable:
+      kernel = _normalize(kernel)
     held = placement.matmul(jnp.matrix_transpose(kernel), _as_kernel(m))
     erased = placement.matmul(kernel, held).reshape(m.shape)
     value = value.astype(m.dtype)
     if not stable:
       return decay * m - erased - rate * value
-    square = jnp.sum(jnp.square(kernel), axis=(-2, -1), keepdims=True)
-    share = erase / jnp.maximum(square, jnp.finfo(m.dtype).tiny)
-    erased = share * erased.reshape(kernel.shape)
-    return decay * m - erased.reshape(m.shape) + value
+    return decay * m - erase * erased + value
 
   return _make_momentum(learning_rate, remember, preconditioner, stable)
 
@@ -210,6 +209,18 @@ def _make_momentum(learning_rate, remember, preconditioner, stable):
     return updates, MomentumState(count, trace, inner)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _normalize(kernel):
+  """Divides every matrix by its Frobenius norm; zero stays zero."""
+  # By the largest entry first: squares of entries beyond 1e19 overflow, and
+  # squares of entries below 1e-19 vanish.
+  tiny = jnp.finfo(kernel.dtype).tiny
+  axes = (-2, -1)
+  largest = jnp.max(jnp.abs(kernel), axis=axes, keepdims=True, initial=0)
+  kernel = kernel / jnp.maximum(largest, tiny)
+  norm = jnp.sqrt(jnp.sum(jnp.square(kernel), axis=axes, keepdims=True))
+  return kernel / jnp.maximum(norm, tiny)
 
 
 def _as_kernel(leaf):

@@ -48,6 +48,8 @@ def orthogonalize(
   if isinstance(coefficients, str):
     coefficients = COEFFICIENTS[coefficients]
   *stack, m, n = x.shape
+  if not x.size:
+    return x
   # With sharding in types nothing moves unless told to: there, and back. A
   # stack that must be padded or reshaped is made whole first.
   context = jax.sharding.get_abstract_mesh()

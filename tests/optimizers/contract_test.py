@@ -258,6 +258,22 @@ class ContractTest(parameterized.TestCase):
         injected.init({'w': jnp.ones((2, 2))})
 
   @parameterized.parameters(*NAMES)
+  def test_parameters_without_entries(self, name):
+    shapes = {'none': (0, 3), 'empty': (3, 0), 'stack': (2, 0, 3), 'w': (3, 3)}
+    params = {key: jnp.ones(shape) for key, shape in shapes.items()}
+    params['b'] = jnp.ones(3)
+    tx = make(name)
+    update = compiling.jit(
+      lambda params: tx.update(
+        params, tx.init(params), params, **extra(name, params)
+      )[0]
+    )
+    updates = update(params)
+    self.assertEqual(types(updates), types(params))
+    expected = update({key: params[key] for key in ('w', 'b')})
+    assert_close({key: updates[key] for key in expected}, expected)
+
+  @parameterized.parameters(*NAMES)
   def test_a_single_array_is_a_tree(self, name):
     tx = make(name)
     if name == 'multi_timescale':
