@@ -1,12 +1,12 @@
-"""What Delta Gradient Descent needs beyond a gradient, from any loss function.
+"""Captures the inputs of linear maps, for Delta Gradient Descent.
 
-DGD wants, for every linear map W with inputs x, the term W x x^T: the gradient
-of 1/2 |W x|^2 with x and everything upstream held fixed. A backward pass
-multiplies the error at the map's output by x^T anyway; adding the output
+For every linear map W with inputs x, DGD needs W x x^T: the gradient of
+1/2 |W x|^2 with x and everything upstream held fixed. A backward pass
+multiplies the error at the map's output by x^T anyway. Adding the output
 itself to that error, for the weights only, gives the sum of both terms for
 one addition. To find the maps, the loss is traced once and every contraction
-of a parameter with data is replaced, through jit, scan, remat and cond. This
-works for Linen, for NNX and for functions of a plain tree alike.
+or convolution of a parameter with data is replaced, through jit, scan, remat
+and cond. This works for Linen, for NNX and for functions of a plain tree alike.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,40 +19,58 @@ import jax
 from jax.extend import core
 import jax.numpy as jnp
 
-# Operations after which a parameter is still the same linear map.
+# Operations that return all of a parameter, in another shape or type.
 _LAYOUT = frozenset({
   'broadcast_in_dim', 'convert_element_type', 'copy', 'copy_p', 'expand_dims',
-  'reduce_precision', 'reshape', 'sharding_constraint', 'squeeze', 'transpose',
+  'optimization_barrier', 'reduce_precision', 'reshape', 'reshard',
+  'sharding_constraint', 'squeeze', 'transpose',
 })  # fmt: skip
-# Of these, the ones that leave the leading axis in place.
+# Of these, the ones that leave every entry in its place.
 _IN_PLACE = frozenset({
-  'convert_element_type', 'copy', 'copy_p', 'reduce_precision',
-  'sharding_constraint',
+  'convert_element_type', 'copy', 'copy_p', 'optimization_barrier',
+  'reduce_precision', 'reshard', 'sharding_constraint',
 })  # fmt: skip
+# Operations that return parts of a parameter.
+_PARTS = frozenset({'rev', 'slice', 'split'})
 
 
 @dataclasses.dataclass(frozen=True)
 class _Origin:
-  """Which parameter a value is, seen from inside a traced function.
+  """The parameters whose entries make up a value, inside a traced function.
 
   Attributes:
-    leaf: Index of the parameter among the leaves.
-    depth: Scans that have consumed a leading axis of it (stacked layers).
-    repeats: Times that the enclosing scans use it unchanged.
-    in_place: Whether its leading axis is where the parameter has it.
+    leaves: Indices of the parameters among the leaves.
+    whole: Whether the value is all of one parameter, or, inside a scan, all of
+      one layer of it.
+    depth: Number of leading axes that scans have consumed (stacked layers).
+    repeats: Number of times that the enclosing scans use the value unchanged.
+    in_place: Whether the leading axis is the parameter's own.
+    twin: For parameters used in parts, an array of zeros in the shape of the
+      value. Its gradient is the energy of the inputs, entry by entry.
   """
 
-  leaf: int
+  leaves: tuple[int, ...]
+  whole: bool = True
   depth: int = 0
   repeats: int = 1
   in_place: bool = True
+  twin: jax.Array | None = None
 
 
 class _Interpreter:
-  """Evaluates a traced function with its linear maps replaced."""
+  """Evaluates a traced function with its linear maps replaced.
 
-  def __init__(self, linear: Callable[..., Any]):
+  Args:
+    linear: Function of (bind, eqn, inputs, source, weights, probes) that
+      evaluates a product of a parameter with data; `weights` is the
+      parameter's place among the inputs.
+    lose: Function of (origin, name of an operation), called where a parameter
+      enters an operation that is not understood.
+  """
+
+  def __init__(self, linear: Callable[..., Any], lose: Callable[..., None]):
     self._linear = linear
+    self._lose = lose
 
   def run(self, jaxpr, consts, arguments, origins, probes) -> list[Any]:
     """Evaluates a jaxpr.
@@ -62,7 +80,7 @@ class _Interpreter:
       consts: Values of its constants.
       arguments: Values of its inputs.
       origins: For each input, its `_Origin`, or None.
-      probes: By leaf, the scalar whose gradient is the energy of its input.
+      probes: By leaf, the array whose gradient is the energy of its inputs.
 
     Returns:
       Values of the outputs.
@@ -82,22 +100,18 @@ class _Interpreter:
       sources = [origin(var) for var in eqn.invars]
       outputs = self._evaluate(eqn, inputs, sources, probes)
       values.update(zip(eqn.outvars, outputs, strict=True))
-      if eqn.primitive.name in _LAYOUT and sources[0] is not None:
-        if eqn.outvars[0].aval.size == eqn.invars[0].aval.size:
-          kept = eqn.primitive.name in _IN_PLACE
-          known[eqn.outvars[0]] = dataclasses.replace(
-            sources[0], in_place=sources[0].in_place and kept
-          )
+      if any(sources):
+        known.update(zip(eqn.outvars, _follow(eqn, sources), strict=True))
     return [read(var) for var in jaxpr.outvars]
 
   def _evaluate(self, eqn, inputs, sources, probes) -> list[Any]:
     name = eqn.primitive.name
-    bind = functools.partial(
-      eqn.primitive.bind, **eqn.primitive.get_bind_params(eqn.params)
-    )
-    if name == 'dot_general' and (sources[0] is None) != (sources[1] is None):
-      return [self._linear(bind, eqn, inputs, sources, probes)]
-    if any(source is not None for source in sources):
+    bind = _binder(eqn)
+    weights = _find_weights(eqn, sources)
+    if weights is not None:
+      source = sources[weights]
+      return [self._linear(bind, eqn, inputs, source, weights, probes)]
+    if any(sources):
       if name in ('jit', 'pjit'):
         closed = eqn.params['jaxpr']
         return self.run(closed.jaxpr, closed.consts, inputs, sources, probes)
@@ -120,6 +134,11 @@ class _Interpreter:
         return jax.lax.switch(inputs[0], branches, *inputs[1:])
       if name == 'scan':
         return self._scan(eqn, inputs, sources, probes)
+      # A lookup or a broadcast makes data: embeddings, biases and scales.
+      if name not in ('gather', 'broadcast_in_dim'):
+        followed = _follow(eqn, sources)
+        for source in filter(None, sources) if not any(followed) else ():
+          self._lose(source, name)
     outputs = bind(*inputs)
     return outputs if eqn.primitive.multiple_results else [outputs]
 
@@ -127,34 +146,46 @@ class _Interpreter:
     closed, length = eqn.params['jaxpr'], eqn.params['length']
     num_consts, num_carry = eqn.params['num_consts'], eqn.params['num_carry']
     start = num_consts + num_carry
-    inner, stacked = [None] * len(sources), {}
+    inner, sliced_probes, sliced_twins = [None] * len(sources), {}, {}
     for i, source in enumerate(sources):
       if source is None:
         continue
       if i < num_consts:
         repeats = source.repeats * length
         inner[i] = dataclasses.replace(source, repeats=repeats)
-      elif i >= start and source.in_place:
-        inner[i] = dataclasses.replace(source, depth=source.depth + 1)
-        if source.leaf in probes:
-          stacked[source.leaf] = probes[source.leaf]
+      elif i < start:
+        self._lose(source, 'the carry of a scan')
+      else:
+        inner[i] = dataclasses.replace(
+          source,
+          depth=source.depth + 1,
+          whole=source.whole and source.in_place,
+        )
+        if source.twin is not None:
+          sliced_twins[i] = source.twin
+        for leaf in source.leaves:
+          if leaf in probes:
+            sliced_probes[leaf] = probes[leaf]
     consts = inputs[:num_consts]
 
     def body(carry, slices):
-      xs, sliced = slices
+      xs, layer_probes, twins = slices
+      origins = list(inner)
+      for i, twin in twins.items():
+        origins[i] = dataclasses.replace(origins[i], twin=twin)
       outputs = self.run(
         closed.jaxpr,
         closed.consts,
         [*consts, *carry, *xs],
-        inner,
-        {**probes, **sliced},
+        origins,
+        {**probes, **layer_probes},
       )
       return outputs[:num_carry], outputs[num_carry:]
 
     carry, ys = jax.lax.scan(
       body,
       inputs[num_consts:start],
-      (inputs[start:], stacked),
+      (inputs[start:], sliced_probes, sliced_twins),
       length=length,
       reverse=eqn.params['reverse'],
       unroll=eqn.params['unroll'],
@@ -162,36 +193,114 @@ class _Interpreter:
     return [*carry, *ys]
 
 
-def _count_rows(eqn, data: int) -> int:
-  """Number of input vectors that a dot_general multiplies with the weights."""
-  contract, batch = eqn.params['dimension_numbers']
-  shape = eqn.invars[data].aval.shape
-  used = {*contract[data], *batch[data]}
-  return math.prod(size for axis, size in enumerate(shape) if axis not in used)
+def _binder(eqn) -> Callable[..., Any]:
+  return functools.partial(
+    eqn.primitive.bind, **eqn.primitive.get_bind_params(eqn.params)
+  )
 
 
-def _find(jaxpr, consts, num_leaves) -> dict[int, int]:
-  """Leaves that act as linear maps, with their number of stacked axes."""
-  depths = {}
+def _find_weights(eqn, sources) -> int | None:
+  """Returns which input of a product is a parameter, if the other is data."""
+  match eqn.primitive.name:
+    case 'dot_general':
+      if (sources[0] is None) != (sources[1] is None):
+        return 0 if sources[0] is not None else 1
+    case 'conv_general_dilated':
+      if sources[0] is None and sources[1] is not None:
+        return 1 if eqn.params['batch_group_count'] == 1 else None
+  return None
 
-  def record(bind, eqn, inputs, sources, probes):
-    del probes
-    source = sources[0] or sources[1]
-    depths.setdefault(source.leaf, set()).add(source.depth)
+
+def _follow(eqn, sources) -> list[_Origin | None]:
+  """Returns the origins of the outputs of an operation."""
+  name, nothing = eqn.primitive.name, [None] * len(eqn.outvars)
+  if name == 'concatenate' and all(sources):
+    return [_join(eqn, sources)]
+  if name == 'optimization_barrier':
+    return list(sources)
+  source = sources[0]
+  if source is None or any(sources[1:]):
+    return nothing
+  if name in _LAYOUT:
+    if eqn.outvars[0].aval.size != eqn.invars[0].aval.size:
+      return nothing
+    in_place = source.in_place and name in _IN_PLACE
+    changed = dataclasses.replace(source, in_place=in_place)
+  elif name in _PARTS:
+    changed = dataclasses.replace(source, whole=False, in_place=False)
+  else:
+    return nothing
+  if source.twin is None or name in _IN_PLACE:
+    return [changed] * len(nothing)
+  twins = _binder(eqn)(source.twin)
+  twins = twins if eqn.primitive.multiple_results else [twins]
+  return [dataclasses.replace(changed, twin=twin) for twin in twins]
+
+
+def _join(eqn, sources) -> _Origin:
+  """Returns the origin of parameters that are concatenated."""
+  twins = [source.twin for source in sources]
+  joined = None
+  if all(twin is not None for twin in twins):
+    # Parameters of several types were cast to one; their twins may differ.
+    dtype = jnp.result_type(*twins)
+    joined = _binder(eqn)(*(twin.astype(dtype) for twin in twins))
+  return _Origin(
+    leaves=tuple(leaf for source in sources for leaf in source.leaves),
+    whole=False,
+    depth=sources[0].depth,
+    repeats=max(source.repeats for source in sources),
+    in_place=False,
+    twin=joined,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Maps:
+  """The result of looking for linear maps in a loss.
+
+  Attributes:
+    depths: By leaf that is a map, the number of its leading axes that count
+      stacked layers; None if it is used in parts.
+    lost: By leaf that is none but might be, the operations that it enters.
+  """
+
+  depths: Mapping[int, int | None]
+  lost: Mapping[int, frozenset[str]]
+
+
+def _find(jaxpr, consts, leaves) -> _Maps:
+  """Finds the leaves that act as linear maps."""
+  depths, lost = {}, {}
+
+  def record(bind, eqn, inputs, source, weights, probes):
+    del eqn, weights, probes
+    for leaf in source.leaves:
+      depth = source.depth if source.whole else None
+      depths.setdefault(leaf, set()).add(depth)
     return bind(*inputs)
 
+  def lose(source, name):
+    for leaf in source.leaves:
+      if leaves[leaf].ndim - source.depth >= 2:
+        lost.setdefault(leaf, set()).add(name)
+
   def walk(*arguments):
-    origins = [_Origin(i) for i in range(num_leaves)]
-    origins += [None] * (len(arguments) - num_leaves)
-    return _Interpreter(record).run(jaxpr, consts, arguments, origins, {})
+    origins = [_Origin((i,)) for i in range(len(leaves))]
+    origins += [None] * (len(arguments) - len(leaves))
+    interpreter = _Interpreter(record, lose)
+    return interpreter.run(jaxpr, consts, arguments, origins, {})
 
   jax.eval_shape(walk, *(var.aval for var in jaxpr.invars))
-  # A parameter stacked in one place and whole in another has no one energy.
-  return {leaf: d.pop() for leaf, d in depths.items() if len(d) == 1}
+  return _Maps(
+    # A parameter stacked in one place and whole in another counts by entry.
+    {leaf: d.pop() if len(d) == 1 else None for leaf, d in depths.items()},
+    {k: frozenset(v) for k, v in lost.items() if k not in depths},
+  )
 
 
 def find_maps(loss_fn: Callable[..., Any], params, *args) -> Any:
-  """Says which parameters multiply data, and so can be trained by DGD.
+  """Finds the parameters that multiply data, and so can be trained by DGD.
 
   Args:
     loss_fn: Function of (params, *args).
@@ -201,20 +310,44 @@ def find_maps(loss_fn: Callable[..., Any], params, *args) -> Any:
   Returns:
     A tree with the structure of params, True at the maps.
   """
+  return trace_maps(loss_fn, params, *args)[0]
+
+
+def trace_maps(
+  loss_fn: Callable[..., Any], params, *args
+) -> tuple[Any, dict[str, list[str]]]:
+  """Finds the maps as `find_maps` does, and the parameters it cannot follow.
+
+  Args:
+    loss_fn: Function of (params, *args).
+    params: Tree of parameters, or of `jax.ShapeDtypeStruct`.
+    *args: Further arguments of loss_fn: arrays or shapes.
+
+  Returns:
+    A tree with the structure of params, True at the maps; and, by path of each
+    matrix that was not found to multiply data, the operations that it enters.
+  """
   closed = jax.make_jaxpr(loss_fn)(params, *args)
-  leaves, structure = jax.tree.flatten(params)
-  found = _find(closed.jaxpr, closed.consts, len(leaves))
-  return structure.unflatten([i in found for i in range(len(leaves))])
+  paths, structure = jax.tree.flatten_with_path(params)
+  leaves = [leaf for _, leaf in paths]
+  maps = _find(closed.jaxpr, closed.consts, leaves)
+  lost = {
+    jax.tree_util.keystr(path): sorted(maps.lost[i])
+    for i, (path, _) in enumerate(paths)
+    if i in maps.lost
+  }
+  marks = [i in maps.depths for i in range(len(leaves))]
+  return structure.unflatten(marks), lost
 
 
 def value_and_delta_grad(
   loss_fn: Callable[..., Any],
   *,
   erase: float = 1.0,
-  num_samples: int | None = None,
+  num_samples: int | Callable[..., Any] | None = None,
   has_aux: bool = False,
 ) -> Callable[..., tuple[Any, Any, Mapping[str, Any]]]:
-  r"""`jax.value_and_grad` with the term of Delta Gradient Descent added.
+  r"""Extends `jax.value_and_grad` by the term of Delta Gradient Descent.
 
   For a linear map with inputs x_s, outputs W x_s and N samples, the gradient is
   that of the loss plus
@@ -226,18 +359,32 @@ def value_and_delta_grad(
   its terms, as it does its gradients. The loss is a mean over samples and must
   not be scaled (the added term would not be).
 
+  An input vector is a sample if the loss depends on the map's output for it,
+  that is, if the gradient of the loss there is not exactly zero. Padding that
+  the loss masks out is no sample: it is neither erased nor counted, whatever
+  it holds.
+
+  A kernel of a convolution is a map of patches. A parameter that is used in
+  parts (split, sliced, indexed by a constant, concatenated with others) has an
+  energy per entry, that of the parts that the entry belongs to.
+
   Args:
     loss_fn: Scalar function of (params, *args); all further arguments are
       arrays.
     erase: Weight of the added term; 1 is the paper's rule.
-    num_samples: What the loss averages over. None: for each use of a map, the
-      number of vectors that it is applied to, all turns of an enclosing loop
-      together (a loop runs over pieces of the data).
+    num_samples: Number N that the loss averages over, or a function of *args
+      that returns it. None: for each use of a map, the number of its samples.
+      Inside a loop that uses a map repeatedly (over pieces of the data, over
+      time), that number is not known until all turns are done, and None counts
+      the vectors of all turns, padding included; give the number if the loss
+      masks vectors there.
     has_aux: Whether loss_fn returns (loss, anything).
 
   Returns:
     A function of (params, *args) that returns the loss (with aux), the
-    gradients, and {'energy': tree like params}, to be passed on to `dgd`.
+    gradients, and {'energy': tree like params}, to be passed on to `dgd`. The
+    energy of a leaf is a scalar, an array over its leading axes (stacked
+    layers), or an array of the leaf's shape.
 
   References:
     Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 56-57.
@@ -246,37 +393,45 @@ def value_and_delta_grad(
   def value_and_grad(params, *args):
     closed, shapes = jax.make_jaxpr(loss_fn, return_shape=True)(params, *args)
     leaves, structure = jax.tree.flatten(params)
-    found = _find(closed.jaxpr, closed.consts, len(leaves))
+    depths = _find(closed.jaxpr, closed.consts, leaves).depths
+    count = num_samples(*args) if callable(num_samples) else num_samples
+    count = None if count is None else jnp.asarray(count, jnp.float32)
+    zeros = lambda leaf, shape: jnp.zeros(shape, _wide(leaf.dtype))
+    # The energies are the gradients of the probes and the twins.
     probes = {
-      leaf: jnp.zeros(leaves[leaf].shape[:depth], _wide(leaves[leaf].dtype))
-      for leaf, depth in found.items()
+      leaf: zeros(leaves[leaf], leaves[leaf].shape[:depth])
+      for leaf, depth in depths.items()
+      if depth is not None
+    }
+    twins = {
+      leaf: jnp.zeros_like(leaves[leaf], dtype=_wide(leaves[leaf].dtype))
+      for leaf, depth in depths.items()
+      if depth is None
     }
 
-    def linear(bind, eqn, inputs, sources, probes):
-      weights = 0 if sources[0] is not None else 1
-      source = sources[weights]
-      if source.leaf not in probes:
-        return bind(*inputs)
-      rows = _count_rows(eqn, 1 - weights) * source.repeats
+    def linear(bind, eqn, inputs, source, weights, probes):
+      probe = source.twin
+      if probe is None:
+        probe = probes[source.leaves[0]]
       apply = bind if weights else lambda x, w: bind(w, x)
-      contract, batch = eqn.params['dimension_numbers']
-      return _make_linear(
-        apply, batch[1 - weights], erase, num_samples or rows
-      )(inputs[1 - weights], inputs[weights], probes[source.leaf])
+      geometry = _make_geometry(eqn, weights, source.repeats)
+      x, w = inputs[1 - weights], inputs[weights]
+      return _make_linear(apply, geometry, erase)(x, w, probe, count)
 
-    def loss(leaves, probes):
+    def loss(leaves, probes, twins):
       arguments = jax.tree.leaves((structure.unflatten(leaves), *args))
-      origins = [_Origin(i) for i in range(len(leaves))]
+      origins = [_Origin((i,), twin=twins.get(i)) for i in range(len(leaves))]
       origins += [None] * (len(arguments) - len(leaves))
-      outputs = _Interpreter(linear).run(
+      outputs = _Interpreter(linear, lambda source, name: None).run(
         closed.jaxpr, closed.consts, arguments, origins, probes
       )
       outputs = jax.tree.unflatten(jax.tree.structure(shapes), outputs)
       return outputs if has_aux else (outputs, None)
 
-    (value, aux), (gradients, energies) = jax.value_and_grad(
-      loss, argnums=(0, 1), has_aux=True
-    )(leaves, probes)
+    (value, aux), (gradients, *energies) = jax.value_and_grad(
+      loss, argnums=(0, 1, 2), has_aux=True
+    )(leaves, probes, twins)
+    energies = {**energies[0], **energies[1]}
     zero = jnp.zeros((), jnp.float32)
     energy = structure.unflatten(
       [energies.get(leaf, zero) for leaf in range(len(leaves))]
@@ -287,30 +442,153 @@ def value_and_delta_grad(
   return value_and_grad
 
 
-def _make_linear(apply, batch_axes, erase, num_samples):
-  """A linear map whose weights are also pulled towards answering 0."""
+@dataclasses.dataclass(frozen=True)
+class _Geometry:
+  """How the outputs of a product are laid out.
+
+  Attributes:
+    split: Brings outputs into a layout in which every axis counts maps side by
+      side, samples, or the outputs of one map.
+    join: Undoes `split`.
+    measure: Maps squared inputs to the squared norm of every input vector, in
+      the layout of `split`, with size 1 where outputs are counted.
+    samples: Axes that count samples.
+    outputs: Axes that count the outputs of one map.
+    num_vectors: Number of input vectors of all turns of the enclosing loops;
+      None outside loops.
+  """
+
+  split: Callable[[jax.Array], jax.Array]
+  join: Callable[[jax.Array], jax.Array]
+  measure: Callable[[jax.Array], jax.Array]
+  samples: tuple[int, ...]
+  outputs: tuple[int, ...]
+  num_vectors: int | None
+
+
+def _make_geometry(eqn, weights: int, repeats: int) -> _Geometry:
+  if eqn.primitive.name == 'dot_general':
+    return _dot_geometry(eqn, weights, repeats)
+  return _convolution_geometry(eqn, repeats)
+
+
+def _dot_geometry(eqn, weights: int, repeats: int) -> _Geometry:
+  """Outputs are [batch axes, free axes of the lhs, free axes of the rhs]."""
+  data = 1 - weights
+  contracted, batch = (pair[data] for pair in eqn.params['dimension_numbers'])
+  rank = eqn.invars[data].aval.ndim
+  free = [i for i in range(rank) if i not in contracted and i not in batch]
+  num_outputs = eqn.outvars[0].aval.ndim - len(batch) - len(free)
+  first = len(batch) + (0 if data == 0 else num_outputs)
+  samples = tuple(range(first, first + len(free)))
+  outputs = range(len(batch), eqn.outvars[0].aval.ndim)
+  outputs = tuple(axis for axis in outputs if axis not in samples)
+  left = [i for i in range(rank) if i not in contracted]
+  order = [left.index(axis) for axis in (*batch, *free)]
+
+  def measure(square):
+    norms = jnp.transpose(jnp.sum(square, axis=tuple(contracted)), order)
+    return jnp.expand_dims(norms, outputs)
+
+  same = lambda y: y
+  total = _num_vectors(eqn.outvars[0].aval.shape, samples, repeats)
+  return _Geometry(same, same, measure, samples, outputs, total)
+
+
+def _convolution_geometry(eqn, repeats: int) -> _Geometry:
+  """Every group of features is a map from patches to its own outputs."""
+  groups = eqn.params['feature_group_count']
+  kernel, numbers = eqn.invars[1].aval, eqn.params['dimension_numbers']
+  shape = eqn.outvars[0].aval.shape
+  feature = numbers.out_spec[1]
+  parts = (groups, shape[feature] // groups)
+  grouped = (*shape[:feature], *parts, *shape[feature + 1 :])
+  ones = list(kernel.shape)
+  ones[numbers.rhs_spec[0]] = groups
+
+  def measure(square):
+    # The sum over each patch: one output of weights 1 for every group.
+    norms = eqn.primitive.bind(
+      square,
+      jnp.ones(ones, square.dtype),
+      **{
+        **eqn.params,
+        'precision': jax.lax.Precision.HIGHEST,
+        'preferred_element_type': None,
+      },
+    )
+    return jnp.expand_dims(norms, feature + 1)
+
+  samples = tuple(
+    axis for axis in range(len(grouped)) if axis not in (feature, feature + 1)
+  )
+  return _Geometry(
+    lambda y: y.reshape(grouped),
+    lambda y: y.reshape(shape),
+    measure,
+    samples,
+    (feature + 1,),
+    _num_vectors(grouped, samples, repeats),
+  )
+
+
+def _num_vectors(shape, samples, repeats: int) -> int | None:
+  """Returns the number of input vectors of all turns, or None if one turn."""
+  if repeats == 1:
+    return None
+  return repeats * math.prod(shape[axis] for axis in samples)
+
+
+def _make_linear(apply, geometry: _Geometry, erase):
+  """Makes a linear map whose weights are also pulled towards an output of 0.
+
+  Args:
+    apply: Function of (x, w) that is linear in each.
+    geometry: The layout of its outputs.
+    erase: Weight of the pull.
+
+  Returns:
+    A function of (x, w, probe, count) with the value of `apply`; the gradient
+    of the probe is the energy of x, and count is the number of samples, or
+    None.
+  """
 
   @jax.custom_vjp
-  def linear(x, w, probe):
-    del probe
+  def linear(x, w, probe, count):
+    del probe, count
     return apply(x, w)
 
-  def forward(x, w, probe):
+  def forward(x, w, probe, count):
     y = apply(x, w)
-    square = jnp.square(x.astype(probe.dtype))
-    kept = [axis for axis in range(x.ndim) if axis not in batch_axes]
-    # Maps side by side (a batch axis of the weights) share one step, which
-    # must be short enough for the one with the longest inputs.
-    energy = jnp.max(jnp.sum(square, axis=kept)) / num_samples
-    return y, (x, w, y, energy)
+    return y, (x, w, y, probe, count)
 
   def backward(residuals, error):
-    x, w, y, energy = residuals
+    x, w, y, probe, count = residuals
+    # Vectors whose output the loss does not see are no samples.
+    nonzero = geometry.split(error) != 0
+    counted = jnp.any(nonzero, axis=geometry.outputs, keepdims=True)
+    if count is not None:
+      num = count
+    elif geometry.num_vectors is not None:
+      num = jnp.float32(geometry.num_vectors)
+    else:
+      num = jnp.sum(counted, geometry.samples, jnp.float32, keepdims=True)
+    num = jnp.maximum(num, 1).astype(probe.dtype)
+
+    norms = geometry.measure(jnp.square(x.astype(probe.dtype)))
+    norms = jnp.where(counted, norms, 0)
+    # Maps side by side (a batch axis of the weights) share one step, which
+    # must be short enough for the one with the longest inputs.
+    energy = jnp.sum(norms, geometry.samples, keepdims=True) / num
+    energy = jnp.max(energy, initial=0)
+
     (x_bar,) = jax.linear_transpose(lambda x: apply(x, w), x)(error)
     # d/dW of L + erase / (2 N) sum |W x|^2, with x held fixed.
-    pulled = error + (erase / num_samples * y).astype(error.dtype)
+    held = jnp.where(counted, erase / num * geometry.split(y), 0)
+    pulled = error + geometry.join(held).astype(error.dtype)
     (w_bar,) = jax.linear_transpose(lambda w: apply(x, w), w)(pulled)
-    return x_bar, w_bar, energy
+    no_count = None if count is None else jnp.zeros_like(count)
+    return x_bar, w_bar, jnp.zeros_like(probe) + energy, no_count
 
   linear.defvjp(forward, backward)
   return linear

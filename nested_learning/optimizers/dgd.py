@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
+import warnings
 
 from flax import nnx
 import jax
@@ -26,7 +27,7 @@ def for_model(
   learning_rate: optax.ScalarOrSchedule,
   erase: float = 1.0,
   fallback: optax.GradientTransformation | None = None,
-  num_samples: int | None = None,
+  num_samples: int | Callable[..., Any] | None = None,
   has_aux: bool = False,
 ) -> tuple[Callable[..., Any], optax.GradientTransformationExtraArgs]:
   """Sets up Delta Gradient Descent for a model, whatever it is written in.
@@ -66,8 +67,13 @@ def for_model(
     arguments, and the optax transformation that takes them.
 
   Raises:
-    ValueError: If a rate is negative, or loss_fn multiplies data with none of
-      the parameters.
+    ValueError: If a rate is negative, or no parameter is found that multiplies
+      data.
+
+  Warns:
+    UserWarning: If matrices enter operations through which their inputs cannot
+      be captured (`custom_vjp`, `shard_map`, arithmetic between parameters);
+      it names them. They get the fallback rule.
   """
   settings = {'erase': erase, 'num_samples': num_samples, 'has_aux': has_aux}
   if isinstance(model, nnx.Module):
@@ -77,11 +83,25 @@ def for_model(
   else:
     value_and_grad = capture.value_and_delta_grad(loss_fn, **settings)
     pure, params = loss_fn, model
-  found = capture.find_maps(pure, params, *args)
+  found, lost = capture.trace_maps(pure, params, *args)
+  listed = '; '.join(f'{path} ({", ".join(ops)})' for path, ops in lost.items())
   if not any(jax.tree.leaves(found)):
+    if lost:
+      raise ValueError(
+        'dgd.for_model: no parameter could be followed to a product with data. '
+        f'Matrices were lost in the operations in brackets: {listed}. Move '
+        'these out of loss_fn, or use optax.sgd.'
+      )
     raise ValueError(
-      'dgd.for_model: loss_fn multiplies none of the parameters with data, so '
-      'there is nothing to erase; use optax.sgd.'
+      'dgd.for_model: loss_fn has no matrix product or convolution of a '
+      'parameter with data, so there is nothing to erase; use optax.sgd.'
+    )
+  if lost:
+    warnings.warn(
+      'dgd.for_model: these matrices were not followed to a product with data, '
+      'and get the fallback rule; in brackets the operations in which they '
+      f'were lost: {listed}.',
+      stacklevel=2,
     )
   # By path, so that a part of the parameters has its rules as well.
   known = {
@@ -228,7 +248,15 @@ class _Dgd:
       checks.check_params(params)
       return partition.init(params)
 
-    return optax.GradientTransformationExtraArgs(init_fn, partition.update)
+    def update_fn(updates, state, params=None, **extra_args):
+      # Wrappers such as optax.masked and optax.partition cut the updates to a
+      # part of the parameters, and by default not the extra arguments.
+      for name in ('energy', 'projection'):
+        if extra_args.get(name) is not None:
+          extra_args[name] = _select(extra_args[name], updates, name)
+      return partition.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 dgd = _Dgd()
@@ -239,6 +267,23 @@ def _name(path):
   if path and path[-1] == jax.tree_util.GetAttrKey('value'):
     path = path[:-1]
   return jax.tree_util.keystr(path)
+
+
+def _select(tree, updates, argument):
+  """Returns the leaves of an extra argument that belong to the updates."""
+  if jax.tree.structure(tree) == jax.tree.structure(updates):
+    return tree
+  leaves = {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+  def select(path, _):
+    if _name(path) not in leaves:
+      raise ValueError(
+        f'dgd: the extra argument {argument} has no value for the parameter '
+        f'{_name(path)}; it has {sorted(leaves)}.'
+      )
+    return leaves[_name(path)]
+
+  return jax.tree_util.tree_map_with_path(select, updates)
 
 
 def _scale_by_dgd(learning_rate, erase):

@@ -46,6 +46,39 @@ def apply_in_a_loop(kernel, x):
   return jax.lax.scan(step, 0.0, x[:, None])[1][:, 0]
 
 
+def apply_in_halves(kernel, x):
+  left, right = jnp.split(kernel, 2, axis=1)
+  return jnp.concatenate([x @ left, x @ right], axis=1)
+
+
+def apply_sliced(kernel, x):
+  return jnp.concatenate([x @ kernel[:, :1], x @ kernel[:, 1:]], axis=1)
+
+
+def apply_by_layer(kernel, x):
+  layers = kernel.reshape(4, 2, 3).transpose(1, 0, 2)
+  return jnp.concatenate([x @ layers[0], x @ layers[1]], axis=1)
+
+
+def apply_scanned_columns(kernel, x):
+  step = lambda carry, column: (carry, x @ column)
+  return jax.lax.scan(step, 0.0, kernel.T)[1].T
+
+
+def apply_behind_a_barrier(kernel, x):
+  return x @ jax.lax.optimization_barrier(kernel)
+
+
+def apply_as_a_convolution(kernel, x):
+  return jax.lax.conv_general_dilated(
+    x[:, None],
+    kernel[None],
+    (1,),
+    'SAME',
+    dimension_numbers=('NWC', 'WIO', 'NWC'),
+  )[:, 0]
+
+
 class CaptureTest(parameterized.TestCase):
   @parameterized.parameters(
     apply_plainly,
@@ -56,6 +89,12 @@ class CaptureTest(parameterized.TestCase):
     apply_reshaped,
     apply_in_half_precision_types,
     apply_in_a_loop,
+    apply_in_halves,
+    apply_sliced,
+    apply_by_layer,
+    apply_scanned_columns,
+    apply_behind_a_barrier,
+    apply_as_a_convolution,
   )
   def test_finds_the_map(self, apply):
     kernel = jax.random.normal(jax.random.key(0), (4, 6))
@@ -68,6 +107,112 @@ class CaptureTest(parameterized.TestCase):
     np.testing.assert_allclose(loss, loss_fn(kernel, x), rtol=1e-5)
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(extra['energy'], jnp.sum(x**2) / 5, rtol=1e-5)
+
+  def test_joined_kernels_are_the_same_map(self):
+    keys = jax.random.split(jax.random.key(0), 3)
+    kernels = [jax.random.normal(key, (4, 3)) for key in keys[:2]]
+    x = jax.random.normal(keys[2], (5, 4))
+    loss_fn = lambda kernel, x: jnp.mean(jnp.sin(x @ kernel))
+    joined_loss = lambda kernels, x: loss_fn(jnp.concatenate(kernels, 1), x)
+    _, gradients, extra = optimizers.value_and_delta_grad(joined_loss)(
+      kernels, x
+    )
+    _, expected, _ = optimizers.value_and_delta_grad(loss_fn)(
+      jnp.concatenate(kernels, 1), x
+    )
+    np.testing.assert_allclose(
+      jnp.concatenate(gradients, 1), expected, rtol=1e-5
+    )
+    for energy in extra['energy']:
+      np.testing.assert_allclose(energy, jnp.sum(x**2) / 5, rtol=1e-5)
+
+  def test_layers_by_index_have_energies_of_their_own(self):
+    layers = jax.random.normal(jax.random.key(0), (2, 4, 4))
+    x = jax.random.normal(jax.random.key(1), (5, 4))
+    stacked_loss = lambda w, x: jnp.mean(jnp.tanh(x @ w[0]) @ w[1])
+    listed_loss = lambda w, x: jnp.mean(jnp.tanh(x @ w[0]) @ w[1])
+    _, gradients, extra = optimizers.value_and_delta_grad(stacked_loss)(
+      layers, x
+    )
+    _, expected, expected_extra = optimizers.value_and_delta_grad(listed_loss)(
+      list(layers), x
+    )
+    for i in range(2):
+      np.testing.assert_allclose(gradients[i], expected[i], rtol=1e-5)
+      np.testing.assert_allclose(
+        extra['energy'][i],
+        jnp.broadcast_to(expected_extra['energy'][i], (4, 4)),
+        rtol=1e-5,
+      )
+
+  @parameterized.parameters(
+    ((3, 3), 1, (1, 1), 'SAME'),
+    ((3, 2), 2, (2, 1), 'VALID'),
+    ((2, 2), 4, (1, 1), 'SAME'),  # depthwise
+  )
+  def test_convolution_is_a_map_of_patches(self, size, groups, stride, padding):
+    keys = jax.random.split(jax.random.key(0), 2)
+    kernel = jax.random.normal(keys[0], (*size, 4 // groups, 8))
+    x = jax.random.normal(keys[1], (2, 5, 6, 4))
+    names = ('NHWC', 'HWIO', 'NHWC')
+
+    def loss_fn(kernel, x):
+      y = jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        stride,
+        padding,
+        dimension_numbers=names,
+        feature_group_count=groups,
+      )
+      return jnp.mean(jnp.sin(y))
+
+    # [b, h, w, in * kernel size], the channel changing slowest.
+    patches = jax.lax.conv_general_dilated_patches(
+      x, size, stride, padding, dimension_numbers=names
+    )
+    patches = patches.reshape(-1, groups, 4 // groups * size[0] * size[1])
+    matrices = jnp.moveaxis(kernel, 2, 0).reshape(patches.shape[-1], groups, -1)
+    gram = jnp.einsum('ngi,ngj->gij', patches, patches) / len(patches)
+    pull = jnp.einsum('gij,jgo->igo', gram, matrices)
+    pull = jnp.moveaxis(pull.reshape(4 // groups, *size, 8), 0, 2)
+    expected = jax.grad(loss_fn)(kernel, x) + pull
+    _, gradient, extra = optimizers.value_and_delta_grad(loss_fn)(kernel, x)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
+    energies = jnp.trace(gram, axis1=1, axis2=2)
+    np.testing.assert_allclose(extra['energy'], jnp.max(energies), rtol=1e-5)
+
+  @parameterized.product(fill=(0.0, 1.0, 100.0), looped=(False, True))
+  def test_masked_padding_is_no_sample(self, fill, looped):
+    kernels = jax.random.normal(jax.random.key(0), (2, 4, 4)) / 2
+    kernels = {'first': kernels[0], 'second': kernels[1]}
+    x = jax.random.normal(jax.random.key(1), (3, 7, 4))
+    real = jnp.arange(7) < 4
+
+    def rows_loss(kernels, x, mask):
+      y = jnp.tanh(x @ kernels['first']) @ kernels['second']
+      return jnp.sum(jnp.sum((y - 1) ** 2, -1) * mask) / 12
+
+    def loss_fn(kernels, x, mask):
+      if not looped:
+        return rows_loss(kernels, x, mask)
+      body = lambda sum_, row: (sum_ + rows_loss(kernels, row, mask), None)
+      return jax.lax.scan(body, 0.0, x)[0]
+
+    count = lambda x, mask: x.shape[0] * jnp.sum(mask)
+    num_samples = count if looped else None
+    padded = jnp.where(real[:, None], x, fill)
+    actual = optimizers.value_and_delta_grad(loss_fn, num_samples=num_samples)(
+      kernels, padded, real
+    )
+    expected = optimizers.value_and_delta_grad(rows_loss)(
+      kernels, x[:, :4], jnp.ones(4)
+    )
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+      actual,
+      expected,
+    )
 
   def test_gradient_upstream_is_untouched(self):
     # The term holds x fixed: what made x must not feel it.

@@ -1,5 +1,7 @@
 """Delta Gradient Descent against its objective, and its capture of inputs."""
 
+import warnings
+
 from absl.testing import absltest
 from absl.testing import parameterized
 from flax import nnx
@@ -174,8 +176,8 @@ class DgdTest(parameterized.TestCase):
   def test_step_contracts_however_large_the_rate(self):
     x = jax.random.normal(jax.random.key(0), (64, 8)) * jnp.arange(1, 9)
     kernel = jax.random.normal(jax.random.key(1), (8, 4))
-    # A loss that does not depend on the map: only the erasing term acts.
-    loss_fn = lambda kernel, x: 0.0 * jnp.sum(x @ kernel)
+    # A loss that hardly depends on the map: the erasing term alone acts.
+    loss_fn = lambda kernel, x: 1e-20 * jnp.sum(x @ kernel)
     value_and_grad, tx = optimizers.dgd.for_model(
       loss_fn, kernel, x, learning_rate=1e6
     )
@@ -370,8 +372,71 @@ class DgdTest(parameterized.TestCase):
     )
     updates, _ = tx.update(gradients, tx.init(params), params, **extra)
     assert_close(updates['first'], expected['first'])
+    for wrapper in (
+      optax.partition(
+        {'dgd': dgd, 'none': optax.set_to_zero()},
+        {'first': 'dgd', 'second': 'none'},
+      ),
+      optax.masked(dgd, {'first': True, 'second': False}),
+      optax.selective_transform(
+        dgd, freeze_mask={'first': False, 'second': True}
+      ),
+    ):
+      updates, _ = wrapper.update(
+        gradients, wrapper.init(params), params, **extra
+      )
+      assert_close(updates['first'], expected['first'])
+    with self.assertRaisesRegex(ValueError, r"energy has no value .*'third'"):
+      third = {'third': jnp.ones((2, 2))}
+      optimizers.dgd(1.0).update(
+        third, optimizers.dgd(1.0).init(third), third, **extra
+      )
     with self.assertRaisesRegex(ValueError, r"not shown .*\['third'\]"):
       dgd.init({'third': jnp.ones((2, 2))})
+
+  def test_lstm_with_joined_kernels_and_convolutions_are_found(self):
+    x = jnp.ones((2, 3, 4))
+    model = nn.Sequential([
+      nn.Conv(5, (3,)),
+      nn.RNN(nn.OptimizedLSTMCell(6)),
+    ])  # fmt: skip
+    params = model.init(jax.random.key(0), x)
+    loss_fn = lambda params, x: jnp.mean(model.apply(params, x) ** 2)
+    report = optimizers.dgd.report(loss_fn, params, x)
+    rules = {path: rule for path, rule in report.items() if 'kernel' in path}
+    self.assertLen(rules, 9)
+    self.assertEqual(set(rules.values()), {'dgd'})
+
+  def test_names_the_matrices_that_it_cannot_follow(self):
+    @jax.custom_vjp
+    def multiply(w, x):
+      return x @ w
+
+    multiply.defvjp(lambda w, x: (x @ w, (w, x)), lambda r, g: r)
+    losses = {
+      'custom_vjp': lambda params, x: jnp.sum(multiply(params['w'], x)),
+      'mul': lambda params, x: jnp.sum(x @ (params['w'] * params['w'])),
+      'dynamic_slice': lambda params, x: jax.lax.fori_loop(
+        0,
+        2,
+        lambda i, y: y + jnp.sum(x[0] * (x @ params['w'][i][:, None])),
+        0.0,
+      ),
+      'gather': lambda params, x: jnp.sum(params['w'][jnp.arange(3) // 2]),
+    }
+    params, x = {'w': jnp.eye(2), 'v': jnp.eye(2)}, jnp.ones((3, 2))
+    for name, loss in losses.items():
+      both = lambda p, x, loss=loss: loss(p, x) + jnp.sum(x @ p['v'])
+      with self.subTest(name):
+        if name == 'gather':  # A table is no map, and needs no word.
+          with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            optimizers.dgd.for_model(both, params, x, learning_rate=0.1)
+          continue
+        with self.assertWarnsRegex(UserWarning, rf"\['w'\] \({name}"):
+          optimizers.dgd.for_model(both, params, x, learning_rate=0.1)
+        with self.assertRaisesRegex(ValueError, rf"lost .*\['w'\] \({name}"):
+          optimizers.dgd.for_model(loss, params, x, learning_rate=0.1)
 
   def test_says_what_is_wrong(self):
     params, batch = make_mlp()
