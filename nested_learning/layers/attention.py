@@ -1,13 +1,12 @@
-"""Softmax attention with rotary positions; its keys and values are its state.
+"""Causal softmax attention with rotary positions, to all tokens or a window.
 
-With a window, a query sees no more than the last tokens, and the state has a
-constant size: see `nested_learning.layers.sliding_window`.
+Attention to all tokens keeps every key and value of a stream, so that its state
+limits the stream's length. With `window`, a query sees the last tokens only and
+the state has a constant size; see `nested_learning.layers.sliding_window`.
 
 References:
-  Su et al., RoFormer, arXiv:2104.09864, 2021, eq. 34 (rotary positions).
   Behrouz et al., Titans, arXiv:2501.00663, 2024, section 3.3 (persistent
   memory).
-  Ainslie et al., GQA, arXiv:2305.13245, 2023 (grouped keys and values).
 """
 
 import dataclasses
@@ -24,7 +23,6 @@ from nested_learning import parameters
 from nested_learning.layers import base
 from nested_learning.layers import dot_product
 from nested_learning.layers import ring_attention
-from nested_learning.layers import rotary
 from nested_learning.layers import sliding_window
 
 
@@ -77,14 +75,14 @@ class AttentionConfig:
 
 
 class AttentionState(NamedTuple):
-  """What attention to all tokens carries; s is the longest stream allowed.
+  """State of attention to all tokens of a stream of at most s tokens.
 
   Attributes:
     key: [b, s, kv heads, d], rotated.
     value: [b, s, kv heads, d].
-    document: int32 [b, s], which document a slot belongs to; -1 is empty.
+    document: int32 [b, s], the document of each token; -1 for empty slots.
     position: int32 [b], tokens read so far.
-    current: int32 [b], the document that is being read.
+    current: int32 [b], the document being read.
   """
 
   key: jax.Array
@@ -100,38 +98,17 @@ def make_attention(
   """Makes the attention layer.
 
   Args:
-    config: Its settings.
+    config: Settings of the layer.
     embed_dim: Width e of inputs and outputs.
-    max_length: Tokens that a stream may have; the size of the state. With a
-      window, a stream has any number and the state is the window's.
-    dtype: Type of the arithmetic; softmax is in float32.
+    max_length: Longest stream in tokens, the size of the state. Unused with a
+      window, which allows streams of any length.
+    dtype: Type of the arithmetic; the softmax is in float32 at least.
 
   Returns:
     A `Layer`.
   """
   c = config
-  table = {
-    'query': _projection(embed_dim, c.num_heads, c.head_dim),
-    'key': _projection(embed_dim, c.num_kv_heads, c.head_dim),
-    'value': _projection(embed_dim, c.num_kv_heads, c.head_dim),
-    'out': parameters.Param(
-      (c.num_heads, c.head_dim, embed_dim),
-      ('heads', None, 'embed'),
-      parameters.fan_in(c.num_heads * c.head_dim),
-      decay=True,
-    ),
-  }
-
-  if c.num_persistent:
-    table['persistent_memory'] = {
-      name: parameters.Param(
-        (c.num_persistent, c.num_kv_heads, c.head_dim),
-        (None, 'heads', None),
-        parameters.normal(1.0),  # as a token's projection
-        decay=False,
-      )
-      for name in ('key', 'value')
-    }
+  table = _table(c, embed_dim)
 
   def init_state(params, batch_size):
     del params
@@ -140,7 +117,7 @@ def make_attention(
       return sliding_window.init_state(c.window, key_shape, batch_size, dtype)
     return _init_state(max_length, key_shape, batch_size, dtype)
 
-  def apply(params, state, inputs, marks):
+  def apply(params, state, inputs, info):
     project = lambda w: jnp.einsum('bte,ehd->bthd', inputs, w.astype(dtype))
     query, key, value = (project(params[n]) for n in ('query', 'key', 'value'))
     persistent = None
@@ -150,8 +127,8 @@ def make_attention(
     num_parts = context_parallel.num_parts(inputs.shape[1])
     in_parts = num_parts > 1 and state is None
     if c.window is not None:
-      attend = functools.partial(sliding_window.attend, state, mask=marks.mask)
-      if in_parts and marks.mask is None:
+      attend = functools.partial(sliding_window.attend, state, mask=info.mask)
+      if in_parts and info.mask is None:
         attend = ring_attention.attend_window
       outputs, state = attend(
         query=query,
@@ -159,7 +136,7 @@ def make_attention(
         value=value,
         window=c.window,
         theta=c.rope_theta,
-        reset=marks.reset,
+        reset=info.reset,
         persistent=persistent,
       )
     else:
@@ -170,7 +147,7 @@ def make_attention(
         key,
         value,
         theta=c.rope_theta,
-        marks=marks,
+        info=info,
         is_start=state is None,
         in_parts=in_parts,
         persistent=persistent,
@@ -179,6 +156,43 @@ def make_attention(
     return out, state
 
   return base.make_layer(table, init_state, apply)
+
+
+def _table(config: AttentionConfig, embed_dim: int) -> parameters.Table:
+  heads, kv_heads, dim = (
+    config.num_heads,
+    config.num_kv_heads,
+    config.head_dim,
+  )
+
+  def project(num_heads):
+    return parameters.Param(
+      (embed_dim, num_heads, dim),
+      ('embed', 'heads', None),
+      parameters.fan_in(embed_dim),
+      decay=True,
+    )
+
+  table = {
+    'query': project(heads),
+    'key': project(kv_heads),
+    'value': project(kv_heads),
+    'out': parameters.Param(
+      (heads, dim, embed_dim),
+      ('heads', None, 'embed'),
+      parameters.fan_in(heads * dim),
+      decay=True,
+    ),
+  }
+  if config.num_persistent:
+    learned = lambda: parameters.Param(
+      (config.num_persistent, kv_heads, dim),
+      (None, 'heads', None),
+      parameters.normal(1.0),  # the size of a token's projection
+      decay=False,
+    )
+    table['persistent_memory'] = {'key': learned(), 'value': learned()}
+  return table
 
 
 def _init_state(max_length, key_shape, batch_size, dtype) -> AttentionState:
@@ -199,25 +213,26 @@ def _attend(
   value,
   *,
   theta,
-  marks,
+  info,
   is_start,
   in_parts,
   persistent,
 ) -> tuple[jax.Array, AttentionState]:
-  """Attends to every token of the document so far: [b, t, h, d] each."""
+  """Attends to all earlier tokens of the document; all arrays [b, t, h, d]."""
   (batch_size, num_tokens), max_length = query.shape[:2], start.key.shape[1]
-  read = jnp.ones(query.shape[:2], bool) if marks.mask is None else marks.mask
+  read = jnp.ones(query.shape[:2], bool) if info.mask is None else info.mask
   count = jnp.cumsum(read, axis=1, dtype=jnp.int32)
   position = start.position[:, None] + count - 1
   document = jnp.broadcast_to(start.current[:, None], position.shape)
-  if marks.reset is not None:
-    document += jnp.cumsum(marks.reset & read, axis=1, dtype=jnp.int32)
+  if info.reset is not None:
+    document += jnp.cumsum(info.reset & read, axis=1, dtype=jnp.int32)
   unplaced = query
-  query = rotary.rotate(query, position, theta)
-  key = rotary.rotate(key, position, theta)
+  query = dot_product.rotate(query, position, theta)
+  key = dot_product.rotate(key, position, theta)
 
   rows = jnp.arange(batch_size)[:, None]
-  slots = jnp.where(read, position, max_length)  # padding falls off the end
+  # Padding gets a slot past the end, which mode='drop' ignores.
+  slots = jnp.where(read, position, max_length)
   put = lambda into, x: into.at[rows, slots].set(x, mode='drop')
   state = AttentionState(
     key=put(start.key, key),
@@ -227,15 +242,15 @@ def _attend(
     current=document[:, -1],
   )
   if persistent is not None:
-    persistent = dot_product.Persistent(unplaced, *persistent)
+    learned_key, learned_value = persistent
+    persistent = dot_product.Persistent(unplaced, learned_key, learned_value)
   if in_parts:
     places = ring_attention.Places(position, document, read)
     outputs = ring_attention.attend(
       query, key, value, places, persistent=persistent
     )
     return outputs, state
-  # A key is seen from its own document, from its own place on.
-  if is_start:  # nothing before these tokens: attend among them alone
+  if is_start:  # nothing precedes these tokens: their own keys suffice
     place = jnp.broadcast_to(jnp.arange(num_tokens), position.shape)
     key_place, key_document = place, jnp.where(read, document, -1)
   else:
@@ -243,6 +258,7 @@ def _attend(
     key, value, key_document = state.key, state.value, state.document
 
   def sees(places, num_keys):
+    """Returns which keys are of the query's document and not after it."""
     place, document = (x[:, :, None] for x in places)
     before = key_place[:, None, :num_keys] <= place
     return before & (key_document[:, None, :num_keys] == document)
@@ -257,12 +273,3 @@ def _attend(
     persistent=persistent,
   )
   return outputs, state
-
-
-def _projection(embed_dim: int, num_heads: int, head_dim: int):
-  return parameters.Param(
-    (embed_dim, num_heads, head_dim),
-    ('embed', 'heads', None),
-    parameters.fan_in(embed_dim),
-    decay=True,
-  )

@@ -1,4 +1,4 @@
-"""Causal depthwise convolution whose last inputs are its state."""
+"""Causal depthwise convolution; its state is its last inputs."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,10 @@ from nested_learning import parameters
 
 
 def table(width: int, channels: int, axis: str) -> parameters.Table:
-  """One filter of `width` taps per channel, initially the identity plus noise.
+  """Returns the parameters: one filter of `width` taps per channel.
 
-  The last tap is the current token's.
+  The filters start at the identity plus noise. The last tap weighs the current
+  token.
   """
 
   def init(key, shape, dtype):
@@ -25,7 +26,7 @@ def table(width: int, channels: int, axis: str) -> parameters.Table:
 
 
 def init_state(width: int, channels: int, batch_size: int, dtype) -> jax.Array:
-  """The inputs before a stream's start: zeros [b, width - 1, channels]."""
+  """Returns the state at a stream's start: zeros [b, width - 1, channels]."""
   return jnp.zeros((batch_size, width - 1, channels), dtype)
 
 
@@ -116,10 +117,10 @@ def _apply(params, state, x, *, reset=None, mask=None):
 
 @jax.custom_vjp
 def _filter(kernel, padded, document):
-  """Sums the taps over [b, width - 1 + t, c]: [b, t, c], within documents.
+  """Filters [b, width - 1 + t, c] to [b, t, c], within documents.
 
-  Its gradient is written out, as the same sum backwards in time: that of a
-  slice would be a copy as long as x, for every tap.
+  The gradient is written by hand, as the same sum backwards in time: automatic
+  differentiation would pad every tap's slice to a copy as long as x.
   """
   num_tokens = padded.shape[1] - len(kernel) + 1
   own = None if document is None else document[:, -num_tokens:]
@@ -141,7 +142,7 @@ def _filter_bwd(kept, gradient):
   kernel, padded, document = kept
   before = len(kernel) - 1
   num_tokens, length = gradient.shape[1], padded.shape[1]
-  # Later tokens, of which those outside of the call are in no document.
+  # Tokens after the call are of no document.
   later = jnp.pad(gradient, ((0, 0), (before, before), (0, 0)))
   own = None
   if document is not None:

@@ -1,4 +1,14 @@
-"""Softmax attention of given queries to given keys."""
+"""Softmax attention of given queries to given keys, and rotary positions.
+
+`jax.nn.dot_product_attention` is not used. It holds all t x s scores at once,
+computes the softmax in float32 even for float64 inputs, and has no second query
+for keys without a position. Its cuDNN kernel, which would be faster on GPUs,
+must be requested by hand and takes half-precision inputs only.
+
+References:
+  Su et al., RoFormer, arXiv:2104.09864, 2021, eq. 34 (rotary positions).
+  Ainslie et al., GQA, arXiv:2305.13245, 2023 (grouped keys and values).
+"""
 
 from collections.abc import Callable
 import functools
@@ -8,15 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_BLOCK = 256  # queries that are scored at a time
-_GROUPS = 8  # of blocks that are scored against keys of one length, at most
+_BLOCK = 256  # queries scored at a time
+_GROUPS = 8  # groups of blocks, each scored against keys of one length
 
 
 class Persistent(NamedTuple):
-  """Keys and values that every query sees, wherever it is.
+  """Learned keys and values that every query sees, at any distance.
 
   Attributes:
-    query: [b, t, h, d], the queries without a position.
+    query: [b, t, h, d], the queries before rotation.
     key: [n, kv heads, d].
     value: [n, kv heads, d].
   """
@@ -24,6 +34,29 @@ class Persistent(NamedTuple):
   query: jax.Array
   key: jax.Array
   value: jax.Array
+
+
+def rotate(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
+  """Rotates pairs of channels by angles proportional to the position.
+
+  The score of a rotated query and key depends on their distance alone.
+
+  Args:
+    x: [b, t, h, d]; channel i is paired with channel i + d / 2.
+    position: int [b, t], or [t] for all rows.
+    theta: Base of the wavelengths.
+
+  Returns:
+    An array like x.
+  """
+  half = x.shape[-1] // 2
+  frequency = theta ** (-jnp.arange(half) / half)
+  angle = position[..., None, None] * frequency  # [(b,) t, 1, d / 2]
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  first, second = x[..., :half], x[..., half:]
+  rotated = (first * cos - second * sin, second * cos + first * sin)
+  # The angles are float32, which would widen bfloat16 inputs.
+  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def attend(
@@ -34,17 +67,17 @@ def attend(
   *,
   persistent: Persistent | None = None,
 ) -> jax.Array:
-  """softmax(query key^T / sqrt(d)) value, over the keys that are visible.
+  """Computes softmax(query key^T / sqrt(d)) value over the visible keys.
 
   Args:
     query: [b, t, h, d].
     key: [b, s, kv heads, d]; neighbouring query heads share one.
     value: [b, s, kv heads, d].
-    visible: bool [b, t, s]. A query that sees nothing gets an average.
-    persistent: What is seen beside them, or None.
+    visible: bool [b, t, s]. A query that sees no key gets the mean value.
+    persistent: Keys and values visible to every query, or None.
 
   Returns:
-    [b, t, h, d] in the dtype of value; softmax is in float32 at least.
+    [b, t, h, d] in the dtype of value; the softmax is in float32 at least.
   """
   wide = jnp.promote_types(query.dtype, jnp.float32)
 
@@ -55,6 +88,7 @@ def attend(
     )
     return scores * query.shape[-1] ** -0.5
 
+  # The smallest number and not -inf, whose softmax is NaN where all is masked.
   scores = jnp.where(
     visible[:, None, None], score(query, key), jnp.finfo(wide).min
   )
@@ -64,6 +98,7 @@ def attend(
     scores = jnp.concatenate([score(persistent.query, learned), scores], -1)
     learned = rows(persistent.value.astype(value.dtype))
     value = jnp.concatenate([learned, value], axis=1)
+  # Weights are at most 1: half precision suffices for the second product.
   weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
   out = jnp.einsum('bkgts,bskd->btkgd', weights, value)
   return out.reshape(query.shape)
@@ -79,21 +114,21 @@ def attend_in_blocks(
   is_causal: bool,
   persistent: Persistent | None = None,
 ) -> jax.Array:
-  """`attend`, whose memory grows with the tokens and not with their square.
+  """Computes `attend` with memory linear in the number of tokens.
 
-  Queries are taken a block at a time, and the backward pass scores each block
-  again. Where they are causal, a group of blocks is scored against the keys up
-  to its end alone: with eight groups, 56 % of all.
+  Scores one block of queries at a time, and scores it again in the backward
+  pass. Causal queries are scored against the keys up to the end of their group
+  of blocks: with eight groups, 56 % of all scores.
 
   Args:
     query: [b, t, h, d].
     key: [b, s, kv heads, d].
     value: [b, s, kv heads, d].
-    places: Of the queries, leaves [b, t].
-    sees: From the places of some queries and a number n of keys to which of the
-      first n they see, bool [b, t, n].
-    is_causal: Whether a query sees no key after its own, t being s.
-    persistent: What is seen beside them, or None.
+    places: Positions of the queries, a pytree of [b, t].
+    sees: `sees(places, n)` returns which of the first n keys the queries at
+      these places see, bool [b, t, n].
+    is_causal: Whether no query sees a key after its own; t is s then.
+    persistent: Keys and values visible to every query, or None.
 
   Returns:
     [b, t, h, d] in the dtype of value.
@@ -121,6 +156,7 @@ def attend_in_blocks(
   ):
     first, end = int(group[0]), int(group[-1]) + 1
     length = min(end * _BLOCK, num_keys) if is_causal else num_keys
+    # Recomputed in the backward pass, which then keeps no scores [t, s].
     score = jax.checkpoint(functools.partial(look, length))
     in_group = jax.tree.map(lambda x, a=first, b=end: x[a:b], blocks)
     outputs.append(_map(score, in_group))
@@ -129,14 +165,14 @@ def attend_in_blocks(
 
 
 def _map(function, xs):
-  """`lax.map`, without a loop for one."""
+  """Maps over the leading axis, without a loop if it has one entry."""
   if len(jax.tree.leaves(xs)[0]) > 1:
     return jax.lax.map(function, xs)
   return function(jax.tree.map(lambda x: x[0], xs))[None]
 
 
 def _cut(x, num_blocks):
-  """[b, t, ...] to [block, b, _BLOCK, ...], the last one padded with zeros."""
+  """Cuts [b, t, ...] into [n, b, _BLOCK, ...], zeros after the last token."""
   missing = num_blocks * _BLOCK - x.shape[1]
   x = jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
   return jnp.moveaxis(

@@ -1,18 +1,18 @@
 r"""Softmax attention over devices that share the tokens of a row.
 
-Queries stay where they are. Keys and values go round the ring of devices, and
-every device adds up what its queries see of each part:
+Queries stay on their device. Keys and values travel round the ring of devices,
+and every device accumulates the attention of its queries to each part:
 
 .. math::
    top &= \max_s score_s \\
    out &= \sum_s e^{score_s - top} v_s / \sum_s e^{score_s - top}
 
-one block of keys after the other, so that no device ever holds a row's keys, or
-scores of more than a block of them. The backward pass makes the scores again
-and sends the gradients of keys and values round with them.
+one block of keys at a time: no device holds all keys of a row, or scores of
+more than one block. The backward pass recomputes the scores, and the gradients
+of keys and values travel round with the keys and values.
 
-Every device scores all parts, also those after its own, of which causal queries
-see nothing: half of that work is for nothing.
+Every device scores all parts. Parts after its own are masked, so that half of
+the work is wasted.
 
 References:
   Liu et al., Ring Attention, arXiv:2310.01889, 2023.
@@ -29,15 +29,15 @@ from nested_learning import context_parallel
 from nested_learning.layers import dot_product
 from nested_learning.layers import sliding_window
 
-_BLOCK = 1024  # most keys that are scored at a time
+_BLOCK = 1024  # keys scored at a time, at most
 
 
 class Places(NamedTuple):
-  """Where tokens are, [b, t]: what decides which key a query sees.
+  """Places of tokens [b, t], which decide the keys that a query sees.
 
   Attributes:
-    position: int, tokens of the stream before it.
-    document: int, which document it belongs to.
+    position: int, number of earlier tokens of the stream.
+    document: int, the token's document.
     present: bool, False for padding.
   """
 
@@ -54,21 +54,22 @@ def attend(
   *,
   persistent: dot_product.Persistent | None = None,
 ) -> jax.Array:
-  """Attends to the tokens up to one's own, over the devices.
+  """Attends to every earlier token of the document, over the devices.
 
   Args:
     query: [b, t, h, d].
     key: [b, t, kv heads, d]; neighbouring query heads share one.
     value: [b, t, kv heads, d].
-    places: Of all tokens.
-    persistent: What is seen beside them, or None.
+    places: Places of all tokens.
+    persistent: Keys and values visible to every query, or None.
 
   Returns:
-    [b, t, h, d] in the dtype of value; what padding gets is undefined.
+    [b, t, h, d] in the dtype of value. The outputs at padding are undefined.
   """
   run = context_parallel.over_parts(_attend_part, (1, 1, 1, 1), (1, 1))
   grouped = _group(query, key.shape[2])
   out, log_sum = run(grouped, key, value, places)
+  # Two softmaxes are merged by the logarithms of their sums.
   if persistent is not None:
     query = _group(persistent.query, key.shape[2])
     scores = jnp.einsum(
@@ -97,9 +98,9 @@ def attend_window(
   reset: jax.Array | None = None,
   persistent: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, sliding_window.WindowState]:
-  """`sliding_window.attend` from a stream's start, over the devices.
+  """Computes `sliding_window.attend` from a stream's start, over the devices.
 
-  A device takes the tokens of a window from those before it, and no others.
+  A device receives the last w tokens before its part, and nothing else.
 
   Args:
     query: [b, t, h, d].
@@ -108,7 +109,8 @@ def attend_window(
     window: Tokens that a query sees, itself included, w.
     theta: Base of the rotary wavelengths.
     reset: bool [b, t], True at a document's first token, or None.
-    persistent: Keys and values [n, kv heads, d] that every query sees, or None.
+    persistent: Keys and values [n, kv heads, d] visible to every query, or
+      None.
 
   Returns:
     [b, t, h, d], and the state after the tokens.
@@ -118,7 +120,7 @@ def attend_window(
   document = jnp.cumsum(reset, axis=1, dtype=jnp.int32)
 
   def part(persistent, query, key, value, reset, document):
-    # Zero is what comes from before a row's start: there is no document there.
+    # The halo is zero before a row's start, where there is no document (-1).
     before = context_parallel.halo((key, value, document + 1), window)
     start = sliding_window.WindowState(
       key=before[0],
@@ -146,7 +148,8 @@ def attend_window(
 
 @jax.custom_vjp
 def _attend_part(query, key, value, places):
-  """A part's outputs [b, t, k, g, d] and logs of their sums [b, t, k, g]."""
+  """Returns outputs [b, t, k, g, d] and log-sums [b, t, k, g] of a part."""
+  # Sums over thousands of keys lose digits in half precision.
   wide = jnp.promote_types(query.dtype, jnp.float32)
   own = places
 
@@ -169,7 +172,7 @@ def _attend_part(query, key, value, places):
   total = (
     jnp.zeros(query.shape, wide),
     jnp.zeros(lines, wide),
-    jnp.full(lines, jnp.finfo(wide).min, wide),
+    jnp.full(lines, jnp.finfo(wide).min, wide),  # -inf - -inf is NaN
   )
   total, _ = _go_round(add, total, (key, value, places))
   out, norm, top = total
@@ -186,7 +189,7 @@ def _attend_backward(kept, gradients):
   out_gradient, sum_gradient = gradients
   wide = out.dtype
   scale = query.shape[-1] ** -0.5
-  # What every score of a query has in common.
+  # The term shared by the gradients of all scores of a query.
   shared = sum_gradient - jnp.sum(out * out_gradient, axis=-1)
 
   def add(query_gradient, block):
@@ -217,19 +220,21 @@ _attend_part.defvjp(_attend_forward, _attend_backward)
 
 
 def _go_round(add, total, part):
-  """Adds every part of a row to a device's total, its own first.
+  """Accumulates over all parts of a row, beginning with the device's own.
 
   Args:
-    add: `add(total, block) -> (total, of_block)`, for a block of keys of a
-      part; of_block is summed over devices and brought back to the part's own.
-    total: What to begin with.
+    add: `add(total, block) -> (total, found)` for one block of keys. `found` is
+      summed over devices and returned to the device that owns the block.
+    total: Initial value.
     part: This device's (key, value, places).
 
   Returns:
-    The total, and the sums of of_block for this device's own part.
+    The total, and the sums of `found` for this device's own part.
   """
-  num_tokens = part[0].shape[1]
+  key, *_ = part
+  num_tokens = key.shape[1]
   num_turns = jax.lax.axis_size(context_parallel.AXIS) - 1
+  # The largest block that divides the part.
   size = next(
     size
     for size in range(min(_BLOCK, num_tokens), 0, -1)
@@ -258,7 +263,7 @@ def _go_round(add, total, part):
 
 
 def _score(query, key, own, places):
-  """Scaled scores [b, t, k, g, s], next to minus infinity if not visible."""
+  """Returns scaled scores [b, t, k, g, s]; hidden keys get the least float."""
   wide = jnp.promote_types(query.dtype, jnp.float32)
   scores = jnp.einsum(
     'btkgd,bskd->btkgs', query, key, preferred_element_type=wide
@@ -271,5 +276,5 @@ def _score(query, key, own, places):
 
 
 def _group(query, num_kv_heads):
-  """Queries [b, t, h, d] by the head of keys they share, [b, t, k, g, d]."""
+  """Groups queries [b, t, h, d] by their key head, [b, t, k, g, d]."""
   return query.reshape(*query.shape[:2], num_kv_heads, -1, query.shape[-1])

@@ -1,8 +1,8 @@
 """Attention of every token to the last `window` tokens, itself included.
 
-The state is a ring of `window` keys and values, so a stream has no end. Keys
-lie in it as they were projected: positions are counted anew in every block of
-queries, and stay as exact after ten million tokens as they are at the start.
+The state is a ring buffer of `window` keys and values, so a stream may have any
+length. Keys are stored before rotation, and every block of queries counts its
+positions from zero: rotary angles stay exact however long the stream is.
 """
 
 from typing import NamedTuple
@@ -11,18 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from nested_learning.layers import dot_product
-from nested_learning.layers import rotary
 
 
 class WindowState(NamedTuple):
-  """The last w tokens, a ring.
+  """Ring buffer of the last w tokens.
 
   Attributes:
     key: [b, w, kv heads, d], not rotated.
     value: [b, w, kv heads, d].
-    document: int32 [b, w], which document a slot belongs to; -1 is empty.
-    slot: int32 [b], the slot of the next token; it holds the oldest one.
-    current: int32 [b], the document that is being read.
+    document: int32 [b, w], the document of each slot; -1 for empty slots.
+    slot: int32 [b], the slot of the next token, which holds the oldest one.
+    current: int32 [b], the document being read.
   """
 
   key: jax.Array
@@ -35,11 +34,11 @@ class WindowState(NamedTuple):
 def init_state(
   window: int, key_shape: tuple[int, int], batch_size: int, dtype
 ) -> WindowState:
-  """The state at a stream's start: every slot is empty.
+  """Returns the state at a stream's start, with every slot empty.
 
   Args:
     window: Tokens that a query sees, w.
-    key_shape: Heads and width of keys.
+    key_shape: Number of key heads and their width.
     batch_size: Rows b.
     dtype: Type of keys and values.
 
@@ -67,22 +66,22 @@ def attend(
   mask: jax.Array | None = None,
   persistent: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, WindowState]:
-  """Attends within the window, in blocks: O(t w) operations.
+  """Attends within the window, block by block, in O(t w) operations.
 
-  A block of w queries sees the keys of its own block and of the one before.
+  A block of w queries is scored against its own keys and the w keys before.
 
   Args:
-    state: From `init_state` or an earlier call; None at a stream's start.
+    state: From `init_state` or an earlier call; None for a stream's start.
     query: [b, t, h, d].
     key: [b, t, kv heads, d].
     value: [b, t, kv heads, d].
     window: Tokens that a query sees, itself included, w.
     theta: Base of the rotary wavelengths.
     reset: bool [b, t], True at a document's first token, or None.
-    mask: bool [b, t], False for tokens that are not there, or None. What those
-      tokens get is undefined.
-    persistent: Keys and values [n, kv heads, d] that every query sees, wherever
-      it is, or None.
+    mask: bool [b, t], False for padding, or None. The outputs at padding are
+      undefined.
+    persistent: Keys and values [n, kv heads, d] visible to every query, or
+      None.
 
   Returns:
     [b, t, h, d], and the state after the tokens.
@@ -127,7 +126,8 @@ def attend(
   index = jnp.arange(num_tokens)
   kept = (index < count[:, None]) & (index >= count[:, None] - window)
   slots = (start.slot[:, None] + index) % window
-  slots = jnp.where(kept, slots, window)  # the others fall off the end
+  # Other tokens get a slot past the end, which mode='drop' ignores.
+  slots = jnp.where(kept, slots, window)
   rows = jnp.arange(batch_size)[:, None]
   put = lambda into, x: into.at[rows, slots].set(x, mode='drop')
   return out, WindowState(
@@ -140,12 +140,13 @@ def attend(
 
 
 def _attend_blocks(query, document, spans, window, theta, persistent):
-  """Blocks of queries [b, n, c, h, d] among the keys of their spans.
+  """Attends from blocks of queries [b, n, c, h, d] to the keys of their spans.
 
-  One block at a time, which the backward pass scores again.
+  Scores one block at a time, and scores it again in the backward pass.
   """
   key, value, key_document = spans
   num_blocks, size, length = *query.shape[1:3], key.shape[2]
+  # The queries are the last tokens of their span of keys.
   position = jnp.arange(length)
   age = position[-size:, None] - position
   visible = (age >= 0) & (age < window)
@@ -154,8 +155,8 @@ def _attend_blocks(query, document, spans, window, theta, persistent):
   def look(block):
     query, key, value, visible = block
     beside = persistent and dot_product.Persistent(query, *persistent)
-    query = rotary.rotate(query, position[-size:], theta)
-    key = rotary.rotate(key, position, theta)
+    query = dot_product.rotate(query, position[-size:], theta)
+    key = dot_product.rotate(key, position, theta)
     return dot_product.attend(query, key, value, visible, persistent=beside)
 
   blocks = query, key, value, visible
@@ -174,7 +175,7 @@ def _blocks(x, size):
 
 
 def _spans(before, new, size):
-  """The keys of each block: the w tokens before it, and its own."""
+  """Returns each block's keys with the w before it, [b, n, w + size, ...]."""
   window = before.shape[1]
   if new.shape[1] == size:
     return jnp.concatenate([before, new], axis=1)[:, None]
@@ -183,6 +184,6 @@ def _spans(before, new, size):
 
 
 def _take(x, index):
-  """x[b, index[b, :], ...]."""
+  """Gathers x[b, index[b, :], ...]."""
   index = index.reshape(*index.shape, *[1] * (x.ndim - 2))
   return jnp.take_along_axis(x, index, axis=1)
