@@ -4,12 +4,15 @@ Each kind counts the bytes of text behind every token, so that a loss per
 token becomes bits per byte of text without an estimate.
 """
 
-from collections.abc import Callable, Mapping
+import collections
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
+import re
 
 import numpy as np
 
@@ -26,9 +29,12 @@ _DOCUMENT_TOKENS = (
   '</s>',
   '[EOS]',
 )
-_CONTEXT = 16  # tokens that decide how those after them are decoded
 # Texts on which the byte counts of a model are checked when it is loaded.
 _PROBES = ('a', 'The cat, "2 x 3".', 'def f(x):\n  return x\n\n# naïve ☃')
+_SURROGATES = re.compile('[\ud800-\udfff]')
+# Tokens of context that decide how the next one is decoded: a character has at
+# most 4, and the first of them may be the rest of another character.
+_WINDOW = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,30 +53,74 @@ class Tokenizer:
   fingerprint: str  # equal for equal tokenizers, on every machine
   encode: Callable[[str], np.ndarray]  # text -> int32 [tokens]
   decode: Callable[[np.ndarray], str]
-  # Ids of the tokens that decode to nothing, by name: '<|im_end|>'.
+  # Ids of marks such as <|im_end|>, which decode to nothing, by their names.
   special: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-  def decode_after(self, context: np.ndarray, tokens: np.ndarray) -> str:
-    """Decodes tokens that continue a text.
+  def decode_after(
+    self, context: Sequence[int] | np.ndarray, tokens: np.ndarray
+  ) -> str:
+    """Returns the text that `tokens` add to the text of `context`.
 
-    Many tokenizers drop the space before the first token of what they decode,
-    so the tokens are decoded together with the end of their context, which is
-    then cut off.
+    Both are decoded together, so that a space between them is kept; decoded
+    alone, SentencePiece and Metaspace drop the space before the first token. A
+    character whose last bytes are missing is left out at the end; a later call
+    with the missing tokens, and these as a part of its context, returns it.
 
     Args:
-      context: int [n], the tokens before them; may be empty.
+      context: int [n], the tokens before; may be empty.
       tokens: int [t].
 
     Returns:
-      The text that the tokens add. A character that is cut off at its end is
-      left out.
+      The text of `tokens`.
     """
-    context = np.asarray(context, np.int32)[-_CONTEXT:]
-    before = self.decode(context)
-    text = self.decode(np.concatenate([context, np.asarray(tokens, np.int32)]))
-    # Not all of `before` need come back: it may end inside a character.
-    start = len(os.path.commonprefix([before, text]))
-    return text[start:].rstrip('\ufffd')
+    context = np.asarray(context, np.int64).reshape(-1)
+    marks = np.flatnonzero(context == self.document_id)
+    if len(marks):  # a document does not depend on the one before
+      context = context[marks[-1] + 1 :]
+    context = context[-_WINDOW:]
+    together = np.concatenate([context, np.asarray(tokens, np.int64)])
+    before = self._decode_whole(context)
+    return self._decode_whole(together)[len(before) :]
+
+  def _decode_whole(self, ids: np.ndarray) -> str:
+    """Decodes `ids` without an unfinished character at the end."""
+    mark = self._replacement.tolist()
+    for end in range(len(ids), max(len(ids) - 4, -1), -1):
+      text = self.decode(ids[:end])
+      if not text.endswith('\ufffd') or (
+        mark and ids[max(end - len(mark), 0) : end].tolist() == mark
+      ):
+        return text
+    return self.decode(ids)  # bytes that are no text
+
+  @functools.cached_property
+  def _replacement(self) -> np.ndarray:
+    """Tokens of a replacement mark that the text itself contains."""
+    return self.encode('a\ufffd')[len(self.encode('a')) :]
+
+
+def replace_surrogates(text: str) -> str:
+  """Returns `text` with U+FFFD for lone surrogates, which have no UTF-8.
+
+  They come from JSON (half of an escaped pair) and from command lines and
+  file names that are not UTF-8.
+  """
+  try:
+    text.encode()
+    return text
+  except UnicodeEncodeError:
+    return _SURROGATES.sub('\ufffd', text)
+
+
+def lost_bytes(text: str, decoded: str) -> int:
+  """Counts the bytes of the characters of `text` that `decoded` lacks."""
+  if text == decoded:
+    return 0
+  missing = collections.Counter(text) - collections.Counter(decoded)
+  return sum(
+    count * len(replace_surrogates(character).encode())
+    for character, count in missing.items()
+  )
 
 
 def make_tokenizer(spec: str) -> Tokenizer:
@@ -90,27 +140,29 @@ def make_tokenizer(spec: str) -> Tokenizer:
   if spec == 'bytes':
     return _make_bytes()
   makers = {'.model': _make_sentencepiece, '.json': _make_hugging_face}
-  path = pathlib.Path(spec).expanduser()
-  if path.suffix not in makers:
+  path = pathlib.Path(os.path.expanduser(spec))
+  if path.suffix.lower() not in makers:
     raise errors.UserError(
       f"data.tokenizer={spec!r} is unknown. Give 'bytes', the path of a "
       'SentencePiece .model, or of a Hugging Face tokenizers .json.'
     )
   try:
     content = path.read_bytes()
-  except OSError as error:
+  except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+    reason = getattr(error, 'strerror', None) or error
     raise errors.UserError(
-      f'data.tokenizer={spec!r} cannot be read ({error.strerror}). Check the '
-      "path, or use 'bytes', which needs no file."
+      f'data.tokenizer={spec!r} cannot be read ({reason}). Check the path, or '
+      "use 'bytes', which needs no file."
     ) from error
-  return makers[path.suffix](spec, content)
+  return makers[path.suffix.lower()](spec, content)
 
 
 def _make_bytes() -> Tokenizer:
   """Every byte of UTF-8 is a token; 256 stands before each document."""
 
   def encode(text):
-    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    content = replace_surrogates(text).encode()
+    return np.frombuffer(content, np.uint8).astype(np.int32)
 
   def decode(ids):
     ids = np.asarray(ids)
@@ -139,6 +191,7 @@ def _make_sentencepiece(spec: str, content: bytes) -> Tokenizer:
     return 1 if model.is_byte(i) else _piece_bytes(model.id_to_piece(i))
 
   ids = [i for i in (model.bos_id(), model.eos_id()) if i >= 0]
+  controls = filter(model.is_control, range(model.vocab_size()))
   return _finish(
     spec,
     fingerprint=_fingerprint('sentencepiece', content),
@@ -146,11 +199,7 @@ def _make_sentencepiece(spec: str, content: bytes) -> Tokenizer:
     document_id=ids[0] if ids else None,
     encode=model.encode,
     decode=model.decode,
-    special={
-      model.id_to_piece(i): i
-      for i in range(model.vocab_size())
-      if model.is_control(i)
-    },
+    special={model.id_to_piece(i): i for i in controls},
   )
 
 
@@ -210,7 +259,7 @@ def _finish(
   lengths = np.array(byte_lengths, np.int32)
 
   def encode_array(text):
-    return np.array(encode(text), np.int32)
+    return np.array(encode(replace_surrogates(text)), np.int32)
 
   def decode_array(ids):
     ids = np.asarray(ids)

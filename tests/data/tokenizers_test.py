@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import pathlib
 import sys
 from unittest import mock
@@ -200,6 +201,60 @@ class TokenizersTest(parameterized.TestCase):
     tokenizer = tokenizers.make_tokenizer('bytes')
     self.assertEqual(tokenizer.decode([97, 0xC3]), 'a\ufffd')
 
+  @parameterized.parameters(*_KINDS)
+  def test_decode_after_adds_up_to_the_whole_text(self, name):
+    tokenizer = _make(name)
+    for text in _TEXTS:
+      ids = tokenizer.encode(text)
+      whole = tokenizer.decode(ids)
+      document = [tokenizer.document_id, *ids]
+      for cut in range(len(document) + 1):
+        first = tokenizer.decode_after([], document[:cut])
+        rest = tokenizer.decode_after(document[:cut], document[cut:])
+        self.assertEqual(first + rest, whole)
+      parts = [
+        tokenizer.decode_after(document[:i], document[i : i + 1])
+        for i in range(len(document))
+      ]
+      self.assertEqual(''.join(parts), whole)
+
+  @parameterized.parameters(*_KINDS)
+  def test_decode_after_keeps_the_space_after_a_prompt(self, name):
+    tokenizer = _make(name)
+    prompt, whole = map(tokenizer.encode, ('return x', 'return x def f'))
+    self.assertEqual(prompt.tolist(), whole[: len(prompt)].tolist())
+    self.assertEqual(
+      tokenizer.decode_after(prompt, whole[len(prompt) :]), ' def f'
+    )
+
+  @parameterized.parameters(
+    'bytes', 'fallback.model', 'byte_level.json', 'llama.json'
+  )
+  def test_decode_after_leaves_out_an_unfinished_character(self, name):
+    tokenizer = _make(name)
+    for character in ('\u00fc', '\u2603', '\U0001f600'):
+      text = 'a' + character
+      ids = tokenizer.encode(text)
+      num_whole = len(tokenizer.encode('a'))
+      for end in range(num_whole, len(ids)):
+        self.assertEqual(tokenizer.decode_after([], ids[:end]), 'a')
+        self.assertEqual(
+          tokenizer.decode_after(ids[:end], ids[end:]), character
+        )
+      # A replacement mark that the text has is no unfinished character.
+      ids = tokenizer.encode('a\ufffd')
+      self.assertEqual(tokenizer.decode_after([], ids), 'a\ufffd')
+
+  @parameterized.parameters(
+    'bytes', 'fallback.model', 'byte_level.json', 'llama.json'
+  )
+  def test_lone_surrogates_become_replacement_marks(self, name):
+    tokenizer = _make(name)
+    for text in ('half \ud83d of it', os.fsdecode(b'caf\xe9')):
+      expected = tokenizers.replace_surrogates(text)
+      self.assertIn('\ufffd', expected)
+      self.assertEqual(tokenizer.decode(tokenizer.encode(text)), expected)
+
   def test_fingerprint_tells_models_apart(self):
     fingerprints = [_make(name).fingerprint for name in _KINDS]
     self.assertLen(set(fingerprints), len(_KINDS))
@@ -239,31 +294,6 @@ class TokenizersTest(parameterized.TestCase):
       errors.UserError, "word_piece.json' decodes in a way that hides"
     ):
       _make('word_piece.json')
-
-  @parameterized.parameters(
-    'bytes', 'unigram.model', 'fallback.model', 'byte_level.json', 'llama.json'
-  )
-  def test_decode_after_continues_a_text(self, name):
-    tokenizer = _make(name)
-    text = 'the cat sat on the mat'
-    tokens = tokenizer.encode(text)
-    document = np.array([tokenizer.document_id])
-    self.assertEqual(tokenizer.decode_after(document, tokens), text)
-    for cut in range(len(tokens)):
-      context = np.concatenate([document, tokens[:cut]])
-      self.assertEqual(
-        tokenizer.decode(context)
-        + tokenizer.decode_after(context, tokens[cut:]),
-        text,
-      )
-
-  def test_decode_after_leaves_out_half_a_character(self):
-    tokenizer = _make('bytes')
-    tokens = tokenizer.encode('Gr\u00fc\u00dfe')
-    self.assertEqual(tokenizer.decode_after([], tokens[:3]), 'Gr')
-    self.assertEqual(
-      tokenizer.decode_after(tokens[:3], tokens[3:]), '\u00fc\u00dfe'
-    )
 
   def test_names_special_tokens(self):
     for name in ('special.json', 'unigram.model'):
