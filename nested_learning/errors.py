@@ -14,6 +14,12 @@ class UserError(ValueError):
   """
 
 
+def first_line(error: Exception) -> str:
+  """Returns the first line of an error, or its type where it has no text."""
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0][:200]
+
+
 def check_field(config: Any, name: str, passed: bool, rule: str) -> None:
   """Raises unless a field of a config holds an allowed value.
 

@@ -22,9 +22,11 @@ import os
 import pathlib
 import threading
 from typing import Any, IO
+import zlib
 
 from nested_learning import errors
 from nested_learning.data import sources
+from nested_learning.data import tokenizers
 
 _ENDINGS = {
   '.jsonl': 'jsonl',
@@ -65,8 +67,11 @@ class Documents:
     return f'{index}'
 
   def identity(self) -> Iterator[bytes]:
-    """What changes when the documents do, without reading them."""
+    """Yields bytes that change when the documents do, without reading them."""
     raise NotImplementedError
+
+  def check_unchanged(self) -> None:
+    """Raises `errors.UserError` if a file changed since this was opened."""
 
 
 def open_documents(spec: str, *, text_field: str = 'text') -> Documents:
@@ -98,7 +103,7 @@ def split_spec(spec: str) -> tuple[str, str]:
   if colon and prefix in _KINDS:
     return prefix, path
   for ending, kind in _ENDINGS.items():
-    if spec.endswith(ending):
+    if spec.lower().endswith(ending):
       return kind, spec
   return 'text', spec
 
@@ -123,6 +128,9 @@ class _TextFiles(Documents):
   def identity(self):
     return _identify(self._files)
 
+  def check_unchanged(self):
+    sources.check_unchanged(self._files)
+
 
 class _Rows(Documents):
   """Rows of several files, one file at a time."""
@@ -131,8 +139,8 @@ class _Rows(Documents):
     super().__init__(spec)
     self._field = text_field
     self._files = sources.find_files(path)
-    if pathlib.Path(path).expanduser().is_dir():
-      self._files = [f for f in self._files if f.name.endswith(endings)]
+    if os.path.isdir(os.path.expanduser(path)):
+      self._files = _with_endings(self._files, endings)
       if not self._files:
         raise errors.UserError(
           f'data.source={spec!r} holds no file that ends in '
@@ -151,6 +159,9 @@ class _Rows(Documents):
   def identity(self):
     yield os.fsencode(f'{type(self).__name__}\0{self._field}')
     yield from _identify(self._files)
+
+  def check_unchanged(self):
+    sources.check_unchanged(self._files)
 
   def __len__(self):
     with self._lock:
@@ -188,8 +199,9 @@ class _Rows(Documents):
   def _damaged(self, file: int, what: str, row: int | None = None):
     where = '' if row is None else f', row {row}'
     return errors.UserError(
-      f'{self._files[file].path}{where}: {what}. Mend it, leave it out with a '
-      'glob pattern, or name the field of the text in data.text_field.'
+      f'{sources.shown(self._files[file].path)}{where}: {what}. Correct it, '
+      'leave it out with a glob pattern, or name the field of the text in '
+      'data.text_field.'
     )
 
 
@@ -219,6 +231,10 @@ class _JsonLines(_Rows):
       record = json.loads(line)
     except ValueError as error:
       raise self._damaged(file, 'not JSON in UTF-8', row) from error
+    except RecursionError as error:
+      raise self._damaged(
+        file, 'JSON that is nested too deeply', row
+      ) from error
     return _text(record, self._field, lambda w: self._damaged(file, w, row))
 
   def _line(self, file, row) -> bytes:
@@ -244,15 +260,18 @@ class _JsonLines(_Rows):
   def _guarded(self, file, lines) -> Iterator[bytes]:
     try:
       yield from iter(lines.readline, b'')  # of itself it would close them
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
       raise self._damaged(file, f'cannot be read ({error})') from error
 
   def _lines(self, file) -> IO[bytes]:
     path = self._files[file].path
-    return gzip.open(path) if self._is_gzipped(file) else open(path, 'rb')
+    try:
+      return gzip.open(path) if self._is_gzipped(file) else open(path, 'rb')
+    except OSError as error:
+      raise sources.unreadable(path, error) from error
 
   def _is_gzipped(self, file) -> bool:
-    return self._files[file].name.endswith('.gz')
+    return self._files[file].name.lower().endswith('.gz')
 
 
 class _Parquet(_Rows):
@@ -279,7 +298,11 @@ class _Parquet(_Rows):
     group = bisect.bisect_right(ends, row) - 1
     if self._kept is None or self._kept[:2] != (file, group):
       with self._file(file) as content:
-        column = content.read_row_group(group, columns=[self._field]).column(0)
+        try:
+          table = content.read_row_group(group, columns=[self._field])
+        except Exception as error:  # pyarrow's own types
+          raise self._damaged(file, 'damaged') from error
+        column = table.column(0)
       self._kept = file, group, column
     text = self._kept[2][row - ends[group]].as_py()
     record = {self._field: text}
@@ -301,8 +324,8 @@ class _ArrayRecords(Documents):
     super().__init__(spec)
     self._files = sources.find_files(path)
     endings = tuple(e for e, k in _ENDINGS.items() if k == 'array_record')
-    if pathlib.Path(path).expanduser().is_dir():
-      self._files = [f for f in self._files if f.name.endswith(endings)]
+    if os.path.isdir(os.path.expanduser(path)):
+      self._files = _with_endings(self._files, endings)
     self._records = open_records([file.path for file in self._files], spec)
 
   def __len__(self):
@@ -323,6 +346,9 @@ class _ArrayRecords(Documents):
   def identity(self):
     yield b'array_record'
     yield from _identify(self._files)
+
+  def check_unchanged(self):
+    sources.check_unchanged(self._files)
 
 
 class _Table(Documents):
@@ -358,7 +384,7 @@ def _open_hugging_face(spec, path, text_field):
     table = datasets.load_from_disk(str(folder))
   except Exception as error:  # many kinds
     raise errors.UserError(
-      f'data.source={spec!r} cannot be read ({str(error).splitlines()[0]}). '
+      f'data.source={spec!r} cannot be read ({errors.first_line(error)}). '
       'Give a folder that Dataset.save_to_disk wrote.'
     ) from error
   if isinstance(table, dict):
@@ -379,7 +405,7 @@ def _open_tfds(spec, path, text_field):
     rows = builder.as_data_source(split=split)
   except Exception as error:  # many kinds
     raise errors.UserError(
-      f'data.source={spec!r} cannot be read ({str(error).splitlines()[0]}). '
+      f'data.source={spec!r} cannot be read ({errors.first_line(error)}). '
       'Give the folder of a version, whose files are ArrayRecord '
       "(file_format='array_record'), and a split that it has."
     ) from error
@@ -420,7 +446,7 @@ def open_records(paths: Sequence[pathlib.Path], spec: str) -> Any:
   except Exception as error:
     raise errors.UserError(
       f'{spec!r} is not of ArrayRecord files, or they are damaged '
-      f'({str(error).splitlines()[0][:200]}). Make them again.'
+      f'({errors.first_line(error)}). Make them again.'
     ) from error
   return source
 
@@ -435,9 +461,15 @@ def _import(module: str, spec: str, extra: str):
     ) from error
 
 
+def _with_endings(
+  files: Sequence[sources.TextFile], endings: tuple[str, ...]
+) -> list[sources.TextFile]:
+  return [file for file in files if file.name.lower().endswith(endings)]
+
+
 def _folder(spec: str, path: str) -> pathlib.Path:
-  folder = pathlib.Path(path).expanduser()
-  if not folder.is_dir():
+  folder = pathlib.Path(os.path.expanduser(path))
+  if not os.path.isdir(folder):
     raise errors.UserError(f'data.source={spec!r} is not a folder.')
   return folder
 
@@ -458,4 +490,4 @@ def _text(record: Any, field: str, refuse: Callable[[str], Exception]) -> str:
     text = text.decode('utf-8', errors='replace')
   if not isinstance(text, str):
     raise refuse(f'{field!r} is of type {type(text).__name__}, not a text')
-  return text
+  return tokenizers.replace_surrogates(text)

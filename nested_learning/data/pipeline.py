@@ -9,16 +9,15 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import hashlib
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import numpy as np
 
 from nested_learning import errors
+from nested_learning.data import corpus as corpus_lib
 from nested_learning.data import documents
-from nested_learning.data import mixtures
-from nested_learning.data import packing
-from nested_learning.data import sources
+from nested_learning.data import streams
 from nested_learning.data import token_files
 from nested_learning.data import tokenizers
 
@@ -37,30 +36,35 @@ class DataConfig:
   tokenizer: str = 'bytes'  # or the path of a .model or a .json
   sequence_length: int = 1024  # tokens per row
   batch_size: int = 8  # rows per step, over all processes
-  reset: str = 'document'  # forget at document starts; or 'never'
-  validation_fraction: float = 0.05  # share of the files that is held out
+  # Forget at document starts, or never.
+  reset: Literal['document', 'never'] = 'document'
+  # Share of the documents that is held out; of the tokens, where a source is a
+  # single text. 0 trains without validation.
+  validation_fraction: float = 0.05
   seed: int = 0  # of the order of documents and rows
   cache_dir: str | None = None  # of tokens; None: below the user's cache
 
   def __post_init__(self):
+    errors.check_choices(self)
     for name in ('sequence_length', 'batch_size'):
-      if getattr(self, name) < 1:
-        raise errors.UserError(
-          f'data.{name}={getattr(self, name)} must be at least 1.'
-        )
-    if self.reset not in ('document', 'never'):
-      raise errors.UserError(
-        f"data.reset={self.reset!r} must be 'document' or 'never'."
-      )
-    if not 0 <= self.validation_fraction < 1:
-      raise errors.UserError(
-        f'data.validation_fraction={self.validation_fraction} must be at '
-        'least 0 and below 1.'
-      )
-    if not 0 <= self.seed < 2**32:
-      raise errors.UserError(
-        f'data.seed={self.seed} must be at least 0 and below 2**32.'
-      )
+      errors.check_field(self, name, getattr(self, name) >= 1, 'at least 1')
+    errors.check_field(
+      self,
+      'validation_fraction',
+      0 <= self.validation_fraction < 1,
+      'at least 0 and below 1',
+    )
+    errors.check_field(
+      self, 'seed', 0 <= self.seed < 2**32, 'at least 0 and below 2**32'
+    )
+    for name in ('source', 'tokenizer', 'cache_dir'):
+      value = getattr(self, name) or ''
+      errors.check_field(self, name, '\0' not in value, 'free of NUL')
+
+  @property
+  def has_validation(self) -> bool:
+    """Whether a part of the text is held out."""
+    return self.validation_fraction > 0
 
   @property
   def carries_state(self) -> bool:
@@ -162,7 +166,7 @@ def make_iterator(
     )
   rows = process_index * num_rows + np.arange(num_rows)
   tokenizer = tokenizers.make_tokenizer(config.tokenizer)
-  mixture = mixtures.parse(config.source) or {config.source: 1.0}
+  mixture = streams.parse_mixture(config.source)
   corpora = [_load(config, source, tokenizer) for source in mixture]
   fingerprint = _fingerprint(corpora, list(mixture.values()))
   stream = _make_stream(config, split, corpora, list(mixture.values()))
@@ -171,7 +175,7 @@ def make_iterator(
 
   def make_batch(step: int) -> Batch:
     begins, ends = place(step, rows)
-    batch = packing.pack(stream, begins, length=config.sequence_length)
+    batch = streams.pack(stream, begins, length=config.sequence_length)
     if config.reset == 'never':
       batch['reset'] = np.zeros_like(batch['reset'])
     batch['reset'][:, 0] |= config.reset == 'document' or step == 0
@@ -193,11 +197,11 @@ def make_iterator(
 
 def _load(
   config: DataConfig, source: str, tokenizer: tokenizers.Tokenizer
-) -> packing.Corpus:
+) -> corpus_lib.Corpus:
   """The tokens of one source, made now or beforehand."""
   if token_files.holds_tokens(source):
     return token_files.load(source, tokenizer)
-  return packing.load_corpus(
+  return corpus_lib.load_corpus(
     documents.open_documents(source, text_field=config.text_field),
     tokenizer,
     cache_dir=config.cache_dir,
@@ -205,7 +209,7 @@ def _load(
 
 
 def _fingerprint(
-  corpora: Sequence[packing.Corpus], weights: Sequence[float]
+  corpora: Sequence[corpus_lib.Corpus], weights: Sequence[float]
 ) -> str:
   """Of the text and, in a mixture, of its shares."""
   if len(corpora) == 1:
@@ -220,29 +224,22 @@ def _fingerprint(
 def _make_stream(
   config: DataConfig,
   split: str,
-  corpora: Sequence[packing.Corpus],
+  corpora: Sequence[corpus_lib.Corpus],
   weights: Sequence[float],
-) -> packing.Stream:
+) -> streams.Stream:
   """The documents of a split, shuffled for training, long enough for a row."""
-  orders = []
-  for corpus in corpora:
-    held_out = sources.choose(corpus.places, config.validation_fraction)
-    order = np.flatnonzero(held_out if split == 'validation' else ~held_out)
-    if not len(order):
-      raise errors.UserError(
-        f'data.source={config.source!r} has {len(held_out)} documents and '
-        f'data.validation_fraction is {config.validation_fraction}, which '
-        'leaves none for validation. Split the text into several files, or '
-        'raise data.validation_fraction.'
-      )
-    orders.append(order)
-  if len(corpora) == 1:
-    (corpus,), (order,) = corpora, orders
-    if split == 'train':
-      order = np.random.default_rng(config.seed).permutation(order)
-  else:
-    corpus, order = _mix(config, split, corpora, orders, weights)
-  stream = packing.make_stream(corpus, order)
+  if split == 'validation' and not config.has_validation:
+    raise errors.UserError(
+      'data.validation_fraction=0 holds nothing out to evaluate on; set it '
+      'above 0.'
+    )
+  splits = streams.split(corpora, config.validation_fraction)
+  stream = streams.make_stream(
+    corpora,
+    [getattr(own, split) for own in splits],
+    weights,
+    seed=config.seed if split == 'train' else None,
+  )
   needed = 1
   if split == 'train':
     lanes = config.batch_size if config.reset == 'never' else 1
@@ -255,39 +252,6 @@ def _make_stream(
       f'data.reset={config.reset!r} need. Give more text, or lower them.'
     )
   return stream
-
-
-def _mix(
-  config: DataConfig,
-  split: str,
-  corpora: Sequence[packing.Corpus],
-  orders: Sequence[np.ndarray],
-  weights: Sequence[float],
-) -> tuple[packing.Corpus, np.ndarray]:
-  """The corpora as one, and an order of the documents of a split."""
-  lengths = [
-    np.diff(corpus.starts)[order]
-    for corpus, order in zip(corpora, orders, strict=True)
-  ]
-  for number, own in enumerate(lengths):
-    if not own.sum():
-      raise errors.UserError(
-        f'data.source={config.source!r}: source {number + 1} has no token for '
-        f'{split}. Leave it out, or give more text.'
-      )
-  sizes = [len(corpus.places) for corpus in corpora]
-  bases = np.cumsum([0, *sizes[:-1]])
-  if split == 'train':
-    which, numbers = mixtures.make_order(lengths, weights, seed=config.seed)
-    order = np.zeros(len(which), np.int64)
-    for i, base in enumerate(bases):
-      mine = which == i
-      order[mine] = base + orders[i][numbers[mine]]
-  else:
-    order = np.concatenate(
-      [base + own for base, own in zip(bases, orders, strict=True)]
-    )
-  return packing.join(corpora, _fingerprint(corpora, weights)), order
 
 
 # A plan is the number of steps, and a function from a step and the rows of the

@@ -1,18 +1,17 @@
-"""Text files to learn from: found, read and split by file.
+"""Text files: finding and reading them.
 
 A source is 'stdlib' (the Python standard library's own sources on this
 machine), a folder, a file, or a glob pattern. One file is one document.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+import fnmatch
+import functools
 import glob
-import hashlib
 import os
 import pathlib
 import sysconfig
 from typing import NamedTuple
-
-import numpy as np
 
 from nested_learning import errors
 
@@ -43,6 +42,9 @@ class TextFile(NamedTuple):
 def find_files(source: str) -> list[TextFile]:
   """Lists the files of a source, sorted by name; empty files are left out.
 
+  Symbolic links are followed. A file that several paths lead to is listed once,
+  by a path without links if there is one; a loop of links is entered once.
+
   Args:
     source: 'stdlib', a folder (every file below it that is not hidden), a
       file, or a glob pattern, in which `**` stands for any number of folders.
@@ -51,8 +53,8 @@ def find_files(source: str) -> list[TextFile]:
     The files that hold at least one byte.
 
   Raises:
-    UserError: The source does not exist, holds no text, or names a file that
-      cannot be read.
+    errors.UserError: The source does not exist, holds no text, or names a file
+      that cannot be read.
   """
   if source == 'stdlib':
     root = pathlib.Path(sysconfig.get_path('stdlib'))
@@ -60,25 +62,25 @@ def find_files(source: str) -> list[TextFile]:
   else:
     root, paths = _resolve(source)
   files = []
-  for path in paths:
+  for path in _without_repeats(root, paths):
     try:
       stat = path.stat()
     except OSError as error:
-      raise _unreadable(path, error) from error
+      raise unreadable(path, error) from error
     if stat.st_size:
       name = path.relative_to(root).as_posix()
       files.append(TextFile(name, path, stat.st_size, stat.st_mtime_ns))
   if not files:
     raise errors.UserError(
       f'data.source={source!r} holds no text: none of the {len(paths)} files '
-      f'found under {root} has any content. Give a folder or a glob pattern '
-      'of text files.'
+      f'found under {shown(root)} has any content. Give a folder or a glob '
+      'pattern of text files.'
     )
   return sorted(files)
 
 
-def read_text(path: pathlib.Path) -> str:
-  """Reads a text file as it is, line endings included.
+def read_text(path: str | os.PathLike) -> str:
+  r"""Reads a text file as it is: `\r\n` stays `\r\n`.
 
   Args:
     path: A file encoded as UTF-8.
@@ -87,103 +89,155 @@ def read_text(path: pathlib.Path) -> str:
     Its text.
 
   Raises:
-    UserError: The file cannot be read, or is not UTF-8 text.
+    errors.UserError: The file cannot be read, or is not UTF-8 text.
   """
   try:
-    content = path.read_bytes()
-  except OSError as error:
-    raise _unreadable(path, error) from error
-  way_out = (
-    'Convert it to UTF-8, or leave it out with a glob pattern such as '
-    f"data.source='{path.parent}/**/*.txt'."
-  )
+    content = pathlib.Path(path).read_bytes()
+  except (OSError, ValueError) as error:
+    raise unreadable(path, error) from error
+  way_out = 'Convert it to UTF-8, or leave it out.'
   if b'\0' in content:
-    raise errors.UserError(f'{path} is a binary file (NUL bytes). {way_out}')
+    raise errors.UserError(
+      f'{shown(path)} is a binary file (NUL bytes). {way_out}'
+    )
   try:
     return content.decode('utf-8')
   except UnicodeDecodeError as error:
     raise errors.UserError(
-      f'{path} is not UTF-8 text (byte {error.start}). {way_out}'
+      f'{shown(path)} is not UTF-8 text (byte {error.start}). {way_out}'
     ) from error
 
 
-def is_validation(names: Sequence[str], fraction: float) -> np.ndarray:
-  """Chooses the files of the validation split by a hash of their names.
-
-  A file keeps its side when others come and go, and wherever the folder lies.
-  With two files or more, both sides have at least one.
-
-  Args:
-    names: Relative paths of the files.
-    fraction: Share of the files to hold out, in [0, 1).
-
-  Returns:
-    bool [files], True where a file belongs to the validation split.
-  """
-  return choose(places(names), fraction)
+def check_unchanged(files: Sequence[TextFile]) -> None:
+  """Raises `errors.UserError` if a file has changed since it was listed."""
+  for file in files:
+    try:
+      stat = file.path.stat()
+    except OSError as error:
+      raise unreadable(file.path, error) from error
+    if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime):
+      raise errors.UserError(
+        f'{shown(file.path)} changed while it was read. Start again when '
+        'nobody writes to it.'
+      )
 
 
-def places(names: Iterable[str]) -> np.ndarray:
-  """Where each name lies in [0, 1), by its hash; float64 [names]."""
-  digests = (hashlib.sha256(os.fsencode(name)).digest() for name in names)
-  return np.fromiter(
-    (int.from_bytes(d[:6], 'big') / 2**48 for d in digests), np.float64
+def shown(path: str | os.PathLike) -> str:
+  """Returns a path as it stands in a message: one line, printable."""
+  text = os.fspath(path)
+  return text if text.isprintable() else ascii(text)
+
+
+def unreadable(
+  path: str | os.PathLike, error: OSError | ValueError
+) -> errors.UserError:
+  """Returns the error for a file or folder that the system refuses."""
+  reason = getattr(error, 'strerror', None) or error
+  return errors.UserError(
+    f'{shown(path)} cannot be read ({reason}). Correct its permissions or its '
+    'link, or leave it out with a glob pattern in data.source.'
   )
 
 
-def choose(places: np.ndarray, fraction: float) -> np.ndarray:
-  """Chooses the places below a fraction; see `is_validation`."""
-  chosen = places < fraction
-  if fraction and len(places) > 1:
-    chosen[places.argmin()] = True
-    chosen[places.argmax()] = False
-  return chosen
-
-
 def _resolve(source: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
-  """The folder that names are relative to, and the paths of a source."""
-  path = pathlib.Path(source).expanduser()
-  if source and path.is_dir():
+  """Returns the folder that names are relative to, and the paths found."""
+  path = pathlib.Path(os.path.expanduser(source))
+  if source and os.path.isdir(path):
     return path, _walk(path)
-  if path.is_file():
+  if os.path.isfile(path):
     return path.parent, [path]
   if not glob.has_magic(source):
     raise errors.UserError(
       f"data.source={source!r} does not exist. Give 'stdlib', a folder, a "
       'file or a glob pattern of text files.'
     )
-  matches = [pathlib.Path(p) for p in glob.glob(str(path), recursive=True)]
-  paths = [p for p in matches if not p.is_dir()]
+  fixed = [i for i, part in enumerate(path.parts) if glob.has_magic(part)][0]
+  root = pathlib.Path(*path.parts[:fixed])
+  matches = _match(root, path.parts[fixed:]) if os.path.isdir(root) else []
+  paths = [match for match in matches if not os.path.isdir(match)]
   if not paths:
     raise errors.UserError(
       f'data.source={source!r} matches no file. Check the pattern (** stands '
       'for any number of folders), or give a folder.'
     )
-  fixed = [i for i, part in enumerate(path.parts) if glob.has_magic(part)][0]
-  return pathlib.Path(*path.parts[:fixed]), paths
+  return root, paths
+
+
+def _match(
+  folder: pathlib.Path, parts: Sequence[str]
+) -> Iterator[pathlib.Path]:
+  """Yields the paths below `folder` that match a pattern, some repeatedly."""
+  if not parts:
+    yield folder
+    return
+  first, rest = parts[0], parts[1:]
+  if first == '**':
+    for below in _folders(folder):
+      yield from _match(below, rest or ('*',))
+  elif not os.path.isdir(folder):
+    return
+  elif glob.has_magic(first):
+    for entry in _list(folder):
+      is_hidden = entry.name.startswith('.') and not first.startswith('.')
+      if not is_hidden and fnmatch.fnmatchcase(entry.name, first):
+        yield from _match(folder / entry.name, rest)
+  elif os.path.lexists(folder / first):
+    yield from _match(folder / first, rest)
 
 
 def _walk(
   root: pathlib.Path, *, skip: frozenset[str] = frozenset()
 ) -> list[pathlib.Path]:
-  """Every file below a folder, but for hidden ones and folders to skip."""
-  paths = []
-  for folder, subfolders, names in os.walk(root, onerror=_raise_unreadable):
-    subfolders[:] = [
-      name
-      for name in subfolders
-      if not name.startswith('.') and name not in skip
-    ]
-    paths += [pathlib.Path(folder, n) for n in names if not n.startswith('.')]
-  return paths
+  """Lists every file below a folder except hidden ones and folders to skip."""
+  return [
+    folder / entry.name
+    for folder in _folders(root, skip=skip)
+    for entry in _list(folder)
+    if not entry.name.startswith('.') and not entry.is_dir()
+  ]
 
 
-def _raise_unreadable(error: OSError):
-  raise _unreadable(error.filename, error) from error
+def _folders(
+  root: pathlib.Path, *, skip: frozenset[str] = frozenset()
+) -> Iterator[pathlib.Path]:
+  """Yields a folder and those below it, each once however links lead to it."""
+  seen: set[str] = set()
+  # Links wait until all plain folders have been listed, which keep their names.
+  waiting, links = [root], []
+  while waiting or links:
+    folder = waiting.pop() if waiting else links.pop(0)
+    real = os.path.realpath(folder)
+    if real in seen:
+      continue
+    seen.add(real)
+    yield folder
+    for entry in _list(folder):
+      name = entry.name
+      if name.startswith('.') or name in skip or not entry.is_dir():
+        continue
+      (links if entry.is_symlink() else waiting).append(folder / name)
 
 
-def _unreadable(path, error: OSError) -> errors.UserError:
-  return errors.UserError(
-    f'{path} cannot be read ({error.strerror}). Mend its permissions or its '
-    'link, or leave it out with a glob pattern in data.source.'
-  )
+def _list(folder: pathlib.Path) -> list[os.DirEntry]:
+  try:
+    with os.scandir(folder) as entries:
+      return sorted(entries, key=lambda entry: entry.name)
+  except OSError as error:
+    raise unreadable(folder, error) from error
+
+
+def _without_repeats(
+  root: pathlib.Path, paths: Sequence[pathlib.Path]
+) -> list[pathlib.Path]:
+  """Keeps one path of every file: one without links, else the first by name."""
+  base, kept = os.path.realpath(root), {}
+  real_folder = functools.cache(os.path.realpath)
+  for path in sorted(paths):
+    if os.path.islink(path):
+      real = os.path.realpath(path)
+    else:  # resolving every path anew is slow where there are many
+      real = os.path.join(real_folder(path.parent), path.name)
+    plain = os.path.join(base, path.relative_to(root)) == real
+    if plain or real not in kept:
+      kept[real] = path
+  return list(kept.values())

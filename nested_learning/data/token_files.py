@@ -6,26 +6,41 @@ that it lies in, and no text and no tokenizer's library is needed for training.
 
     tokens.json               what it is, and of which tokenizer
     tokens-00000.array_record blocks of tokens; the others follow
-    starts.npy, places.npy    of the documents, as in `packing.Corpus`
+    starts.npy, places.npy, contents.npy  as in `corpus.Corpus`
     tokenizer.model or .json  a copy of the tokenizer, where it is a file
 """
 
 from collections.abc import Iterable
 import contextlib
 import json
+import os
 import pathlib
 import shutil
 from typing import Any
+import zlib
 
 import numpy as np
 
 from nested_learning import errors
+from nested_learning import files
+from nested_learning.data import corpus as corpus_lib
 from nested_learning.data import documents as documents_lib
-from nested_learning.data import packing
+from nested_learning.data import sources
 from nested_learning.data import tokenizers
 
-_FORMAT = 'nested_learning tokens 1'
+_FORMAT = 'nested_learning tokens 2'
+_OLD_FORMAT = 'nested_learning tokens 1'  # without contents and checksums
 _SUMMARY = 'tokens.json'
+_ARRAYS = ('starts', 'places', 'contents')  # of `corpus.Corpus`
+_FIELDS = {
+  'num_tokens': int,
+  'fingerprint': str,
+  'tokenizer': str,
+  'tokenizer_fingerprint': str,
+  'dtype': str,
+  'block': int,
+}
+_MAX_BLOCK = 2**24
 _BLOCK = 8192  # tokens per record
 _SHARD_BLOCKS = 2**14  # records per file, so that a file is about 250 MB
 _OPTIONS = 'group_size:1,zstd:1'  # every record can be read alone
@@ -33,7 +48,7 @@ _OPTIONS = 'group_size:1,zstd:1'  # every record can be read alone
 
 def holds_tokens(source: str) -> bool:
   """Returns whether a source is a folder that `write` made."""
-  return (pathlib.Path(source).expanduser() / _SUMMARY).is_file()
+  return os.path.isfile(os.path.join(os.path.expanduser(source), _SUMMARY))
 
 
 def write(
@@ -47,83 +62,110 @@ def write(
   """Tokenises documents one by one into a folder, which appears when complete.
 
   Args:
-    folder: What to make; must not exist.
+    folder: The folder to make; must not exist.
     documents: Names with texts, or with ids of the tokenizer.
-    tokenizer: What makes tokens of texts.
-    spec: The config's data.tokenizer, of which a copy is kept.
+    tokenizer: The tokenizer.
+    spec: The config's data.tokenizer; if it is a file, a copy is kept.
     source: Where the documents are from, for whoever finds the folder.
 
   Returns:
-    What is in tokens.json.
+    The content of tokens.json.
 
   Raises:
     errors.UserError: The folder exists or cannot be written, or there is no
       text in the documents.
   """
-  if folder.exists():
-    raise errors.UserError(f'{folder} exists; name another folder.')
   try:
-    with packing.whole_folder(folder) as draft:
-      tokenised = packing.Tokenised(tokenizer)
-      with contextlib.closing(_Blocks(draft, tokenised.dtype)) as blocks:
+    with contextlib.suppress(FileNotFoundError):
+      os.lstat(folder)  # also refuses a name that is too long
+      raise errors.UserError(
+        f'{sources.shown(folder)} exists; name another folder.'
+      )
+    with files.whole_folder(folder) as draft:
+      index = corpus_lib.IndexBuilder(tokenizer)
+      with contextlib.closing(_Blocks(draft, index.dtype)) as blocks:
         for name, document in documents:
-          blocks.add(tokenised.add(name, document))
-      num_tokens = int(tokenised.starts[-1])
+          blocks.add(index.add(name, document))
+      num_tokens = int(index.starts[-1])
       if not num_tokens:
         raise errors.UserError(f'{source!r} holds no text.')
-      np.save(draft / 'starts.npy', tokenised.starts)
-      np.save(draft / 'places.npy', tokenised.places)
-      path = pathlib.Path(spec).expanduser()
-      if path.is_file():
+      for name in _ARRAYS:
+        np.save(draft / f'{name}.npy', getattr(index, name))
+      path = pathlib.Path(os.path.expanduser(spec))
+      if os.path.isfile(path):
         shutil.copyfile(path, draft / f'tokenizer{path.suffix}')
       summary = {
         'format': _FORMAT,
-        'source': source,
+        'source': tokenizers.replace_surrogates(source),
         'num_tokens': num_tokens,
-        'num_documents': len(tokenised.places),
-        'fingerprint': tokenised.fingerprint,
-        'tokenizer': spec,
+        'num_documents': len(index.places),
+        'fingerprint': index.fingerprint,
+        'tokenizer': tokenizers.replace_surrogates(spec),
         'tokenizer_fingerprint': tokenizer.fingerprint,
         'vocab_size': tokenizer.vocab_size,
-        'dtype': np.dtype(tokenised.dtype).name,
+        'lost': index.lost,
+        'dtype': np.dtype(index.dtype).name,
         'block': _BLOCK,
+        'files': {
+          path.name: {
+            'bytes': path.stat().st_size,
+            'crc32': corpus_lib.checksum(path),
+          }
+          for path in sorted(draft.iterdir())
+        },
       }
-      (draft / _SUMMARY).write_text(json.dumps(summary, indent=2) + '\n')
-  except OSError as error:
+      summary['crc32'] = _own_checksum(summary)
+      (draft / _SUMMARY).write_text(
+        json.dumps(summary, indent=2) + '\n', encoding='utf-8'
+      )
+  except (OSError, ValueError) as error:
+    if isinstance(error, ValueError) and 'null byte' not in str(error):
+      raise
     raise errors.UserError(
-      f'{folder} cannot be written ({error.strerror}); name a folder with room '
-      'that you may write to.'
+      f'{sources.shown(folder)} cannot be written ({_reason(error)}); name a '
+      'folder with room that you may write to.'
     ) from error
   return summary
 
 
-def load(source: str, tokenizer: tokenizers.Tokenizer) -> packing.Corpus:
+def load(source: str, tokenizer: tokenizers.Tokenizer) -> corpus_lib.Corpus:
   """Opens a folder that `write` made.
+
+  The index is compared with its checksums here, and blocks of tokens with
+  those of ArrayRecord when they are read.
 
   Args:
     source: The folder.
-    tokenizer: What the config says they are tokens of.
+    tokenizer: The tokenizer that the config names.
 
   Returns:
     The corpus; its tokens are read when they are asked for.
 
   Raises:
-    errors.UserError: It is damaged, or of another tokenizer.
+    errors.UserError: It is damaged, or was made with another tokenizer.
   """
-  folder = pathlib.Path(source).expanduser()
+  folder = pathlib.Path(os.path.expanduser(source))
   try:
-    summary = json.loads((folder / _SUMMARY).read_text(encoding='utf-8'))
-    starts = np.load(folder / 'starts.npy')
-    places = np.load(folder / 'places.npy')
-    if summary['format'] != _FORMAT or len(starts) != len(places) + 1:
-      raise ValueError(f'format {summary["format"]!r}')
-  except (OSError, EOFError, ValueError, KeyError) as error:
+    summary = _read_summary(folder)
+    arrays = {
+      name: np.load(folder / f'{name}.npy')
+      for name in _ARRAYS
+      if name in _array_names(summary)
+    }
+    # Without hashes of the texts, equal ones are not known as such.
+    contents = arrays.get('contents', arrays['places'].view(np.uint64))
+    corpus_lib.check_index(
+      arrays['starts'], arrays['places'], contents, summary['num_tokens']
+    )
+  except MemoryError:
+    raise
+  except Exception as error:  # NumPy's readers raise exceptions of many types
     raise errors.UserError(
-      f'data.source={source!r} is damaged ({error}); make it again with '
-      'launch/prepare.py.'
+      f'data.source={source!r} is damaged ({_reason(error)}); make it again '
+      'with launch/prepare.py.'
     ) from error
   if summary['tokenizer_fingerprint'] != tokenizer.fingerprint:
-    copies = [str(path) for path in folder.glob('tokenizer.*')]
+    copies = sorted(str(path) for path in folder.glob('tokenizer.*'))
     raise errors.UserError(
       f'data.source={source!r} holds tokens of '
       f'{summary["tokenizer_fingerprint"]}, and data.tokenizer is '
@@ -131,12 +173,67 @@ def load(source: str, tokenizer: tokenizers.Tokenizer) -> packing.Corpus:
       f'{(copies or [summary["tokenizer"]])[0]}.'
     )
   tokens = _Tokens(source, folder, summary)
-  if len(tokens) != starts[-1]:
+  if len(tokens) != summary['num_tokens']:
     raise errors.UserError(
-      f'data.source={source!r} has {len(tokens)} tokens of {starts[-1]}: files '
-      'are missing; copy them, or make it again with launch/prepare.py.'
+      f'data.source={source!r} has {len(tokens)} tokens of '
+      f'{summary["num_tokens"]}: files are missing; copy them, or make it '
+      'again with launch/prepare.py.'
     )
-  return packing.Corpus(tokens, starts, places, summary['fingerprint'])
+  corpus_lib.warn_of_loss(tokenizer.fingerprint, summary.get('lost', 0.0))
+  return corpus_lib.Corpus(
+    tokens=tokens,
+    starts=arrays['starts'],
+    places=arrays['places'],
+    contents=contents,
+    fingerprint=summary['fingerprint'],
+    vocab_size=tokenizer.vocab_size,
+    folder=str(folder),
+  )
+
+
+def _read_summary(folder: pathlib.Path) -> dict[str, Any]:
+  """Reads tokens.json; raises ValueError where it or a file is not as made."""
+  summary = json.loads((folder / _SUMMARY).read_text(encoding='utf-8'))
+  if not isinstance(summary, dict):
+    raise ValueError(f'{_SUMMARY} is not an object')
+  if summary.get('format') not in (_FORMAT, _OLD_FORMAT):
+    raise ValueError(f'its format is {summary.get("format")!r}')
+  for name, kind in _FIELDS.items():
+    if type(summary.get(name)) is not kind:
+      raise ValueError(f'{name} in {_SUMMARY} is {summary.get(name)!r}')
+  if summary['dtype'] not in ('uint16', 'uint32'):
+    raise ValueError(f'its tokens are {summary["dtype"]!r}')
+  if not 0 < summary['block'] <= _MAX_BLOCK or summary['num_tokens'] < 1:
+    raise ValueError(
+      f'it has {summary["num_tokens"]} tokens, {summary["block"]} per block'
+    )
+  if summary['format'] == _OLD_FORMAT:
+    return summary
+  if summary.get('crc32') != _own_checksum(summary):
+    raise ValueError(f'{_SUMMARY} has another checksum')
+  for name, file in summary['files'].items():
+    path = folder / name
+    if not path.is_file():
+      raise ValueError(f'{name} is missing')
+    if path.stat().st_size != file['bytes']:
+      raise ValueError(f'{name} has {path.stat().st_size} bytes')
+    # Shards are not read as a whole: each of their records has a checksum.
+    if path.suffix == '.npy' and corpus_lib.checksum(path) != file['crc32']:
+      raise ValueError(f'{name} has another checksum')
+  return summary
+
+
+def _array_names(summary: dict[str, Any]) -> tuple[str, ...]:
+  return _ARRAYS if summary['format'] == _FORMAT else _ARRAYS[:2]
+
+
+def _own_checksum(summary: dict[str, Any]) -> int:
+  rest = {name: value for name, value in summary.items() if name != 'crc32'}
+  return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def _reason(error: Exception) -> str:
+  return getattr(error, 'strerror', None) or errors.first_line(error)
 
 
 class _Blocks:
@@ -185,7 +282,7 @@ class _Tokens:
 
   def __len__(self) -> int:
     last = len(self._records) - 1
-    return last * self._block + len(self._read([last])[0])
+    return last * self._block + len(self._read([last])[0]) if last >= 0 else 0
 
   def __getitem__(self, positions: np.ndarray) -> np.ndarray:
     blocks, places = np.unique(positions // self._block, return_inverse=True)
@@ -201,7 +298,12 @@ class _Tokens:
     except Exception as error:  # of the reader, which has no types of its own
       raise errors.UserError(
         f'data.source={self._source!r} cannot be read '
-        f'({str(error).splitlines()[0][:200]}); make it again with '
-        'launch/prepare.py.'
+        f'({errors.first_line(error)}); make it again with launch/prepare.py.'
       ) from error
+    size = self._dtype.itemsize
+    if any(len(r) % size or len(r) > size * self._block for r in records):
+      raise errors.UserError(
+        f'data.source={self._source!r} is damaged (records of other lengths '
+        f'than {self._block} tokens); make it again with launch/prepare.py.'
+      )
     return [np.frombuffer(record, self._dtype) for record in records]

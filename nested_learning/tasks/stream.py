@@ -48,6 +48,11 @@ class TaskDataConfig:
     return self.task.num_tokens
 
   @property
+  def has_validation(self) -> bool:
+    """Rows that training does not see can always be made."""
+    return True
+
+  @property
   def carries_state(self) -> bool:
     """Every row begins a stream of its own."""
     return False

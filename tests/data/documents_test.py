@@ -9,6 +9,7 @@ import pickle
 from absl.testing import absltest
 from absl.testing import parameterized
 import grain
+import numpy as np
 
 from nested_learning import data
 from nested_learning import errors
@@ -179,11 +180,46 @@ class DocumentsTest(parameterized.TestCase):
     ('{"text": "a"}\n{"te', 'row 1: not JSON'),
     ('["a"]\n', "row 0: no field 'text' among none"),
     ('{"text": 3}\n', "row 0: 'text' is of type int, not a text"),
+    ('{"text": ' + '[' * 100_000, 'row 0: JSON that is nested too deeply'),
   )
   def test_damaged_lines(self, content, message):
     (self.root / 'a.jsonl').write_text(content)
     with self.assertRaisesRegex(errors.UserError, f'a.jsonl, {message}'):
       list(data.open_documents(str(self.root / 'a.jsonl')))
+
+  def test_lone_surrogates_become_replacement_marks(self):
+    lines = ['"half \\ud83d of it"', '"whole \\ud83d\\ude00"']
+    (self.root / 'a.jsonl').write_text(
+      '\n'.join(f'{{"text": {line}}}' for line in lines)
+    )
+    documents = data.open_documents(str(self.root / 'a.jsonl'))
+    self.assertEqual(list(documents), ['half \ufffd of it', 'whole \U0001f600'])
+
+  def test_endings_in_capitals(self):
+    _write_jsonl(self, self.root, name='{}.JSONL')
+    for source in ('0.JSONL', '*.JSONL'):
+      documents = data.open_documents(str(self.root / source))
+      self.assertEqual(documents[0], 'one')
+    self.assertLen(data.open_documents(f'jsonl:{self.root}'), 6)
+
+  def test_gzip_with_a_changed_byte(self):
+    rng = np.random.default_rng(0)
+    lines = [json.dumps({'text': str(rng.random(9))}) for _ in range(200)]
+    good = gzip.compress('\n'.join(lines).encode())
+    path = self.root / 'a.jsonl.gz'
+    for place in rng.integers(20, len(good) - 20, size=40):
+      bad = bytearray(good)
+      bad[place] ^= 0x5A
+      path.write_bytes(bad)
+      with self.assertRaisesRegex(errors.UserError, 'a.jsonl.gz'):
+        list(data.open_documents(str(path)))
+
+  def test_file_that_vanishes(self):
+    source = _jsonl(self, self.root)
+    documents = data.open_documents(source)
+    (self.root / 'part-1.jsonl').unlink()
+    with self.assertRaisesRegex(errors.UserError, 'part-1.jsonl cannot be re'):
+      list(documents)
 
   def test_damaged_files(self):
     _write_jsonl(self, self.root, gzip.open, '{}.json.gz')

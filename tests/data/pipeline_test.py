@@ -9,7 +9,7 @@ import numpy as np
 
 from nested_learning import data
 from nested_learning import errors
-from nested_learning.data import sources
+from nested_learning.data import corpus
 
 _NUM_FILES = 12
 
@@ -44,7 +44,7 @@ class PipelineTest(parameterized.TestCase):
   def split_texts(self, split):
     """The documents of a split in the order of their names, as tokens."""
     names = sorted(f'{i}.txt' for i in range(_NUM_FILES))
-    held_out = sources.is_validation(names, 0.25)
+    held_out = [corpus.place(name) < 0.25 for name in names]
     return [
       (256, *(self.folder / name).read_bytes())
       for name, out in zip(names, held_out, strict=True)
@@ -273,11 +273,11 @@ class PipelineTest(parameterized.TestCase):
       self.make().set_state({'next_index': 3})
 
   @parameterized.parameters(
-    ({'sequence_length': 0}, 'data.sequence_length=0 must be at least 1'),
-    ({'batch_size': -1}, 'data.batch_size=-1 must be at least 1'),
-    ({'reset': 'maybe'}, "data.reset='maybe' must be 'document' or 'never'"),
+    ({'sequence_length': 0}, '^sequence_length=0 must be at least 1'),
+    ({'batch_size': -1}, '^batch_size=-1 must be at least 1'),
+    ({'reset': 'maybe'}, "^reset='maybe' must be one of 'document', 'never'"),
     ({'validation_fraction': 1.0}, 'validation_fraction=1.0 must be at'),
-    ({'seed': -1}, 'data.seed=-1 must be at least 0'),
+    ({'seed': -1}, '^seed=-1 must be at least 0'),
     ({'process_count': 3}, 'batch_size=4 is not a multiple of the 3 proc'),
     (
       {'sequence_length': 10_000},
@@ -289,7 +289,7 @@ class PipelineTest(parameterized.TestCase):
     ),
     (
       {'split': 'validation', 'validation_fraction': 0.0},
-      'has 12 documents and data.validation_fraction is 0.0, which leaves none',
+      'data.validation_fraction=0 holds nothing out',
     ),
     ({'source': '/no/such'}, 'does not exist'),
     ({'tokenizer': 'words'}, "data.tokenizer='words' is unknown"),
@@ -298,13 +298,31 @@ class PipelineTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, message):
       self.make(**settings)
 
-  def test_one_file_leaves_nothing_to_validate(self):
-    source = str(self.folder / '3.txt')
-    self.assertEqual(next(self.make(source=source))['tokens'].shape, (4, 16))
-    with self.assertRaisesRegex(
-      errors.UserError, 'has 1 documents and .*Split the'
-    ):
-      self.make(source=source, split='validation')
+  @parameterized.product(reset=['document', 'never'], fraction=[0.05, 0.5])
+  def test_one_file_is_split_by_position(self, reset, fraction):
+    (self.folder / 'long.txt').write_text('Some words of a tale. ' * 40)
+    settings = {
+      'source': str(self.folder / 'long.txt'),
+      'reset': reset,
+      'validation_fraction': fraction,
+    }
+    text = [256, *(self.folder / 'long.txt').read_bytes()]
+    num_out = round(fraction * len(text))
+    batches = list(self.make(split='validation', **settings))
+    axis = 0 if reset == 'document' else 1
+    tokens, masks = (
+      np.concatenate([b[name] for b in batches], axis)
+      for name in ('tokens', 'mask')
+    )
+    self.assertSequenceEqual(tokens[masks].tolist(), text[-num_out:])
+    batch = next(self.make(num_epochs=1, batch_size=1, **settings))
+    self.assertEqual(batch['tokens'].shape, (1, 16))
+
+  def test_no_validation_is_asked_for(self):
+    self.assertTrue(self.config.has_validation)
+    config = dataclasses.replace(self.config, validation_fraction=0.0)
+    self.assertFalse(config.has_validation)
+    self.assertEqual(next(data.make_iterator(config))['mask'].all(), True)
 
   def test_unknown_split(self):
     with self.assertRaisesRegex(ValueError, "split='test' must be 'train'"):

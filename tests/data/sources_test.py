@@ -1,3 +1,4 @@
+import glob
 import os
 import pathlib
 from unittest import mock
@@ -87,7 +88,7 @@ class SourcesTest(parameterized.TestCase):
       sources.find_files(str(self.root))
 
   @parameterized.parameters(
-    (b'text\0more', r'a.bin is a binary file .* glob pattern such as'),
+    (b'text\0more', r'a.bin is a binary file .* or leave it out'),
     (b'caf\xe9', r'a.bin is not UTF-8 text \(byte 3\). Convert it'),
   )
   def test_binary_file(self, content, message):
@@ -101,7 +102,7 @@ class SourcesTest(parameterized.TestCase):
       pathlib.Path, 'read_bytes', side_effect=PermissionError(13, 'Denied')
     ):
       with self.assertRaisesRegex(
-        errors.UserError, r'a.txt cannot be read \(Denied\). Mend its'
+        errors.UserError, r'a.txt cannot be read \(Denied\). Correct its'
       ):
         sources.read_text(path)
 
@@ -116,28 +117,64 @@ class SourcesTest(parameterized.TestCase):
     with mock.patch.object(
       os, 'scandir', side_effect=PermissionError(13, 'Denied', 'a')
     ):
-      with self.assertRaisesRegex(errors.UserError, 'a cannot be read'):
+      with self.assertRaisesRegex(errors.UserError, 'cannot be read .Denied'):
         sources.find_files(str(self.root))
 
+  def test_linked_folders_are_read_and_every_file_once(self):
+    for i in range(40):
+      self.write(f'store/{i}.txt', 'text')
+    self.write('corpus/a.txt', 'text')
+    (self.root / 'corpus/part').symlink_to(self.root / 'store')
+    (self.root / 'corpus/again').symlink_to(self.root / 'store')
+    (self.root / 'corpus/b.txt').symlink_to(self.root / 'corpus/a.txt')
+    (self.root / 'corpus/c.txt').symlink_to(self.root / 'store/3.txt')
+    for source in ('corpus', 'corpus/**', 'corpus/**/*.txt'):
+      names = self.names(self.root / source)
+      self.assertLen(names, 41)
+      self.assertIn('a.txt', names)  # not by the name of its link
+      self.assertIn('again/0.txt', names)
+    self.assertLen(self.names(self.root / '**/*.txt'), 41)
 
-class SplitTest(parameterized.TestCase):
-  def test_share_is_about_the_fraction(self):
-    names = [f'{i}.txt' for i in range(2000)]
-    self.assertBetween(sources.is_validation(names, 0.1).mean(), 0.08, 0.12)
+  def test_loops_of_links_end(self):
+    self.write('a/1.txt', 'text')
+    self.write('b/2.txt', 'text')
+    (self.root / 'a/here').symlink_to(self.root / 'a')
+    (self.root / 'a/up').symlink_to(self.root)
+    (self.root / 'b/to_a').symlink_to(self.root / 'a')
+    (self.root / 'a/to_b').symlink_to(self.root / 'b')
+    for source in ('', '**', '**/*.txt', '**/**/*.txt', '**/[12].txt'):
+      self.assertEqual(self.names(self.root / source), ['a/1.txt', 'b/2.txt'])
+    self.assertEqual(
+      self.names(self.root / 'a'),
+      ['1.txt', 'to_b/2.txt'],
+    )
 
-  def test_a_file_keeps_its_side(self):
-    names = [f'{i}.txt' for i in range(100)]
-    chosen = sources.is_validation(names, 0.3)
-    fewer = sources.is_validation(names[::-2], 0.3)
-    self.assertSequenceEqual(chosen[::-2].tolist(), fewer.tolist())
+  def test_glob_is_that_of_python_without_links(self):
+    for name in ('b.txt', 'a/c.txt', 'a/.d.txt', '.e/f.txt', 'a/g[1]/h.txt'):
+      self.write(name, 'text')
+    for pattern in (
+      '*', '**', '**/*', '*/*', 'a/**', '**/g*/*', '.*/*', 'a/.*', '**/c.txt',
+      'a/*/../c.txt', '?/c.txt', '[!a].txt', 'a/g[[]1]/*', '**/.d*',
+    ):  # fmt: skip
+      found = glob.glob(str(self.root / pattern), recursive=True)
+      expected = {os.path.realpath(p) for p in found if os.path.isfile(p)}
+      files = sources.find_files(str(self.root / pattern))
+      self.assertEqual({os.path.realpath(f.path) for f in files}, expected)
 
-  @parameterized.parameters((0.001, 1), (0.999, 9))
-  def test_both_sides_have_a_file(self, fraction, expected):
-    names = [f'{i}.txt' for i in range(10)]
-    self.assertEqual(sources.is_validation(names, fraction).sum(), expected)
-
-  def test_nothing_is_held_out_at_zero(self):
-    self.assertFalse(sources.is_validation(['a', 'b', 'c'], 0.0).any())
+  def test_odd_names(self):
+    odd = ['new\nline.txt', '\'"quotes".txt', ' space ', 'n\u00e4me', 'a[1].t']
+    for name in odd:
+      self.write(f'odd/{name}', 'text')
+    self.assertCountEqual(self.names(self.root / 'odd'), odd)
+    for name in odd:
+      self.assertEqual(self.names(self.root / 'odd' / name), [name])
+    path = self.write('odd/new\nline.txt', b'\xff')
+    with self.assertRaisesRegex(errors.UserError, 'is not UTF-8') as caught:
+      sources.read_text(path)
+    self.assertNotIn('\n', str(caught.exception))
+    for source in ('~nobody-here/x', 'x' * 5000, 'a\0b', 'x' * 5000 + '*'):
+      with self.assertRaises(errors.UserError):
+        sources.find_files(source)
 
 
 if __name__ == '__main__':

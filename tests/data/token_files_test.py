@@ -1,4 +1,5 @@
 import itertools
+import json
 import os
 import pathlib
 from unittest import mock
@@ -78,7 +79,7 @@ class TokenFilesTest(parameterized.TestCase):
       source=f'0.5*{self.folder} + 0.5*stdlib', sequence_length=64
     )
     with mock.patch.object(
-      data.pipeline.packing, 'load_corpus'
+      data.pipeline.corpus_lib, 'load_corpus'
     ) as load:  # of the other source
       load.return_value = token_files.load(str(self.folder), self.tokenizer)
       batch = next(data.make_iterator(config))
@@ -100,12 +101,64 @@ class TokenFilesTest(parameterized.TestCase):
     last = max(self.folder.glob('*.array_record'))
     os.rename(last, self.root / 'away')
     with self.assertRaisesRegex(
-      errors.UserError, r'has \d+ tokens of \d+: fil'
+      errors.UserError, r'is damaged .*array_record is missing'
     ):
       token_files.load(str(self.folder), self.tokenizer)
     (self.folder / 'starts.npy').write_bytes(b'')
     with self.assertRaisesRegex(errors.UserError, 'is damaged'):
       token_files.load(str(self.folder), self.tokenizer)
+
+  def test_changed_byte_is_noticed(self):
+    self.write()
+
+    def read():
+      corpus = token_files.load(str(self.folder), self.tokenizer)
+      return corpus.tokens[np.arange(corpus.starts[-1])].tolist()
+
+    expected = read()
+    for path in sorted(self.folder.iterdir()):
+      content = bytearray(path.read_bytes())
+      for place in range(0, len(content), 1 + len(content) // 10):
+        content[place] ^= 0x10
+        path.write_bytes(content)
+        try:
+          found = read()
+        except errors.UserError as error:
+          self.assertNotIn('\n', str(error))
+        else:  # some bytes between the records of a shard do not matter
+          self.assertEqual(path.suffix, '.array_record')
+          self.assertEqual(found, expected)
+        content[place] ^= 0x10
+      path.write_bytes(content)
+
+  @parameterized.parameters(
+    ({'num_tokens': 10**12}, 'is damaged'),
+    ({'num_tokens': '3'}, 'num_tokens in tokens.json is'),
+    ({'block': 0}, '0 per block'),
+    ({'block': 2**40}, 'per block'),
+    ({'dtype': 'O'}, "tokens are 'O'"),
+    ({'fingerprint': None}, 'fingerprint in tokens.json is None'),
+    ({'format': 'other'}, "format is 'other'"),
+    ([], 'not an object'),
+  )
+  def test_forged_summary(self, changes, message):
+    summary = self.write()
+    forged = {**summary, **changes} if changes else changes
+    if changes:
+      forged['crc32'] = token_files._own_checksum(forged)
+    (self.folder / 'tokens.json').write_text(json.dumps(forged))
+    with self.assertRaisesRegex(errors.UserError, message) as caught:
+      token_files.load(str(self.folder), self.tokenizer)
+    self.assertNotIn('\n', str(caught.exception))
+
+  def test_reads_folders_without_checksums(self):
+    summary = self.write()
+    old = {k: v for k, v in summary.items() if k not in ('files', 'crc32')}
+    old['format'] = 'nested_learning tokens 1'
+    (self.folder / 'tokens.json').write_text(json.dumps(old))
+    (self.folder / 'contents.npy').unlink()
+    corpus = token_files.load(str(self.folder), self.tokenizer)
+    self.assertLen(corpus.places, 20)
 
   def test_is_whole_or_not_there(self):
     with self.assertRaisesRegex(errors.UserError, 'holds no text'):

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import pathlib
 from unittest import mock
@@ -6,15 +7,15 @@ from absl.testing import absltest
 import numpy as np
 
 from nested_learning import errors
+from nested_learning.data import corpus
 from nested_learning.data import documents
-from nested_learning.data import packing
 from nested_learning.data import sources
 from nested_learning.data import tokenizers
 
 _TEXTS = ('one', 'two two', 'x', 'na\u00efve', 'the end')
 
 
-class PackingTest(absltest.TestCase):
+class CorpusTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
     self.root = pathlib.Path(self.create_tempdir().full_path)
@@ -25,19 +26,19 @@ class PackingTest(absltest.TestCase):
     self.tokenizer = tokenizers.make_tokenizer('bytes')
 
   def load(self, tokenizer=None):
-    return packing.load_corpus(
+    return corpus.load_corpus(
       documents.open_documents(str(self.root / 'text')),
       tokenizer or self.tokenizer,
       cache_dir=str(self.cache),
     )
 
   def test_corpus_holds_the_documents(self):
-    corpus = self.load()
-    self.assertIsInstance(corpus.tokens, np.memmap)
+    loaded = self.load()
+    self.assertIsInstance(loaded.tokens, np.memmap)
     for i, text in enumerate(_TEXTS):
-      tokens = corpus.tokens[corpus.starts[i] : corpus.starts[i + 1]]
+      tokens = loaded.tokens[loaded.starts[i] : loaded.starts[i + 1]]
       self.assertSequenceEqual(tokens.tolist(), [256, *text.encode()])
-    self.assertLen(corpus.tokens, corpus.starts[-1])
+    self.assertLen(loaded.tokens, loaded.starts[-1])
 
   def test_text_is_tokenised_once(self):
     first = self.load()
@@ -81,9 +82,9 @@ class PackingTest(absltest.TestCase):
       encode=lambda text: np.arange(70_000, 70_000 + len(text)),
       decode=str,
     )
-    corpus = self.load(tokenizer)
+    loaded = self.load(tokenizer)
     self.assertSequenceEqual(
-      corpus.tokens[:4].tolist(), [100_000, 70_000, 70_001, 70_002]
+      loaded.tokens[:4].tolist(), [100_000, 70_000, 70_001, 70_002]
     )
 
   def test_process_that_comes_second_uses_the_first_ones_cache(self):
@@ -124,7 +125,7 @@ class PackingTest(absltest.TestCase):
         if damaged is not None:
           (folder / name).write_bytes(damaged)
         with self.assertRaisesRegex(
-          errors.UserError, r'is damaged. Delete that folder; it is made'
+          errors.UserError, r'is damaged \(.*\). Delete that folder; it is made'
         ):
           self.load()
         (folder / name).write_bytes(content)
@@ -132,47 +133,76 @@ class PackingTest(absltest.TestCase):
   def test_default_cache_honours_xdg(self):
     with mock.patch.dict(os.environ, {'XDG_CACHE_HOME': '/somewhere'}):
       self.assertEqual(
-        packing.default_cache_dir(),
-        pathlib.Path('/somewhere/nested_learning/tokens'),
+        corpus.default_cache_dir(),
+        '/somewhere/nested_learning/tokens',
       )
     with mock.patch.dict(os.environ, {'XDG_CACHE_HOME': '', 'HOME': '/home/x'}):
       self.assertEqual(
-        packing.default_cache_dir(),
-        pathlib.Path('/home/x/.cache/nested_learning/tokens'),
+        corpus.default_cache_dir(),
+        '~/.cache/nested_learning/tokens',
       )
 
-  def test_pack_by_hand(self):
-    corpus = packing.Corpus(
-      tokens=np.array([9, 1, 2, 9, 3, 9, 4], np.uint16),
-      starts=np.array([0, 3, 3, 5, 7]),  # Document 1 has no tokens.
-      places=np.zeros(4),
-      fingerprint='',
-    )
-    stream = packing.make_stream(corpus, np.array([3, 1, 0, 2]))
-    self.assertEqual(stream.length, 7)  # 9 4 | 9 1 2 | 9 3
-    rows = packing.pack(stream, np.array([0, 3, 5]), length=4)
-    expected = {
-      'tokens': [[9, 4, 9, 1], [1, 2, 9, 3], [9, 3, 9, 4]],
-      'targets': [[4, 9, 1, 2], [2, 9, 3, 9], [3, 9, 4, 9]],
-      'reset': [[1, 0, 1, 0], [0, 0, 1, 0], [1, 0, 1, 0]],
-      'document': [[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]],
-    }
-    self.assertSameElements(rows, expected)
-    for name, value in expected.items():
-      np.testing.assert_array_equal(rows[name], value, err_msg=name)
+  def test_changed_byte_is_noticed(self):
+    expected = self.load()
+    (folder,) = self.cache.iterdir()
+    for name in ('tokens.npy', 'index.npz'):
+      content = bytearray((folder / name).read_bytes())
+      for place in range(0, len(content), 1 + len(content) // 50):
+        content[place] ^= 0x10
+        (folder / name).write_bytes(content)
+        try:
+          found = self.load()
+        except errors.UserError as error:
+          self.assertRegex(str(error), r'^The token cache .* is damaged \(.*\)')
+          self.assertNotIn('\n', str(error))
+        else:  # the date of an entry, for example
+          self.assertEqual(name, 'index.npz')
+          np.testing.assert_array_equal(found.starts, expected.starts)
+          np.testing.assert_array_equal(found.places, expected.places)
+          np.testing.assert_array_equal(found.contents, expected.contents)
+        content[place] ^= 0x10
+      (folder / name).write_bytes(content)
 
-  def test_rows_put_together_are_the_documents(self):
-    corpus = self.load()
-    order = np.array([3, 0, 4, 2, 1])
-    stream = packing.make_stream(corpus, order)
-    text = b''.join(b'\xff' + _TEXTS[i].encode() for i in order)
-    for length in (1, 2, 5, 64):
-      begins = np.arange(0, stream.length, length)
-      rows = packing.pack(stream, begins, length=length)
-      tokens = rows['tokens'].ravel()[: stream.length]
-      as_bytes = np.where(tokens == 256, 0xFF, tokens).astype(np.uint8)
-      self.assertEqual(as_bytes.tobytes(), text)
-      np.testing.assert_array_equal(rows['reset'], rows['tokens'] == 256)
+  def test_cache_is_readable_by_others(self):
+    self.load()
+    (folder,) = self.cache.iterdir()
+    umask = os.umask(0)
+    os.umask(umask)
+    self.assertEqual(folder.stat().st_mode & 0o777, 0o777 & ~umask)
+
+  def test_file_that_changes_or_vanishes_while_it_is_read(self):
+    path = self.root / 'text' / '4.txt'
+    changes = {
+      'changed while it was read': lambda: path.write_text('another end'),
+      'cannot be read': path.unlink,
+    }
+    for message, change in changes.items():
+      opened = documents.open_documents(str(self.root / 'text'))
+      path.write_text('the end')
+      opened = documents.open_documents(str(self.root / 'text'))
+      change()
+      with self.assertRaisesRegex(errors.UserError, f'4.txt.* {message}'):
+        corpus.load_corpus(opened, self.tokenizer, cache_dir=str(self.cache))
+      self.assertEmpty(os.listdir(self.cache))
+
+  def test_warns_of_a_tokenizer_that_loses_text(self):
+    encode = self.tokenizer.encode
+    lossy = {
+      'drops letters': lambda text: encode(text.replace('o', '')),
+      'changes letters': lambda text: encode(text.replace('o', 'x')),
+    }
+    for name, changed in lossy.items():
+      tokenizer = dataclasses.replace(
+        self.tokenizer, fingerprint=name, encode=changed
+      )
+      for _ in range(2):  # also where the cache is there
+        corpus._warn_once.cache_clear()
+        with self.assertLogs(level='WARNING') as logs:
+          self.load(tokenizer)
+        # 3 of the 24 bytes of the texts are an o.
+        self.assertIn('loses 12.5% of the bytes', logs.output[0])
+    with self.assertNoLogs(level='WARNING'):
+      self.load()
 
 
 if __name__ == '__main__':
