@@ -28,16 +28,22 @@ import shutil
 import subprocess
 import sys
 
-from absl import flags
-
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 if str(_ROOT) not in sys.path:
   sys.path.insert(0, str(_ROOT))  # A checkout runs without being installed.
+
+from launch import startup  # noqa: E402
+
+if __name__ == '__main__':
+  startup.begin()
+
+from absl import flags  # noqa: E402
 
 from launch import programs  # noqa: E402
 from launch import sweeps  # noqa: E402
 from nested_learning import configs  # noqa: E402
 from nested_learning import errors  # noqa: E402
+from nested_learning import files  # noqa: E402
 
 _CONFIG = flags.DEFINE_string(
   'config',
@@ -115,7 +121,7 @@ def main() -> None:
 
 
 def _main() -> int:
-  if _WORKDIR.value is None:
+  if not _WORKDIR.value:
     raise errors.UserError('A sweep needs a folder: --workdir=runs/NAME.')
   on_tpus = _TARGET.value == 'tpu-vm'
   if on_tpus and not re.fullmatch('gs://[^/]+/.+', _BUCKET.value or ''):
@@ -123,6 +129,8 @@ def _main() -> int:
       '--target=tpu-vm needs a folder in a bucket for the runs: '
       '--bucket=gs://BUCKET/NAME.'
     )
+  programs.check_path('workdir', _WORKDIR.value, folder=True)
+  programs.check_path('results', _RESULTS.value, folder=True)
   return _run(pathlib.Path(_WORKDIR.value))
 
 
@@ -198,7 +206,7 @@ def _plan(stored: sweeps.Record | None) -> sweeps.Record:
     seed_fields=sweep.seed_fields,
     metrics=sweep.metrics,
     printed=sweep.printed,
-    commands=(shlex.join(['python', 'launch/sweep.py', *sys.argv[1:]]),),
+    commands=(sweeps.shown_command(['launch/sweep.py', *sys.argv[1:]]),),
   )
   return sweeps.update(record, stored)
 
@@ -241,8 +249,13 @@ def _job_name(folder: str) -> str:
 def _fetch(run: sweeps.Run) -> None:
   """Brings the summary of a run from its bucket."""
   source = f'{_remote_folder(run)}/summary.json'
-  command = ['gcloud', 'storage', 'cp', source, str(run.folder)]
+  command = ['gcloud', 'storage', 'cp', source, _argument(run.folder)]
   subprocess.run(command, capture_output=True, check=False)
+
+
+def _argument(path: pathlib.Path) -> str:
+  """A path that no program takes for a flag."""
+  return f'./{path}' if str(path).startswith('-') else str(path)
 
 
 def _show(runs, left, workdir) -> None:
@@ -275,14 +288,15 @@ def _make_script(left, workdir) -> str:
 def _submit(left, workdir) -> int:
   """Writes the script of the array and hands it to Slurm."""
   path = workdir / 'slurm.sh'
-  path.write_text(_make_script(left, workdir), encoding='utf-8')
+  # Only for its owner: --run_flag=--env=... may hold a password.
+  files.write_whole(path, _make_script(left, workdir), mode=0o600)
   (workdir / 'slurm').mkdir(exist_ok=True)  # for the logs of the tasks
   if shutil.which('sbatch') is None:
     raise errors.UserError(
       f'There is no sbatch here to start {len(left)} runs; where there is one: '
-      f'sbatch {shlex.quote(str(path))}.'
+      f'sbatch {shlex.quote(_argument(path))}.'
     )
-  return subprocess.run(['sbatch', str(path)], check=False).returncode
+  return subprocess.run(['sbatch', _argument(path)], check=False).returncode
 
 
 def _collect(record: sweeps.Record, workdir: pathlib.Path) -> int:

@@ -14,6 +14,7 @@ from launch import sweeps
 from launch.sweeps import plots
 from launch.sweeps import record as record_lib
 from launch.sweeps import results as results_lib
+from nested_learning import files
 
 PAGE = 'README.md'
 _LENGTH = 'length, over that in training'
@@ -64,7 +65,7 @@ def write(
     image = _draw(name, table)
     if image is not None:
       images[name] = f'{name}.png'
-      record_lib.write_file(folder / images[name], image)
+      files.write_whole(folder / images[name], image)
   text = page.make(
     record,
     results,
@@ -75,8 +76,8 @@ def write(
   )
   summary = _summarize(record, results, table, verdicts)
   content = json.dumps(summary, indent=2) + '\n'
-  record_lib.write_file(folder / record_lib.SUMMARY, content.encode())
-  record_lib.write_file(folder / PAGE, text.encode())
+  files.write_whole(folder / record_lib.SUMMARY, content)
+  files.write_whole(folder / PAGE, text)
   return Report(folder / PAGE, verdicts)
 
 

@@ -21,5 +21,6 @@ from launch.sweeps.record import load
 from launch.sweeps.record import Record
 from launch.sweeps.record import Run
 from launch.sweeps.record import save
+from launch.sweeps.record import shown_command
 from launch.sweeps.record import update
 from launch.sweeps.slurm import make_array_script

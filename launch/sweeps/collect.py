@@ -13,6 +13,7 @@ from launch.sweeps import page
 from launch.sweeps import plots
 from launch.sweeps import record as record_lib
 from launch.sweeps import results as results_lib
+from nested_learning import files
 
 PAGE = 'README.md'
 _CSV = 'results.csv'
@@ -49,7 +50,7 @@ def collect(
     values = {cell: row[key] for cell, row in table.items() if key in row}
     image = io.BytesIO()
     plots.make_figure(key, record.cells, values).savefig(image, dpi=110)
-    record_lib.write_file(folder / images[key], image.getvalue())
+    files.write_whole(folder / images[key], image.getvalue())
   text = page.make(record, results, metrics=metrics, table=table, images=images)
   summary = json.dumps(_summary(results, table), indent=2) + '\n'
   for name, content in (
@@ -57,7 +58,7 @@ def collect(
     (PAGE, text),
     (record_lib.SUMMARY, summary),
   ):
-    record_lib.write_file(folder / name, content.encode())
+    files.write_whole(folder / name, content)
   return [
     f'no run has the metric {key!r}; the nearest is '
     f'{difflib.get_close_matches(key, known, 1, 0)[0]}.'

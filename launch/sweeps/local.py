@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import tqdm
 
 from launch.sweeps import record as record_lib
+from nested_learning import files
 
 _POLL = 0.1  # seconds
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -178,9 +179,7 @@ def _write_error(child: _Child) -> str:
     log.seek(max(child.log_start, end - _TAIL))
     text = log.read().decode('utf-8', errors='replace')
   reason = _reason(text, child.process.returncode)
-  record_lib.write_file(
-    child.run.folder / record_lib.ERROR, f'{reason}\n'.encode()
-  )
+  files.write_whole(child.run.folder / record_lib.ERROR, f'{reason}\n')
   return reason
 
 

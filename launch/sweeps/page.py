@@ -6,6 +6,7 @@ import math
 from launch.sweeps import cells as cells_lib
 from launch.sweeps import record as record_lib
 from launch.sweeps import results as results_lib
+from nested_learning import markdown
 
 _EMPTY = '–'
 
@@ -33,7 +34,7 @@ def make(
   finished = [r for r in results if r.status == 'finished']
   sections = [
     f'# Sweep of {record.spec}',
-    '\n'.join(f'    {command}' for command in record.commands),
+    markdown.fenced('\n'.join(record.commands)),
     f'{len(finished)} of {len(results)} runs are finished. Numbers are means '
     'over the seeds of a cell that finished, ± the standard deviation of a '
     'sample; the best mean is bold.',
@@ -53,7 +54,7 @@ def make(
     if cell.row
   ]
   if rows:
-    sections += ['## What the cells change', _markdown(('cell', ''), rows)]
+    sections += ['## What the cells change', markdown.table(('cell', ''), rows)]
   for key, image in images.items():
     sections += [f'## {key}', f'![{key} of the cells]({image})']
   return '\n\n'.join(sections) + '\n'
@@ -80,7 +81,7 @@ def _table(record, results, metrics, table) -> str:
       row.append(cell.printed or _EMPTY)
     rows.append(row)
   head = ['cell', *metrics, 'seeds']
-  return _markdown(head + [record.printed] * bool(record.printed), rows)
+  return markdown.table(head + [record.printed] * bool(record.printed), rows)
 
 
 def _provenance(record, finished) -> list[str]:
@@ -113,9 +114,3 @@ def _text(statistic: results_lib.Statistic | None) -> str:
   if math.isfinite(statistic.spread):
     text += f' ± {statistic.spread:.2g}'
   return text
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  escape = lambda text: text.replace('|', r'\|')
-  lines = [head, ['---'] * len(head), *rows]
-  return '\n'.join(f'| {" | ".join(map(escape, line))} |' for line in lines)

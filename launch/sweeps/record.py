@@ -5,17 +5,24 @@ import dataclasses
 import fnmatch
 import os
 import pathlib
-import tempfile
+import re
+import shlex
 from typing import Any, NamedTuple
 
 from launch.sweeps import cells as cells_lib
 from nested_learning import configs
 from nested_learning import errors
+from nested_learning import files
 
 _FILE = 'sweep.json'
 SUMMARY = 'summary.json'
 ERROR = 'error.txt'
 LOG = 'log.txt'
+# Up to the value that an environment variable gets.
+_SECRET = re.compile(
+  r'(?s)(.*?--?(?:env|export)[= ]\w[^=]*=|--?run_flag=[A-Za-z_]\w*=)'
+)
+_TAKES_SECRET = re.compile('--?(run_flag|sbatch|env|export)$')
 _OLD_ROOM, _ROOM = '"nested_learning.sweeps.', '"launch.sweeps.'
 
 
@@ -88,7 +95,7 @@ def load(workdir: pathlib.Path) -> Record | None:
 
 def save(record: Record, workdir: pathlib.Path) -> None:
   """Writes sweep.json, whole or not at all."""
-  write_file(workdir / _FILE, configs.to_json(record).encode())
+  files.write_whole(workdir / _FILE, configs.to_json(record))
 
 
 def update(record: Record, stored: Record | None) -> Record:
@@ -129,13 +136,35 @@ def update(record: Record, stored: Record | None) -> Record:
         f'whose cell {cell.name} is {_cell(old)}, and here it is {_cell(cell)}'
       )
     together[cell.name] = cell
+  commands = [  # those of earlier versions may hold passwords
+    shown_command(shlex.split(command)[1:])
+    for command in (*stored.commands, *record.commands)
+  ]
   return dataclasses.replace(
     record,
     cells=tuple(together.values()),
     num_seeds=max(record.num_seeds, stored.num_seeds),
-    commands=tuple(dict.fromkeys((*stored.commands, *record.commands))),
+    commands=tuple(dict.fromkeys(commands)),
     commits=tuple(dict.fromkeys((*stored.commits, *record.commits))),
   )
+
+
+def shown_command(arguments: Sequence[str]) -> str:
+  """Returns a command line for the page, without values of environments.
+
+  What --env, or --export of sbatch, gives to a run may be a password, and the
+  page of a sweep is there to be shown.
+
+  Args:
+    arguments: The program and its arguments, as they were typed.
+  """
+  shown = ['python']
+  for before, argument in zip(['', *arguments], arguments, strict=False):
+    secret = _SECRET.match(argument)
+    if not secret and _TAKES_SECRET.search(before):
+      secret = re.match(r'([A-Za-z_]\w*=)', argument)
+    shown.append(f'{secret[1]}...' if secret else argument)
+  return shlex.join(shown)
 
 
 def list_runs(
@@ -174,19 +203,6 @@ def list_runs(
   for run in runs:
     _check_same(run)
   return runs
-
-
-def write_file(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file whole or not at all, also beside others who write it."""
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix='.writing')
-    with open(handle, 'wb') as file:
-      file.write(content)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-  except OSError as error:
-    raise errors.UserError(f'Cannot write {path}: {error.strerror}.') from error
 
 
 def _check_same(run: Run) -> None:

@@ -1,8 +1,8 @@
 """The script of a Slurm array: one task for each run of a sweep."""
 
 from collections.abc import Sequence
-import shlex
 
+from launch import scripts
 from nested_learning import errors
 
 _SECONDS = 300  # before the time limit, for a run to save
@@ -38,10 +38,10 @@ def make_array_script(
     errors.UserError: An option does not begin with a dash, or is --array.
   """
   for option in options:
-    if not option.startswith('-') or option.startswith('--array'):
+    if option.startswith('--array'):
       raise errors.UserError(
-        f'--sbatch={option} is no option that an array can have; write it as '
-        'for sbatch, for example --sbatch=--time=4:00:00.'
+        f'--sbatch={option} is no option that an array of runs can have; leave '
+        'it out.'
       )
   at_once = f'%{num_jobs}' if num_jobs else ''
   directives = [
@@ -51,17 +51,17 @@ def make_array_script(
     f'--signal=B:TERM@{_SECONDS}',
     '--requeue',
     '--open-mode=append',
-    f'--output={logs}/slurm_%A_%a.txt',
   ]
   lines = [
     '#!/bin/bash',
-    *(f'#SBATCH {line}' for line in directives),
+    *map(scripts.directive, directives),
+    scripts.log_directive(logs, 'slurm_%A_%a.txt'),
     '',
-    f'cd {shlex.quote(folder)} || exit 1',
+    f'cd {scripts.quote(folder)} || exit 1',
     'runs=(',
-    *(f'  {shlex.quote(name)}' for name in names),
+    *(f'  {scripts.quote(name)}' for name in names),
     ')',
     # exec: the signal is for the shell, and the command takes its place.
-    f'exec {shlex.join(command)} "--only=${{runs[$SLURM_ARRAY_TASK_ID]}}"',
+    f'exec {scripts.join(command)} "--only=${{runs[$SLURM_ARRAY_TASK_ID]}}"',
   ]
   return '\n'.join(lines) + '\n'

@@ -7,6 +7,7 @@ a folder does not get its name all at once, as checkpoints must.
 
 from typing import Any
 
+from launch import scripts
 from launch.targets import accelerators
 from launch.targets import jobs
 from nested_learning import errors
@@ -34,14 +35,17 @@ def plan(job: jobs.Job) -> jobs.Plan:
     'jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0'
   )
   dockerfile = jobs.ROOT / 'launch' / 'Dockerfile'
+  apply = scripts.here_document(
+    'kubectl apply --filename -', manifest, 'END_OF_MANIFEST'
+  )
+  tag = scripts.quote(f'--tag={image}')
+  file = scripts.quote(f'--file={dockerfile}')
   script = f"""\
 set -euo pipefail
 gcloud storage buckets describe gs://{bucket} --format='value(name)'
-docker build --tag {image} --file {dockerfile} {jobs.ROOT}
-docker push {image}
-kubectl apply --filename - <<'END_OF_MANIFEST'
-{manifest}END_OF_MANIFEST
-echo 'Follow it: kubectl logs --follow --selector={first}'
+docker build {tag} {file} {scripts.quote(str(jobs.ROOT))}
+docker push -- {scripts.quote(image)}
+{apply}echo 'Follow it: kubectl logs --follow --selector={first}'
 echo 'Stop it:   kubectl delete jobset {job.name}'
 """
 
@@ -152,9 +156,12 @@ def _pod(
         'command': [
           'python',
           'launch/run.py',
-          *jobs.remote_arguments('gke', job),
+          *map(_unexpanded, jobs.remote_arguments('gke', job)),
         ],
-        'env': [{'name': k, 'value': v} for k, v in job.env.items()],
+        'env': [
+          {'name': name, 'value': _unexpanded(value)}
+          for name, value in job.env.items()
+        ],
         'ports': [{'containerPort': port} for port in (8471, 8080, 8482)],
         'securityContext': {'privileged': True},
         'resources': {
@@ -178,3 +185,8 @@ def _pod(
       {'name': 'memory', 'emptyDir': {'medium': 'Memory'}},
     ],
   }
+
+
+def _unexpanded(value: str) -> str:
+  """A value as Kubernetes takes it: $(NAME) is a variable, $$ is a dollar."""
+  return value.replace('$', '$$')

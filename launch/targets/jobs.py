@@ -244,7 +244,11 @@ class Bucket(NamedTuple):
 
 def bucket_of(target: str, job: Job) -> Bucket:
   """The bucket of a workdir on gs://."""
-  match = re.fullmatch(r'gs://([\w.-]+)/([^\s\'"$`]+)', job.workdir)
+  match = re.fullmatch(
+    r'gs://([A-Za-z0-9][\w.-]*)/([^\s\'"$`\x00-\x1f\x7f]+)',
+    job.workdir,
+    re.ASCII,
+  )
   if not match:
     raise errors.UserError(
       f'--workdir={job.workdir} is not where --target={target} can write; name '
@@ -291,7 +295,7 @@ def _environment(topology: accelerators.Topology | None) -> dict[str, str]:
   env = xla_flags.environment(topology) if topology else {}
   for assignment in _ENV.value:
     name, equals, value = assignment.partition('=')
-    if not equals or not re.fullmatch(r'[A-Za-z_]\w*', name):
+    if not equals or not re.fullmatch('[A-Za-z_][A-Za-z0-9_]*', name):
       raise errors.UserError(f'--env={assignment} is not NAME=VALUE.')
     if name in ('LIBTPU_INIT_ARGS', 'XLA_FLAGS') and name in env:
       value = f'{env[name]} {value}'

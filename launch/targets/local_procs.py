@@ -12,13 +12,13 @@ import ctypes
 import os
 import pathlib
 import re
-import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+from launch import scripts
 from launch.targets import jobs
 from nested_learning import errors
 
@@ -58,7 +58,8 @@ def plan(job: jobs.Job) -> jobs.Plan:
     for i in range(count)
   ]
   lines = [
-    shlex.join(['env', *(f'{k}={v}' for k, v in env.items()), *command]) + ' &'
+    scripts.join(['env', *(f'{k}={v}' for k, v in env.items()), *command])
+    + ' &'
     for env in environments
   ]
   return jobs.Plan(

@@ -7,8 +7,8 @@ back into the queue and goes on from its last checkpoint.
 
 import os
 import pathlib
-import shlex
 
+from launch import scripts
 from launch.targets import jobs
 from nested_learning import errors
 
@@ -18,7 +18,7 @@ _TEMPLATE = """\
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node={per_node}
 #SBATCH --gpus-per-node={per_node}
-#SBATCH --output={log}
+{log}
 #SBATCH --open-mode=append
 #SBATCH --requeue
 # The processes get SIGTERM, and save, this many seconds before the time is up.
@@ -51,29 +51,21 @@ def plan(job: jobs.Job) -> jobs.Plan:
     raise errors.UserError(
       f'Cannot write to --workdir={job.workdir}; choose a folder that is yours.'
     )
-  for option in job.sbatch:
-    if not option.startswith('-') or '\n' in option:
-      raise errors.UserError(
-        f'--sbatch={option} is no option of sbatch; give it as '
-        '--sbatch=--partition=NAME.'
-      )
   command = jobs.local_command(job)
   batch = _TEMPLATE.format(
     name=job.name,
     nodes=topology.num_hosts,
     per_node=topology.chips_per_host,
-    log=shlex.quote(str(workdir / 'logs' / 'slurm-%j.log')),
-    options=''.join(f'#SBATCH {option}\n' for option in job.sbatch),
-    folder=shlex.quote(os.getcwd()),
-    exports='\n'.join(
-      f'export {name}={shlex.quote(value)}' for name, value in job.env.items()
-    ),
-    command=shlex.join(command),
+    log=scripts.log_directive(str(workdir / 'logs'), 'slurm-%j.log'),
+    options=''.join(f'{scripts.directive(o)}\n' for o in job.sbatch),
+    folder=scripts.quote(os.getcwd()),
+    exports=scripts.exports(job.env),
+    command=scripts.join(command),
     max_restarts=10 if job.max_restarts is None else job.max_restarts,
   )
   script = (
-    f'mkdir -p {shlex.quote(str(workdir / "logs"))}\n'
-    f"sbatch <<'END_OF_SCRIPT'\n{batch}END_OF_SCRIPT\n"
+    f'mkdir -p {scripts.quote(str(workdir / "logs"))}\n'
+    + scripts.here_document('sbatch', batch, 'END_OF_SCRIPT')
   )
 
   def run() -> int:

@@ -6,8 +6,8 @@ ones were taken away, and gives the machines back when the run has succeeded.
 """
 
 import re
-import shlex
 
+from launch import scripts
 from launch.targets import jobs
 from nested_learning import errors
 
@@ -59,9 +59,7 @@ trap 'rm -rf "$work"' EXIT
 # Nothing is asked for before what it needs is known to be there.
 gcloud storage buckets describe gs://{bucket} --format='value(name)' || exit 2
 tar -czf "$work/tree.tgz" --exclude=__pycache__ -C {root} {tree} || exit 2
-cat > "$work/start.sh" <<'END_OF_START'
-{start}END_OF_START
-
+{write_start}
 state() {{
   gcloud compute tpus queued-resources describe "$name" "${{flags[@]}}" \\
     --format='value(state.state)' 2> /dev/null
@@ -151,9 +149,9 @@ def plan(job: jobs.Job) -> jobs.Plan:
   start = _START.format(
     bucket=bucket.name,
     mount=bucket.mount,
-    exports='\n'.join(f'export {k}={shlex.quote(v)}' for k, v in env.items()),
-    command=shlex.join(command),
-    ours=shlex.quote(ours),
+    exports=scripts.exports(env),
+    command=scripts.join(command),
+    ours=scripts.quote(ours),
   )
   number = topology.chips_per_slice * generation.cores_per_chip
   request = [
@@ -176,12 +174,14 @@ def plan(job: jobs.Job) -> jobs.Plan:
   script = _SCRIPT.format(
     name=job.name,
     nodes=' '.join(nodes),
-    flags=shlex.join(flags),
+    flags=scripts.join(flags),
     bucket=bucket.name,
-    root=shlex.quote(str(jobs.ROOT)),
+    root=scripts.quote(str(jobs.ROOT)),
     tree=' '.join(jobs.TREE),
-    start=start,
-    request=shlex.join(request),
+    write_start=scripts.here_document(
+      'cat > "$work/start.sh"', start, 'END_OF_START'
+    ),
+    request=scripts.join(request),
     max_restarts=10 if job.max_restarts is None else job.max_restarts,
   )
 

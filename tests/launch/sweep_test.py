@@ -158,6 +158,11 @@ class SweepTest(parameterized.TestCase):
       for path in self.workdir.glob('cells/*/*/attempts.txt')
     }
 
+  def _read_page(self):
+    """The page, its tables without the blanks that align them."""
+    page = (self.workdir / 'README.md').read_text()
+    return re.sub(' +', ' ', page)
+
   def _read_summary(self):
     return json.loads((self.workdir / 'summary.json').read_text())
 
@@ -171,7 +176,7 @@ class SweepTest(parameterized.TestCase):
     self.assertEqual(summary['size=1/score'], 0.5)  # data.seed is set, too
     self.assertAlmostEqual(summary['size=3/loss/spread'], 0.5**0.5)
     self.assertNotIn('size=3/steps', summary)  # the same everywhere
-    page = (self.workdir / 'README.md').read_text()
+    page = self._read_page()
     self.assertIn('| size=1 | **1.5 ± 0.71** | 0.5 ± 0.71 | 2 of 2 |', page)
     self.assertIn('--grid size=1,3 --seeds=2', page)
     with open(self.workdir / 'results.csv') as file:
@@ -222,7 +227,7 @@ class SweepTest(parameterized.TestCase):
   def test_rows_of_the_file(self):
     result = self._call('--seeds=1', config='rows.py')
     self.assertEqual(result.returncode, 1)
-    page = (self.workdir / 'README.md').read_text()
+    page = self._read_page()
     self.assertIn('| cell | loss | seeds | the paper |', page)
     self.assertIn('| plain | **1** | 1 of 1 | 12.3 |', page)
     self.assertIn('| broken | – | 0 of 1, **1 failed** | – |', page)
@@ -312,6 +317,9 @@ class SweepTest(parameterized.TestCase):
     (['--grid=size=1', '--target=tpu-vm'], '--bucket=gs://BUCKET/NAME'),
     (['--collect'], 'holds no sweep to collect'),
     (['size=1'], "Unexpected argument 'size=1'"),
+    ([f'--workdir={"x" * 300}'], 'longer than the file system allows'),
+    ([f'--results={"x" * 300}'], 'longer than the file system allows'),
+    (['--workdir='], 'A sweep needs a folder'),
   )
   def test_bad_call_starts_nothing(self, args, message):
     result = self._call(*args)
@@ -320,6 +328,37 @@ class SweepTest(parameterized.TestCase):
     self.assertStartsWith(result.stderr, 'sweep.py: ')
     self.assertIn(message, result.stderr)
     self.assertFalse(self.workdir.exists())
+
+  @parameterized.parameters('lr[3e-3]', '-a b\\*?%s\n☃ ')
+  def test_workdir_of_any_name(self, name):
+    workdir = f'--workdir={name}'
+    args = ('--grid=size=1,2', workdir)
+    result = self._call(*args)
+    self.assertEqual(result.returncode, 0, result.stderr)
+    self.assertEqual(self._call(*args).returncode, 0)  # it is read back
+    collected = self._call(workdir, '--collect', config=None)
+    self.assertEqual(collected.returncode, 0, collected.stderr)
+    self.workdir = pathlib.Path(self.folder.full_path, name)
+    self.assertEqual(self._read_summary()['finished'], 2)
+    self.assertEqual(self._attempts(), {'size=1/seed_0': 1, 'size=2/seed_0': 1})
+
+  def test_value_that_looks_like_a_pattern(self):
+    result = self._call('--grid', 'fail="lr[3e-3]","a*?",\'%s ☃\'')
+    self.assertEqual(result.returncode, 0, result.stderr)
+    self.assertEqual(self._read_summary()['finished'], 3)
+
+  def test_page_hides_passwords(self):
+    flags = ('--run_flag=--env=TOKEN=geheim', '--run_flag', '--env=A=geheim')
+    result = self._call('--grid=size=1', '--target=slurm', *flags)
+    self.assertEqual(result.returncode, 2)  # there is no sbatch
+    self._call('--collect', config=None)
+    for name in ('sweep.json', 'README.md'):
+      text = (self.workdir / name).read_text()
+      self.assertNotIn('geheim', text)
+      self.assertIn('TOKEN=...', text)
+    script = self.workdir / 'slurm.sh'
+    self.assertIn('geheim', script.read_text())
+    self.assertEqual(script.stat().st_mode & 0o777, 0o600)
 
   def test_folder_of_another_sweep_is_refused_and_left(self):
     self._call('--grid=size=1')
