@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import re
 import types
 import typing
 from typing import Any
 
 from nested_learning import errors
+from nested_learning.configs import files
 
 
 def is_config(value: Any) -> bool:
@@ -59,13 +61,48 @@ def item_kinds(kind: Any, length: int) -> tuple[Any, ...]:
   return kinds
 
 
-def make(constructor: Any, values: dict[str, Any], path: str) -> Any:
-  """Makes a dataclass; says where in the config a refusal came from."""
+def make(
+  cls: type, values: dict[str, Any], path: str, *, now: Any = None
+) -> Any:
+  """Makes a dataclass, and says where in the config a mistake is.
+
+  Args:
+    cls: The dataclass.
+    values: Values of fields.
+    path: Where in the config it stands; '' for the config itself.
+    now: A value of the class whose fields are kept where `values` has none.
+
+  Returns:
+    The dataclass.
+
+  Raises:
+    errors.UserError: If the class refuses a value, or a field is missing.
+  """
+  if now is not None:
+    values = {f.name: getattr(now, f.name) for f in init_fields(now)} | values
+  missing = [
+    join(path, field.name)
+    for field in init_fields(cls)
+    if field.name not in values
+    and field.default is dataclasses.MISSING
+    and field.default_factory is dataclasses.MISSING
+  ]
+  if missing:
+    raise errors.UserError(
+      f'{path or cls.__name__} lacks {", ".join(missing)}.'
+    )
   try:
-    return constructor(**values)
-  except (TypeError, ValueError) as error:
-    where = f'{path}: ' if path else ''
-    raise errors.UserError(f'{where}{error}') from error
+    return cls(**values)
+  except ValueError as error:
+    if files.is_bug(error):
+      raise
+    message = str(error)
+    names = '|'.join(re.escape(field.name) for field in init_fields(cls))
+    if path and re.match(rf'({names})=', message):
+      message = f'{path}.{message}'  # model.levels.0.name='' must be ...
+    elif path:
+      message = f'{path}: {message}'
+    raise errors.UserError(message) from error
 
 
 def join(path: str, name: str) -> str:

@@ -9,6 +9,11 @@ from typing import Any
 
 from nested_learning import errors
 
+_PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+_CHECKOUT = _PACKAGE.parent  # if the package is not installed without one
+_LOOSE = 'experiment_file_'  # before the name of a file outside experiments/
+_loaded: set[str] = set()  # names of the modules of files that a user named
+
 
 def call_get_config(spec: str) -> tuple[types.ModuleType, Any]:
   """Loads an experiment file and calls its `get_config`.
@@ -45,30 +50,44 @@ def call_get_config(spec: str) -> tuple[types.ModuleType, Any]:
     raise
 
 
+def is_experiment(name: str) -> bool:
+  """Returns whether a module name is that of an experiment file."""
+  return name in _loaded or name.startswith(('experiments.', _LOOSE))
+
+
 def find(name: str) -> types.ModuleType:
-  """Returns the experiment file that a `config.json` names.
+  """Returns the module of the experiment file that a config.json names.
+
+  A config.json is data, perhaps of somebody else, so no file runs because one
+  names it, except for the experiments of this checkout. The current folder is
+  not searched.
 
   Args:
     name: Module name, such as `experiments.quickstart`.
 
   Returns:
-    Its module.
+    The module of a file that was loaded with `call_get_config` or imported
+    before, or of a file in the `experiments` folder beside the package.
 
   Raises:
-    errors.UserError: If it is not loaded yet and there is no such file below
-      the working directory or beside the package.
+    errors.UserError: If it is neither.
   """
   parts = name.split('.')
-  if parts[0] == 'experiments' and all(part.isidentifier() for part in parts):
-    if name in sys.modules:
-      return sys.modules[name]
-    file = pathlib.Path(*parts).with_suffix('.py')
-    for root in (pathlib.Path.cwd(), pathlib.Path(__file__).parents[1]):
-      if (root / file).is_file():
-        return _load(root / file)
+  is_named = name in _loaded
+  if is_named or (parts[0] == 'experiments' and name in sys.modules):
+    return sys.modules[name]
+  file = _CHECKOUT.joinpath(*parts).with_suffix('.py')
+  if (
+    parts[0] == 'experiments'
+    and all(part.isidentifier() for part in parts)
+    and (_CHECKOUT / 'launch' / 'run.py').is_file()
+    and file.is_file()
+  ):
+    return _load(file)
   raise errors.UserError(
-    f'the config was made by {name}, and there is no such file under '
-    f'experiments/ in {pathlib.Path.cwd()}.'
+    f'the config was made by {name}, which is not an experiment in '
+    f'{_CHECKOUT / "experiments"}. Name its file, as in '
+    f'--config=PATH/{parts[-1]}.py.'
   )
 
 
@@ -91,6 +110,7 @@ def _load(path: pathlib.Path) -> types.ModuleType:
     del sys.modules[name]
     _refuse(error, path)
     raise
+  _loaded.add(name)
   return module
 
 
@@ -100,7 +120,7 @@ def _module_name(path: pathlib.Path) -> str:
   if folders:
     parts = path.with_suffix('').relative_to(folders[-1].parent).parts
     return '.'.join(parts)
-  return f'experiment_file_{path.stem}'
+  return f'{_LOOSE}{path.stem}'
 
 
 def _missing(path: pathlib.Path) -> str:
@@ -112,11 +132,35 @@ def _missing(path: pathlib.Path) -> str:
   return f'There is no file {path}; {folder} has: {", ".join(there)}.'
 
 
-def _refuse(error: Exception, path: pathlib.Path) -> None:
-  """Says in one line where in the file an exception came from.
+def is_bug(error: Exception) -> bool:
+  """Returns whether an exception is a bug of the package, not a mistake.
 
-  Only returns where a module that the file calls raised something that is no
-  refusal of a value: a bug, which keeps its traceback.
+  `errors.UserError` is a user's mistake wherever it is raised. Any other
+  exception is a bug if it came out of the package's own code.
+
+  Args:
+    error: An exception that was raised and caught.
+  """
+  if isinstance(error, errors.UserError):
+    return False
+  frames = traceback.extract_tb(error.__traceback__)
+  return any(_is_in_package(frame) for frame in frames)
+
+
+def _is_in_package(frame: traceback.FrameSummary) -> bool:
+  path = pathlib.Path(frame.filename)
+  # These call a user's code, so they are below every mistake in it.
+  calls_users = path.parent == _PACKAGE / 'configs' and (
+    frame.name in ('call_get_config', '_load', 'make')
+  )
+  return path.is_relative_to(_PACKAGE) and not calls_users
+
+
+def _refuse(error: Exception, path: pathlib.Path) -> None:
+  """Raises `errors.UserError` that says where in the file a mistake is.
+
+  Returns only if the exception is a bug: of the package, or of another module
+  that raised something other than ValueError. A bug keeps its traceback.
   """
   resolved = str(path.resolve())
   frames = [
@@ -125,12 +169,14 @@ def _refuse(error: Exception, path: pathlib.Path) -> None:
     if not frame.filename.startswith('<frozen')  # those of importlib
   ]
   lines = [frame.lineno for frame in frames if frame.filename == resolved]
+  is_users = isinstance(error, ValueError) or (
+    frames[-1].filename in (resolved, __file__)
+  )
   if isinstance(error, SyntaxError) and error.filename == resolved:
     lines.append(error.lineno)
-  elif not isinstance(error, ValueError):
-    if frames[-1].filename not in (resolved, __file__):
-      return
+  elif is_bug(error) or not is_users:
+    return
   where = f'{path}, line {lines[-1]}' if lines else str(path)
   kind = '' if isinstance(error, errors.UserError) else type(error).__name__
-  text = ': '.join(filter(None, [kind, str(error).strip().split('\n')[0]]))
+  text = ': '.join(filter(None, [kind, errors.first_line(error)]))
   raise errors.UserError(f'{where}: {text}') from error

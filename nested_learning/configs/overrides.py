@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 import dataclasses
 import difflib
-import functools
 import typing
 from typing import Any
 
@@ -69,9 +68,8 @@ def _apply(value: Any, kind: Any, changes: _Changes, path: str, root: Any):
   if fields.is_config(value):
     names = fields.annotations(type(value))
     children = {name: getattr(value, name) for name in names}
-    replace = functools.partial(dataclasses.replace, value)
     changed = _apply_below(children, type(value), changes, path, root)
-    return fields.make(replace, changed, path)
+    return fields.make(type(value), changed, path, now=value)
   if isinstance(value, tuple):
     items = {str(i): item for i, item in enumerate(value)}
     kinds = fields.item_kinds(fields.tuple_kind(kind), len(value))

@@ -174,7 +174,7 @@ def _find_class(name: Any, path: str) -> type:
       found = getattr(sys.modules[module], cls, None)
     except ImportError:
       pass
-  elif module.split('.')[0] == 'experiments':
+  elif files.is_experiment(module):
     found = getattr(files.find(module), cls, None)
   if not fields.is_config(found) or found.__module__ != module:
     raise errors.UserError(

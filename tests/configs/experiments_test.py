@@ -1,13 +1,20 @@
 """Tests of configs read from experiment files and from config.json."""
 
+import json
 import os
 import pathlib
+import subprocess
+import sys
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
 
 from nested_learning import configs
 from nested_learning import errors
+from nested_learning import sharding
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 _FILE = """
 import dataclasses
@@ -90,6 +97,96 @@ class LoadTest(parameterized.TestCase):
     )
     with self.assertRaisesRegex(errors.UserError, "arg='xl': not a size"):
       configs.load(f'{path}:xl')
+
+  def test_bug_of_the_package_keeps_its_traceback(self):
+    path = self._write(
+      'from nested_learning import sharding\n'
+      'def get_config():\n  return sharding.broken()\n'
+    )
+
+    # A function of the package, as far as its traceback says.
+    code = compile(
+      'def broken():\n  return list(zip([1], [], strict=True))\n',
+      sharding.__file__,
+      'exec',
+    )
+    names = {}
+    exec(code, names)
+    with mock.patch.object(sharding, 'broken', names['broken'], create=True):
+      with self.assertRaisesRegex(ValueError, 'zip') as caught:
+        configs.load(path)
+    self.assertNotIsInstance(caught.exception, errors.UserError)
+
+  @parameterized.named_parameters(
+    ('builtin', 'int("x")'),
+    ('other_module', '__import__("json").loads("{")'),
+    ('refused_value', 'sharding.MeshConfig(fsdp=-7)'),
+    ('unknown_field', 'sharding.MeshConfig(nothing=1)'),
+  )
+  def test_mistake_in_a_file_is_one_line(self, expression):
+    path = self._write(
+      'from nested_learning import sharding\n'
+      f'def get_config():\n  return {expression}\n'
+    )
+    with self.assertRaisesRegex(
+      errors.UserError, f'{self.name}.py, line 3: '
+    ) as caught:
+      configs.load(path)
+    self.assertNotIn('\n', str(caught.exception))
+
+  def test_config_json_runs_no_file_of_the_current_folder(self):
+    marker = pathlib.Path(self.folder.full_path, 'ran')
+    self._write(f'open({str(marker)!r}, "w").close()\n' + _FILE + _RUN)
+    for content in (
+      {'_type': f'experiments.{self.name}.Config'},
+      {'_type': 'nested_learning.sharding.MeshConfig', '_run': ''},
+      {'_type': f'experiment_file_{self.name}.Config'},
+    ):
+      if '_run' in content:
+        content['_run'] = f'experiments.{self.name}'
+      file = self.folder.create_file('config.json', content=json.dumps(content))
+      with self.assertRaisesRegex(
+        errors.UserError, rf'made by .*{self.name}.* --config=PATH/'
+      ) as caught:
+        configs.load_experiment(file.full_path)
+      self.assertNotIn('\n', str(caught.exception))
+      self.assertFalse(marker.exists())
+    # The file that the user names is run, and then found.
+    configs.load(f'experiments/{self.name}.py')
+    self.assertTrue(marker.exists())
+    content = {'_type': f'experiments.{self.name}.Config', 'size': 'large'}
+    file = self.folder.create_file('config.json', content=json.dumps(content))
+    self.assertEqual(configs.load(file.full_path).size, 'large')
+
+  def test_file_outside_of_experiments_is_found_again(self):
+    path = self.folder.create_file(f'{self.name}.py', content=_FILE + _RUN)
+    experiment = configs.load_experiment(path.full_path)
+    text = configs.to_json(experiment.config, experiment.module)
+    file = self.folder.create_file('config.json', content=text)
+    again = configs.load_experiment(file.full_path)
+    self.assertEqual(again.config, experiment.config)
+    self.assertEqual(again.run, experiment.run)
+
+  def test_experiments_of_the_checkout_are_found_from_anywhere(self):
+    code = (
+      'from nested_learning import configs\n'
+      'experiment = configs.load_experiment("config.json")\n'
+      'print(type(experiment.config).__module__, experiment.module)'
+    )
+    facts = configs.load_experiment(
+      str(_ROOT / 'experiments' / 'continual' / 'facts.py')
+    )
+    self.folder.create_file(
+      'config.json', content=configs.to_json(facts.config, facts.module)
+    )
+    output = subprocess.check_output(
+      [sys.executable, '-c', code],
+      text=True,
+      cwd=self.folder.full_path,
+      env=os.environ | {'PYTHONPATH': str(_ROOT)},
+    )
+    name = 'experiments.continual.facts'
+    self.assertEqual(output.split(), [name, name])
 
   def test_bug_of_another_module_keeps_its_traceback(self):
     path = self._write('import ast\ndef get_config():\n  ast.parse(3)\n')
