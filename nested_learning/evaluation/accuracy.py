@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nested_learning import errors
 from nested_learning import models
 
 
@@ -170,6 +171,7 @@ def make_count(
       params, state, piece['tokens'], reset=piece['reset']
     )
     targets, counts = piece['targets'], piece['mask'].astype(jnp.float32)
+    wrong_ids = _num_out_of_range(piece, outputs.shape[-1])
     loss = jnp.sum(token_loss(outputs, targets) * counts)
     if jnp.issubdtype(targets.dtype, jnp.floating):
       targets = answers = jnp.zeros(targets.shape, jnp.int32)
@@ -186,7 +188,8 @@ def make_count(
       rows_right=jnp.float32(0),
     )
     wrong += jnp.sum(counts - right, axis=1)
-    return sums, (state, answered + jnp.sum(counts, axis=1), wrong)
+    carried = state, answered + jnp.sum(counts, axis=1), wrong
+    return sums, wrong_ids, carried
 
   @jax.jit
   def count_rows(answered, wrong):
@@ -203,7 +206,12 @@ def make_count(
       state = init_state(params, num_rows) if len(pieces) > 1 else None
       carried = state, zeros, zeros
       for piece in pieces:
-        sums, carried = read(params, carried, piece)
+        sums, wrong_ids, carried = read(params, carried, piece)
+        if wrong_ids:
+          raise errors.UserError(
+            f'{int(wrong_ids)} targets of a batch are not ids of the model; '
+            'set model.vocab_size to that of the task.'
+          )
         total = _add(total, sums)
       rows, rows_right = jax.device_get(count_rows(*carried[1:]))
       total = total._replace(
@@ -212,6 +220,14 @@ def make_count(
     return total
 
   return count
+
+
+def _num_out_of_range(piece, num_ids):
+  """Counts targets that have no logit, whose loss would be NaN in silence."""
+  targets = piece['targets']
+  if jnp.issubdtype(targets.dtype, jnp.floating):
+    return 0
+  return jnp.sum(((targets < 0) | (targets >= num_ids)) & piece['mask'])
 
 
 def _add(total, sums):

@@ -14,7 +14,6 @@ from typing import Any
 
 from absl import logging
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 
@@ -46,13 +45,8 @@ class WriteConfig:
   top_p: float = 1.0  # draw among this probability mass; 1 is all
 
   def __post_init__(self):
-    if self.max_tokens < 1:
-      raise errors.UserError(
-        f'max_tokens={self.max_tokens} must be at least 1.'
-      )
-    inference.GenerateConfig(  # has the same rules
-      temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
-    )
+    errors.check_field(self, 'max_tokens', self.max_tokens >= 1, 'at least 1')
+    inference.check_sampling(self.temperature, self.top_k, self.top_p)
 
 
 def parse_settings(settings: Mapping[str, Any]) -> WriteConfig:
@@ -121,32 +115,41 @@ def make_write(
     The function.
 
   Raises:
-    errors.UserError: If batch_size or max_length cannot be; the function, if
-      max_tokens fill the longest stream.
+    errors.UserError: If batch_size or max_length is out of range, or the model
+      has fewer tokens than the tokenizer; the function, if max_tokens leave no
+      room for a context.
   """
   limits = requests_lib.limits(model.config, max_length)
   rows = requests_lib.num_rows(batch_size, mesh)
-  read, make_draw = _programs(model, tokenizer.vocab_size, mesh)
+  vocab_size = requests_lib.vocab_size(model.config, tokenizer.vocab_size)
+  read_prompt = inference.make_prompt_reader(
+    model,
+    piece=limits.piece,
+    put=functools.partial(requests_lib.put, mesh=mesh),
+  )
+  whole = None if mesh is None else sharding.replicated(mesh)
 
-  def read_contexts(params, contexts):
-    padded = requests_lib.pad(contexts, rows, limits.piece)
-    state = None
-    logits = np.zeros((rows, model.config.vocab_size), np.float32)
-    logits = requests_lib.put(logits, mesh)
-    for part in requests_lib.pieces(padded.shape[1], limits.piece):
-      tokens = requests_lib.put(padded[:, part], mesh)
-      logits, state = read(params, state, logits, tokens)
-    return logits, state
+  @functools.cache
+  def make_draw(temperature, top_k, top_p):
+    draw = inference.make_draw(
+      model.forward,
+      inference.DrawConfig(
+        _BLOCK, temperature, top_k, top_p, tokenizer.document_id, vocab_size
+      ),
+    )
+    # The tokens are looked at by every process.
+    return jax.jit(draw, out_shardings=(whole, None, None))
 
   def write_batch(params, contexts, keys, config):
     draw = make_draw(config.temperature, config.top_k, config.top_p)
-    logits, state = read_contexts(params, contexts)
+    padded = requests_lib.pad(contexts, rows, limits.piece)
+    logits, state = read_prompt(params, np.maximum(padded, 0), padded >= 0)
     drawn = np.zeros((rows, 0), np.int32)
     texts = [None] * len(contexts)
     while any(text is None for text in texts):
       start = drawn.shape[1]
-      block, logits, state = draw(params, state, logits, keys, start)
-      drawn = np.concatenate([drawn, jax.device_get(block)], axis=1)
+      block, logits, state = draw(params, logits, state, keys, start)
+      drawn = np.concatenate([drawn, jax.device_get(block.tokens)], axis=1)
       for i, context in enumerate(contexts):
         if texts[i] is None:
           texts[i] = finished_text(tokenizer, context, drawn[i], config)
@@ -155,7 +158,7 @@ def make_write(
   def write(params, contexts, config, *, description=None):
     tokens = [requests_lib.encode_context(tokenizer, c) for c in contexts]
     tokens = _make_room(tokens, config.max_tokens, limits.stream)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(
+    keys = inference.row_keys(
       jax.random.key(seed), np.arange(max(len(tokens), 1))
     )
     texts = [''] * len(tokens)
@@ -210,48 +213,6 @@ def finished_text(
     return text[: min(places)]
   has_ended = len(ends) > 0 or len(drawn) >= config.max_tokens
   return text if has_ended else None
-
-
-def _programs(model: models.Model, vocab_size: int, mesh: Any):
-  """The compiled parts: reading a piece of the contexts, drawing a block."""
-  whole = None if mesh is None else sharding.replicated(mesh)
-
-  @jax.jit
-  def read(params, state, logits, tokens):
-    mask = tokens >= 0
-    all_logits, state = model.forward(
-      params, state, jnp.maximum(tokens, 0), mask=mask
-    )
-    last = jnp.maximum(jnp.sum(mask, axis=1) - 1, 0)
-    here = jnp.take_along_axis(all_logits, last[:, None, None], axis=1)[:, 0]
-    return jnp.where(mask.any(axis=1)[:, None], here, logits), state
-
-  @functools.cache
-  def make_draw(temperature, top_k, top_p):
-    sample = functools.partial(
-      inference.sample, temperature=temperature, top_k=top_k, top_p=top_p
-    )
-
-    def draw_token(key, logits):
-      return sample(key, logits[None, :vocab_size])[0]
-
-    @functools.partial(jax.jit, out_shardings=(whole, None, None))
-    def draw(params, state, logits, keys, start):
-      def body(carry, step):
-        state, logits = carry
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-        tokens = jax.vmap(draw_token)(step_keys, logits)
-        logits, state = model.forward(params, state, tokens[:, None])
-        return (state, logits[:, 0]), tokens
-
-      (state, logits), tokens = jax.lax.scan(
-        body, (state, logits), start + jnp.arange(_BLOCK)
-      )
-      return tokens.T, logits, state
-
-    return draw
-
-  return read, make_draw
 
 
 def _make_room(

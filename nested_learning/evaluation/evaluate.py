@@ -26,10 +26,7 @@ class EvaluationConfig:
   num_batches: int = 8  # batches of data.batch_size rows, always the same ones
 
   def __post_init__(self):
-    if self.num_batches < 1:
-      raise errors.UserError(
-        f'evaluation.num_batches={self.num_batches} must be at least 1.'
-      )
+    errors.check_field(self, 'num_batches', self.num_batches >= 1, 'at least 1')
 
 
 class Totals(NamedTuple):
@@ -114,7 +111,7 @@ def make_evaluate(
   Returns:
     The function. Batches are dicts with tokens and targets int [b, t], mask
     [b, t] (targets that count) and reset bool [b, t]; it raises UserError if
-    no target counts.
+    no target counts, or the model does not have a token.
   """
   byte_lengths = jnp.asarray(byte_lengths, jnp.float32)
 
@@ -135,13 +132,22 @@ def make_evaluate(
       by_position(jnp.ones_like(loss)),
       by_position(byte_lengths[targets]),
     )
-    return totals, state if carry else None
+    # Tokens that the model does not have would make its loss NaN in silence.
+    wrong = _out_of_range(batch['tokens'], len(byte_lengths))
+    wrong |= _out_of_range(targets, len(byte_lengths)) & batch['mask']
+    return totals, jnp.sum(wrong), state if carry else None
 
   def evaluate(params, batches):
     # Summed in float64: float32 stops counting at 2^24 tokens.
     totals, state = Totals(0.0, 0.0, 0.0), None
     for batch in batches:
-      sums, state = batch_totals(params, state, batch)
+      sums, wrong, state = batch_totals(params, state, batch)
+      if wrong:
+        raise errors.UserError(
+          f'{int(wrong)} tokens of a batch are not among the '
+          f'{len(byte_lengths)} of the model; use the tokenizer that the model '
+          'was trained with.'
+        )
       totals = jax.tree.map(
         lambda a, b: a + np.float64(b), totals, jax.device_get(sums)
       )
@@ -154,6 +160,10 @@ def make_evaluate(
     return Evaluation(totals)
 
   return evaluate
+
+
+def _out_of_range(tokens, vocab_size):
+  return (tokens < 0) | (tokens >= vocab_size)
 
 
 def context_position(reset: jax.Array) -> jax.Array:

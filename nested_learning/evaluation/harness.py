@@ -67,8 +67,8 @@ def make_lm(
     The harness' model. It answers in the order of the requests.
 
   Raises:
-    errors.UserError: If lm_eval is not installed, or batch_size or max_length
-      cannot be.
+    errors.UserError: If lm_eval is not installed, batch_size or max_length is
+      out of range, or the model has fewer tokens than the tokenizer.
   """
   package = import_package()
   score = scoring.make_score(

@@ -102,6 +102,22 @@ def limits(config: models.ModelConfig, max_length: int | None = None) -> Limits:
   return Limits(piece, None if stream is None else min(piece, stream))
 
 
+def vocab_size(config: models.ModelConfig, size: int | None) -> int:
+  """Returns how many tokens texts have, those of the model for None.
+
+  Raises:
+    errors.UserError: If they are more than the model has.
+  """
+  if size is None:
+    return config.vocab_size
+  if not 1 <= size <= config.vocab_size:
+    raise errors.UserError(
+      f'the tokenizer has {size} tokens, and model.vocab_size='
+      f'{config.vocab_size}; use the tokenizer that the model was trained with.'
+    )
+  return size
+
+
 def batches(
   lengths: Sequence[int], batch_size: int
 ) -> Iterator[tuple[int, ...]]:

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import tqdm
 
+from nested_learning import inference
 from nested_learning import models
 from nested_learning import sharding
 from nested_learning.evaluation import requests as requests_lib
@@ -78,10 +79,13 @@ def make_score(
     The function.
 
   Raises:
-    errors.UserError: If batch_size or max_length cannot be.
+    errors.UserError: If batch_size or max_length is out of range, or the model
+      has fewer tokens than vocab_size; the function, if a request holds a token
+      that the model does not have.
   """
   limits = requests_lib.limits(model.config, max_length)
   rows = requests_lib.num_rows(batch_size, mesh)
+  vocab_size = requests_lib.vocab_size(model.config, vocab_size)
   whole = None if mesh is None else sharding.replicated(mesh)
 
   @functools.partial(jax.jit, out_shardings=(whole, whole, None))
@@ -110,6 +114,8 @@ def make_score(
     return [np.concatenate(x, axis=1) for x in zip(*outputs, strict=True)]
 
   def score(params, requests, *, description=None):
+    for tokens in (x for request in requests for x in request):
+      inference.check_tokens(np.asarray(tokens), model.config.vocab_size)
     windows = [
       window
       for i, request in enumerate(requests)

@@ -1,15 +1,16 @@
-"""Generation: the prompt in one forward, then token by token.
+"""Generation: reads a prompt in a few calls, then draws token by token.
 
-The model's one `forward` does both. What is carried is its state, whose size
-does not depend on how much has been read, and the logits of the next token.
+The `forward` of a model does both. Its state, whose size does not depend on how
+much was read, and the logits of the next token are carried from call to call.
 """
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nested_learning import errors
 from nested_learning import models
@@ -18,59 +19,50 @@ from nested_learning.inference import sampling
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-  """What to generate, and how tokens are drawn."""
+  """A prompt, and how its continuation is drawn."""
 
   prompt: str = 'def '  # text that is continued
-  num_tokens: int = 256  # most tokens to generate; a document's end stops
+  num_tokens: int = 256  # most tokens to draw; the end of a document stops
   temperature: float = 0.8  # divides the logits; 0 is greedy
-  top_k: int | None = None  # draw among the k most likely; None is all
-  top_p: float = 1.0  # draw among this probability mass; 1 is all
+  top_k: int | None = None  # draws among the k most likely; None is all
+  top_p: float = 1.0  # draws among this probability mass; 1 is all
   seed: int = 0  # the same seed draws the same tokens
 
   def __post_init__(self):
-    if self.num_tokens < 1:
-      raise errors.UserError(
-        f'generate.num_tokens={self.num_tokens} must be at least 1.'
-      )
-    if self.temperature < 0:
-      raise errors.UserError(
-        f'generate.temperature={self.temperature} must be at least 0, which is '
-        'greedy.'
-      )
-    if self.top_k is not None and self.top_k < 1:
-      raise errors.UserError(
-        f'generate.top_k={self.top_k} must be at least 1, or None to keep all.'
-      )
-    if not 0 < self.top_p <= 1:
-      raise errors.UserError(
-        f'generate.top_p={self.top_p} must be above 0 and at most 1 (keep all).'
-      )
+    errors.check_field(self, 'num_tokens', self.num_tokens >= 1, 'at least 1')
+    sampling.check_sampling(self.temperature, self.top_k, self.top_p)
+    errors.check_field(
+      self, 'seed', 0 <= self.seed < 2**32, 'at least 0 and below 2^32'
+    )
+    check_text('prompt', self.prompt)
 
 
-class Generated(NamedTuple):
-  """Generated tokens.
+def check_text(name: str, text: str) -> None:
+  """Checks that a text from the command line is Unicode.
 
-  Attributes:
-    tokens: int32 [b, n]; after a row's end, the stop token.
-    lengths: int32 [b], tokens of each row before its stop token.
+  Bytes of the command line that are not UTF-8 arrive as lone surrogates, which
+  no tokenizer can encode.
+
+  Args:
+    name: Name of the setting.
+    text: Its value.
+
+  Raises:
+    errors.UserError: If the text holds a lone surrogate.
   """
-
-  tokens: jax.Array
-  lengths: jax.Array
-
-
-class _Loop(NamedTuple):
-  step: jax.Array  # int32, tokens drawn so far
-  logits: jax.Array  # [b, v], of the next token
-  state: Any
-  tokens: jax.Array  # int32 [b, n]
-  running: jax.Array  # bool [b]
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise errors.UserError(
+      f'{name}={text!r} is not UTF-8 text; convert it, or check the encoding '
+      'of the terminal.'
+    ) from error
 
 
 def check_length(
   config: models.ModelConfig, prompt_length: int, num_tokens: int
 ) -> None:
-  """Refuses a prompt that leaves no room for what is to be generated.
+  """Checks that the state of a model holds a prompt and its continuation.
 
   Args:
     config: The model.
@@ -78,7 +70,7 @@ def check_length(
     num_tokens: Tokens to generate.
 
   Raises:
-    errors.UserError: Together they are more than the model's state holds.
+    errors.UserError: If they are more than the model's state holds.
   """
   limit = models.max_stream_length(config)
   if limit is not None and prompt_length + num_tokens > limit:
@@ -89,72 +81,84 @@ def check_length(
     )
 
 
-class DrawConfig(NamedTuple):
-  """How tokens are drawn, see `make_generate`."""
-
-  num_tokens: int
-  temperature: float = 1.0
-  top_k: int | None = None
-  top_p: float = 1.0
-  stop_token: int | None = None
-  vocab_size: int | None = None
-
-
-def make_draw(
-  forward: Callable[..., tuple[jax.Array, Any]], config: DrawConfig
-) -> Callable[..., Generated]:
-  """Makes `draw(params, logits, state, key) -> Generated`.
-
-  It draws from logits [b, v], reads what it drew with `forward(params, state,
-  tokens, mask=mask)`, and so on until all rows have ended.
+def check_tokens(
+  tokens: np.ndarray, vocab_size: int, mask: np.ndarray | None = None
+) -> None:
+  """Checks that a model has all of these tokens.
 
   Args:
-    forward: Of a model.
-    config: How many tokens, and how they are drawn.
+    tokens: Array of any shape.
+    vocab_size: Tokens of the model.
+    mask: bool like tokens, False where a token is ignored; None for nowhere.
+
+  Raises:
+    errors.UserError: If they are not integers, or one is out of range.
+  """
+  if not np.issubdtype(tokens.dtype, np.integer):
+    raise errors.UserError(f'tokens are {tokens.dtype}; give integers.')
+  wrong = (tokens < 0) | (tokens >= vocab_size)
+  if mask is not None:
+    wrong &= mask
+  if wrong.any():
+    raise errors.UserError(
+      f'token {tokens[wrong][0]} is not one of the {vocab_size} of the model; '
+      'use the tokenizer that the model was trained with.'
+    )
+
+
+def make_prompt_reader(
+  model: models.Model,
+  *,
+  piece: int | None = None,
+  put: Callable[[np.ndarray], Any] = np.asarray,
+) -> Callable[..., tuple[jax.Array, Any]]:
+  """Makes `read_prompt(params, tokens, mask) -> (logits, state)`.
+
+  It takes tokens int32 [b, t] and mask bool [b, t], False for padding on either
+  side, both NumPy arrays. It returns the logits [b, v] after the last token of
+  each row, and the state. A prompt longer than a piece is read by one program
+  in a loop over pieces, so that neither compilation nor the memory for
+  activations grows with it.
+
+  Args:
+    model: From `models.make_model`.
+    piece: Most tokens of a call; None for model.max_length.
+    put: Places an array [b, ...] on the devices.
 
   Returns:
-    A function to be jitted.
+    The function.
   """
-  stop_token = config.stop_token
-  fill = 0 if stop_token is None else stop_token
+  piece = model.config.max_length if piece is None else piece
 
-  def draw(params, logits, state, key):
-    def body(loop: _Loop) -> _Loop:
-      token = sampling.sample(
-        jax.random.fold_in(key, loop.step),
-        loop.logits[:, : config.vocab_size],
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-      )
-      running = loop.running
-      if stop_token is not None:
-        running = running & (token != stop_token)
-        token = jnp.where(running, token, stop_token)
-      logits, state = forward(
-        params, loop.state, token[:, None], mask=running[:, None]
-      )
-      tokens = loop.tokens.at[:, loop.step].set(token)
-      return _Loop(loop.step + 1, logits[:, 0], state, tokens, running)
+  @jax.jit
+  def init(params, tokens):
+    return _no_logits(model, tokens), model.init_state(params, len(tokens))
 
-    def unfinished(loop: _Loop):
-      return (loop.step < config.num_tokens) & loop.running.any()
-
-    batch_size = logits.shape[0]
-    loop = _Loop(
-      jnp.zeros((), jnp.int32),
-      logits,
-      state,
-      tokens=jnp.full((batch_size, config.num_tokens), fill, jnp.int32),
-      running=jnp.ones((batch_size,), bool),
+  @jax.jit
+  def read(params, carry, tokens, mask):
+    logits, state = (
+      (_no_logits(model, tokens), None) if carry is None else carry
     )
-    tokens = jax.lax.while_loop(unfinished, body, loop).tokens
-    if stop_token is None:
-      lengths = jnp.full((batch_size,), config.num_tokens, jnp.int32)
-      return Generated(tokens, lengths)
-    return Generated(tokens, jnp.sum(tokens != stop_token, axis=1))
+    all_logits, state = model.forward(params, state, tokens, mask=mask)
+    # The last token that is there, whichever side the padding is on.
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    read = jnp.take_along_axis(all_logits, last[:, None, None], axis=1)[:, 0]
+    return jnp.where(mask.any(axis=1)[:, None], read, logits), state
 
-  return draw
+  def read_prompt(params, tokens, mask):
+    length = tokens.shape[1]
+    if length <= piece:
+      return read(params, None, put(tokens), put(mask))
+    # All pieces have one shape, the last one with padding: one compilation.
+    padding = ((0, 0), (0, -length % piece))
+    tokens, mask = np.pad(tokens, padding), np.pad(mask, padding)
+    carry = init(params, put(tokens[:, :1]))
+    for start in range(0, length, piece):
+      part = slice(start, start + piece)
+      carry = read(params, carry, put(tokens[:, part]), put(mask[:, part]))
+    return carry
+
+  return read_prompt
 
 
 def make_generate(
@@ -166,13 +170,13 @@ def make_generate(
   top_p: float = 1.0,
   stop_token: int | None = None,
   vocab_size: int | None = None,
-) -> Callable[..., Generated]:
+) -> Callable[..., sampling.Generated]:
   """Makes `generate(params, prompt, key, mask=None) -> Generated`.
 
-  It takes a prompt int32 [b, t] with t >= 1 and, where prompts differ in
-  length, a mask bool [b, t], False for padding on either side. It is compiled
-  once per shape of the prompt. Row i of a batch does not draw what it would
-  draw alone, except at temperature 0.
+  It takes a prompt int [b, t] and, where prompts differ in length, a mask bool
+  [b, t], False for padding on either side. It is compiled once per shape of the
+  prompt up to model.max_length, and once for all longer ones. A row draws what
+  it would draw in any other batch at the same place.
 
   Args:
     model: From `models.make_model`.
@@ -181,42 +185,44 @@ def make_generate(
     top_k: See `sampling.sample`.
     top_p: See `sampling.sample`.
     stop_token: The token that ends a row; None for no such token.
-    vocab_size: Tokens from this one on are never drawn; None for the model's.
+    vocab_size: Only tokens below it are drawn; None for all of the model's.
 
   Returns:
-    The function. It raises UserError if the prompt is empty, or if prompt and
-    generated tokens are more than the model's state holds.
+    The function. It raises UserError if a prompt is empty, holds a token that
+    the model does not have, or is with the generated tokens more than the
+    model's state holds.
+
+  Raises:
+    errors.UserError: If a setting is out of range.
   """
-  piece = model.config.max_length
-
-  def read_prompt(params, prompt, mask):
-    state = None
-    logits = jnp.zeros((prompt.shape[0], model.config.vocab_size), jnp.float32)
-    for start in range(0, prompt.shape[1], piece):
-      piece_mask = mask[:, start : start + piece]
-      all_logits, state = model.forward(
-        params, state, prompt[:, start : start + piece], mask=piece_mask
-      )
-      last = piece_mask.shape[1] - 1 - jnp.argmax(piece_mask[:, ::-1], axis=1)
-      read = jnp.take_along_axis(all_logits, last[:, None, None], axis=1)[:, 0]
-      logits = jnp.where(piece_mask.any(axis=1)[:, None], read, logits)
-    return logits, state
-
-  draw = make_draw(
-    model.forward,
-    DrawConfig(num_tokens, temperature, top_k, top_p, stop_token, vocab_size),
+  config = sampling.DrawConfig(
+    num_tokens, temperature, top_k, top_p, stop_token, vocab_size
   )
-
-  @jax.jit
-  def run(params, prompt, key, mask):
-    return draw(params, *read_prompt(params, prompt, mask), key)
+  sampling.check_draw(config, model.config.vocab_size)
+  read_prompt = make_prompt_reader(model)
+  draw = jax.jit(sampling.make_draw(model.forward, config))
 
   def generate(params, prompt, key, mask=None):
-    length = prompt.shape[1]
-    if length < 1:
+    prompt = np.asarray(prompt)
+    if prompt.ndim != 2:
+      raise errors.UserError(
+        f'the prompt has shape {prompt.shape}; give tokens [rows, tokens].'
+      )
+    mask = np.ones(prompt.shape, bool) if mask is None else np.asarray(mask)
+    if not mask.any(axis=1).all():
       raise errors.UserError('the prompt is empty; give at least one token.')
-    check_length(model.config, length, num_tokens)
-    mask = jnp.ones(prompt.shape, bool) if mask is None else mask
-    return run(params, prompt, key, mask)
+    check_tokens(prompt, model.config.vocab_size, mask)
+    check_length(model.config, prompt.shape[1], num_tokens)
+    prompt = np.where(mask, prompt, 0).astype(np.int32)
+    logits, state = read_prompt(params, prompt, mask)
+    keys = sampling.row_keys(key, np.arange(len(prompt)))
+    generated, _, _ = draw(params, logits, state, keys)
+    return generated
 
   return generate
+
+
+def _no_logits(model: models.Model, tokens: jax.Array) -> jax.Array:
+  """Returns zeros [b, v], the logits of rows that have read nothing."""
+  shape = (tokens.shape[0], model.config.vocab_size)
+  return jnp.zeros(shape, jnp.float32)

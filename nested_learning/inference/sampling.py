@@ -1,7 +1,105 @@
-"""Drawing the next token from logits."""
+"""Sampling: a token from logits, and the loop that draws a text."""
+
+from collections.abc import Callable
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from nested_learning import errors
+
+
+class DrawConfig(NamedTuple):
+  """Settings of a draw.
+
+  Attributes:
+    num_tokens: Largest number of tokens to draw.
+    temperature: See `sample`.
+    top_k: See `sample`.
+    top_p: See `sample`.
+    stop_token: The token that ends a row; None for no such token.
+    vocab_size: Only tokens below it are drawn; None for all tokens.
+  """
+
+  num_tokens: int
+  temperature: float = 1.0
+  top_k: int | None = None
+  top_p: float = 1.0
+  stop_token: int | None = None
+  vocab_size: int | None = None
+
+
+class Generated(NamedTuple):
+  """Generated tokens.
+
+  Attributes:
+    tokens: int32 [b, n]; the stop token from a row's end on.
+    lengths: int32 [b], tokens of each row before its stop token.
+  """
+
+  tokens: jax.Array
+  lengths: jax.Array
+
+
+class _Loop(NamedTuple):
+  step: jax.Array  # int32, tokens drawn so far
+  logits: jax.Array  # [b, v], of the next token
+  state: Any
+  tokens: jax.Array  # int32 [b, n]
+  running: jax.Array  # bool [b]
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:
+  """Checks the settings of `sample`.
+
+  Args:
+    temperature: See `sample`.
+    top_k: See `sample`.
+    top_p: See `sample`.
+
+  Raises:
+    errors.UserError: If one of them is out of range.
+  """
+  if not 0 <= temperature < math.inf:
+    raise errors.UserError(
+      f'{temperature=} must be a number from 0 (greedy) up.'
+    )
+  if top_k is not None and top_k < 1:
+    raise errors.UserError(f'{top_k=} must be at least 1, or None to keep all.')
+  if not 0 < top_p <= 1:
+    raise errors.UserError(
+      f'{top_p=} must be above 0 and at most 1 (keep all).'
+    )
+
+
+def check_draw(config: DrawConfig, vocab_size: int) -> None:
+  """Checks the settings of a draw from a model.
+
+  Args:
+    config: The settings.
+    vocab_size: Tokens of the model.
+
+  Raises:
+    errors.UserError: If one of them is out of range.
+  """
+  check_sampling(config.temperature, config.top_k, config.top_p)
+  if config.num_tokens < 1:
+    raise errors.UserError(
+      f'num_tokens={config.num_tokens} must be at least 1.'
+    )
+  stop = config.stop_token
+  if stop is not None and not 0 <= stop < vocab_size:
+    raise errors.UserError(
+      f'stop_token={stop} is not one of the {vocab_size} tokens of the model; '
+      'use the tokenizer that the model was trained with.'
+    )
+  limit = config.vocab_size
+  if limit is not None and not 1 <= limit <= vocab_size:
+    raise errors.UserError(
+      f'vocab_size={limit} must be at least 1 and at most the {vocab_size} '
+      'tokens of the model; use the tokenizer that it was trained with.'
+    )
 
 
 def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
@@ -24,8 +122,8 @@ def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
 
   Args:
     logits: [..., v].
-    p: In (0, 1]; the most likely token is always kept, and ties with the least
-      likely one that is kept are kept too.
+    p: In (0, 1]. The most likely token is always kept, and so are ties with the
+      least likely one that is kept.
 
   Returns:
     An array like logits, minus infinity where dropped.
@@ -49,24 +147,113 @@ def sample(
   top_k: int | None = None,
   top_p: float = 1.0,
 ) -> jax.Array:
-  """Draws one token per row; the most likely one at temperature 0.
+  """Draws one token per row, the most likely one at temperature 0.
 
   Args:
     key: A key from `jax.random.key`.
     logits: float32 [b, v].
     temperature: Divides the logits; 0 is greedy.
-    top_k: Draw among the k most likely tokens only; None is all of them.
-    top_p: Draw among the most likely tokens of this total probability, after
+    top_k: Draws among the k most likely tokens; None is all of them.
+    top_p: Draws among the most likely tokens of this total probability, after
       temperature and top_k; 1 is all of them.
 
   Returns:
     Tokens, int32 [b].
+
+  Raises:
+    errors.UserError: If a setting is out of range.
   """
+  check_sampling(temperature, top_k, top_p)
   if temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  logits = logits / temperature
+  # With the largest logit at zero, a tiny temperature sends all others to minus
+  # infinity; without, the largest would overflow too. Temperatures below the
+  # smallest normal number are flushed to zero by some backends.
+  logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+  logits = logits / max(temperature, float(jnp.finfo(logits.dtype).tiny))
   if top_k is not None:
     logits = keep_top_k(logits, top_k)
   if top_p < 1:
     logits = keep_top_p(logits, top_p)
   return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+def row_keys(key: jax.Array, rows: Any) -> jax.Array:
+  """Returns one key per row, which depends on the key and the row's number.
+
+  Args:
+    key: A key from `jax.random.key`.
+    rows: int [b], the numbers of the rows.
+
+  Returns:
+    Keys [b].
+  """
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(rows))
+
+
+def make_draw(
+  forward: Callable[..., tuple[jax.Array, Any]], config: DrawConfig
+) -> Callable[..., tuple[Generated, jax.Array, Any]]:
+  """Makes `draw(params, logits, state, keys, start=0)`.
+
+  It draws a token per row from logits [b, v], reads it with `forward`, and so
+  on until all rows have ended. Token number n of a row is drawn with
+  `fold_in(key of the row, n)`, so it depends neither on the other rows nor on
+  how many tokens are drawn in one call; `start` is the number of the first.
+
+  Args:
+    forward: `forward(params, state, tokens, mask=mask)` of a model.
+    config: The settings; see `check_draw`.
+
+  Returns:
+    A function to be jitted. It returns `Generated`, and the logits and the
+    state after the last token that was read.
+  """
+  stop_token = config.stop_token
+  fill = 0 if stop_token is None else stop_token
+
+  def draw_token(key, logits):
+    token = sample(
+      key,
+      logits[None, : config.vocab_size],
+      temperature=config.temperature,
+      top_k=config.top_k,
+      top_p=config.top_p,
+    )
+    return token[0]
+
+  def draw(params, logits, state, keys, start=0):
+    def body(loop: _Loop) -> _Loop:
+      step_keys = jax.vmap(jax.random.fold_in, (0, None))(
+        keys, start + loop.step
+      )
+      token = jax.vmap(draw_token)(step_keys, loop.logits)  # [b]
+      running = loop.running
+      if stop_token is not None:
+        running = running & (token != stop_token)
+        token = jnp.where(running, token, stop_token)
+      logits, state = forward(
+        params, loop.state, token[:, None], mask=running[:, None]
+      )
+      tokens = loop.tokens.at[:, loop.step].set(token)
+      return _Loop(loop.step + 1, logits[:, 0], state, tokens, running)
+
+    def unfinished(loop: _Loop):
+      return (loop.step < config.num_tokens) & loop.running.any()
+
+    batch_size = logits.shape[0]
+    loop = _Loop(
+      jnp.zeros((), jnp.int32),
+      logits,
+      state,
+      tokens=jnp.full((batch_size, config.num_tokens), fill, jnp.int32),
+      running=jnp.ones((batch_size,), bool),
+    )
+    loop = jax.lax.while_loop(unfinished, body, loop)
+    if stop_token is None:
+      lengths = jnp.full((batch_size,), config.num_tokens, jnp.int32)
+    else:
+      lengths = jnp.sum(loop.tokens != stop_token, axis=1)
+    return Generated(loop.tokens, lengths), loop.logits, loop.state
+
+  return draw

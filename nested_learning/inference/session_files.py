@@ -1,10 +1,14 @@
-"""Files of sessions: versioned, checksummed, written whole or not at all.
+"""Files of sessions: safetensors with a checksum, written whole or not at all.
 
-magic, 8 bytes | length of the header, 8 bytes | header, JSON
-| arrays, little-endian, one after the other | SHA-256 of all before it
+The arrays of a session are the tensors of its file. The metadata of the header
+say which format, version, checkpoint, tokenizer and levels they belong to, and
+hold a SHA-256 of the whole file. A file that comes from elsewhere is checked
+against the model before anything of the size that it claims is allocated.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -12,157 +16,364 @@ import pathlib
 import struct
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  so that NumPy knows bfloat16 by its name
+import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+import safetensors
+from safetensors import numpy as safetensors_numpy
 
+from nested_learning import configs
 from nested_learning import errors
+from nested_learning import files
+from nested_learning import levels
+from nested_learning import models
+from nested_learning import parameters
 
-VERSION = 2
-_MAGIC = b'NLSESSN\n'
-_LENGTH = struct.Struct('<Q')
-_DIGEST = hashlib.sha256().digest_size
+VERSION = 3
+_FORMAT = 'nested_learning session'
+_MAGIC_BEFORE_3 = b'NLSESSN\n'  # what files of versions 1 and 2 begin with
+_KEYS = ('format', 'version', 'model', 'tokenizer', 'inner', 'sha256')
+_LENGTH = struct.Struct(
+  '<Q'
+)  # of the header, what a safetensors file begins with
+_LONGEST_HEADER = 100_000_000  # bytes, the limit of safetensors
+_ZEROS = '0' * 64  # in place of the checksum while it is computed
+_DTYPES = {
+  'BOOL': np.bool_,
+  'U8': np.uint8,
+  'I8': np.int8,
+  'U16': np.uint16,
+  'I16': np.int16,
+  'U32': np.uint32,
+  'I32': np.int32,
+  'U64': np.uint64,
+  'I64': np.int64,
+  'F16': np.float16,
+  'BF16': ml_dtypes.bfloat16,
+  'F32': np.float32,
+  'F64': np.float64,
+}
 
 
 class Content(NamedTuple):
-  """What a file holds: a header that is JSON-able, and arrays by name."""
+  """The content of a file.
 
-  header: Mapping[str, Any]
+  Attributes:
+    metadata: Strings by name: model, tokenizer and inner; `read` adds sha256.
+    arrays: Arrays by name.
+  """
+
+  metadata: Mapping[str, str]
   arrays: Mapping[str, np.ndarray]
 
 
-def write(path: str | pathlib.Path, content: Content) -> int:
+@contextlib.contextmanager
+def lock(path: str | os.PathLike) -> Iterator[None]:
+  """Holds a session's file for this process, so that no other one changes it.
+
+  Args:
+    path: The file, which need not exist; its folder is made.
+
+  Yields:
+    Nothing.
+
+  Raises:
+    errors.UserError: If another process holds it, or no file can be written
+      there.
+  """
+  target = resolve(path)
+  if target.exists() and not target.is_file():
+    raise errors.UserError(
+      f'the session {path} is a folder or a device; give the path of a file.'
+    )
+  try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise errors.UserError(
+      f'the session {path} cannot be written ({error.strerror}); give another '
+      'path.'
+    ) from error
+  with files.lock(target.with_name(f'.{target.name}.lock'), f'session {path}'):
+    yield
+
+
+def resolve(path: str | os.PathLike) -> pathlib.Path:
+  """Returns the file that a path leads to through symbolic links.
+
+  Raises:
+    errors.UserError: If no file can have this path.
+  """
+  try:
+    text = os.fspath(path)
+    target = pathlib.Path(os.path.realpath(text))
+    if not text or text.endswith(os.sep):
+      raise errors.UserError(f'the session {text!r} has no name; give a path.')
+    target.exists()  # fails on names that are too long, and on NUL
+  except (OSError, ValueError) as error:
+    if isinstance(error, errors.UserError):
+      raise
+    reason = getattr(error, 'strerror', None) or error
+    raise errors.UserError(
+      f'the session {os.fspath(path)!r} cannot be a file ({reason}); give '
+      'another path.'
+    ) from error
+  return target
+
+
+def write(path: str | os.PathLike, content: Content) -> str:
   """Writes a file: all of it takes the place of the old one, or nothing does.
 
   Args:
-    path: Of the file; its folder must exist.
-    content: What it will hold.
+    path: The file. Only its owner may read it, for it holds what was read last.
+    content: The content.
 
   Returns:
-    Bytes written.
+    Its checksum.
 
   Raises:
-    errors.UserError: The folder does not exist or cannot be written to.
+    errors.UserError: If it cannot be written.
   """
-  path = pathlib.Path(path)
-  arrays = {
-    name: np.ascontiguousarray(x).astype(x.dtype.newbyteorder('<'), copy=False)
-    for name, x in content.arrays.items()
+  metadata = {
+    **content.metadata,
+    'format': _FORMAT,
+    'version': str(VERSION),
+    'sha256': _ZEROS,
   }
-  header = dict(content.header)
-  header['version'] = VERSION
-  header['arrays'] = [
-    [name, x.dtype.name, list(x.shape)] for name, x in arrays.items()
-  ]
-  text = json.dumps(header).encode()
-  # One name: what a killed process leaves behind, the next one overwrites.
-  partial = path.with_name(f'.{path.name}.partial')
-  try:
-    with open(partial, 'wb') as file:
-      digest = hashlib.sha256()
-      for part in (
-        _MAGIC,
-        _LENGTH.pack(len(text)),
-        text,
-        *(x.tobytes() for x in arrays.values()),
-      ):
-        digest.update(part)
-        file.write(part)
-      file.write(digest.digest())
-      file.flush()
-      os.fsync(file.fileno())
-      size = file.tell()
-    os.replace(partial, path)
-    _sync_folder(path.parent)
-  except OSError as error:
-    raise errors.UserError(
-      f'the session cannot be written to {path} ({error.strerror}); give a '
-      'path in a folder that exists and can be written to.'
-    ) from error
-  return size
+  tensors = {
+    name: np.asarray(x, order='C') for name, x in content.arrays.items()
+  }
+  data = safetensors_numpy.save(tensors, metadata)
+  checksum = hashlib.sha256(data).hexdigest()
+  files.write_whole(path, _exchange(data, _ZEROS, checksum), mode=0o600)
+  return checksum
 
 
-def read(path: str | pathlib.Path) -> Content:
+def read(path: str | os.PathLike) -> Content:
   """Reads a file that `write` wrote, whole and unchanged.
 
   Args:
-    path: Of the file.
+    path: The file.
 
   Returns:
-    What it holds.
+    Its content.
 
   Raises:
-    errors.UserError: It cannot be read, is no session, is of another version,
-      is cut short, or has been changed.
+    errors.UserError: If it cannot be read, is not a session, is of another
+      version, is cut short, or was changed.
   """
-  path = pathlib.Path(path)
+  target = resolve(path)
   try:
-    data = path.read_bytes()
+    if not target.is_file():
+      raise errors.UserError(
+        f'the session {path} cannot be read (no such file); check the path.'
+      )
+    data = target.read_bytes()
   except OSError as error:
     raise errors.UserError(
       f'the session {path} cannot be read ({error.strerror}); check the path.'
     ) from error
-  start = len(_MAGIC) + _LENGTH.size
-  if data[: len(_MAGIC)] != _MAGIC[: len(data)]:
-    raise errors.UserError(
-      f'{path} is no session; give the path of one, or of none yet.'
-    )
-  way_out = 'use a copy of it, or another path to begin anew.'
-  cut = errors.UserError(f'the session {path} is cut short; {way_out}')
-  if len(data) < start + _DIGEST:
-    raise cut
-  (length,) = _LENGTH.unpack_from(data, len(_MAGIC))
-  digest = hashlib.sha256(data[:-_DIGEST]).digest()
-  whole = digest == data[-_DIGEST:]
+  metadata = _check_metadata(path, data)
   try:
-    header = json.loads(data[start : start + length])
-    version = header['version']
-    places = _places(header['arrays'], start + length)
-  except (ValueError, KeyError, TypeError) as error:
-    if len(data) < start + length + _DIGEST:
-      raise cut from error
-    raise _changed(path, way_out) from error
-  end = places[-1][1] if places else start + length
-  if version != VERSION:
+    tensors = safetensors.deserialize(data)
+  except safetensors.SafetensorError as error:
+    raise _cut_short(path) from error
+  checksum = metadata['sha256']
+  unsigned = _exchange(data, checksum, _ZEROS)
+  if hashlib.sha256(unsigned).hexdigest() != checksum:
     raise errors.UserError(
-      f'the session {path} is of version {version}, and this program reads '
+      f'the session {path} is damaged or was edited: its checksum differs from '
+      'that of what was written; use a copy of it, or another path.'
+    )
+  arrays = {}
+  for name, tensor in tensors:
+    dtype = _DTYPES.get(tensor['dtype'])
+    if dtype is None:
+      raise errors.UserError(
+        f'the session {path} has {name} as {tensor["dtype"]}, which no session '
+        'holds; use another path.'
+      )
+    array = np.frombuffer(tensor['data'], dtype).reshape(tensor['shape'])
+    arrays[name] = array
+  return Content(metadata, arrays)
+
+
+def read_checksum(path: str | os.PathLike) -> str | None:
+  """Returns the checksum that a file claims, None where there is no file.
+
+  Args:
+    path: The file.
+
+  Raises:
+    errors.UserError: If there is something else than a session.
+  """
+  target = resolve(path)
+  if not target.exists():
+    return None
+  try:
+    with open(target, 'rb') as file:
+      start = file.read(_LENGTH.size)
+      data = start + file.read(_header_length(start))
+  except OSError as error:
+    raise errors.UserError(
+      f'the session {path} cannot be read ({error.strerror}); check the path.'
+    ) from error
+  return _check_metadata(path, data)['sha256']
+
+
+def pack(
+  metadata: Mapping[str, str], clocks: Mapping[str, np.ndarray], state: Any
+) -> Content:
+  """Returns the content of a session's file.
+
+  Args:
+    metadata: See `Content`.
+    clocks: int64 [b] by name.
+    state: A tree of arrays [b, ...].
+  """
+  arrays = dict(clocks)
+  for name, x in _leaves(state):
+    arrays[f'state/{name}'] = np.asarray(x)
+  return Content(metadata, arrays)
+
+
+def unpack(
+  path: str | os.PathLike, content: Content, clocks: tuple[str, ...], like: Any
+) -> Any:
+  """Returns the state in a file, after checking every shape.
+
+  Args:
+    path: The file, for messages.
+    content: Its content.
+    clocks: Names of the arrays that are not of the state.
+    like: A tree of the state's shapes and types.
+
+  Returns:
+    A tree of arrays.
+
+  Raises:
+    errors.UserError: If an array is missing, superfluous or does not fit.
+  """
+  leaves = [(f'state/{name}', x) for name, x in _leaves(like)]
+  for name, x in leaves:
+    found = content.arrays.get(name)
+    if found is None or (found.shape, found.dtype) != (x.shape, x.dtype):
+      got = 'nothing' if found is None else f'{found.dtype}{found.shape}'
+      raise errors.UserError(
+        f'the session {path} has {got} for {name}, and this model has '
+        f'{x.dtype}{x.shape}; use the model that it was begun with '
+        '(model.max_length counts, where attention holds all tokens).'
+      )
+  more = set(content.arrays) - set(clocks) - {name for name, _ in leaves}
+  if more:
+    raise errors.UserError(
+      f'the session {path} has arrays that this model has not '
+      f'({", ".join(sorted(more)[:3])}); use the model that it was begun with.'
+    )
+  restored = [jnp.asarray(content.arrays[name]) for name, _ in leaves]
+  return jax.tree.structure(like).unflatten(restored)
+
+
+def write_inner(inner: levels.InnerConfig) -> str:
+  """Returns the fields of a config as JSON."""
+  fields = json.loads(configs.to_json(inner))
+  return json.dumps({k: v for k, v in fields.items() if not k.startswith('_')})
+
+
+def read_inner(path: str | os.PathLike, text: str) -> levels.InnerConfig:
+  """Returns the config that `write_inner` wrote.
+
+  Only plain values are read: a file never names a class to be made.
+
+  Args:
+    path: The file, for messages.
+    text: The JSON.
+
+  Raises:
+    errors.UserError: If the text is not such a config.
+  """
+  cls = levels.InnerConfig
+  try:
+    fields = json.loads(text)
+    if any(isinstance(x, dict) for x in fields.values()):
+      raise ValueError('a field is no plain value')
+    kind = f'{cls.__module__}.{cls.__qualname__}'
+    return configs.from_json(json.dumps({**fields, '_type': kind}))
+  except (ValueError, AttributeError, RecursionError) as error:
+    raise errors.UserError(
+      f'the session {path} does not say how its levels learn ({error}); use '
+      'another path.'
+    ) from error
+
+
+def fingerprint(model: models.Model, params: Any) -> str:
+  """Returns the SHA-256 of a model's config and all its parameters."""
+  config = dataclasses.replace(model.config, max_length=1, remat='none')
+  digest = hashlib.sha256(configs.to_json(config).encode())
+  for name, x in _leaves(params):
+    array = np.ascontiguousarray(x)
+    digest.update(json.dumps([name, str(array.dtype), array.shape]).encode())
+    digest.update(array.astype(array.dtype.newbyteorder('<')).tobytes())
+  return digest.hexdigest()
+
+
+def _check_metadata(path, data: bytes) -> dict[str, str]:
+  """Returns the metadata in the first bytes of a file, if it is a session."""
+  if data.startswith(_MAGIC_BEFORE_3):
+    raise errors.UserError(
+      f'the session {path} is of version 2 or before, and this program reads '
       f'version {VERSION}; use the program that wrote it, or another path.'
     )
-  if len(data) < end + _DIGEST:
-    raise cut
-  if not whole or len(data) > end + _DIGEST:
-    raise _changed(path, way_out)
-  arrays = {}
-  for (name, dtype, shape), (begin, end) in zip(
-    header['arrays'], places, strict=True
-  ):
-    array = np.frombuffer(data[begin:end], np.dtype(dtype)).reshape(shape)
-    arrays[name] = array
-  return Content(header, arrays)
+  length = _header_length(data)
+  header = data[_LENGTH.size : _LENGTH.size + length]
+  if len(header) < length or not length:
+    raise _cut_short(path)
+  try:
+    metadata = json.loads(header)['__metadata__']
+    found = metadata['format'] == _FORMAT
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
+    raise _cut_short(path) from error
+  if not found:
+    raise errors.UserError(f'{path} is not a session; give another path.')
+  if metadata.get('version') != str(VERSION):
+    raise errors.UserError(
+      f'the session {path} is of version {metadata.get("version")}, and this '
+      f'program reads version {VERSION}; use the program that wrote it, or '
+      'another path.'
+    )
+  for key in _KEYS:
+    if not isinstance(metadata.get(key), str):
+      raise errors.UserError(
+        f'the session {path} lacks {key!r} in its header; use another path.'
+      )
+  return metadata
 
 
-def _changed(path, way_out):
+def _header_length(start: bytes) -> int:
+  """Returns the length of the header, 0 where there cannot be one."""
+  if len(start) < _LENGTH.size:
+    return 0
+  (length,) = _LENGTH.unpack_from(start)
+  return length if length <= _LONGEST_HEADER else 0
+
+
+def _cut_short(path) -> errors.UserError:
   return errors.UserError(
-    f'the session {path} is damaged or was edited: its checksum differs from '
-    f'that of what was written; {way_out}'
+    f'{path} is not a session, or is cut short or damaged; use a copy of it, '
+    'or another path.'
   )
 
 
-def _places(arrays, start):
-  """First and last byte of each array."""
-  places = []
-  for _, dtype, shape in arrays:
-    end = start + np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64))
-    places.append((start, end))
-    start = end
-  return places
+def _exchange(data: bytes, old: str, new: str) -> bytes:
+  """Replaces the checksum in a header; the arrays are not searched."""
+  end = _LENGTH.size + _header_length(data)
+  field = '"sha256":"{}"'.format
+  header = data[:end].replace(field(old).encode(), field(new).encode(), 1)
+  return header + data[end:]
 
 
-def _sync_folder(folder: pathlib.Path) -> None:
-  """Makes the new name outlive a loss of power."""
-  if os.name != 'posix':
-    return
-  handle = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
+def _leaves(tree):
+  return [
+    (parameters.path_name(path), x)
+    for path, x in jax.tree.leaves_with_path(tree)
+  ]

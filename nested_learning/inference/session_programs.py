@@ -1,4 +1,4 @@
-"""What a session computes: programs that all sessions on a model share."""
+"""The compiled programs of sessions, and the layout of what they are fed."""
 
 from collections.abc import Callable, Iterator
 import functools
@@ -9,15 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nested_learning import errors
 from nested_learning import levels
 from nested_learning import models
-from nested_learning.inference import generate as generate_lib
+from nested_learning.inference import generate
+from nested_learning.inference import sampling
 from nested_learning.levels import partition
 from nested_learning.levels import stream as stream_lib
 
 
 class SessionState(NamedTuple):
-  """What a session remembers; all leaves begin with the rows [b].
+  """The state of a session; all leaves begin with the rows [b].
 
   Attributes:
     stream: The model's memories, the levels and their clocks.
@@ -29,42 +31,113 @@ class SessionState(NamedTuple):
 
 
 class Programs(NamedTuple):
-  """What all sessions on one model share: compiled functions.
+  """Compiled functions that all sessions on one model share.
 
   Attributes:
     segment_size: Tokens of a segment.
-    prepare: `prepare(params)` gives what the others take, or take as well.
+    prepare: `prepare(params)` gives the parameters that the others take.
     init: `init(params, num_rows) -> SessionState`.
-    segment: A whole segment from its start, with its steps.
-    piece: Tokens within a segment, without.
-    where: `where(rows, new, old)` takes whole rows of states.
-    restart: Begins new streams in some rows, with the levels as they are.
-    make_write: `make_write(draw)` gives `write(params, state, key)`, which
-      draws tokens after a state, with levels at rest; one for each draw.
+    shapes: The shapes and types of `init`, without any array.
+    segment: Reads whole segments from a border and takes the steps of the
+      levels: `segment(params, state, tokens, reset) -> (losses, state)`.
+    piece: Reads tokens within a segment, without steps:
+      `piece(params, state, tokens, reset, mask) -> (losses, state)`.
+    end_segments: `end_segments(params, state, rows)` takes the steps at the end
+      of a segment that `piece` has read, in some rows [b].
+    restart: `restart(params, state, rows)` begins new streams in some rows,
+      with the levels as they are.
+    make_draw: `make_draw(config)` gives `draw(params, state, key)`, which
+      draws tokens after a state, with levels at rest; cached by config.
   """
 
   segment_size: int
   prepare: Callable[[Any], Any]
   init: Callable[..., SessionState]
+  shapes: Callable[..., SessionState]
   segment: Callable[..., Any]
   piece: Callable[..., Any]
-  where: Callable[..., SessionState]
+  end_segments: Callable[..., SessionState]
   restart: Callable[..., SessionState]
-  make_write: Callable[[generate_lib.DrawConfig], Callable[..., Any]]
+  make_draw: Callable[[sampling.DrawConfig], Callable[..., Any]]
+
+
+class Inputs(NamedTuple):
+  """Tokens of a call, all [b, t].
+
+  Attributes:
+    tokens: int32.
+    reset: bool, True at a document's first token.
+    mask: bool, False for padding.
+  """
+
+  tokens: np.ndarray
+  reset: np.ndarray
+  mask: np.ndarray
 
 
 class Piece(NamedTuple):
-  """Tokens that are read together: places [b, n] in the call, and which are."""
+  """Tokens that are read together, all [b, n].
+
+  Attributes:
+    index: int, their places in the call.
+    mask: bool, False for padding.
+  """
 
   index: np.ndarray
-  there: np.ndarray
+  mask: np.ndarray
 
 
-def pieces(mask, offset, size) -> Iterator[Piece]:
+def check_inputs(
+  tokens: Any, reset: Any, mask: Any, *, num_rows: int, vocab_size: int
+) -> Inputs:
+  """Checks everything that a session is fed before any of it is read.
+
+  Args:
+    tokens: int [b, t], or [t] for one row.
+    reset: bool like tokens, or None.
+    mask: bool like tokens, or None.
+    num_rows: Rows of the session, b.
+    vocab_size: Tokens of the model.
+
+  Returns:
+    The arrays.
+
+  Raises:
+    errors.UserError: If there are no tokens, one is out of range, or the shapes
+      do not fit.
+  """
+  add_row = lambda x: x[None] if np.ndim(x) == 1 else x
+  tokens = add_row(_array('tokens', tokens))
+  if tokens.ndim != 2 or len(tokens) != num_rows:
+    raise errors.UserError(
+      f'tokens have shape {tokens.shape}; this session has {num_rows} rows, '
+      'and takes tokens [rows, tokens].'
+    )
+
+  def flags(name, x, default):
+    if x is None:
+      return np.full(tokens.shape, default)
+    x = add_row(_array(name, x).astype(bool))
+    try:
+      return np.broadcast_to(x, tokens.shape)
+    except ValueError as error:
+      raise errors.UserError(
+        f'{name} has shape {x.shape}, and the tokens have {tokens.shape}; give '
+        'one value per token.'
+      ) from error
+
+  reset, mask = flags('reset', reset, False), flags('mask', mask, True)
+  if not mask.any():
+    raise errors.UserError('there is nothing to read; give some tokens.')
+  generate.check_tokens(tokens, vocab_size, mask)
+  return Inputs(tokens.astype(np.int32), reset, mask)
+
+
+def pieces(mask: np.ndarray, offset: np.ndarray, size: int) -> Iterator[Piece]:
   """Cuts a call at the borders of each row's segments.
 
   Args:
-    mask: bool [b, t], which tokens are there.
+    mask: bool [b, t], False for padding.
     offset: int [b], tokens of the current segment that each row has read.
     size: Tokens of a segment.
 
@@ -94,7 +167,7 @@ def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
     inner: How its levels learn.
 
   Returns:
-    The functions; each is compiled once per shape of what it is given.
+    The functions; each is compiled once per shape of its arguments.
   """
   reader = models.make_reader(model, inner)
   vocab_size = model.config.vocab_size
@@ -105,7 +178,11 @@ def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
       jnp.zeros((num_rows, vocab_size), jnp.float32),
     )
 
-  def judge(state, logits, tokens):
+  def shapes(params, num_rows):
+    return jax.eval_shape(lambda params: init(params, num_rows), params)
+
+  def token_losses(state, logits, tokens):
+    """Loss [b, t] of each token under the logits before it."""
     before = jnp.concatenate([state.logits[:, None], logits[:, :-1]], axis=1)
     return optax.softmax_cross_entropy_with_integer_labels(before, tokens)
 
@@ -114,7 +191,7 @@ def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
     logits, stream = reader.read_segments(
       params, state.stream, tokens, reset=reset
     )
-    losses = judge(state, logits, tokens)
+    losses = token_losses(state, logits, tokens)
     return losses, SessionState(stream, logits[:, -1])
 
   @jax.jit
@@ -124,11 +201,29 @@ def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
     )
     count = jnp.sum(mask, axis=1)
     last = jnp.maximum(count - 1, 0)[:, None, None]
-    last = jnp.take_along_axis(logits, last, axis=1)[:, 0]
-    losses = judge(state, logits, tokens)
+    last = jnp.take_along_axis(logits, last, axis=1)[:, 0]  # [b, v]
+    losses = token_losses(state, logits, tokens)
     return losses, SessionState(
       stream, partition.where(count > 0, last, state.logits)
     )
+
+  where = jax.jit(partition.where)
+
+  def end_segments(params, state, rows):
+    # Read again whole by the program of whole segments, so that levels learn
+    # the same bits however the segment was cut.
+    segment_state = state.stream.segment
+    stream = state.stream._replace(
+      model=segment_state.model,
+      segment=segment_state._replace(count=jnp.zeros_like(segment_state.count)),
+    )
+    _, learned = segment(
+      params,
+      state._replace(stream=stream),
+      segment_state.tokens,
+      segment_state.reset,
+    )
+    return where(rows, learned, state)
 
   @jax.jit
   def restart(params, state, rows):
@@ -143,24 +238,37 @@ def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
     return state._replace(stream=stream)
 
   def continue_row(params, stream, tokens, *, mask):
-    # The buffer of the segment is not looked at again.
+    # The buffer of the segment is not read again: no step follows.
     reset = jnp.zeros(tokens.shape, bool)
     return reader.read_piece(params, stream, tokens, reset=reset, mask=mask)
 
   @functools.cache
-  def make_write(draw):
-    write = generate_lib.make_draw(continue_row, draw)
-    return jax.jit(
-      lambda params, state, key: write(params, state.logits, state.stream, key)
-    )
+  def make_draw(config):
+    draw = sampling.make_draw(continue_row, config)
+
+    def draw_rows(params, state, key):
+      keys = sampling.row_keys(key, jnp.arange(len(state.logits)))
+      return draw(params, state.logits, state.stream, keys)[0]
+
+    return jax.jit(draw_rows)
 
   return Programs(
     reader.segment_size,
     jax.jit(reader.prepare),
     jax.jit(init, static_argnums=1),
+    shapes,
     segment,
     piece,
-    jax.jit(partition.where),
+    end_segments,
     restart,
-    make_write,
+    make_draw,
   )
+
+
+def _array(name, x):
+  try:
+    return np.asarray(x)
+  except ValueError as error:
+    raise errors.UserError(
+      f'{name} are rows of different lengths; pad them, and mask the padding.'
+    ) from error

@@ -1,4 +1,4 @@
-"""Sessions: a model that goes on learning from what one user feeds it.
+"""Sessions: a model that goes on learning from the text that it is fed.
 
     session = Session(model, params, inner)
     session.feed(tokens)          # reads and learns
@@ -7,9 +7,9 @@
 
 A session is a checkpoint, which it never changes, the state of a stream whose
 levels learn (`levels.in_context`), and a clock. It has one row or several, each
-with weights, memories and clocks of its own. Whatever the calls in which tokens
-arrive, levels learn from whole segments by one compiled program, so that what a
-session has learned is the same bits however it was fed.
+with weights, memories and clocks of its own. Levels learn from whole segments
+by one compiled program, so they learn the same bits however the tokens are cut
+into calls.
 
 Attention to all tokens holds a limited number of them. Where the next segment
 would not fit, the mixers of that row begin a new stream; its levels keep what
@@ -17,30 +17,58 @@ they learned.
 """
 
 from collections.abc import Sequence
-import pathlib
+import contextlib
+import dataclasses
+import functools
+import os
+import types
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_learning import configs
 from nested_learning import errors
 from nested_learning import levels
 from nested_learning import models
 from nested_learning.inference import generate as generate_lib
-from nested_learning.inference import session_config
-from nested_learning.inference import session_contents
+from nested_learning.inference import sampling
 from nested_learning.inference import session_files
-from nested_learning.inference import session_inputs
 from nested_learning.inference import session_programs
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionConfig:
+  """A session from the command line."""
+
+  path: str | None = None  # file of the session; begun where there is none
+  feed: tuple[str, ...] = ()  # files of text, read in this order
+  prompt: str | None = None  # text that is answered, then read
+
+  def __post_init__(self):
+    if self.path is not None:
+      session_files.resolve(self.path)
+    if self.prompt is not None:
+      generate_lib.check_text('prompt', self.prompt)
+
+
+def default_inner(config: models.ModelConfig) -> levels.InnerConfig:
+  """Returns how levels learn by default: every 128, 512, 2K, ... tokens.
+
+  The papers begin at 512, for models of 10^8 parameters and more; smaller ones
+  learn more from shorter segments.
+
+  Args:
+    config: The model; all levels of its chain learn.
+  """
+  sizes = tuple(128 * 4**i for i in range(len(config.levels)))
+  return levels.InnerConfig(sizes)
 
 
 class Session:
   """One or several streams of a model that learns while it reads.
 
-  Nothing that a method computes is lost on a failure: a call that raises leaves
-  the session as it was.
+  A call that raises leaves the session as it was.
 
   Attributes:
     model: The model.
@@ -57,25 +85,25 @@ class Session:
     inner: levels.InnerConfig | None = None,
     *,
     num_rows: int = 1,
-    tokens_are: str = '',
+    tokenizer_fingerprint: str = '',
   ):
     """Begins a session.
 
     Args:
       model: From `models.make_model`.
-      params: Of a checkpoint.
-      inner: Which levels learn, how often and how; None for `default_inner`.
+      params: The parameters of a checkpoint.
+      inner: How the levels learn; None for `default_inner`.
       num_rows: Streams that are fed together.
-      tokens_are: Fingerprint of what the tokens stand for; a file of a session
-        on other tokens is refused.
+      tokenizer_fingerprint: `Tokenizer.fingerprint`; `load` refuses a session
+        that was fed by another tokenizer.
 
     Raises:
-      errors.UserError: The levels do not fit the model, or the model's state
-        does not hold a segment.
+      errors.UserError: If the levels do not fit the model, or its state does
+        not hold a segment.
     """
     self.model, self.params = model, params
-    self.inner = inner or session_config.default_inner(model.config)
-    self._tokens_are = tokens_are
+    self.inner = inner or default_inner(model.config)
+    self._tokenizer = tokenizer_fingerprint
     self._programs = session_programs.make_programs(model, self.inner)
     self._limit = models.max_stream_length(model.config)
     size = self._programs.segment_size
@@ -86,17 +114,21 @@ class Session:
         f'{self.inner.chunk_sizes}) is longer than model.max_length={longest}; '
         'lower the one or raise the other.'
       )
-    # A copy of the blocks, so that no call makes one; forks share it.
+    # Splits off the blocks that learn once, not in every call; forks share it.
     self._prepared = self._programs.prepare(params)
     self.state = self._programs.init(self._prepared, num_rows)
     self.clock = np.zeros(num_rows, np.int64)
     self._age = np.zeros(num_rows, np.int64)  # tokens that the mixers hold
-    self._fingerprint = None
+    self._model_fingerprint = functools.cache(
+      lambda: session_files.fingerprint(model, params)
+    )
+    # Checksums of the files that this session was read from or generated to.
+    self._checksums = types.MappingProxyType({})
     self.mark()
 
   @property
   def segment_size(self) -> int:
-    """Tokens between two looks at whether a level is due."""
+    """Tokens of a segment; levels learn at the end of one."""
     return self._programs.segment_size
 
   @property
@@ -119,10 +151,10 @@ class Session:
       read; NaN for padding, first tokens of documents and of the session.
 
     Raises:
-      errors.UserError: There are no tokens, or some that the model does not
-        have; nothing was read.
+      errors.UserError: If there are no tokens, or the model does not have one;
+        nothing was read.
     """
-    tokens, reset, mask = session_inputs.check(
+    tokens, reset, mask = session_programs.check_inputs(
       tokens,
       reset,
       mask,
@@ -135,36 +167,39 @@ class Session:
     for piece in session_programs.pieces(mask, clock % size, size):
       state, age = self._make_room(state, clock, age)
       take = lambda x, p=piece: np.take_along_axis(x, p.index, axis=1)
-      inputs = take(tokens), take(reset) & piece.there
-      known = piece.there & ~inputs[1]
+      inputs = take(tokens), take(reset) & piece.mask
+      known = piece.mask & ~inputs[1]
       known[:, 0] &= clock > 0
-      count = piece.there.sum(axis=1)
+      count = piece.mask.sum(axis=1)
       is_segment = (count == size).all()  # and so begins at a border
       if is_segment:
         found, state = self._programs.segment(self._prepared, state, *inputs)
       else:
         found, state = self._programs.piece(
-          self._prepared, state, *inputs, piece.there
+          self._prepared, state, *inputs, piece.mask
         )
       clock, age = clock + count, age + count
       if not is_segment:
-        state = self._end_segments(state, (clock % size == 0) & (count > 0))
+        ended = (clock % size == 0) & (count > 0)
+        if ended.any():
+          state = self._programs.end_segments(self._prepared, state, ended)
       rows, places = np.nonzero(known)
       losses[rows, piece.index[rows, places]] = np.asarray(found)[rows, places]
     self.state, self.clock, self._age = state, clock, age
     return losses
 
-  def loss(self, tokens: Any, **marks: Any) -> float:
-    """Mean loss per token, in nats, of what `feed` would read; nothing stays.
+  def loss(self, tokens: Any, *, reset: Any = None, mask: Any = None) -> float:
+    """Returns the mean loss per token that `feed` would give, in nats.
 
     Args:
-      tokens: As for `feed`.
-      **marks: As for `feed`.
+      tokens: As for `feed`; the session does not change.
+      reset: As for `feed`.
+      mask: As for `feed`.
 
     Returns:
-      The mean over the tokens that something predicts; NaN if there are none.
+      The mean over tokens that have a loss; NaN if there are none.
     """
-    losses = self.fork().feed(tokens, **marks)
+    losses = self.fork().feed(tokens, reset=reset, mask=mask)
     known = losses[np.isfinite(losses)]
     return float(known.mean(dtype=np.float64)) if known.size else float('nan')
 
@@ -181,15 +216,15 @@ class Session:
     stop_token: int | None = None,
     vocab_size: int | None = None,
     keep: bool = False,
-  ) -> generate_lib.Generated:
-    """Writes on after what was read, and after a prompt.
+  ) -> sampling.Generated:
+    """Generates a continuation of what was read, and of a prompt.
 
-    Levels learn from the prompt, but not from what they write, unless it is
-    kept: then the session goes on as if it had been fed both. Where attention
-    would not hold prompt and text, it forgets what it read before them.
+    Levels learn from the prompt, and with `keep` from the generated text: then
+    the session goes on as if it had been fed both. Where attention would not
+    hold prompt and text, it forgets what it read before them.
 
     Args:
-      num_tokens: Most tokens to write in a row.
+      num_tokens: Most tokens to generate in a row.
       prompt: int [b, t] or [t], read first; None for none.
       reset: bool like the prompt, True at a document's first token, or None.
       key: From `jax.random.key`; None is key 0.
@@ -197,18 +232,20 @@ class Session:
       top_k: See `sampling.sample`.
       top_p: See `sampling.sample`.
       stop_token: The token that ends a row; None for no such token.
-      vocab_size: Tokens from this one on are never drawn.
+      vocab_size: Only tokens below it are drawn; None for all of the model's.
       keep: Whether prompt and text stay in the session.
 
     Returns:
-      `Generated`.
+      The tokens.
 
     Raises:
-      errors.UserError: Nothing was read and there is no prompt, or attention
-        does not hold the text.
+      errors.UserError: If nothing was read and there is no prompt, attention
+        does not hold the text, or a setting is out of range.
     """
-    if num_tokens < 1:
-      raise errors.UserError(f'{num_tokens=} must be at least 1.')
+    config = sampling.DrawConfig(
+      num_tokens, temperature, top_k, top_p, stop_token, vocab_size
+    )
+    sampling.check_draw(config, self.model.config.vocab_size)
     reader = self.fork()
     length = 0 if prompt is None else np.shape(prompt)[-1]
     if not keep:
@@ -217,7 +254,7 @@ class Session:
       reader.feed(prompt, reset=reset)
     if not reader.clock.all():
       raise errors.UserError(
-        'nothing was read yet to write on after; give a prompt.'
+        'nothing was read yet that could be continued; give a prompt.'
       )
     age = int(reader._age.max())
     if self._limit is not None and age + num_tokens > self._limit:
@@ -225,79 +262,77 @@ class Session:
         f'{num_tokens} tokens after the {age} that attention holds are more '
         f'than model.max_length={self._limit}; ask for fewer.'
       )
-    write = self._programs.make_write(
-      generate_lib.DrawConfig(
-        num_tokens, temperature, top_k, top_p, stop_token, vocab_size
-      )
-    )
     key = jax.random.key(0) if key is None else key
-    written = write(self._prepared, reader.state, key)
+    draw = self._programs.make_draw(config)
+    generated = draw(self._prepared, reader.state, key)
     if keep:
-      mask = np.arange(num_tokens) < np.asarray(written.lengths)[:, None]
+      mask = np.arange(num_tokens) < np.asarray(generated.lengths)[:, None]
       if mask.any():
-        reader.feed(np.asarray(written.tokens), mask=mask)
+        reader.feed(np.asarray(generated.tokens), mask=mask)
       self.state, self.clock, self._age = (
         reader.state,
         reader.clock,
         reader._age,
       )
-    return written
+    return generated
 
   def fork(self) -> 'Session':
-    """Another session that is now as this one is; neither changes the other."""
+    """Returns a copy; neither of the two changes the other."""
     other = object.__new__(Session)
     other.__dict__.update(self.__dict__)
     other.mark()
     return other
 
   def mark(self) -> None:
-    """Makes the present what `rollback` returns to."""
+    """Makes `rollback` return to the present."""
     self._marked = self.state, self.clock, self._age
 
   def rollback(self) -> None:
-    """Returns to the last mark: the beginning, a fork, `save` or `load`."""
+    """Returns to the last `mark`, `save`, `load`, `fork` or the beginning."""
     self.state, self.clock, self._age = self._marked
 
   def health(self) -> dict[str, levels.Health]:
-    """How the levels are doing; see `levels.health`."""
+    """Returns updates and drift of the levels; see `levels.health`."""
     return levels.health(self.state.stream)
 
   def split(self) -> list['Session']:
-    """One session for each row."""
+    """Returns one session per row."""
     return [self._rows(slice(i, i + 1)) for i in range(self.num_rows)]
 
-  def save(self, path: str | pathlib.Path) -> int:
+  def save(self, path: str | os.PathLike, *, lock: bool = True) -> None:
     """Writes the session to a file and marks it.
 
     Args:
-      path: Where; a file that is there is replaced when the new one is whole.
-
-    Returns:
-      Bytes written.
+      path: The file. An old one is replaced when the new one is whole, and only
+        if it is the one that this session was read from or last written to.
+      lock: False for a caller that holds `session_files.lock`.
 
     Raises:
-      errors.UserError: It cannot be written.
+      errors.UserError: If the file is another session, was changed by another
+        one, or cannot be written.
     """
-    header = {
+    metadata = {
       'model': self._model_fingerprint(),
-      'tokens_are': self._tokens_are,
-      'inner': configs.to_json(self.inner),
-      'num_rows': self.num_rows,
+      'tokenizer': self._tokenizer,
+      'inner': session_files.write_inner(self.inner),
     }
     clocks = {'clock': self.clock, 'age': self._age}
-    content = session_contents.pack(header, clocks, self.state)
-    size = session_files.write(path, content)
+    content = session_files.pack(metadata, clocks, self.state)
+    held = session_files.lock(path) if lock else contextlib.nullcontext()
+    with held:
+      self._check_unchanged(path)
+      checksum = session_files.write(path, content)
+    self._remember(path, checksum)
     self.mark()
-    return size
 
   @classmethod
   def load(
     cls,
-    path: str | pathlib.Path,
+    path: str | os.PathLike,
     model: models.Model,
     params: Any,
     *,
-    tokens_are: str = '',
+    tokenizer_fingerprint: str = '',
   ) -> 'Session':
     """Reads a session that `save` wrote.
 
@@ -305,53 +340,100 @@ class Session:
       path: The file.
       model: The model that it was saved with.
       params: The parameters that it was saved with.
-      tokens_are: See `Session`.
+      tokenizer_fingerprint: See `Session`.
 
     Returns:
       The session, exactly as it was.
 
     Raises:
-      errors.UserError: The file is damaged, or of another model, checkpoint,
-        tokenizer or version.
+      errors.UserError: If the file is damaged, or belongs to another model,
+        checkpoint, tokenizer or version.
     """
-    content = session_contents.read(path, tokens_are=tokens_are)
+    content = session_files.read(path)
+    found = content.metadata
+    if found['tokenizer'] != tokenizer_fingerprint:
+      raise errors.UserError(
+        f'the session {path} was fed other tokens (fingerprint '
+        f'{found["tokenizer"]!r}) than these ({tokenizer_fingerprint!r}); use '
+        'the tokenizer that it was begun with, or another path.'
+      )
     session = cls(
       model,
       params,
-      configs.from_json(content.header['inner']),
-      num_rows=content.header['num_rows'],
-      tokens_are=tokens_are,
+      session_files.read_inner(path, found['inner']),
+      tokenizer_fingerprint=tokenizer_fingerprint,
     )
-    session_contents.check_model(path, content, session._model_fingerprint())
-    session.state = session_contents.unpack(path, content, session.state)
-    arrays = content.arrays
-    session.clock, session._age = arrays['clock'].copy(), arrays['age'].copy()
+    ours = session._model_fingerprint()
+    if found['model'] != ours:
+      raise errors.UserError(
+        f'the session {path} belongs to another checkpoint (fingerprint '
+        f'{found["model"][:12]}, this one {ours[:12]}); use the checkpoint '
+        'that it was begun with, or another path.'
+      )
+    session._restore(path, content)
+    session._remember(path, found['sha256'])
     session.mark()
     return session
 
   def _rows(self, rows) -> 'Session':
     other = self.fork()
+    other._checksums = types.MappingProxyType({})  # the file has more rows
     other.state = jax.tree.map(lambda x: x[rows], self.state)
     other.clock, other._age = self.clock[rows], self._age[rows]
     other.mark()
     return other
 
-  def _end_segments(self, state, whole):
-    """Learns in the rows whose segment is whole, by the program of segments."""
-    if not whole.any():
-      return state
+  def _restore(self, path, content) -> None:
+    """Takes the state of a file, after checking it against the model."""
+    names = ('clock', 'age')
+    clock, age = (content.arrays.get(name) for name in names)
+    for x in (clock, age):
+      if x is None or x.ndim != 1 or x.dtype != np.int64 or not len(x):
+        raise errors.UserError(
+          f'the session {path} has no clocks of its rows; use another path.'
+        )
+    # Shapes alone: nothing is allocated for rows that the file does not have.
+    like = self._programs.shapes(self._prepared, len(clock))
+    state = session_files.unpack(path, content, names, like)
     segment = state.stream.segment
-    stream = state.stream._replace(
-      model=segment.model,
-      segment=segment._replace(count=jnp.zeros_like(segment.count)),
+    tokens = np.asarray(segment.tokens)
+    fits = (
+      clock.shape == age.shape
+      and (clock >= 0).all()
+      and (age >= 0).all()
+      and (clock % self.segment_size == np.asarray(segment.count)).all()
+      and (tokens >= 0).all()
+      and (tokens < self.model.config.vocab_size).all()
     )
-    _, learned = self._programs.segment(
-      self._prepared,
-      state._replace(stream=stream),
-      segment.tokens,
-      segment.reset,
+    if not fits:
+      raise errors.UserError(
+        f'the session {path} has clocks or tokens that no session of this '
+        'model can have; use another path.'
+      )
+    self.state, self.clock, self._age = state, clock.copy(), age.copy()
+
+  def _remember(self, path, checksum) -> None:
+    file = str(session_files.resolve(path))
+    # A new mapping, so that forks keep theirs.
+    self._checksums = types.MappingProxyType(
+      {**self._checksums, file: checksum}
     )
-    return self._programs.where(whole, learned, state)
+
+  def _check_unchanged(self, path) -> None:
+    """Refuses to replace what another session has learned."""
+    found = session_files.read_checksum(path)
+    known = self._checksums.get(str(session_files.resolve(path)))
+    if found is None or found == known:
+      return
+    if known is None:
+      raise errors.UserError(
+        f'{path} already holds a session; load it, remove it, or save to '
+        'another path.'
+      )
+    raise errors.UserError(
+      f'the session {path} was changed by another program since it was read; '
+      'load it again, or save to another path.'
+    )
 
   def _make_room(self, state, clock, age):
     """New streams for rows at a border whose next segment would not fit."""
@@ -372,36 +454,32 @@ class Session:
     segment = state.stream.segment
     segment = segment._replace(count=jnp.zeros_like(segment.count))
     self.state = state._replace(stream=state.stream._replace(segment=segment))
-    # Never of a clock that had begun back to its beginning: something was read.
+    # Rounds up to a border; a clock that has begun must not return to zero.
     size = self._programs.segment_size
     self.clock = self.clock // size * size + size * (self.clock > 0)
     self._age = np.zeros_like(self._age)
 
-  def _model_fingerprint(self) -> str:
-    if self._fingerprint is None:
-      self._fingerprint = session_contents.fingerprint(self.model, self.params)
-    return self._fingerprint
-
 
 def join(sessions: Sequence[Session]) -> Session:
-  """One session whose rows are those of several on one model.
+  """Returns one session with the rows of several sessions on one model.
 
   Args:
     sessions: At least one; all with the same model, parameters and levels.
 
   Returns:
-    A session; what it reads does not reach the others.
+    A session that shares nothing with them.
 
   Raises:
-    errors.UserError: They are not on one model, or learn differently.
+    errors.UserError: If their parameters or levels differ.
   """
   first = sessions[0]
   for other in sessions[1:]:
     if other.params is not first.params or other.inner != first.inner:
       raise errors.UserError(
-        'sessions of different checkpoints or levels cannot be read together.'
+        'sessions of different checkpoints or levels cannot be joined.'
       )
   joined = first.fork()
+  joined._checksums = types.MappingProxyType({})
   joined.state = jax.tree.map(
     lambda *x: jnp.concatenate(x), *(session.state for session in sessions)
   )

@@ -1,4 +1,4 @@
-"""A session from the terminal: files are read, a prompt is answered."""
+"""A session from the command line: reads files, answers a prompt."""
 
 import math
 import pathlib
@@ -13,6 +13,8 @@ from nested_learning import errors
 from nested_learning import inference
 from nested_learning import levels
 from nested_learning import models
+from nested_learning.data import sources
+from nested_learning.inference import session_files
 from nested_learning.training import config as config_lib
 from nested_learning.training import on_text
 
@@ -20,19 +22,20 @@ _SEGMENTS = 4  # read between two moves of the progress bar
 
 
 def run_session(config: config_lib.ExperimentConfig, params: Any) -> None:
-  """Opens a session or begins one, feeds it, asks it, and saves it.
+  """Opens a session or begins one, feeds it, prompts it, and saves it.
 
-  The file is replaced after every text that was read, and by a whole one; the
-  checkpoint stays as it is.
+  The file is replaced as a whole after every text that was read; the checkpoint
+  does not change. The file is locked meanwhile, so that two of these commands
+  on one session cannot lose what the other learned.
 
   Args:
     config: The experiment; `session` says what to do, `inner` how levels learn
-      where that is not left to `inference.default_inner`.
-    params: Of its checkpoint.
+      (default: `inference.default_inner`).
+    params: The parameters of its checkpoint.
 
   Raises:
-    errors.UserError: A file cannot be read, or is not of this checkpoint;
-      nothing was fed.
+    errors.UserError: If a file cannot be read, the session is in use, or it
+      belongs to another checkpoint; then nothing was fed.
   """
   settings = config.session
   if settings.path is None:
@@ -46,17 +49,23 @@ def run_session(config: config_lib.ExperimentConfig, params: Any) -> None:
     )
   tokenizer = on_text.make_tokenizer(config)
   texts = [(path, _read(path)) for path in settings.feed]
+  with session_files.lock(settings.path):
+    _run(config, params, tokenizer, texts)
+
+
+def _run(config, params, tokenizer, texts):
+  settings = config.session
   session = _open(config, params, tokenizer)
   begun = 'Going on after' if session.clock[0] else 'Beginning after'
   print(f'{begun} {session.clock[0]:,} tokens: {settings.path}')
   for path, text in texts:
     print(f'{path}: {_feed(session, tokenizer, text, path)}')
-    session.save(settings.path)
+    session.save(settings.path, lock=False)
   if settings.prompt is not None:
     prompt = _document(tokenizer, settings.prompt)
     print(settings.prompt + _answer(session, config, tokenizer, prompt))
     session.feed(prompt, reset=_starts(prompt))
-    session.save(settings.path)
+    session.save(settings.path, lock=False)
   for name, level in session.health().items():
     print(
       f'level {name}: {int(level.num_updates[0]):,} updates, '
@@ -69,11 +78,11 @@ def run_session(config: config_lib.ExperimentConfig, params: Any) -> None:
 def _open(config, params, tokenizer) -> inference.Session:
   model = models.make_model(config.model)
   path, given = config.session.path, config.inner
-  tokens_are = tokenizer.fingerprint
-  if not pathlib.Path(path).exists():
+  names = {'tokenizer_fingerprint': tokenizer.fingerprint}
+  if not session_files.resolve(path).exists():
     inner = given if given.is_on else None
-    return inference.Session(model, params, inner, tokens_are=tokens_are)
-  session = inference.Session.load(path, model, params, tokens_are=tokens_are)
+    return inference.Session(model, params, inner, **names)
+  session = inference.Session.load(path, model, params, **names)
   if given.is_on and session.inner != given:
     raise errors.UserError(
       f'the session {path} was begun with {session.inner}, and this config has '
@@ -81,19 +90,21 @@ def _open(config, params, tokenizer) -> inference.Session:
     )
   if session.num_rows > 1:
     raise errors.UserError(
-      f'the session {path} has {session.num_rows} rows; from the terminal one '
-      'is fed, see `Session.split`.'
+      f'the session {path} has {session.num_rows} rows; the command line feeds '
+      'one, see `Session.split`.'
     )
   return session
 
 
 def _read(path: str) -> str:
+  """Reads a text as training does, line endings included."""
   try:
-    text = pathlib.Path(path).read_text(encoding='utf-8')
-  except (OSError, UnicodeDecodeError) as error:
-    reason = getattr(error, 'strerror', None) or 'it is no UTF-8 text'
+    text = sources.read_text(pathlib.Path(path))
+  except ValueError as error:  # UserError, or NUL in the path
+    reason = getattr(error.__cause__, 'strerror', None)
     raise errors.UserError(
-      f'--feed={path} cannot be read ({reason}); nothing was fed.'
+      f'--feed={path!r} cannot be read ({reason or "it is not UTF-8 text"}); '
+      'nothing was fed.'
     ) from error
   if not text:
     raise errors.UserError(f'--feed={path} is empty; nothing was fed.')
@@ -109,7 +120,7 @@ def _starts(tokens: np.ndarray) -> np.ndarray:
 
 
 def _feed(session, tokenizer, text, name) -> str:
-  """Reads a text as a document; how well it was predicted, in words."""
+  """Reads a text as a document; returns how well it was predicted."""
   tokens = _document(tokenizer, text)
   reset, losses = _starts(tokens), []
   step = _SEGMENTS * session.segment_size
@@ -130,7 +141,7 @@ def _feed(session, tokenizer, text, name) -> str:
 
 def _answer(session, config, tokenizer, prompt) -> str:
   settings = config.generate
-  written = session.generate(
+  generated = session.generate(
     settings.num_tokens,
     prompt=prompt,
     reset=_starts(prompt),
@@ -141,5 +152,5 @@ def _answer(session, config, tokenizer, prompt) -> str:
     stop_token=tokenizer.document_id,
     vocab_size=tokenizer.vocab_size,
   )
-  tokens = np.asarray(written.tokens)[0, : int(written.lengths[0])]
+  tokens = np.asarray(generated.tokens)[0, : int(generated.lengths[0])]
   return tokenizer.decode_after(prompt, tokens)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nested_learning import errors
 from nested_learning import evaluation
 from nested_learning import models
 from nested_learning import tasks
@@ -96,6 +97,13 @@ class CountTest(parameterized.TestCase):
     result = evaluation.TaskEvaluation(counts)
     self.assertEqual(result.macro_accuracy, 0.25)
     self.assertEqual(result.accuracy, 0.5)
+
+  def test_refuses_targets_that_the_model_does_not_have(self):
+    batch = _batch(0)
+    batch['targets'][0, 0], batch['mask'][0, 0] = _NUM_IDS, True
+    count = evaluation.make_count(Table())
+    with self.assertRaisesRegex(errors.UserError, '1 targets .* not ids'):
+      count(None, [[batch]])
 
   def test_squared_errors_of_numbers(self):
     model = heads.make_regressor(tiny.MODEL, 3)

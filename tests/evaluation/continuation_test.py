@@ -135,6 +135,9 @@ class WriteTest(parameterized.TestCase):
   def test_refuses_what_leaves_no_room(self):
     with self.assertRaisesRegex(errors.UserError, '64 tokens to write'):
       make_write(_ATTENTION)(['a'], greedy(64))
+    tokenizer = dataclasses.replace(_ASCII, vocab_size=261)
+    with self.assertRaisesRegex(errors.UserError, 'tokenizer has 261 tokens'):
+      continuation.make_write(models.make_model(_ATTENTION), tokenizer)
 
 
 class FinishedTextTest(parameterized.TestCase):

@@ -99,6 +99,16 @@ class EvaluateTest(parameterized.TestCase):
       with self.assertRaisesRegex(errors.UserError, 'no target with text'):
         evaluate(None, batches)
 
+  @parameterized.parameters('tokens', 'targets')
+  def test_refuses_tokens_that_the_model_does_not_have(self, name):
+    batch = make_batch(0)
+    batch[name] = batch[name].at[1, 2].set(5)
+    evaluate = evaluation.make_evaluate(UniformModel(5), BYTE_LENGTHS)
+    with self.assertRaisesRegex(
+      errors.UserError, '1 tokens of a batch .* 5 of'
+    ):
+      evaluate(None, [batch])
+
   def test_position_counts_from_the_reset(self):
     reset = make_batch(0)['reset']
     np.testing.assert_array_equal(evaluation.context_position(reset), POSITION)

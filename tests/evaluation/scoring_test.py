@@ -235,6 +235,14 @@ class ScoreTest(parameterized.TestCase):
       make_score(_ATTENTION, batch_size=0)
     with self.assertRaisesRegex(errors.UserError, 'max_length=33'):
       make_score(_ATTENTION, max_length=33)
+    with self.assertRaisesRegex(errors.UserError, 'tokenizer has 261 tokens'):
+      make_score(_ATTENTION, vocab_size=261)
+
+  @parameterized.parameters(260, -1)
+  def test_refuses_tokens_that_the_model_does_not_have(self, token):
+    text = requests_lib.Request(np.array([1]), np.array([token]))
+    with self.assertRaisesRegex(errors.UserError, f'token {token} is not one'):
+      make_score(_ATTENTION)([text])
 
 
 if __name__ == '__main__':

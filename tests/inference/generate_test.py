@@ -113,11 +113,83 @@ class GenerateTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, 'the prompt is empty'):
       generate(params, self.prompt(1, 0), jax.random.key(0))
 
+  def test_a_long_prompt_is_read_by_one_program(self):
+    model = models.make_model(dataclasses.replace(_TITANS, max_length=8))
+    calls = []
+
+    def forward(*args, **kwargs):
+      calls.append(args[2].shape)
+      return model.forward(*args, **kwargs)
+
+    params = init_params(_TITANS)
+    counted = model._replace(forward=forward)
+    read = inference.make_prompt_reader(counted)
+    prompt = np.asarray(self.prompt(2, 61))
+    logits, state = read(params, prompt, np.ones((2, 61), bool))
+    self.assertEqual(calls, [(2, 8)])  # traced once, called eight times
+    whole = models.make_model(dataclasses.replace(_TITANS, max_length=64))
+    expected, expected_state = jax.jit(whole.forward)(params, None, prompt)
+    np.testing.assert_allclose(logits, expected[:, -1], rtol=1e-4, atol=1e-4)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+      state,
+      expected_state,
+    )
+    read(params, prompt[:, :49], np.ones((2, 49), bool))
+    self.assertLen(calls, 1)
+
+  def test_a_row_draws_the_same_in_any_batch(self):
+    _, params, generate = self.make(tiny.MODEL, num_tokens=8, temperature=5)
+    prompt, key = self.prompt(3, 4), jax.random.key(3)
+    together = generate(params, prompt, key).tokens
+    alone = generate(params, prompt[:1], key).tokens
+    np.testing.assert_array_equal(together[0], alone[0])
+
   @parameterized.parameters(
-    ({'num_tokens': 0}, 'generate.num_tokens=0 must be at least 1'),
-    ({'temperature': -1.0}, 'generate.temperature=-1.0 must be at least 0'),
-    ({'top_k': 0}, 'generate.top_k=0 must be at least 1'),
-    ({'top_p': 0.0}, 'generate.top_p=0.0 must be above 0'),
+    ([[1, 999]], 'token 999 is not one of the'),
+    ([[1, -1]], 'token -1 is not one of the'),
+    ([[0.5]], 'tokens are float'),
+    ([1, 2], r'prompt has shape \(2,\)'),
+  )
+  def test_refuses_tokens_that_the_model_does_not_have(self, prompt, message):
+    generate = inference.make_generate(
+      models.make_model(tiny.MODEL), num_tokens=2
+    )
+    with self.assertRaisesRegex(errors.UserError, message):
+      generate(None, np.array(prompt), jax.random.key(0))
+
+  def test_takes_parameters_in_numpy(self):
+    _, params, generate = self.make(tiny.MODEL, num_tokens=3, temperature=0)
+    prompt, key = self.prompt(1, 3), jax.random.key(0)
+    np.testing.assert_array_equal(
+      generate(jax.tree.map(np.asarray, params), prompt, key).tokens,
+      generate(params, prompt, key).tokens,
+    )
+
+  @parameterized.parameters(
+    ({'num_tokens': 0}, 'num_tokens=0 must be at least 1'),
+    ({'temperature': float('nan')}, 'temperature=nan must be a number'),
+    ({'top_k': 0}, 'top_k=0 must be at least 1'),
+    ({'stop_token': 999}, 'stop_token=999 is not one of the'),
+    ({'vocab_size': 9999}, 'vocab_size=9999 must be at least 1 and at most'),
+  )
+  def test_refuses_arguments_out_of_range(self, changes, message):
+    with self.assertRaisesRegex(errors.UserError, message):
+      inference.make_generate(
+        models.make_model(tiny.MODEL), **{'num_tokens': 1, **changes}
+      )
+
+  @parameterized.parameters(
+    ({'num_tokens': 0}, 'num_tokens=0 must be at least 1'),
+    ({'temperature': -1.0}, 'temperature=-1.0 must be a number from 0'),
+    ({'temperature': float('nan')}, 'temperature=nan must be a number from 0'),
+    ({'temperature': float('inf')}, 'temperature=inf must be a number from 0'),
+    ({'top_k': 0}, 'top_k=0 must be at least 1'),
+    ({'top_p': 0.0}, 'top_p=0.0 must be above 0'),
+    ({'top_p': 2.0}, 'top_p=2.0 must be above 0'),
+    ({'seed': -1}, 'seed=-1 must be at least 0'),
+    ({'seed': 10**20}, 'seed=1000.* must be at least 0'),
+    ({'prompt': '\udcff'}, 'is not UTF-8 text'),
   )
   def test_refuses_settings_out_of_range(self, fields, message):
     with self.assertRaisesRegex(errors.UserError, message):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nested_learning import errors
 from nested_learning import inference
 
 # Probabilities 0.5, 0.3, 0.15, 0.05 in a shuffled order.
@@ -43,6 +44,25 @@ class SamplingTest(parameterized.TestCase):
   def test_greedy_at_temperature_zero(self):
     token = inference.sample(jax.random.key(0), LOGITS, temperature=0)
     self.assertEqual(token.tolist(), [1])
+
+  @parameterized.parameters(1e-3, 1e-30, 1e-38, 1e-39, 1e-300)
+  def test_a_tiny_temperature_draws_the_most_likely(self, temperature):
+    logits = jnp.array([[1.0, 2.0, 12.0, 9.0]])
+    for seed in range(4):
+      token = inference.sample(
+        jax.random.key(seed), logits, temperature=temperature
+      )
+      self.assertEqual(token.tolist(), [2])
+
+  @parameterized.parameters(
+    ({'temperature': -1.0}, 'temperature=-1.0 must'),
+    ({'temperature': float('nan')}, 'temperature=nan must'),
+    ({'top_k': 0}, 'top_k=0 must'),
+    ({'top_p': 2.0}, 'top_p=2.0 must'),
+  )
+  def test_refuses_settings_out_of_range(self, settings, message):
+    with self.assertRaisesRegex(errors.UserError, message):
+      inference.sample(jax.random.key(0), LOGITS, **settings)
 
   @parameterized.parameters(
     ({}, PROBABILITIES),

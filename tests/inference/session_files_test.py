@@ -1,19 +1,26 @@
 """Files of sessions: whole, or refused with the reason."""
 
+import hashlib
 import json
 import os
 import pathlib
 import signal
+import stat
+import struct
 import subprocess
 import sys
 import time
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
+from safetensors import numpy as safetensors_numpy
 
 from nested_learning import errors
+from nested_learning import levels
 from nested_learning.inference import session_files
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -22,87 +29,185 @@ _SAVER = """
 import sys
 import numpy as np
 from nested_learning.inference import session_files as files
+names = {'model': 'm', 'tokenizer': '', 'inner': '{}'}
 for i in range(1, 10**9):
-  content = files.Content({'number': i}, {'x': np.full(500_000, i, np.float32)})
-  files.write(sys.argv[1], content)
+  x = np.full(500_000, i, np.float32)
+  files.write(sys.argv[1], files.Content(names, {'x': x}))
   print(i, flush=True)
 """
 
 
-def content():
+def content(**arrays):
   return session_files.Content(
-    {'name': 'a'},
+    {'model': 'm', 'tokenizer': 'letters', 'inner': '{}'},
     {
       'weights': np.arange(6, dtype=np.float32).reshape(2, 3),
       'half': np.asarray(jnp.arange(3, dtype=jnp.bfloat16)),
       'flags': np.array([True, False]),
       'scalar': np.array(7, np.int32),
       'nothing': np.zeros((0, 4), np.float32),
+      **arrays,
     },
   )
+
+
+def sign(data):
+  """A file whose checksum is right, whatever its header says."""
+  (length,) = struct.unpack_from('<Q', data)
+  header = json.loads(data[8 : 8 + length])
+  old = header['__metadata__']['sha256'].encode()
+  blank = data.replace(old, b'0' * 64, 1)
+  new = hashlib.sha256(blank).hexdigest().encode()
+  return data.replace(old, new, 1)
+
+
+def forge(data, old, new):
+  """Replaces bytes of the header by as many others, and signs it."""
+  assert data.count(old) >= 1 and len(old) == len(new)
+  return sign(data.replace(old, new, 1))
 
 
 class SessionFilesTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
-    self.path = pathlib.Path(self.create_tempdir().full_path, 'a.session')
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+    self.path = self.folder / 'a.session'
 
   def test_what_is_written_is_read(self):
-    size = session_files.write(self.path, content())
-    self.assertEqual(size, self.path.stat().st_size)
+    checksum = session_files.write(self.path, content())
     found = session_files.read(self.path)
-    self.assertEqual(found.header['name'], 'a')
+    self.assertEqual(found.metadata['model'], 'm')
+    self.assertEqual(found.metadata['sha256'], checksum)
+    self.assertEqual(session_files.read_checksum(self.path), checksum)
     self.assertEqual(found.arrays.keys(), content().arrays.keys())
     for name, x in content().arrays.items():
       self.assertEqual(found.arrays[name].dtype, x.dtype)
       np.testing.assert_array_equal(found.arrays[name], x)
-    self.assertEqual(os.listdir(self.path.parent), ['a.session'])
+    self.assertEqual(os.listdir(self.folder), ['a.session'])
+    self.assertEqual(stat.S_IMODE(self.path.stat().st_mode), 0o600)
 
-  def test_every_truncation_is_refused(self):
+  def test_is_a_safetensors_file(self):
+    session_files.write(self.path, content())
+    with safetensors.safe_open(self.path, 'numpy') as file:
+      self.assertEqual(file.metadata()['tokenizer'], 'letters')
+      np.testing.assert_array_equal(
+        file.get_tensor('weights'), content().arrays['weights']
+      )
+
+  def test_every_truncation_and_edit_is_refused(self):
     session_files.write(self.path, content())
     data = self.path.read_bytes()
     for size in range(len(data)):
       self.path.write_bytes(data[:size])
       with self.assertRaisesRegex(errors.UserError, 'cut short'):
         session_files.read(self.path)
-
-  def test_every_edit_is_refused(self):
-    session_files.write(self.path, content())
-    data = self.path.read_bytes()
     for place in range(len(data)):
       edited = bytearray(data)
       edited[place] ^= 1
       self.path.write_bytes(edited)
       with self.assertRaises(errors.UserError):
         session_files.read(self.path)
-    for place in (-40, -5):  # of the arrays, of the checksum
-      edited = bytearray(data)
-      edited[place] ^= 16
-      self.path.write_bytes(edited)
-      with self.assertRaisesRegex(errors.UserError, 'damaged or was edited'):
-        session_files.read(self.path)
-    self.path.write_bytes(data + b'more')
+    edited = bytearray(data)
+    edited[-5] ^= 16
+    self.path.write_bytes(edited)
     with self.assertRaisesRegex(errors.UserError, 'damaged or was edited'):
       session_files.read(self.path)
+    self.path.write_bytes(data + b'more')
+    with self.assertRaises(errors.UserError):
+      session_files.read(self.path)
 
-  def test_another_version_and_another_file_are_refused(self):
+  @parameterized.parameters(
+    (b'"version":"3"', b'"version":"9"', 'version 9, .* version 3'),
+    (b'"version":"3"', b'"version": 3 ', 'version 3, .* version 3'),
+    (b'"model":"m"', b'"modem":"m"', "lacks 'model'"),
+    (b'"shape":[2,3]', b'"shape":[9,9]', 'is not a session, or is cut'),
+    (b'"shape":[2,3]', b'"shape":"ab" ', 'is not a session, or is cut'),
+    (b'"dtype":"F32"', b'"dtype":"Xyz"', 'is not a session, or is cut'),
+    (b'"dtype":"BOOL"', b'"dtype":  null', 'is not a session, or is cut'),
+  )
+  def test_forged_headers_are_refused(self, old, new, message):
     session_files.write(self.path, content())
-    data = self.path.read_bytes()
-    changed = data.replace(b'"version": 2', b'"version": 9')
-    self.assertNotEqual(changed, data)
-    self.path.write_bytes(changed)
-    with self.assertRaisesRegex(errors.UserError, 'version 9, .* version 2'):
+    self.path.write_bytes(forge(self.path.read_bytes(), old, new))
+    with self.assertRaisesRegex(errors.UserError, message):
       session_files.read(self.path)
-    self.path.write_text(json.dumps({'a': 1}))
-    with self.assertRaisesRegex(errors.UserError, 'is no session'):
+
+  @parameterized.parameters(
+    b'',
+    b'text',
+    b'{"a": 1}',
+    b'\xff' * 100,
+    struct.pack('<Q', 2) + b'{}',
+    struct.pack('<Q', 2) + b'[]',
+    struct.pack('<Q', 10**15),
+    struct.pack('<Q', 60_000) + b'[' * 60_000,
+    safetensors_numpy.save({}, {'format': 'pt'}),
+  )
+  def test_other_files_are_refused_and_stay(self, data):
+    self.path.write_bytes(data)
+    for function in (session_files.read, session_files.read_checksum):
+      with self.assertRaisesRegex(errors.UserError, 'is not a session'):
+        function(self.path)
+
+  def test_files_before_safetensors_are_refused_by_version(self):
+    self.path.write_bytes(b'NLSESSN\n' + bytes(100))
+    with self.assertRaisesRegex(errors.UserError, 'version 2 or before'):
       session_files.read(self.path)
+
+  def test_shapes_are_checked_before_anything_is_allocated(self):
+    like = {'x': jax.ShapeDtypeStruct((10**9, 1000), np.float32)}
+    names = ('clock',)
+    for arrays, message in (
+      ({}, 'nothing for state/x'),
+      ({'state/x': np.zeros((2, 3))}, r'float64\(2, 3\) for state/x'),
+    ):
+      with self.assertRaisesRegex(errors.UserError, message):
+        session_files.unpack(
+          'a', session_files.Content({}, arrays), names, like
+        )
+    more = {'clock': np.zeros(1), 'other': np.zeros(1)}
+    with self.assertRaisesRegex(errors.UserError, r'not \(other\)'):
+      session_files.unpack('a', session_files.Content({}, more), names, {})
+
+  def test_levels_are_read_from_plain_values(self):
+    inner = levels.InnerConfig((4, None), (0.1, 0.2), optimizer='adam')
+    text = session_files.write_inner(inner)
+    self.assertEqual(session_files.read_inner('a', text), inner)
+    for text in (
+      '{',
+      '[]',
+      '3',
+      '{"optimizer": {"_type": "experiments.evil.X"}}',
+      '{"unknown": 1}',
+      '{"max_drift": "far"}',
+    ):
+      with self.assertRaisesRegex(errors.UserError, 'how its levels learn'):
+        session_files.read_inner('a', text)
 
   def test_a_path_that_cannot_be(self):
-    nowhere = self.path.parent / 'nowhere' / 'a.session'
-    with self.assertRaisesRegex(errors.UserError, 'cannot be written'):
-      session_files.write(nowhere, content())
-    with self.assertRaisesRegex(errors.UserError, 'cannot be read'):
-      session_files.read(nowhere)
+    (self.folder / 'file').touch()
+    for name in ('', 'a\0b', 'x' * 300, 'a\ud800'):
+      path = f'{self.folder}/{name}' if name else ''
+      for function in (session_files.read, session_files.read_checksum):
+        with self.assertRaisesRegex(errors.UserError, 'the session '):
+          function(path)
+      with self.assertRaises(errors.UserError), session_files.lock(path):
+        pass
+    with self.assertRaisesRegex(errors.UserError, 'no such file'):
+      session_files.read(self.folder / 'none')
+
+  def test_links_are_followed_and_stay(self):
+    target, precious = self.folder / 'b', self.folder / 'precious'
+    precious.write_text('precious')
+    self.path.symlink_to(target)
+    # What a writer with a fixed name for its draft would open.
+    (self.folder / '.b.partial').symlink_to(precious)
+    (self.folder / '.a.session.partial').symlink_to(precious)
+    session_files.write(self.path, content())
+    self.assertTrue(self.path.is_symlink())
+    self.assertEqual(
+      session_files.read(target).arrays.keys(), content().arrays.keys()
+    )
+    self.assertEqual(precious.read_text(), 'precious')
 
   def test_a_killed_save_leaves_the_file_before_it(self):
     saver = subprocess.Popen(
@@ -112,31 +217,30 @@ class SessionFilesTest(parameterized.TestCase):
       cwd=_ROOT,
       env={**os.environ, 'PYTHONPATH': str(_ROOT)},
     )
-    partial = self.path.with_name('.a.session.partial')
     saved = 0
     try:
       while saved < 3:
         saved = int(saver.stdout.readline())
       deadline = time.monotonic() + 30
-      # In the middle of a save: its file has begun, and is not whole.
+      # In the middle of a save: its draft has begun, and is not whole.
       while time.monotonic() < deadline:
         try:
-          if 0 < partial.stat().st_size < 2_000_000:
-            break
+          sizes = [
+            path.stat().st_size for path in self.folder.glob('.writing-*')
+          ]
         except FileNotFoundError:
           continue
+        if sizes and 0 < sizes[0] < 2_000_000:
+          break
     finally:
       saver.send_signal(signal.SIGKILL)
       rest = saver.stdout.read().split()
       saver.wait()
     last = int(rest[-1]) if rest else saved
-    found = session_files.read(self.path)
-    self.assertIn(found.header['number'], (last, last + 1))
-    np.testing.assert_array_equal(
-      found.arrays['x'], np.full(500_000, found.header['number'])
-    )
-    session_files.write(self.path, content())  # and the next save is as ever
-    self.assertEqual(os.listdir(self.path.parent), ['a.session'])
+    x = session_files.read(self.path).arrays['x']
+    self.assertIn(x[0], (last, last + 1))
+    np.testing.assert_array_equal(x, np.full(500_000, x[0]))
+    session_files.write(self.path, content())  # the next save succeeds
 
 
 if __name__ == '__main__':

@@ -38,7 +38,9 @@ def base():
     model = models.make_model(_CONFIG)
     params = jax.jit(model.init_params)(jax.random.key(0))
     params = jax.tree.map(lambda x: 1.5 * x, params)
-    return inference.Session(model, params, _INNER, tokens_are='letters')
+    return inference.Session(
+      model, params, _INNER, tokenizer_fingerprint='letters'
+    )
 
 
 def draw(num_tokens=_LENGTH, seed=0):
@@ -68,7 +70,7 @@ class SessionsTest(parameterized.TestCase):
     self.path = pathlib.Path(self.create_tempdir().full_path, 'a.session')
 
   def load(self, **changes):
-    settings = {'tokens_are': 'letters', **changes}
+    settings = {'tokenizer_fingerprint': 'letters', **changes}
     model = settings.pop('model', base().model)
     params = settings.pop('params', base().params)
     return inference.Session.load(self.path, model, params, **settings)
@@ -138,7 +140,7 @@ class SessionsTest(parameterized.TestCase):
   def test_saved_and_loaded_is_the_same_session(self):
     session = begin()
     session.feed(draw(10))
-    self.assertEqual(session.save(self.path), self.path.stat().st_size)
+    session.save(self.path)
     params = jax.tree.map(np.array, base().params)
     loaded = self.load()
     assert_equal(loaded, session)
@@ -162,7 +164,10 @@ class SessionsTest(parameterized.TestCase):
     )
     for changes, message in (
       ({'params': params}, 'belongs to another checkpoint'),
-      ({'tokens_are': 'bytes'}, "other tokens .*'letters'.* than .*'bytes'"),
+      (
+        {'tokenizer_fingerprint': 'bytes'},
+        "other tokens .*'letters'.* than .*'bytes'",
+      ),
       (
         {'model': other, 'params': other.init_params(jax.random.key(0))},
         'another checkpoint',
@@ -173,10 +178,58 @@ class SessionsTest(parameterized.TestCase):
     self.path.write_bytes(before[:-1])
     with self.assertRaisesRegex(errors.UserError, 'cut short'):
       self.load()
-    self.assertEqual(self.path.read_bytes(), before[:-1])
-    session_files.write(self.path, session_files.Content({}, {}))
-    with self.assertRaisesRegex(errors.UserError, 'is no session'):
-      self.load()
+    self.path.write_bytes(b'notes')
+    with self.assertRaisesRegex(errors.UserError, 'is not a session'):
+      session.save(self.path)
+    self.assertEqual(self.path.read_bytes(), b'notes')
+
+  def test_refuses_forged_contents(self):
+    session = begin()
+    session.feed(draw(5))
+    session.save(self.path)
+    content = session_files.read(self.path)
+    arrays = content.arrays
+    (count,) = (name for name in arrays if name.endswith('segment/count'))
+    (tokens,) = (name for name in arrays if name.endswith('segment/tokens'))
+    for change, message in (
+      ({'clock': None}, 'no clocks'),
+      ({'clock': np.zeros(1)}, 'no clocks'),
+      ({'clock': np.zeros(0, np.int64)}, 'no clocks'),
+      ({'clock': np.zeros(10**6, np.int64)}, 'this model has'),
+      ({'age': np.zeros((1, 1), np.int64)}, 'no clocks'),
+      ({'age': np.array([-1])}, 'can have'),
+      ({'clock': np.array([6])}, 'can have'),
+      ({count: np.zeros(1, np.int64)}, 'this model has'),
+      ({tokens: arrays[tokens] + 99}, 'can have'),
+      ({'more': np.zeros(1)}, 'has arrays'),
+    ):
+      forged = {k: v for k, v in {**arrays, **change}.items() if v is not None}
+      session_files.write(self.path, content._replace(arrays=forged))
+      with self.assertRaisesRegex(errors.UserError, message):
+        self.load()
+
+  def test_no_save_replaces_what_another_session_learned(self):
+    begin().save(self.path)
+    one, two = self.load(), self.load()
+    one.feed(draw(8))
+    one.save(self.path)
+    one.feed(draw(8))
+    one.save(self.path)
+    kept = self.path.read_bytes()
+    two.feed(draw(3))
+    for session, message in (
+      (two, 'was changed by another program'),
+      (begin(), 'already holds a session'),
+    ):
+      with self.assertRaisesRegex(errors.UserError, message):
+        session.save(self.path)
+    with (
+      session_files.lock(self.path),
+      self.assertRaisesRegex(errors.UserError, 'in use by process'),
+    ):
+      one.save(self.path)
+    self.assertEqual(self.path.read_bytes(), kept)
+    np.testing.assert_array_equal(self.load().clock, [16])
 
   def test_generates_what_feeding_token_by_token_says(self):
     session = begin()
@@ -232,9 +285,9 @@ class SessionsTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
     ('empty', [], 'nothing to read'),
-    ('negative', [1, -1], 'token -1 is not among the 11'),
-    ('beyond', [1, 11], 'token 11 is not among the 11'),
-    ('fractions', [0.5], 'whole numbers'),
+    ('negative', [1, -1], 'token -1 is not one of the 11'),
+    ('beyond', [1, 11], 'token 11 is not one of the 11'),
+    ('fractions', [0.5], 'give integers'),
     ('rows', [[1], [2]], 'this session has 1 rows'),
     ('ragged', [[1], [2, 3]], 'rows of different lengths'),
   )
@@ -260,6 +313,13 @@ class SessionsTest(parameterized.TestCase):
       begin().generate(3)
     with self.assertRaisesRegex(errors.UserError, 'num_tokens=0'):
       begin().generate(0, prompt=draw(2))
+    for settings, message in (
+      ({'temperature': float('nan')}, 'temperature=nan'),
+      ({'top_k': 0}, 'top_k=0'),
+      ({'top_p': 2.0}, 'top_p=2.0'),
+    ):
+      with self.assertRaisesRegex(errors.UserError, message):
+        begin().generate(1, prompt=draw(2), **settings)
 
 
 if __name__ == '__main__':

@@ -13,6 +13,8 @@ from nested_learning import inference
 from nested_learning import levels
 from nested_learning import tasks
 from nested_learning import training
+from nested_learning.inference import session_files
+from nested_learning.training import session
 from tests import compiling
 from tests.training import tiny
 
@@ -32,8 +34,8 @@ class SessionTest(absltest.TestCase):
     self.text = self.root / 'fed.txt'
     self.text.write_text('the words of one user. ' * 5)
 
-  def config(self, **session):
-    settings = {'path': str(self.path), 'feed': (str(self.text),), **session}
+  def config(self, **changes):
+    settings = {'path': str(self.path), 'feed': (str(self.text),), **changes}
     return tiny.experiment(
       self.root,
       train={'num_steps': 1},
@@ -72,7 +74,7 @@ class SessionTest(absltest.TestCase):
     other = levels.InnerConfig((16, 32), (0.1,))
     for config, message in (
       (feed(empty), 'is empty; nothing was fed'),
-      (feed(binary), 'it is no UTF-8 text'),
+      (feed(binary), 'it is not UTF-8 text'),
       (feed(self.root / 'none'), 'No such file'),
       (self.config(feed=()), 'nothing to read'),
       (self.config(path=None), '--session=runs/NAME'),
@@ -81,10 +83,33 @@ class SessionTest(absltest.TestCase):
       with self.assertRaisesRegex(errors.UserError, message):
         self.run_session(config)
       self.assertEqual(self.path.read_bytes(), kept)
-    self.path.write_bytes(kept[: len(kept) // 2])
-    with self.assertRaisesRegex(errors.UserError, 'cut short'):
+    for content, message in (
+      (kept[: len(kept) // 2], 'cut short'),
+      (b'', 'is not a session'),
+      (b'some notes', 'is not a session'),
+    ):
+      self.path.write_bytes(content)
+      with self.assertRaisesRegex(errors.UserError, message):
+        self.run_session(self.config())
+      self.assertEqual(self.path.read_bytes(), content)
+    with (
+      session_files.lock(self.path),
+      self.assertRaisesRegex(errors.UserError, 'in use by process'),
+    ):
       self.run_session(self.config())
-    self.assertEqual(self.path.read_bytes(), kept[: len(kept) // 2])
+    (self.root / 'file').touch()
+    for path, message in (
+      (self.root, 'is a folder or a device'),
+      ('/dev/full', 'is a folder or a device'),
+      (self.root / 'file' / 'a.session', 'cannot be'),
+      (self.root / ('x' * 300), 'File name too long'),
+    ):
+      with self.assertRaisesRegex(errors.UserError, message):
+        self.run_session(self.config(path=str(path)))
+
+  def test_reads_line_ends_as_training_does(self):
+    self.text.write_bytes(b'one\r\ntwo\r\n')
+    self.assertEqual(session._read(str(self.text)), 'one\r\ntwo\r\n')
 
   def test_a_task_has_no_sessions(self):
     config = training.ExperimentConfig(
