@@ -6,10 +6,6 @@ from nested_learning.levels.health import warnings
 from nested_learning.levels.in_context import segment_size
 from nested_learning.levels.inner import InnerConfig
 from nested_learning.levels.inner import make_levels
-from nested_learning.levels.multi_timescale import Level
-from nested_learning.levels.multi_timescale import multi_timescale
-from nested_learning.levels.multi_timescale import MultiTimescaleState
-from nested_learning.levels.multi_timescale import telemetry
 from nested_learning.levels.timescale import effective_timescale
 from nested_learning.levels.timescale import measure_readability
 from nested_learning.levels.timescale import Readability

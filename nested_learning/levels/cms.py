@@ -12,7 +12,7 @@ connected in one of three ways:
 
 A Transformer's MLP is the chain of one level. On what clock a level's
 parameters change is not this file's matter: see
-`nested_learning.levels.multi_timescale` for training and
+`nested_learning.optimizers.multi_timescale` for training and
 `nested_learning.levels.in_context` for learning inside a sequence.
 
 References:

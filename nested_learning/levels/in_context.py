@@ -80,8 +80,8 @@ def make_reader(
   Args:
     forward: The model's, see `models.make_model`.
     init_state: The model's.
-    levels: `levels.Level`s: which learn, every how many tokens of a row, and
-      how, by any optax transformation that needs no extra arguments.
+    levels: `optimizers.Level`s: which learn, every how many tokens of a row,
+      and how, by any optax transformation that needs no extra arguments.
     labels: A tree of level names with the structure of the parameters.
     reduce: 'mean' or 'sum' of a chunk's gradients.
     nested: Whether a level starts anew, weights and optimiser, at every update
@@ -111,10 +111,10 @@ def make_reader(
     raise errors.UserError(
       f"gradient={gradient!r} must be 'first_order' or 'second_order'."
     )
-  levels = sorted(levels, key=lambda level: level.chunk_size)
+  levels = sorted(levels, key=lambda level: level.every)
   _check_levels(levels, set(jax.tree.leaves(labels)), nested)
   size = segment_size(levels)
-  periods = {level.name: level.chunk_size // size for level in levels}
+  periods = {level.name: level.every // size for level in levels}
 
   config = steps.StepConfig(reduce, nested, max_drift)
   init_levels, learn = steps.make_steps(levels, periods, labels, config)
@@ -332,7 +332,7 @@ def segment_size(levels: Sequence[Any]) -> int:
   """Tokens of a segment: what all chunk sizes are multiples of.
 
   Args:
-    levels: What has a `chunk_size`, at least one.
+    levels: What has a clock `every`, at least one.
 
   Returns:
     Their greatest common divisor.
@@ -340,7 +340,7 @@ def segment_size(levels: Sequence[Any]) -> int:
   Raises:
     errors.UserError: It is less than 2 tokens.
   """
-  sizes = [level.chunk_size for level in levels]
+  sizes = [level.every for level in levels]
   size = math.gcd(*sizes)
   if size < 2:
     raise errors.UserError(
@@ -368,10 +368,10 @@ def _check_levels(levels, names, nested):
   if len({level.name for level in levels}) < len(levels):
     raise errors.UserError('a level is named twice; give each one clock.')
   for faster, slower in itertools.pairwise(levels):
-    if nested and slower.chunk_size % faster.chunk_size:
+    if nested and slower.every % faster.every:
       raise errors.UserError(
-        f'level {slower.name!r} has chunk_size={slower.chunk_size}, no '
-        f'multiple of the {faster.chunk_size} of level {faster.name!r} inside '
+        f'level {slower.name!r} has every={slower.every}, no '
+        f'multiple of the {faster.every} of level {faster.name!r} inside '
         'it; a nested chain needs multiples.'
       )
 

@@ -12,7 +12,6 @@ import optax
 from nested_learning import errors
 from nested_learning import optimizers
 from nested_learning.levels import cms
-from nested_learning.levels.multi_timescale import Level
 
 _OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
   'sgd': optax.sgd,
@@ -111,7 +110,9 @@ class InnerConfig:
     return math.ceil(self.depth * of - 1e-9)
 
 
-def make_levels(config: InnerConfig, names: Sequence[str]) -> list[Level]:
+def make_levels(
+  config: InnerConfig, names: Sequence[str]
+) -> list[optimizers.Level]:
   """The levels that learn, with their clocks and optimisers.
 
   Args:
@@ -140,7 +141,7 @@ def make_levels(config: InnerConfig, names: Sequence[str]) -> list[Level]:
   rates = config.learning_rates
   rates = rates * len(names) if len(rates) == 1 else rates
   return [
-    Level(name, size, make_optimizer(config, rate))
+    optimizers.Level(name, size, make_optimizer(config, rate))
     for name, size, rate in zip(names, sizes, rates, strict=True)
     if size is not None
   ]

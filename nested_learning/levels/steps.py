@@ -43,7 +43,7 @@ def make_steps(
   """Makes the functions by which levels begin and learn.
 
   Args:
-    levels: `levels.Level`s, fastest first.
+    levels: `optimizers.Level`s, fastest first.
     periods: Segments between two steps, by level.
     labels: A tree of level names with the structure of the parameters.
     config: What all levels do alike.

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import optax
 
-from nested_learning import levels
 from nested_learning import models
+from nested_learning import optimizers
 from nested_learning import parameters
 from nested_learning.training import config as config_lib
 
@@ -68,7 +68,7 @@ def make_optimizer(
       lambda path, _: decayed[parameters.path_name(path)], params
     )
 
-  def make_level(name: str, chunk_size: int) -> levels.Level:
+  def make_level(name: str, chunk_size: int) -> optimizers.Level:
     period = chunk_size // config.batch_tokens
     optimizer = optax.adamw(
       lambda count: schedule((count + 1) * period - 1),
@@ -76,7 +76,7 @@ def make_optimizer(
       weight_decay=config.train.weight_decay,
       mask=mask,
     )
-    return levels.Level(name, chunk_size, optimizer)
+    return optimizers.Level(name, chunk_size, optimizer)
 
   chain = [
     make_level(level.name, level.chunk_size)
@@ -85,7 +85,7 @@ def make_optimizer(
   ]
   return optax.chain(
     optax.clip_by_global_norm(config.train.clip_norm),
-    levels.multi_timescale(
+    optimizers.multi_timescale(
       [make_level('base', config.batch_tokens), *chain],
       models.level_labels(config.model, table),
       tokens_per_step=config.batch_tokens,

@@ -10,8 +10,8 @@ import optax
 
 from nested_learning import errors
 from nested_learning import evaluation
-from nested_learning import levels
 from nested_learning import models
+from nested_learning import optimizers
 from nested_learning import sharding
 from nested_learning.training import config as config_lib
 from nested_learning.training import guard as guard_lib
@@ -142,7 +142,7 @@ def make_step(
       'skipped': guard.num_skipped.astype(jnp.float32),
       'skipped_in_a_row': guard.num_in_a_row.astype(jnp.float32),
     }
-    for name, value in levels.telemetry(opt_state).items():
+    for name, value in optimizers.telemetry(opt_state).items():
       metrics[f'levels/{name}'] = value.astype(jnp.float32)
     return TrainState(params, opt_state, stream, guard), metrics
 

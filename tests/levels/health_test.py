@@ -6,6 +6,7 @@ import numpy as np
 import optax
 
 from nested_learning import levels
+from nested_learning import optimizers
 from nested_learning.levels import in_context
 from tests import compiling
 
@@ -26,7 +27,7 @@ def make_reader(rates):
     forward,
     lambda params, batch_size: jax.numpy.zeros((batch_size,)),
     [
-      levels.Level(name, _SIZE * 2**i, optax.sgd(rate))
+      optimizers.Level(name, _SIZE * 2**i, optax.sgd(rate))
       for i, (name, rate) in enumerate(rates.items())
     ],
     {name: name for name in rates},

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 
 from nested_learning import levels
+from nested_learning import optimizers
 from nested_learning.levels import in_context
 from tests import compiling
 
@@ -27,8 +28,8 @@ def measure(*, nested=False, num_tokens=32):
     forward,
     lambda params, batch_size: jax.numpy.zeros((batch_size,)),
     [
-      levels.Level('fast', _SIZE, optax.sgd(_RATES['fast'])),
-      levels.Level('slow', _SLOW, optax.sgd(_RATES['slow'])),
+      optimizers.Level('fast', _SIZE, optax.sgd(_RATES['fast'])),
+      optimizers.Level('slow', _SLOW, optax.sgd(_RATES['slow'])),
     ],
     {name: name for name in _RATES},
     nested=nested,

@@ -12,17 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nested_learning import levels
 from nested_learning import optimizers
 from tests import compiling
 
 
 def timescales(learning_rate):
   """Two levels, the slow one on every second step."""
-  return levels.multi_timescale(
+  return optimizers.multi_timescale(
     [
-      levels.Level('fast', 1, optax.adam(learning_rate)),
-      levels.Level('slow', 2, optax.adam(learning_rate)),
+      optimizers.Level('fast', 1, optax.adam(learning_rate)),
+      optimizers.Level('slow', 2, optax.adam(learning_rate)),
     ],
     lambda params: jax.tree.map(
       lambda leaf: 'slow' if leaf.ndim == 2 else 'fast', params
@@ -277,7 +276,9 @@ class ContractTest(parameterized.TestCase):
   def test_a_single_array_is_a_tree(self, name):
     tx = make(name)
     if name == 'multi_timescale':
-      tx = levels.multi_timescale([levels.Level('a', 2, optax.adam(1.0))], 'a')
+      tx = optimizers.multi_timescale(
+        [optimizers.Level('a', 2, optax.adam(1.0))], 'a'
+      )
 
     def two_steps(params):
       more, state = extra(name, params), tx.init(params)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nested_learning import levels
 from nested_learning import optimizers
 
 
@@ -332,8 +331,8 @@ class DgdTest(parameterized.TestCase):
       loss_fn, model, x, learning_rate=0.05
     )
     extra = jax.eval_shape(lambda: value_and_grad(nnx.clone(model), x)[2])
-    tx = levels.multi_timescale(
-      [levels.Level('fast', 1, dgd), levels.Level('slow', 2, dgd)],
+    tx = optimizers.multi_timescale(
+      [optimizers.Level('fast', 1, dgd), optimizers.Level('slow', 2, dgd)],
       lambda tree: jax.tree_util.tree_map_with_path(
         lambda path, _: 'slow' if path[0].key == 'first' else 'fast', tree
       ),

@@ -1,4 +1,4 @@
-"""The clocks of levels: how often each updates, and on which steps."""
+"""Computes how often each level updates, and on which steps."""
 
 from collections.abc import Sequence
 import math
@@ -16,14 +16,14 @@ def make_periods(
   """Counts the steps between two updates of each level.
 
   Args:
-    levels: What has a `name` and a `chunk_size`.
-    tokens_per_step: Tokens of a step, or None if chunk sizes are in steps.
+    levels: Objects with a `name` and a clock `every`.
+    tokens_per_step: Tokens of a step, or None if clocks are in steps.
 
   Returns:
     Steps by name of level.
 
   Raises:
-    ValueError: If there are no levels, two of one name, or a chunk_size that is
+    ValueError: If there are no levels, two levels have one name, or a clock is
       not a whole number of steps.
   """
   if not levels:
@@ -34,22 +34,22 @@ def make_periods(
     )
   periods = {}
   for level in levels:
-    name, chunk_size = level.name, level.chunk_size
+    name, every = level.name, level.every
     if name in periods:
       raise ValueError(f'Two levels are named {name!r}: rename or join them.')
-    if not isinstance(chunk_size, numbers.Integral) or chunk_size < 1:
+    if not isinstance(every, numbers.Integral) or every < 1:
       raise ValueError(
-        f'Level {name!r}: {chunk_size=} must be a whole number of at least 1.'
+        f'Level {name!r}: {every=} must be a whole number of at least 1.'
       )
     unit = tokens_per_step or 1
-    if chunk_size % unit:
-      lower = max(unit, chunk_size // unit * unit)
+    if every % unit:
+      lower = max(unit, every // unit * unit)
       raise ValueError(
-        f'Level {name!r}: {chunk_size=} is not a multiple of '
-        f'{tokens_per_step=}; set chunk_size to {lower} or {lower + unit}, or '
-        'change the tokens per step (batch size x sequence length).'
+        f'Level {name!r}: {every=} is not a multiple of {tokens_per_step=}; '
+        f'set every to {lower} or {lower + unit}, or change the tokens per '
+        'step (batch size x sequence length).'
       )
-    periods[name] = chunk_size // unit
+    periods[name] = every // unit
   return periods
 
 
@@ -82,7 +82,7 @@ def make_phases(periods: Sequence[int], name: str) -> tuple[int, ...]:
 
 
 def _share_of_meetings(period, phase, others) -> float:
-  """Share of a level's updates that fall on updates of other levels."""
+  """Returns the share of a level's updates that fall on those of others."""
   # phase + m period and phase' + n period' meet iff the phases agree modulo
   # the greatest common divisor; one update in period' / gcd then does.
   divisors = [math.gcd(period, p) for p, _ in others]

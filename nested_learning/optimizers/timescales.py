@@ -1,8 +1,8 @@
-"""Parameters that learn at different rates of update, as one optax optimiser.
+"""Updates the levels of a model on clocks of their own, as one optimiser.
 
-Nested Learning orders the parts of a model by how often they are updated. Here
-that order is an optimiser: every level owns some of the parameters, an optax
-transformation of its own, and a clock that counts tokens.
+Nested Learning orders the parts of a model by how often they are updated.
+Here, every level owns some of the parameters, an optax transformation, and a
+clock that counts tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nested_learning.levels import clocks
+from nested_learning.optimizers import checks
+from nested_learning.optimizers import clocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,32 +23,31 @@ class Level:
 
   Attributes:
     name: The label of the level's parameters.
-    chunk_size: Tokens between two updates (steps, where no tokens_per_step is
-      given). NL: C.
-    optimizer: Any optax transformation; it sees only this level's parameters
+    every: Tokens between two updates (steps, if no tokens_per_step is given);
+      NL writes C.
+    optimizer: Any optax transformation. It sees only this level's parameters,
       and only the steps on which the level updates.
   """
 
   name: str
-  chunk_size: int
+  every: int
   optimizer: optax.GradientTransformation
 
 
 class LevelState(NamedTuple):
-  """What one level carries from step to step.
+  """State of one level.
 
   Attributes:
     inner: State of the level's own optimiser.
     accumulated: Sum of the gradients since the last update, in float32 or
-      wider; () where the level updates on every step.
-    accumulated_extra: The same of the extra arguments that are accumulated, by
-      name; empty where there are none.
-    num_accumulated: Steps in that sum, int32.
-    num_updates: Updates so far, int32.
-    gradient_norm: Norm of the gradient that the last update saw.
+      wider; () if the level updates on every step.
+    accumulated_extra: Sums of the accumulated extra arguments, by name.
+    num_accumulated: Number of steps in these sums, int32.
+    num_updates: Number of updates so far, int32.
+    gradient_norm: Norm of the gradient of the last update.
     update_norm: Norm of the last update.
-    update_ratio: Norm of the last update over the norm of the weights it was
-      added to; 0 where `update` was given no params.
+    update_ratio: Norm of the last update over the norm of the weights that it
+      was added to; 0 if `update` was given no params.
   """
 
   inner: Any
@@ -61,7 +61,12 @@ class LevelState(NamedTuple):
 
 
 class MultiTimescaleState(NamedTuple):
-  """Steps taken so far (int32) and the state of every level, by name."""
+  """State of `multi_timescale`.
+
+  Attributes:
+    step: Steps taken so far, int32.
+    levels: State of every level, by name.
+  """
 
   step: jax.Array
   levels: Mapping[str, LevelState]
@@ -76,10 +81,10 @@ def multi_timescale(
   phases: str = 'staggered',
   accumulate: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Gives every level of a model its own optimiser on its own clock.
+  r"""Updates every level of a model by its own optimiser on its own clock.
 
-  With C_l the period of level l in steps (chunk_size / tokens_per_step), f_l
-  its optimiser and g_t the gradient of step t,
+  With C_l the period of level l in steps (every / tokens_per_step), f_l its
+  optimiser and g_t the gradient of step t,
 
   .. math::
     \theta^{(l)}_{t+1} = \theta^{(l)}_t + \begin{cases}
@@ -87,58 +92,57 @@ def multi_timescale(
         & \text{if } t \equiv \text{phase}_l \pmod{C_l} \\
       0 & \text{otherwise.} \end{cases}
 
-  On the other steps a level costs one addition per parameter: its optimiser
+  On the other steps, a level costs one addition per parameter: its optimiser
   runs under `jax.lax.cond`. A level with a period of one step is exactly its
-  own optimiser, and holds no gradient buffer.
+  own optimiser and holds no gradient buffer. Schedules inside a level count
+  its own updates.
 
-  Deviations from print: the sum of NL eq. 71 has C + 1 terms, two neighbouring
-  chunks sharing one; here every gradient is used once. 'mean' is the default,
-  since then a level's gradient is that of the loss averaged over its chunk and
-  neither learning rates nor clipping thresholds change with the chunk size;
-  'sum' is the printed form. Schedules inside a level count its own updates.
+  Deviations from print: the sum of NL eq. 71 has C + 1 terms, so that two
+  neighbouring periods share one; here every gradient is used once. The default
+  is the mean, the gradient of the loss averaged over the period: neither
+  learning rates nor clipping thresholds depend on the clock then. The printed
+  form is 'sum'.
 
-  The phase of a level decides which step of a period is its update step. With
-  'aligned' it is the last one, so levels whose periods divide each other update
-  together. With 'staggered', phases are chosen in the order of the levels: the
-  latest one at which the smallest share of the level's updates falls on an
-  update of a level before it (levels that update on every step do not count).
-  The first chunk of a level is then a few steps short, and its mean is over
-  the steps that it has. Levels whose periods have no common divisor must meet
-  now and then.
+  The phase of a level is the step of a period on which it updates. With
+  'aligned' it is the last one, so that levels whose periods divide each other
+  update together. With 'staggered', levels avoid each other, in their order:
+  each takes the latest phase at which the smallest share of its updates falls
+  on an update of a level before it (levels that update on every step do not
+  count). The first period of a level may then be a few steps short; its mean
+  is over the steps that it has. Levels whose periods have no common divisor
+  meet now and then.
 
   Args:
     levels: The levels, in any order; names must differ.
-    label_fn: A tree of level names with the structure of the parameters or of a
+    label_fn: Tree of level names with the structure of the parameters or of a
       prefix of it, or a function from the parameters to such a tree.
-    tokens_per_step: Tokens that one step of training consumes (batch size times
-      sequence length). Every chunk_size must be a multiple. None: chunk sizes
-      are given in steps.
-    reduce: 'mean' or 'sum' of the gradients of a chunk.
+    tokens_per_step: Tokens of one training step (batch size times sequence
+      length). Every clock must be a multiple of it. None: clocks count steps.
+    reduce: 'mean' or 'sum' of the gradients of a period.
     phases: 'staggered' or 'aligned'.
-    accumulate: Extra arguments that belong to the gradients and are summed or
-      averaged with them, by name: trees like the parameters, of arrays or
-      shapes. For `dgd`, whose step depends on the energy of all inputs since
-      the last update: `jax.eval_shape(value_and_grad, params, batch)[2]`.
+    accumulate: Extra arguments to be reduced like the gradients, by name:
+      trees like the parameters, of arrays or shapes. For `dgd`, whose step
+      depends on the energy of all inputs since the last update:
+      `jax.eval_shape(value_and_grad, params, batch)[2]`.
 
   Returns:
     An optax gradient transformation. Extra arguments with the structure of the
-    parameters are cut to the level's own; those not accumulated reach its
+    parameters are cut to the level's own. Those not accumulated reach its
     optimiser as they are on the update step.
 
   Raises:
-    ValueError: On construction, if a chunk_size is no multiple of
+    ValueError: On construction, if a clock is not a multiple of
       tokens_per_step or a setting is unknown; at `init`, if a level matches no
       parameter, a label names no level, or a parameter is not of a floating
       type; at `update`, if an extra argument is missing, or shaped like the
-      parameters and not accumulated though a level needs more than one step.
+      parameters and not accumulated although a level needs several steps.
 
   References:
     Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 71.
   """
   levels = tuple(levels)
   periods = clocks.make_periods(levels, tokens_per_step)
-  if reduce not in ('mean', 'sum'):
-    raise ValueError(f"reduce={reduce!r} is not one of 'mean', 'sum'.")
+  checks.check_choice(('mean', 'sum'), reduce=reduce)
   offsets = clocks.make_phases(tuple(periods.values()), phases)
   offsets = dict(zip(periods, offsets, strict=True))
   optimizers = {
@@ -156,7 +160,7 @@ def multi_timescale(
     empty = not jax.tree.leaves(params)
     labels = None if empty else labels_of(params)
     if not empty:
-      _check_params(params)
+      checks.check_params(params)
       _check_labels(labels, periods)
     states = {}
     for name, period in periods.items():
@@ -208,16 +212,16 @@ def multi_timescale(
 
 
 def telemetry(state) -> dict[str, jax.Array]:
-  """Collects what the levels report, from any optax state that holds them.
+  """Collects the telemetry of levels from any optax state that holds them.
 
   Args:
     state: An optimiser state with a `MultiTimescaleState` anywhere inside.
 
   Returns:
     Scalars under '<level>/num_updates', '<level>/gradient_norm',
-    '<level>/update_norm' and '<level>/update_ratio'; empty where there are no
-    levels. A level that is dying shows in a falling gradient norm, one that is
-    not learning in an update ratio near zero.
+    '<level>/update_norm' and '<level>/update_ratio'; empty without levels. The
+    gradient norm of a dying level falls; the update ratio of a level that does
+    not learn is near zero.
   """
   is_levels = lambda node: isinstance(node, MultiTimescaleState)
   nodes = jax.tree.leaves(state, is_leaf=is_levels)
@@ -231,7 +235,7 @@ def telemetry(state) -> dict[str, jax.Array]:
 
 
 def _update(optimizer, gradients, state, params, extra_args):
-  """One step of a level's optimiser, with its telemetry."""
+  """Takes one step of a level's optimiser and records its telemetry."""
   updates, inner = optimizer.update(
     gradients, state.inner, params, **extra_args
   )
@@ -239,7 +243,7 @@ def _update(optimizer, gradients, state, params, extra_args):
   if params is None:
     update_ratio = jnp.zeros((), jnp.float32)
   else:
-    # A level that starts at zero has no ratio; the floor keeps it finite.
+    # The ratio is undefined for a level at zero; the floor keeps it finite.
     update_ratio = update_norm / jnp.maximum(_norm(params), 1e-12)
   return updates, state._replace(
     inner=inner,
@@ -253,7 +257,7 @@ def _update(optimizer, gradients, state, params, extra_args):
 def _update_if_due(
   optimizer, due, reduce, gradients, state, params, extra_args
 ):
-  """Adds a gradient to a level's chunk and, on the last one, updates."""
+  """Adds a gradient to a level's sums and, if it is due, updates."""
   own_extra = {key: extra_args[key] for key in state.accumulated_extra}
   state = state._replace(
     accumulated=_add(state.accumulated, gradients),
@@ -271,8 +275,8 @@ def _update_if_due(
     updates, new_state = _update(
       optimizer, reduced, state, params, {**extra_args, **reduced_extra}
     )
-    # The branches of a cond agree in type: a state that is a weakly typed or
-    # narrower scalar before its first update stays what it was.
+    # Both branches of a cond must return the same types. Some optimisers widen
+    # a scalar of their state, or make it strongly typed, on the first update.
     inner = jax.tree.map(
       lambda new, old: jnp.asarray(new, jnp.asarray(old).dtype),
       new_state.inner,
@@ -297,7 +301,7 @@ def _update_if_due(
 
 
 def _select(tree, labels, name):
-  """The leaves of one level; all others become optax's masked nodes."""
+  """Returns the leaves of one level; others become optax's masked nodes."""
   return jax.tree.map(
     lambda label, leaf: leaf if label == name else optax.MaskedNode(),
     labels,
@@ -306,7 +310,7 @@ def _select(tree, labels, name):
 
 
 def _select_extra_args(extra_args, updates, labels, name):
-  """Cuts extra arguments shaped like the parameters to those of a level."""
+  """Cuts extra arguments shaped like the parameters to one level's part."""
   structure = jax.tree.structure(updates)
   return {
     key: _select(value, labels, name)
@@ -317,11 +321,11 @@ def _select_extra_args(extra_args, updates, labels, name):
 
 
 def _init_extra(example, params, labels, name):
-  """Zeros for the part of an extra argument that goes to a level."""
-  # By position: NNX wraps parameters in variables here, and not in `update`.
+  """Returns zeros for the part of an extra argument that a level gets."""
+  # By position: NNX wraps parameters in variables here, but not in `update`.
   leaves, structure = jax.tree.leaves(example), jax.tree.structure(params)
   if not structure.num_leaves:
-    return jnp.zeros(())  # The placeholder of optax.tree.map_params again.
+    return jnp.zeros(())  # params is the placeholder of map_params.
   if len(leaves) != structure.num_leaves:
     raise ValueError(
       f'accumulate has a tree of {len(leaves)} leaves for '
@@ -363,20 +367,8 @@ def _zeros(leaf):
 
 
 def _norm(tree):
-  squares = [
-    jnp.sum(jnp.square(leaf.astype(jnp.float32)))
-    for leaf in jax.tree.leaves(tree)
-  ]
-  return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
-
-
-def _check_params(params):
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-      raise ValueError(
-        f'Parameter {jax.tree_util.keystr(path)} has dtype {leaf.dtype}; only '
-        'real floating types can be trained: leave it out with optax.masked.'
-      )
+  """Returns the norm of a tree, summed in float32 whatever its types."""
+  return jnp.asarray(optax.tree.norm(optax.tree.cast(tree, jnp.float32)))
 
 
 def _check_labels(labels, periods):

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nested_learning import levels as levels_lib
 from nested_learning import optimizers
 
-Level = levels_lib.Level
-multi_timescale = levels_lib.multi_timescale
+Level = optimizers.Level
+multi_timescale = optimizers.multi_timescale
 
 LABELS = {'fast': 'fast', 'slow': {'kernel': 'slow', 'bias': 'slow'}}
 
@@ -217,7 +216,7 @@ class MultiTimescaleTest(parameterized.TestCase):
       ),
     )
     history, state = run(tx, params, 3)
-    report = levels_lib.telemetry(state)
+    report = optimizers.telemetry(state)
     mean = jax.tree.map(
       lambda a, b: (a + b) / 2,
       make_gradients(params, 0)['slow'],
@@ -403,11 +402,11 @@ class MultiTimescaleTest(parameterized.TestCase):
       self.assertEqual(tree['slow']['kernel'].sharding.spec, spec)
 
   @parameterized.named_parameters(
-    ('bad_multiple', 'chunk_size=100 is not a multiple of tokens_per_step=64',
+    ('bad_multiple', 'every=100 is not a multiple of tokens_per_step=64',
      [Level('fast', 64, optax.sgd(1.0)), Level('slow', 100, optax.sgd(1.0))]),
-    ('too_small', 'set chunk_size to 64 or 128',
+    ('too_small', 'set every to 64 or 128',
      [Level('fast', 64, optax.sgd(1.0)), Level('slow', 16, optax.sgd(1.0))]),
-    ('zero', 'chunk_size=0 must be',
+    ('zero', 'every=0 must be',
      [Level('fast', 0, optax.sgd(1.0)), Level('slow', 64, optax.sgd(1.0))]),
     ('twice', "Two levels are named 'fast'",
      [Level('fast', 64, optax.sgd(1.0)), Level('fast', 64, optax.sgd(1.0))]),
