@@ -67,6 +67,8 @@ def _run() -> int:
   # Here, because it takes seconds: --help and wrong flags are answered at once.
   from experiments.small import running
 
+  programs.check_path('workdir', _WORKDIR.value, folder=True)
+  programs.check_path('results', _RESULTS.value, folder=True)
   options = running.Options(
     workdir=pathlib.Path(_WORKDIR.value),
     seeds=_SEEDS.value,

@@ -310,6 +310,7 @@ def main() -> None:
 
 
 def _main() -> int:
+  programs.check_path('workdir', _WORKDIR.value, folder=True)
   failed = run(
     choose(_ONLY.value),
     _ROOT / 'experiments' / 'compiled',

@@ -79,6 +79,7 @@ def _main() -> None:
   for name, value in (('source', _SOURCE.value), ('output', _OUTPUT.value)):
     if not value:
       raise errors.UserError(f'--{name} is missing; see --help.')
+  programs.check_path('output', _OUTPUT.value, folder=True)
   print(_run(_SOURCE.value, pathlib.Path(_OUTPUT.value)))
 
 

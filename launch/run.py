@@ -236,6 +236,9 @@ def _launch(target: str, size: str) -> int:
     print(plan.script, end='')
     return 0
   if workdir is not None:
+    if target == 'local-procs':  # Slurm may queue several after each other
+      with workdirs.lock(workdir):  # process 0 takes it, at every attempt
+        pass
     finished = _prepare(experiment, workdir)
     if finished:
       print(finished)

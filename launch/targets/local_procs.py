@@ -105,7 +105,7 @@ class _Group:
   def __enter__(self) -> '_Group':
     self._previous = {
       number: signal.signal(number, self._pass_on)
-      for number in (signal.SIGTERM, signal.SIGINT)
+      for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     }
     return self
 

@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 from typing import Any, NamedTuple
 
+from nested_learning import errors
 from nested_learning.layers import attention
 from nested_learning.layers import hybrids
 from nested_learning.layers import memory_as_context
@@ -264,7 +265,7 @@ def make_config(name: str, **changes) -> language_model.ModelConfig:
   """
   if name not in _named():
     nearest = difflib.get_close_matches(name, names(), n=3, cutoff=0)
-    raise ValueError(
+    raise errors.UserError(
       f'no model {name!r} in the zoo; the nearest are {", ".join(nearest)}.'
     )
   family, size = _named()[name]

@@ -80,7 +80,19 @@ class PrepareTest(parameterized.TestCase):
     again = self.call(source, model, code=2)
     self.assertIn('must end in .model and not exist', again.stderr)
 
+  @parameterized.parameters('lr[3e-3]', '-a b\\*?%s\n☃ ')
+  def test_output_of_any_name_is_read_back(self, name):
+    self.call('--source=text/a.jsonl', f'--output={name}')
+    config = data.DataConfig(
+      source=str(self.root / name),
+      sequence_length=16,
+      batch_size=2,
+      cache_dir=str(self.root / 'cache'),
+    )
+    self.assertEqual(next(data.make_iterator(config))['tokens'].shape, (2, 16))
+
   @parameterized.parameters(
+    ([f'--output={"x" * 300}', '--source=text'], 'longer than the file system'),
     (['--output=a'], '--source is missing'),
     (['--source=text'], '--output is missing'),
     (['--source=none', '--output=a'], "'none' does not exist"),

@@ -252,6 +252,16 @@ class RunTest(parameterized.TestCase):
     self.assertIn(line, result.stderr)
     self.assertIn('\nValueError: ', result.stderr)
 
+  def test_bug_behind_a_config_keeps_its_traceback(self):
+    text = (
+      'from nested_learning import markdown\n'
+      "def get_config(arg=None):\n  return markdown.table('ab', ['c'])\n"
+    )
+    self.folder.create_file('experiments/bug.py', content=text)
+    result = self._call('--config=experiments/bug.py', '--mode=describe')
+    self.assertEqual(result.returncode, 42)
+    self.assertIn("table('ab', ['c'])", result.stderr)
+
   def test_full_disk_is_one_line_and_worth_another_attempt(self):
     result = self._toy('--set=fail=full')
     self.assertEqual(result.returncode, 42)
@@ -286,6 +296,8 @@ class RunTest(parameterized.TestCase):
     refused = self._toy('--set=fail=wait')
     self._assert_refused(refused, '--workdir=runs/a is in use by process')
     self.assertIn(str(process.pid), refused.stderr)
+    several = self._toy('--set=fail=wait', '--target=local-procs:2')
+    self._assert_refused(several, '--workdir=runs/a is in use by process')
     mode = self._toy('--mode=describe', '--set=fail=wait', '--set=fail=')
     self._assert_done(mode, 'describe 5 def')  # it only reads
     process.kill()  # a dead owner does not block
