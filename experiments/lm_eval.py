@@ -212,7 +212,7 @@ def _make_lm(
   folder = pathlib.Path(config.checkpoint).expanduser()
   tokenizer = data_lib.make_tokenizer(experiment.data.tokenizer)
   params, step = modes.restore_params(experiment, folder, tokenizer.fingerprint)
-  model = models.make_model(experiment.model)
+  model = models.make_model(experiment.model, experiment.inner)
   lm = harness.make_lm(
     model,
     params,

@@ -189,7 +189,7 @@ def _feed(session: inference.Session, tokens: np.ndarray) -> None:
 def _bound(session: inference.Session) -> float:
   """Matmul operations of the model over those of the session, per segment."""
   model = session.model
-  reader = models.make_reader(model, session.inner)
+  reader = models.make_model(model.config, session.inner).reader
   tokens = jax.ShapeDtypeStruct((1, session.segment_size), np.int32)
   params = jax.eval_shape(reader.prepare, session.params)
   count = lambda function, init: costs.matmul_flops(
@@ -223,7 +223,7 @@ def _stream(config: BenchmarkConfig) -> dict[str, float]:
 def _memory(config: BenchmarkConfig) -> dict[str, float]:
   """Temporary memory of an outer gradient, at several numbers of segments."""
   size, width = config.meta_chunk_size, config.meta_embed_dim
-  model = models.make_model(
+  learner = models.make_model(
     models.ModelConfig(
       vocab_size=64,
       num_layers=1,
@@ -231,10 +231,10 @@ def _memory(config: BenchmarkConfig) -> dict[str, float]:
       mixer=attention.AttentionConfig(2, 2, width // 2, window=size),
       levels=(models.LevelConfig('mlp', 4 * width),),
       max_length=size * max(config.meta_segments),
-    )
+    ),
+    levels.InnerConfig((size,), (0.1,)),
   )
-  learner = models.learn_in_context(model, levels.InnerConfig((size,), (0.1,)))
-  params = jax.eval_shape(model.init_params, jax.random.key(0))
+  params = jax.eval_shape(learner.init_params, jax.random.key(0))
   sizes = []
   for count in config.meta_segments:
     tokens = jax.ShapeDtypeStruct((1, count * size), np.int32)

@@ -59,67 +59,75 @@ class Words(NamedTuple):
     return out
 
 
+@dataclasses.dataclass(frozen=True)
+class ClassifierHead:
+  """Reads one vector per text, and predicts nothing but its class."""
+
+  words: Words
+
+  predicts_tokens = True
+
+  def make(self, config, trunk):
+    """See `models.Head.make`."""
+    words, width = self.words, config.embed_dim
+    table = {
+      'embedding': parameters.Param(
+        (words.vocab_size, width),
+        ('vocab', 'embed'),
+        parameters.fan_in(width),
+        decay=False,
+      ),
+      **trunk.table,
+    }
+    num_rest = words.vocab_size - words.num_classes
+    constant = np.pad(
+      np.zeros(words.num_classes), (0, num_rest), constant_values=_NEVER
+    )
+
+    def forward(params, state, tokens, *, reset=None, mask=None, write=True):
+      batch = tokens.shape[0]
+      examples = tokens.reshape(batch, -1, EXAMPLE)
+      vectors = params['embedding'][examples]
+      is_word = examples[..., :-2, None] > words.question
+      text = norm.l2_normalize(jnp.sum(vectors[..., :-2, :] * is_word, axis=-2))
+      x = jnp.stack([text, vectors[..., -1, :]], axis=2)
+      x = x.reshape(batch, -1, width)
+      in_pairs = lambda marks: (
+        None
+        if marks is None
+        else marks.reshape(batch, -1, EXAMPLE)[..., -2:].reshape(batch, -1)
+      )
+      marks = base.TokenInfo(in_pairs(reset), in_pairs(mask), write)
+      x, state = trunk.apply(params, state, x * width**0.5, marks)
+      names = params['embedding'][: words.num_classes]
+      logits = jnp.pad(
+        jnp.einsum('bne,ve->bnv', x[:, ::2], names),
+        ((0, 0), (0, 0), (0, num_rest)),
+        constant_values=_NEVER,
+      )
+      is_asked = jnp.arange(EXAMPLE)[:, None] == EXAMPLE - 2
+      logits = jnp.where(is_asked, logits[:, :, None], constant)
+      return logits.reshape(*tokens.shape, -1), state
+
+    return table, forward
+
+
 def make_classifier(
   config: reading.LearnerConfig, words: Words, level_names: Sequence[str]
 ) -> models.Model:
-  """Makes a model that is asked for nothing but classes.
+  """Makes a model that predicts nothing but classes.
 
   Args:
     config: Its sizes.
-    words: What its tokens are.
-    level_names: Of the chain, fastest first.
+    words: Its tokens.
+    level_names: Names of the levels of the chain, fastest first.
 
   Returns:
-    A `models.Model` around the trunk of any other.
+    A `models.Model`.
   """
-  model_config = reading.make_config(config, words.vocab_size, level_names)
-  trunk = models.make_trunk(model_config)
-  width = config.embed_dim
-  table = {
-    'embedding': parameters.Param(
-      (words.vocab_size, width),
-      ('vocab', 'embed'),
-      parameters.fan_in(width),
-      decay=False,
-    ),
-    **trunk.table,
-  }
-
-  num_rest = words.vocab_size - words.num_classes
-  constant = np.pad(
-    np.zeros(words.num_classes), (0, num_rest), constant_values=_NEVER
-  )
-
-  def forward(params, state, tokens, *, reset=None, mask=None, write=True):
-    batch = tokens.shape[0]
-    examples = tokens.reshape(batch, -1, EXAMPLE)
-    vectors = params['embedding'][examples]
-    is_word = examples[..., :-2, None] > words.question
-    text = norm.l2_normalize(jnp.sum(vectors[..., :-2, :] * is_word, axis=-2))
-    x = jnp.stack([text, vectors[..., -1, :]], axis=2).reshape(batch, -1, width)
-    in_pairs = lambda marks: (
-      None
-      if marks is None
-      else marks.reshape(batch, -1, EXAMPLE)[..., -2:].reshape(batch, -1)
-    )
-    marks = base.TokenInfo(in_pairs(reset), in_pairs(mask), write)
-    x, state = trunk.apply(params, state, x * width**0.5, marks)
-    names = params['embedding'][: words.num_classes]
-    logits = jnp.pad(
-      jnp.einsum('bne,ve->bnv', x[:, ::2], names),
-      ((0, 0), (0, 0), (0, num_rest)),
-      constant_values=_NEVER,
-    )
-    is_asked = jnp.arange(EXAMPLE)[:, None] == EXAMPLE - 2
-    logits = jnp.where(is_asked, logits[:, :, None], constant)
-    return logits.reshape(*tokens.shape, -1), state
-
-  return models.Model(
-    config=model_config,
-    table=table,
-    init_params=lambda key: parameters.init(key, table),
-    init_state=trunk.init_state,
-    forward=forward,
+  return models.make_model(
+    reading.make_config(config, words.vocab_size, level_names),
+    head=ClassifierHead(words),
   )
 
 

@@ -129,7 +129,7 @@ def train(
   Returns:
     The parameters, and the loss of every step [step].
   """
-  learner = models.learn_in_context(model, inner, whole_segments=True)
+  learner = models.make_model(model.config, inner, head=model.head)
   schedule = optax.warmup_cosine_decay_schedule(
     0.0,
     config.learning_rate,
@@ -230,7 +230,7 @@ def make_reading(
         f'{size} tokens, of which {segment_size} is no multiple; change '
         'inner.chunk_sizes.'
       )
-    reader = models.make_reader(model, inner)
+    reader = models.make_model(model.config, inner, head=model.head).reader
     init_state, losses = reader.init_state, reader.losses
 
     def look(params, state, tokens):

@@ -132,7 +132,7 @@ def make_write(
   @functools.cache
   def make_draw(temperature, top_k, top_p):
     draw = inference.make_draw(
-      model.forward,
+      model.decode,
       inference.DrawConfig(
         _BLOCK, temperature, top_k, top_p, tokenizer.document_id, vocab_size
       ),

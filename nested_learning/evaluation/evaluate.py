@@ -114,14 +114,21 @@ def make_evaluate(
     no target counts, or the model does not have a token.
   """
   byte_lengths = jnp.asarray(byte_lengths, jnp.float32)
+  token_loss = optax.softmax_cross_entropy_with_integer_labels
 
   @jax.jit
   def batch_totals(params, state, batch):
-    logits, state = model.forward(
-      params, state, batch['tokens'], reset=batch['reset'], write=write
-    )
-    targets, counts = batch['targets'], batch['mask'].astype(jnp.float32)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    tokens, targets, reset = batch['tokens'], batch['targets'], batch['reset']
+    counts = batch['mask'].astype(jnp.float32)
+    if write and model.losses is not None:  # whole segments, read only once
+      loss, state = model.losses(
+        params, state, tokens, targets, token_loss, reset=reset
+      )
+    else:
+      logits, state = model.forward(
+        params, state, tokens, reset=reset, write=write
+      )
+      loss = token_loss(logits, targets)
     position = context_position(batch['reset'])
 
     def by_position(x):

@@ -1,7 +1,8 @@
 """Generation: reads a prompt in a few calls, then draws token by token.
 
-The `forward` of a model does both. Its state, whose size does not depend on how
-much was read, and the logits of the next token are carried from call to call.
+`forward` of a model reads the prompt, and `decode` the tokens that were drawn.
+The state, whose size does not depend on how much was read, and the logits of
+the next token are carried from call to call.
 """
 
 from collections.abc import Callable
@@ -200,7 +201,7 @@ def make_generate(
   )
   sampling.check_draw(config, model.config.vocab_size)
   read_prompt = make_prompt_reader(model)
-  draw = jax.jit(sampling.make_draw(model.forward, config))
+  draw = jax.jit(sampling.make_draw(model.decode, config))
 
   def generate(params, prompt, key, mask=None):
     prompt = np.asarray(prompt)

@@ -192,17 +192,17 @@ def row_keys(key: jax.Array, rows: Any) -> jax.Array:
 
 
 def make_draw(
-  forward: Callable[..., tuple[jax.Array, Any]], config: DrawConfig
+  decode: Callable[..., tuple[jax.Array, Any]], config: DrawConfig
 ) -> Callable[..., tuple[Generated, jax.Array, Any]]:
   """Makes `draw(params, logits, state, keys, start=0)`.
 
-  It draws a token per row from logits [b, v], reads it with `forward`, and so
+  It draws a token per row from logits [b, v], reads it with `decode`, and so
   on until all rows have ended. Token number n of a row is drawn with
   `fold_in(key of the row, n)`, so it depends neither on the other rows nor on
   how many tokens are drawn in one call; `start` is the number of the first.
 
   Args:
-    forward: `forward(params, state, tokens, mask=mask)` of a model.
+    decode: `decode(params, state, tokens, mask=mask)` of a model.
     config: The settings; see `check_draw`.
 
   Returns:
@@ -232,7 +232,7 @@ def make_draw(
       if stop_token is not None:
         running = running & (token != stop_token)
         token = jnp.where(running, token, stop_token)
-      logits, state = forward(
+      logits, state = decode(
         params, loop.state, token[:, None], mask=running[:, None]
       )
       tokens = loop.tokens.at[:, loop.step].set(token)

@@ -169,7 +169,7 @@ def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
   Returns:
     The functions; each is compiled once per shape of its arguments.
   """
-  reader = models.make_reader(model, inner)
+  reader = models.make_model(model.config, inner, head=model.head).reader
   vocab_size = model.config.vocab_size
 
   def init(params, num_rows):

@@ -1,97 +1,198 @@
-"""Models around the trunk whose inputs or outputs are no tokens.
+"""Inputs and outputs of a model, around its trunk."""
 
-Each is a `Model`: its `forward` takes and gives what `make_model`'s does, but
-for the inputs or outputs that its docstring names.
-"""
+from collections.abc import Callable
+import dataclasses
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from nested_learning import parameters
+from nested_learning import sharding
 from nested_learning.layers import base
-from nested_learning.models import language_model
+from nested_learning.layers import norm
+from nested_learning.levels import cms
+from nested_learning.models import trunk as trunk_lib
 
 
-def make_regressor(
-  config: language_model.ModelConfig, num_inputs: int
-) -> language_model.Model:
-  """Makes a model of numbers: inputs [b, t, x] in, [b, t, 1] out.
+class Head(Protocol):
+  """Inputs and outputs of a model.
 
-  Args:
-    config: Its trunk.
-    num_inputs: Numbers of an input, x.
-
-  Returns:
-    A `Model`.
+  Attributes:
+    predicts_tokens: Whether outputs are logits [b, t, v] of the next token.
   """
-  dtype = jnp.dtype(config.dtype)
-  trunk = language_model.make_trunk(config)
-  table = {
-    'read_in': parameters.Param(
-      (num_inputs, config.embed_dim),
-      (None, 'embed'),
-      parameters.fan_in(num_inputs),
-      decay=True,
-    ),
-    'read_out': _matrix(config.embed_dim, 1),
-    **trunk.table,
-  }
 
-  def forward(params, state, inputs, *, reset=None, mask=None, write=True):
-    x = jnp.einsum(
-      'btx,xe->bte', inputs.astype(dtype), params['read_in'].astype(dtype)
-    )
-    x, state = trunk.apply(params, state, x, base.TokenInfo(reset, mask, write))
-    return jnp.einsum('bte,ey->bty', x, params['read_out'].astype(dtype)), state
+  predicts_tokens: ClassVar[bool]
 
-  return _make(config, table, trunk, forward)
+  def make(
+    self, config: trunk_lib.ModelConfig, trunk: base.Layer
+  ) -> tuple[parameters.Table, Callable[..., tuple[jax.Array, Any]]]:
+    """Makes the model's table of parameters and its `forward`.
+
+    Args:
+      config: The model.
+      trunk: Its trunk, whose parameters are part of the table.
+
+    Returns:
+      The table, and `forward(params, state, inputs, *, reset=None, mask=None,
+      write=True)`, see `models.make_model`.
+    """
 
 
-def make_compressor(
-  config: language_model.ModelConfig,
-) -> language_model.Model:
-  """Makes a model that says a row from its output at the last token alone.
+@dataclasses.dataclass(frozen=True)
+class LanguageHead:
+  """Reads tokens and predicts the next one, by one tied embedding."""
 
-  That output and the sine and cosine code of a position go through an MLP of
-  two layers, whose output is the logits of the token at that position.
+  predicts_tokens = True
 
-  Args:
-    config: Its trunk and vocabulary.
+  def make(self, config, trunk):
+    """See `Head.make`."""
+    table = {'embedding': _embedding(config), **trunk.table}
 
-  Returns:
-    A `Model` whose calls are whole rows.
+    def forward(params, state, tokens, *, reset=None, mask=None, write=True):
+      marks = base.TokenInfo(reset, mask, write)
+      return _read_tokens(config, trunk, params, state, tokens, lambda x: marks)
+
+    return table, forward
+
+  def make_teach(
+    self,
+    config: trunk_lib.ModelConfig,
+    trunk: base.Layer,
+    objective: str,
+    names: tuple[str, ...],
+  ) -> Callable[..., tuple[jax.Array, Any, Any]]:
+    """Makes the gradients of a local objective of levels.
+
+    The target of a level's output is the embedding of the next token, as the
+    trunk would read it, scaled to entries of size 1.
+
+    Args:
+      config: The model.
+      trunk: Its trunk.
+      objective: 'l2' or 'dot', see `cms.teach`.
+      names: Levels that learn.
+
+    Returns:
+      `teach(params, state, tokens, counts, *, reset=None)`, see
+      `levels.in_context.make_reader`, for parameters of `stacks.split_blocks`.
+    """
+
+    def teach(params, state, tokens, counts, *, reset=None):
+      def make_marks(x):
+        target = norm.rms_norm(1.0, jnp.roll(x, -1, axis=1))
+        lesson = cms.Lesson(objective, names, target, counts)
+        return base.TokenInfo(reset, lesson=lesson)
+
+      logits, taught = _read_tokens(
+        config, trunk, params, state, tokens, make_marks
+      )
+      return logits, taught.state, {'blocks': taught.gradients}
+
+    return teach
+
+
+@dataclasses.dataclass(frozen=True)
+class RegressionHead:
+  """Reads vectors [b, t, num_inputs] and predicts numbers [b, t, 1]."""
+
+  num_inputs: int
+
+  predicts_tokens = False
+
+  def make(self, config, trunk):
+    """See `Head.make`."""
+    dtype = jnp.dtype(config.dtype)
+    table = {
+      'read_in': parameters.Param(
+        (self.num_inputs, config.embed_dim),
+        (None, 'embed'),
+        parameters.fan_in(self.num_inputs),
+        decay=True,
+      ),
+      'read_out': _matrix(config.embed_dim, 1),
+      **trunk.table,
+    }
+
+    def forward(params, state, inputs, *, reset=None, mask=None, write=True):
+      x = jnp.einsum(
+        'btx,xe->bte', inputs.astype(dtype), params['read_in'].astype(dtype)
+      )
+      x, state = trunk.apply(
+        params, state, x, base.TokenInfo(reset, mask, write)
+      )
+      y = jnp.einsum('bte,ey->bty', x, params['read_out'].astype(dtype))
+      return y, state
+
+    return table, forward
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressionHead:
+  """Predicts all tokens of a row from the trunk's output at its last token.
+
+  That output plus a sinusoidal code of each position passes through an MLP of
+  two layers, whose output is the logits of the token at the position. Every
+  call is one whole row.
 
   References:
     Poli et al., arXiv:2403.17844, 2024, appendix B (the decoder of the
       compression task).
   """
+
+  predicts_tokens = False
+
+  def make(self, config, trunk):
+    """See `Head.make`."""
+    dtype = jnp.dtype(config.dtype)
+    width = config.embed_dim
+    table = {
+      'embedding': _embedding(config),
+      'hidden': _matrix(width, width),
+      'read_out': _matrix(width, config.vocab_size),
+      **trunk.table,
+    }
+
+    def forward(params, state, tokens, *, reset=None, mask=None, write=True):
+      x = params['embedding'][tokens].astype(dtype) * width**0.5
+      x, state = trunk.apply(
+        params, state, x, base.TokenInfo(reset, mask, write)
+      )
+      code = _position_code(tokens.shape[1], width).astype(dtype)
+      x = x[:, -1:] + code  # [b, t, e]
+      x = jnp.einsum('bte,ef->btf', x, params['hidden'].astype(dtype))
+      x = jnp.einsum(
+        'btf,fv->btv', jax.nn.gelu(x), params['read_out'].astype(dtype)
+      )
+      # The loss sums exponentials: logits are float32 at least.
+      return x.astype(jnp.promote_types(dtype, jnp.float32)), state
+
+    return table, forward
+
+
+def _embedding(config):
+  return parameters.Param(
+    (config.vocab_size, config.embed_dim),
+    ('vocab', 'embed'),
+    parameters.fan_in(config.embed_dim),
+    decay=False,
+  )
+
+
+def _read_tokens(config, trunk, params, state, tokens, make_marks):
+  """Returns logits [b, t, v] and the state; `make_marks(x)` gives the marks."""
   dtype = jnp.dtype(config.dtype)
-  width = config.embed_dim
-  trunk = language_model.make_trunk(config)
-  table = {
-    'embedding': parameters.Param(
-      (config.vocab_size, width),
-      ('vocab', 'embed'),
-      parameters.fan_in(width),
-      decay=False,
-    ),
-    'hidden': _matrix(width, width),
-    'read_out': _matrix(width, config.vocab_size),
-    **trunk.table,
-  }
-
-  def forward(params, state, tokens, *, reset=None, mask=None, write=True):
-    x = params['embedding'][tokens].astype(dtype) * width**0.5
-    x, state = trunk.apply(params, state, x, base.TokenInfo(reset, mask, write))
-    code = _position_code(tokens.shape[1], width).astype(dtype)
-    x = x[:, -1:] + code
-    x = jnp.einsum('bte,ef->btf', x, params['hidden'].astype(dtype))
-    x = jnp.einsum(
-      'btf,fv->btv', jax.nn.gelu(x), params['read_out'].astype(dtype)
-    )
-    return x.astype(jnp.promote_types(dtype, jnp.float32)), state
-
-  return _make(config, table, trunk, forward)
+  embedding = sharding.gather(params['embedding'], _embedding(config))
+  x = embedding[tokens].astype(dtype) * config.embed_dim**0.5
+  x, state = trunk.apply(params, state, x, make_marks(x))
+  # The loss sums exponentials: logits are float32 at least.
+  logits = jnp.einsum(
+    'bte,ve->btv',
+    x,
+    embedding.astype(dtype),
+    preferred_element_type=jnp.promote_types(dtype, jnp.float32),
+  )
+  return logits, state
 
 
 def _matrix(num_inputs: int, num_outputs: int) -> parameters.Param:
@@ -104,19 +205,9 @@ def _matrix(num_inputs: int, num_outputs: int) -> parameters.Param:
 
 
 def _position_code(num_positions: int, width: int) -> jax.Array:
-  """Sines and cosines of wavelengths from 2 pi to 20,000 pi, [t, e]."""
+  """Returns sines and cosines of wavelengths 2 pi to 20,000 pi, [t, e]."""
   half = (width + 1) // 2
   frequency = 10_000.0 ** (-jnp.arange(half) / half)
   angle = jnp.arange(num_positions)[:, None] * frequency
   code = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1)
   return code[:, :width]
-
-
-def _make(config, table, trunk, forward) -> language_model.Model:
-  return language_model.Model(
-    config=config,
-    table=table,
-    init_params=lambda key: parameters.init(key, table),
-    init_state=trunk.init_state,
-    forward=forward,
-  )

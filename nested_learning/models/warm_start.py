@@ -8,16 +8,16 @@ import jax.numpy as jnp
 
 from nested_learning import errors
 from nested_learning.levels import cms
-from nested_learning.models import language_model
+from nested_learning.models import trunk
 
 
 def add_level(
-  config: language_model.ModelConfig,
+  config: trunk.ModelConfig,
   params: Any,
   *,
   name: str,
   chunk_size: int | None = None,
-) -> tuple[language_model.ModelConfig, Any]:
+) -> tuple[trunk.ModelConfig, Any]:
   """Adds a level after the slowest one, and starts it warm.
 
   The new level has the norm, the gate and the features of the slowest level,

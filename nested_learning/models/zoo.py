@@ -23,7 +23,7 @@ from nested_learning.layers import memory_as_context
 from nested_learning.layers import memory_mixer
 from nested_learning.layers import tnt
 from nested_learning.levels import cms
-from nested_learning.models import language_model
+from nested_learning.models import trunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +247,7 @@ def names() -> list[str]:
   return list(_named())
 
 
-def make_config(name: str, **changes) -> language_model.ModelConfig:
+def make_config(name: str, **changes) -> trunk.ModelConfig:
   """The config of a named model.
 
   Args:
@@ -272,9 +272,7 @@ def make_config(name: str, **changes) -> language_model.ModelConfig:
   return make_sized(family, size, **changes)
 
 
-def make_sized(
-  family: str, size: Size, **changes
-) -> language_model.ModelConfig:
+def make_sized(family: str, size: Size, **changes) -> trunk.ModelConfig:
   """The config of a family at any size; see `make_config`.
 
   Args:
@@ -287,7 +285,7 @@ def make_sized(
   """
   mixer = FAMILIES[family].mixer(size)
   length = len(mixer) if isinstance(mixer, tuple) else 1  # of the pattern
-  config = language_model.ModelConfig(
+  config = trunk.ModelConfig(
     vocab_size=size.vocab_size,
     num_layers=-(-size.num_layers // length) * length,
     embed_dim=size.embed_dim,

@@ -18,7 +18,7 @@ class CompressionConfig:
   """Random tokens and the mark V - 1; the targets are the row itself.
 
   What is said of any position is said from the output at the last one: the
-  model needs the head of `models.heads`.
+  model needs `models.CompressionHead`.
   """
 
   vocab_size: int = 16

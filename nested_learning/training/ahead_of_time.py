@@ -242,7 +242,7 @@ def _decode_flops(config, model, params) -> int:
   sizes = (1,) * len(sharding.AXES)
   one = jax.sharding.AbstractMesh(sizes, sharding.AXES)
   return costs.matmul_flops(
-    lambda params, streams, tokens: model.forward(params, streams, tokens),
+    model.decode,
     *_decode_arguments(config, model, params, one),
   )
 
@@ -252,7 +252,7 @@ def _trace_decode(config, model, params, mesh) -> Any:
   arguments = _decode_arguments(config, model, params, mesh)
   shardings = jax.tree.map(lambda x: x.sharding, arguments)
   decode = jax.jit(
-    lambda params, streams, tokens: model.forward(params, streams, tokens),
+    model.decode,
     in_shardings=shardings,
     out_shardings=(None, shardings[1]),
     donate_argnums=1,

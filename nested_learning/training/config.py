@@ -133,6 +133,16 @@ class ExperimentConfig:
     return self.data.batch_size // self.train.accumulate
 
   @property
+  def head(self) -> models.Head:
+    """Inputs and outputs of the model."""
+    match getattr(self.data, 'task', None):
+      case tasks.RegressionConfig(num_dims=num_dims):
+        return models.RegressionHead(num_dims)
+      case tasks.CompressionConfig():
+        return models.CompressionHead()
+    return models.LanguageHead()
+
+  @property
   def carries_state(self) -> bool:
     """Whether a row of a batch goes on where the batch before it stopped."""
     return self.data.carries_state

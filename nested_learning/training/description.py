@@ -12,7 +12,6 @@ from nested_learning import sharding
 from nested_learning.training import config as config_lib
 from nested_learning.training import optimizer as optimizer_lib
 from nested_learning.training import step as step_lib
-from nested_learning.training import subjects
 
 
 def describe(config: config_lib.ExperimentConfig) -> str:
@@ -30,7 +29,7 @@ def describe(config: config_lib.ExperimentConfig) -> str:
   Raises:
     ValueError: A size does not divide over the mesh.
   """
-  model = subjects.make_model(config)
+  model = models.make_model(config.model, config.inner, head=config.head)
   optimizer = optimizer_lib.make_optimizer(config, model.table)
   mesh = _mesh(config)
   state = step_lib.abstract_state(config, model, optimizer, mesh)
@@ -77,7 +76,7 @@ def layout(config: config_lib.ExperimentConfig, mesh: Any) -> str:
   """
   rows = []
   for path, param in jax.tree.leaves_with_path(
-    subjects.make_model(config).table,
+    models.make_model(config.model, config.inner, head=config.head).table,
     is_leaf=lambda x: isinstance(x, parameters.Param),
   ):
     spec = sharding.param_spec(param, mesh)
@@ -129,7 +128,10 @@ def _levels(
 ) -> list[tuple[str, ...]]:
   """One line per clock: what it owns and how often it is updated."""
   sizes: dict[str, int] = {}
-  labels = models.level_labels(config.model, subjects.make_model(config).table)
+  labels = models.level_labels(
+    config.model,
+    models.make_model(config.model, config.inner, head=config.head).table,
+  )
   for label, param in zip(
     jax.tree.leaves(labels), jax.tree.leaves(params), strict=True
   ):

@@ -9,6 +9,7 @@ import jax
 
 from nested_learning import configs
 from nested_learning import errors
+from nested_learning import models
 from nested_learning import parameters
 from nested_learning import sharding
 from nested_learning import tasks
@@ -77,7 +78,7 @@ def restore_params(
       f'{workdir} holds no checkpoint; run --mode=train first, or give the '
       '--workdir of a run.'
     )
-  table = subjects.make_model(config).table
+  table = models.make_model(config.model, config.inner, head=config.head).table
   mesh = trainer.make_mesh(config)
   abstract = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

@@ -15,7 +15,6 @@ from nested_learning import evaluation
 from nested_learning import models
 from nested_learning import sharding
 from nested_learning import tasks
-from nested_learning.models import heads
 from nested_learning.training import config as config_lib
 from nested_learning.training import feeding
 from nested_learning.training import subject as subject_lib
@@ -47,18 +46,6 @@ _NUMBERS = _Kind(
 )
 
 
-def make_model(
-  config: models.ModelConfig, task: tasks.TaskConfig
-) -> models.Model:
-  """Makes the model of a config with the ends that a task needs."""
-  match task:
-    case tasks.RegressionConfig():
-      return heads.make_regressor(config, task.num_dims)
-    case tasks.CompressionConfig():
-      return heads.make_compressor(config)
-  return models.make_model(config)
-
-
 def make_subject(config: config_lib.ExperimentConfig) -> subject_lib.Subject:
   """Makes the subject of an experiment on a task; see `make_subject` there."""
   task = config.data.task
@@ -69,14 +56,7 @@ def make_subject(config: config_lib.ExperimentConfig) -> subject_lib.Subject:
       f'model.vocab_size={config.model.vocab_size}; set model.vocab_size to at '
       f'least {task.vocab_size}.'
     )
-  model = make_model(config.model, task)
-  if config.inner.is_on:
-    if isinstance(task, tasks.RegressionConfig | tasks.CompressionConfig):
-      raise errors.UserError(
-        f'data.task={name} has no next token for levels to learn from; set '
-        'inner.chunk_sizes=().'
-      )
-    model = models.learn_in_context(model, config.inner)
+  model = models.make_model(config.model, config.inner, head=config.head)
   kind = _kind(task)
   count = evaluation.make_count(model, kind.token_loss)
   row = tasks.make_row(config.data, 0)
@@ -153,7 +133,8 @@ def _stretch(config, factor):
 
 def _evaluate_at(config, params, mesh, factor):
   """Reads rows in pieces of the training length, carrying the state."""
-  task, model = _stretch(config, factor)
+  task, model_config = _stretch(config, factor)
+  model = models.make_model(model_config, config.inner, head=config.head)
   length = config.data.sequence_length
   index, num_slices = sharding.process_slice(mesh)
   batches = tasks.make_iterator(
@@ -171,7 +152,7 @@ def _evaluate_at(config, params, mesh, factor):
     for batch in itertools.islice(batches, config.evaluation.num_batches)
   )
   kind = _kind(task)
-  count = evaluation.make_count(make_model(model, task), kind.token_loss)
+  count = evaluation.make_count(model, kind.token_loss)
   return kind.evaluated(count(params, pieces))
 
 
@@ -179,11 +160,11 @@ def _write_answers(
   config, params, factor=1, num_rows=None
 ) -> Iterator[evaluation.Answer]:
   """What the model writes after the prompts of the validation rows."""
-  task, model = _stretch(config, factor)
+  task, model_config = _stretch(config, factor)
   batch_size = config.data.batch_size
   num_rows = num_rows or config.evaluation.num_batches * batch_size
   return evaluation.write_answers(
-    models.make_model(model),
+    models.make_model(model_config, config.inner),
     params,
     task,
     (
@@ -203,8 +184,10 @@ def _sample(config, params, mesh):
       right = ', '.join(answer.references)
       return f'{answer.prompt}\n\nAnswer: {answer.output}\nRight: {right}\n'
     row = tasks.make_row(config.data, 0, split='validation')
-    forward = jax.jit(make_model(config.model, task).forward)
-    outputs, _ = forward(params, None, jnp.asarray(row.tokens)[None])
+    model = models.make_model(config.model, config.inner, head=config.head)
+    outputs, _ = jax.jit(model.forward)(
+      params, None, jnp.asarray(row.tokens)[None]
+    )
   said = np.asarray(outputs)[0]
   answers = said[:, 0] if _kind(task) is _NUMBERS else said.argmax(axis=-1)
   lines = ['position, target, answer']

@@ -38,7 +38,7 @@ def make_subject(config: config_lib.ExperimentConfig) -> subject_lib.Subject:
   """Makes the subject of an experiment on text; see `subjects.make_subject`."""
   tokenizer = make_tokenizer(config)
   encode_prompt(config, tokenizer)  # refuses one that is too long, early
-  model = make_model(config)
+  model = models.make_model(config.model, config.inner)
 
   def make_evaluate(write):
     lengths = byte_lengths(config, tokenizer)
@@ -79,13 +79,6 @@ def make_subject(config: config_lib.ExperimentConfig) -> subject_lib.Subject:
     watched=('bits_per_byte', 'bits per byte'),
   )
   return subject
-
-
-def make_model(config: config_lib.ExperimentConfig) -> models.Model:
-  """The model, with the levels that learn from what they read."""
-  return models.learn_in_context(
-    models.make_model(config.model), config.inner, whole_segments=True
-  )
 
 
 def make_row(
@@ -139,7 +132,7 @@ def generate_text(
   """The prompt and what the model writes after it."""
   settings = config.generate
   generate = inference.make_generate(
-    models.make_model(config.model),
+    models.make_model(config.model, config.inner),
     num_tokens=settings.num_tokens,
     temperature=settings.temperature,
     top_k=settings.top_k,

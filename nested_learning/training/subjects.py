@@ -45,12 +45,7 @@ def make_computed(config: config_lib.ExperimentConfig) -> Computed:
     subject = on_task.make_subject(config)
     return Computed(subject.model, subject.row, subject.token_loss)
   return Computed(
-    on_text.make_model(config), on_text.make_row(config), on_text.token_loss
+    models.make_model(config.model, config.inner),
+    on_text.make_row(config),
+    on_text.token_loss,
   )
-
-
-def make_model(config: config_lib.ExperimentConfig) -> models.Model:
-  """Makes an experiment's model, which needs no text and no tokenizer."""
-  if isinstance(config.data, tasks.TaskDataConfig):
-    return on_task.make_model(config.model, config.data.task)
-  return models.make_model(config.model)

@@ -8,6 +8,7 @@ import jax
 
 from nested_learning import compilation
 from nested_learning import errors
+from nested_learning import models
 from nested_learning import parameters
 from nested_learning import sharding
 from nested_learning.training import config as config_lib
@@ -47,7 +48,7 @@ def find(
   Raises:
     errors.UserError: None fits, or none divides the model and the batch.
   """
-  table = subjects.make_model(config).table
+  table = models.make_model(config.model, config.inner, head=config.head).table
   candidates = sorted(
     _candidates(config, pod, table, len(devices)), key=lambda c: c.seconds
   )

@@ -13,7 +13,6 @@ from nested_learning import evaluation
 from nested_learning import models
 from nested_learning import tasks
 from nested_learning.evaluation import accuracy
-from nested_learning.models import heads
 from tests.training import tiny
 
 _NUM_IDS = 5
@@ -106,7 +105,7 @@ class CountTest(parameterized.TestCase):
       count(None, [[batch]])
 
   def test_squared_errors_of_numbers(self):
-    model = heads.make_regressor(tiny.MODEL, 3)
+    model = models.make_model(tiny.MODEL, head=models.RegressionHead(3))
     params = jax.jit(model.init_params)(jax.random.key(0))
     data = tasks.TaskDataConfig(
       tasks.RegressionConfig(num_dims=3, num_points=4), batch_size=2

@@ -10,7 +10,9 @@ import numpy as np
 from nested_learning import errors
 from nested_learning import inference
 from nested_learning import layers
+from nested_learning import levels
 from nested_learning import models
+from tests import compiling
 from tests.training import tiny
 
 _TITANS = dataclasses.replace(
@@ -144,6 +146,22 @@ class GenerateTest(parameterized.TestCase):
     together = generate(params, prompt, key).tokens
     alone = generate(params, prompt[:1], key).tokens
     np.testing.assert_array_equal(together[0], alone[0])
+
+  def test_a_model_that_learns_generates_as_its_session_does(self):
+    self.enterContext(compiling.quickly())
+    inner = levels.InnerConfig((4,) * 2, (0.5,), objective='dot')
+    params, prompt = init_params(tiny.MODEL), self.prompt(2, 13)
+    session = inference.Session(
+      models.make_model(tiny.MODEL), params, inner, num_rows=2
+    )
+    learner = models.make_model(tiny.MODEL, inner)
+    generate = inference.make_generate(learner, num_tokens=9, temperature=0.5)
+    generated = generate(params, prompt, jax.random.key(3)).tokens
+    # Longer than a segment: no level learns from what the model writes.
+    expected = session.generate(
+      9, prompt=prompt, key=jax.random.key(3), temperature=0.5
+    )
+    np.testing.assert_array_equal(generated, expected.tokens)
 
   @parameterized.parameters(
     ([[1, 999]], 'token 999 is not one of the'),

@@ -96,7 +96,7 @@ class SessionsTest(parameterized.TestCase):
     tokens = draw()[None]
     session = begin()
     losses = session.feed(tokens)
-    learner = models.learn_in_context(base().model, _INNER)
+    learner = models.make_model(_CONFIG, _INNER)
     read = jax.jit(lambda p: learner.forward(p, None, tokens))
     logits, state = read(base().params)
     log_probability = jax.nn.log_softmax(logits[0, :-1])

@@ -125,7 +125,7 @@ def learning(**changes):
     **changes,
   }
   inner = levels.InnerConfig((_FAST, _SLOW), (_RATE,), **settings)
-  return models.learn_in_context(models.make_model(_CONFIG), inner)
+  return models.make_model(_CONFIG, inner)
 
 
 class LocalObjectivesTest(parameterized.TestCase):
@@ -226,7 +226,7 @@ class LocalObjectivesTest(parameterized.TestCase):
     params, (tokens, _) = jax.tree.map(jnp.asarray, init()), draw()
     model = models.make_model(_CONFIG)
     inner = levels.InnerConfig((_FAST, _SLOW), (0.0,), objective='dot')
-    learner = models.learn_in_context(model, inner)
+    learner = models.make_model(_CONFIG, inner)
     read = lambda f, s: compiling.jit(lambda s: f(params, s, tokens[None]))(s)
     logits, _ = read(learner.forward, learner.init_state(params, 1))
     expected, _ = read(model.forward, model.init_state(params, 1))
@@ -264,10 +264,11 @@ class LocalObjectivesTest(parameterized.TestCase):
     np.testing.assert_allclose(slope, finite / 2e-5, rtol=1e-6)
 
   def test_needs_a_next_token(self):
-    model = models.make_model(_CONFIG)._replace(teach=None)
     inner = levels.InnerConfig((_FAST, _SLOW), objective='dot')
-    with self.assertRaisesRegex(errors.UserError, 'does not predict'):
-      models.make_reader(model, inner)
+    with self.assertRaisesRegex(
+      errors.UserError, 'CompressionHead has no next'
+    ):
+      models.make_model(_CONFIG, inner, head=models.CompressionHead())
 
 
 if __name__ == '__main__':

@@ -40,7 +40,7 @@ class ZeroRatesTest(absltest.TestCase):
   def check(self, model, params):
     """Every mode of reading, against the model."""
     inner = levels.InnerConfig((_SIZE,) * len(model.config.levels), (0.0,))
-    reader, tokens = models.make_reader(model, inner), draw()
+    reader, tokens = models.make_model(model.config, inner).reader, draw()
     axes = partition.row_axes(model.init_state, params)
 
     def row(state, tokens, marks):

@@ -6,13 +6,12 @@ import numpy as np
 
 from nested_learning import models
 from nested_learning import parameters
-from nested_learning.models import heads
 from tests.training import tiny
 
 
 class HeadsTest(absltest.TestCase):
   def test_a_regressor_is_causal_and_carries_its_state(self):
-    model = heads.make_regressor(tiny.MODEL, 3)
+    model = models.make_model(tiny.MODEL, head=models.RegressionHead(3))
     params = jax.jit(model.init_params)(jax.random.key(0))
     inputs = np.random.default_rng(0).normal(size=(2, 6, 3)).astype(np.float32)
     whole, _ = model.forward(params, None, inputs)
@@ -26,7 +25,7 @@ class HeadsTest(absltest.TestCase):
     np.testing.assert_array_equal(changed[1], whole[1])
 
   def test_a_compressor_sees_a_row_through_its_last_output(self):
-    model = heads.make_compressor(tiny.MODEL)
+    model = models.make_model(tiny.MODEL, head=models.CompressionHead())
     params = jax.jit(model.init_params)(jax.random.key(0))
     forward = jax.jit(model.forward)
     tokens = np.arange(8)[None] % 5
@@ -39,8 +38,8 @@ class HeadsTest(absltest.TestCase):
 
   def test_labels_and_counts_follow_the_table(self):
     for model in (
-      heads.make_regressor(tiny.MODEL, 3),
-      heads.make_compressor(tiny.MODEL),
+      models.make_model(tiny.MODEL, head=models.RegressionHead(3)),
+      models.make_model(tiny.MODEL, head=models.CompressionHead()),
     ):
       labels = models.level_labels(tiny.MODEL, model.table)
       params = jax.eval_shape(model.init_params, jax.random.key(0))

@@ -63,9 +63,7 @@ class WarmStartTest(parameterized.TestCase):
 
   def test_learns_from_features_that_are_trained(self):
     config, params = models.add_level(*make(), name='slower', chunk_size=16)
-    model = models.make_model(config)
-    inner = levels.InnerConfig((4, 4, 4), (0.1,))
-    learner = models.learn_in_context(model, inner)
+    learner = models.make_model(config, levels.InnerConfig((4, 4, 4), (0.1,)))
     state = compiling.jit(lambda p: learner.forward(p, None, _TOKENS)[1])(
       params
     )

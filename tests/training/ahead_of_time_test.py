@@ -19,6 +19,7 @@ from nested_learning import compilation
 from nested_learning import costs
 from nested_learning import data
 from nested_learning import errors
+from nested_learning import levels
 from nested_learning import models
 from nested_learning import sharding
 from nested_learning import training
@@ -92,6 +93,19 @@ class AheadOfTimeTest(parameterized.TestCase):
     self.assertIn('| all_gather_fsdp', text)
     self.assertIn('| blocks/mixer/out', text)
     self.assertIn('heads: model, embed: fsdp', text)
+
+  def test_decodes_one_token_where_levels_learn(self):
+    config = dataclasses.replace(
+      _config(), inner=levels.InnerConfig((8,), objective='dot')
+    )
+    model = models.make_model(config.model, config.inner)
+    mesh = sharding.make_mesh(config.mesh)
+    abstract = training.abstract_state(
+      config, model, training.make_optimizer(config, model.table), mesh
+    )
+    traced = ahead_of_time._trace_decode(config, model, abstract.params, mesh)
+    logits, _ = traced.out_info
+    self.assertEqual(logits.shape, (16, 1, 264))
 
   def test_counts_a_traced_step_as_a_function(self):
     function = lambda a, b: jax.numpy.tanh(a @ b) @ b

@@ -66,6 +66,8 @@ class InnerTest(absltest.TestCase):
       plain = subjects.make_subject(tiny.experiment(self.root))
       rested = plain.evaluate(state.params, batches).loss
     self.assertLess(learned, rested - 1e-3)
+    again = subject.conclude(state.params, self.root, mesh, None)
+    self.assertEqual(again['validation_loss'], learned)
 
   def test_a_stream_carries_its_levels(self):
     changes = {

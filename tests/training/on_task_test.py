@@ -16,11 +16,14 @@ import pytest
 
 from nested_learning import configs
 from nested_learning import errors
+from nested_learning import evaluation
+from nested_learning import levels
 from nested_learning import models
 from nested_learning import tasks
 from nested_learning import training
 from nested_learning.training import feeding
 from nested_learning.training import subjects
+from tests import compiling
 from tests.training import tiny
 
 _TASKS = {
@@ -41,6 +44,7 @@ def _experiment(root, name, **changes):
     model={
       'vocab_size': max(task.vocab_size, 1),
       'levels': (models.LevelConfig('mlp', mlp_dim=16),),
+      **changes.pop('model', {}),
     },
     **{'data': data, **changes},
   )
@@ -126,6 +130,48 @@ class OnTaskTest(parameterized.TestCase):
       self.assertAlmostEqual(value, summary[name], places=6)
     sample = self.run_mode('generate', config)
     self.assertEqual(sample, (self.workdir / 'sample.txt').read_text() + '\n')
+
+  def test_levels_that_learn_are_evaluated_while_they_learn(self):
+    self.check_inner('word')
+
+  @pytest.mark.slow
+  def test_levels_that_learn_write_answers_while_they_learn(self):
+    self.check_inner('text')
+
+  def check_inner(self, name):
+    # A gradient of a local objective compiles fast.
+    inner = levels.InnerConfig((4,), (100.0,), objective='dot', max_drift=1e9)
+    self.enterContext(compiling.quickly())
+    config = _experiment(
+      self.root,
+      name,
+      model={'embed_dim': 8, 'max_length': 512},
+      train={'num_steps': 1},
+      evaluation=evaluation.EvaluationConfig(num_batches=1),
+    )
+    config = dataclasses.replace(
+      config,
+      inner=inner,
+      data=dataclasses.replace(config.data, batch_size=1, longer=(2,)),
+    )
+    subject = subjects.make_subject(config)
+    params = jax.jit(subject.model.init_params)(jax.random.key(0))
+    mesh = training.trainer.make_mesh(config)
+    with jax.set_mesh(mesh):
+      batches = feeding.validation_batches(subject, 1, mesh)
+      evaluated = subject.evaluate(params, batches)
+    again = subject.conclude(params, self.workdir, mesh, None)
+    self.assertEqual(again['validation_loss'], evaluated.loss)
+    sample = subject.sample(params, mesh)
+    rested = subjects.make_subject(
+      dataclasses.replace(config, inner=levels.InnerConfig())
+    )
+    plain = rested.conclude(params, self.workdir, mesh, None)
+    for end in ('', '_2x'):
+      self.assertNotAlmostEqual(
+        plain[f'validation_loss{end}'], again[f'validation_loss{end}'], places=3
+      )
+    self.assertNotEqual(sample, rested.sample(params, mesh))
 
   @parameterized.parameters('numbers', 'compression')
   @pytest.mark.slow

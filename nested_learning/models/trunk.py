@@ -1,14 +1,7 @@
-"""The language model around any mixer: one forward for every use.
+"""The trunk of a model: blocks of a mixer and a chain of levels."""
 
-    logits, state = model.forward(params, state, tokens)
-
-trains, evaluates and generates. Feeding a stream whole, in pieces cut anywhere
-or token by token gives the same logits.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
-from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,98 +63,6 @@ class ModelConfig:
     return self.mixer if isinstance(self.mixer, tuple) else (self.mixer,)
 
 
-class Model(NamedTuple):
-  """A model as pure functions.
-
-  Attributes:
-    config: What it was made from.
-    table: Its parameters, see `nested_learning.parameters`.
-    init_params: `init_params(key) -> params`.
-    init_state: `init_state(params, batch_size) -> state` at a stream's start.
-    forward: see `make_model`.
-    losses: `losses(params, state, tokens, targets, token_loss, *, reset=None)`
-      gives the losses [b, t] where that takes less memory than to make logits
-      first; None where it does not.
-    teach: `teach(params, state, tokens, counts, *, objective, names,
-      reset=None)` is `forward` for parameters of `stacks.split_blocks`, and
-      gives logits, state, and the gradients of a local objective of the levels
-      `names` in all blocks that learn; see `levels.cms.teach`. The target is
-      the embedding of the next token, as the trunk would read it, with entries
-      of size 1. None where there is no next token.
-  """
-
-  config: ModelConfig
-  table: parameters.Table
-  init_params: Callable[[jax.Array], Any]
-  init_state: Callable[[Any, int], Any]
-  forward: Callable[..., tuple[jax.Array, Any]]
-  losses: Callable[..., tuple[jax.Array, Any]] | None = None
-  teach: Callable[..., tuple[jax.Array, Any, Any]] | None = None
-
-
-def make_model(config: ModelConfig) -> Model:
-  """Makes the model of a config.
-
-  Its `forward(params, state, tokens, *, reset=None, mask=None, write=True)`
-  takes tokens int [b, t] and a state (None for a stream's start) and returns
-  logits [b, t, v] in float32 and the state after the tokens. `reset` bool
-  [b, t] marks first tokens of documents, `mask` bool [b, t] is False for
-  padding, `write=False` reads memories without writing them.
-
-  Args:
-    config: Sizes, mixer and levels.
-
-  Returns:
-    A `Model`.
-  """
-  dtype = jnp.dtype(config.dtype)
-  trunk = make_trunk(config)
-  table = {
-    'embedding': parameters.Param(
-      (config.vocab_size, config.embed_dim),
-      ('vocab', 'embed'),
-      parameters.fan_in(config.embed_dim),
-      decay=False,
-    ),
-    **trunk.table,
-  }
-
-  def read(params, state, tokens, make_marks):
-    scale = config.embed_dim**0.5
-    embedding = sharding.gather(params['embedding'], table['embedding'])
-    x = embedding[tokens].astype(dtype) * scale
-    x, state = trunk.apply(params, state, x, make_marks(x))
-    logits = jnp.einsum(
-      'bte,ve->btv',
-      x,
-      embedding.astype(dtype),
-      preferred_element_type=jnp.promote_types(dtype, jnp.float32),
-    )
-    return logits, state
-
-  def forward(params, state, tokens, *, reset=None, mask=None, write=True):
-    marks = base.TokenInfo(reset, mask, write)
-    return read(params, state, tokens, lambda x: marks)
-
-  def teach(params, state, tokens, counts, *, objective, names, reset=None):
-    def make_marks(x):
-      target = norm.rms_norm(1.0, jnp.roll(x, -1, axis=1))
-      lesson = cms.Lesson(objective, names, target, counts)
-      return base.TokenInfo(reset, lesson=lesson)
-
-    logits, taught = read(params, state, tokens, make_marks)
-    return logits, taught.state, {'blocks': taught.gradients}
-
-  return Model(
-    config=config,
-    table=table,
-    init_params=lambda key: parameters.init(key, table),
-    init_state=trunk.init_state,
-    forward=forward,
-    teach=teach,
-  )
-
-
 def make_trunk(config: ModelConfig) -> base.Layer:
   """Makes what is between embedding and logits, for inputs of any kind.
 
@@ -205,43 +106,6 @@ def max_stream_length(config: ModelConfig) -> int | None:
   if all(mixers.holds_any_length(mixer) for mixer in config.pattern):
     return None
   return config.max_length
-
-
-def level_labels(
-  config: ModelConfig,
-  table: parameters.Table | None = None,
-  *,
-  of: Literal['training', 'chain'] = 'training',
-) -> Any:
-  """The level of each parameter: its name, or 'base' outside the chain.
-
-  In training, a level without a chunk size takes every step and is labelled
-  'base' as well.
-
-  Args:
-    config: The model.
-    table: Of another model around the same trunk; None for the language model.
-    of: Whether the clocks are those of training, or only the chain is asked.
-
-  Returns:
-    A tree of names with the table's structure.
-  """
-  labels = {
-    level.name: 'base'
-    if level.chunk_size is None and of == 'training'
-    else level.name
-    for level in config.levels
-  }
-
-  def label(path, _):
-    names = parameters.path_name(path).split('/')
-    in_block = names[2:] if isinstance(config.mixer, tuple) else names[1:]
-    return labels[in_block[1]] if in_block[:1] == ['levels'] else 'base'
-
-  table = make_model(config).table if table is None else table
-  return jax.tree_util.tree_map_with_path(
-    label, table, is_leaf=lambda x: isinstance(x, parameters.Param)
-  )
 
 
 def _make_block(

@@ -1,0 +1,220 @@
+"""A model: a trunk with an input and an output, as pure functions.
+
+    model = make_model(config)
+    logits, state = model.forward(params, state, tokens)
+
+One `forward` trains, evaluates and generates. Splitting a stream into calls
+anywhere, also token by token, gives the same logits.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nested_learning import errors
+from nested_learning import parameters
+from nested_learning.layers import base
+from nested_learning.levels import cms
+from nested_learning.levels import in_context
+from nested_learning.levels import inner as inner_lib
+from nested_learning.levels import stream
+from nested_learning.models import heads
+from nested_learning.models import stacks
+from nested_learning.models import trunk as trunk_lib
+
+_LANGUAGE = heads.LanguageHead()
+
+
+class Model(NamedTuple):
+  """A model as pure functions.
+
+  Attributes:
+    config: The config that it was made from.
+    head: Its inputs and outputs.
+    table: Its parameters, see `nested_learning.parameters`.
+    init_params: `init_params(key) -> params`.
+    init_state: `init_state(params, batch_size) -> state` at a stream's start.
+    forward: See `make_model`.
+    decode: `decode(params, state, tokens, *, mask=None)` is `forward` for
+      tokens that the model itself has generated: memories are written, and
+      levels that learn inside the sequence do not learn from them. The state
+      must not be given to `forward` again.
+    losses: `losses(params, state, tokens, targets, token_loss, *, reset=None)`
+      returns the losses [b, t] of whole segments and the state, and takes less
+      memory than `forward` followed by the loss; None for a model whose levels
+      do not learn inside the sequence.
+    reader: Functions of the levels that learn inside the sequence, by segment;
+      None for a model without such levels.
+  """
+
+  config: trunk_lib.ModelConfig
+  head: heads.Head
+  table: parameters.Table
+  init_params: Callable[[jax.Array], Any]
+  init_state: Callable[[Any, int], Any]
+  forward: Callable[..., tuple[jax.Array, Any]]
+  decode: Callable[..., tuple[jax.Array, Any]]
+  losses: Callable[..., tuple[jax.Array, Any]] | None = None
+  reader: stream.Reader | None = None
+
+
+def make_model(
+  config: trunk_lib.ModelConfig,
+  inner: inner_lib.InnerConfig | None = None,
+  *,
+  head: heads.Head = _LANGUAGE,
+) -> Model:
+  """Makes the model of a config.
+
+  Its `forward(params, state, tokens, *, reset=None, mask=None, write=True)`
+  takes tokens int [b, t] and a state (None at a stream's start), and returns
+  logits [b, t, v] in float32 and the state after the tokens. `reset` bool
+  [b, t] marks first tokens of documents, `mask` bool [b, t] is False for
+  padding, `write=False` reads memories without writing them.
+
+  With `inner`, levels of every row learn from what the row reads. The
+  parameters are those of the model without it, and no call changes them; the
+  state holds each row's own weights of its levels.
+
+  Args:
+    config: Sizes, mixer and levels.
+    inner: Levels that learn inside the sequence; None, or a config that is off,
+      for none.
+    head: Inputs and outputs; logits of the next token by default.
+
+  Returns:
+    A `Model`.
+
+  Raises:
+    errors.UserError: `inner` does not fit the chain of levels, or the head has
+      no next token to learn from.
+  """
+  trunk = trunk_lib.make_trunk(config)
+  table, forward = head.make(config, trunk)
+
+  def decode(params, state, tokens, *, mask=None):
+    return forward(params, state, tokens, mask=mask)
+
+  model = Model(
+    config=config,
+    head=head,
+    table=table,
+    init_params=lambda key: parameters.init(key, table),
+    init_state=trunk.init_state,
+    forward=forward,
+    decode=decode,
+  )
+  if inner is None or not inner.is_on:
+    return model
+  if not head.predicts_tokens:
+    raise errors.UserError(
+      f'inner.chunk_sizes={inner.chunk_sizes}: a model with '
+      f'{type(head).__name__} has no next token for levels to learn from; set '
+      'inner.chunk_sizes=().'
+    )
+  reader = _make_reader(model, trunk, inner)
+
+  def decode_at_rest(params, state, tokens, *, mask=None):
+    # The open segment may overflow its buffer: no level looks at it again.
+    mask = jnp.ones(tokens.shape, bool) if mask is None else mask
+    reset = jnp.zeros(tokens.shape, bool)
+    return reader.read_piece(params, state, tokens, reset=reset, mask=mask)
+
+  return model._replace(
+    init_state=reader.init_state,
+    forward=reader.read,
+    decode=decode_at_rest,
+    losses=reader.losses,
+    reader=reader,
+  )
+
+
+def level_labels(
+  config: trunk_lib.ModelConfig,
+  table: parameters.Table | None = None,
+  *,
+  of: Literal['training', 'chain'] = 'training',
+) -> Any:
+  """The level of each parameter: its name, or 'base' outside the chain.
+
+  In training, a level without a chunk size takes every step and is labelled
+  'base' as well.
+
+  Args:
+    config: The model.
+    table: Of another model around the same trunk; None for the language model.
+    of: Whether the clocks are those of training, or only the chain is asked.
+
+  Returns:
+    A tree of names with the table's structure.
+  """
+  labels = {
+    level.name: 'base'
+    if level.chunk_size is None and of == 'training'
+    else level.name
+    for level in config.levels
+  }
+
+  def label(path, _):
+    names = parameters.path_name(path).split('/')
+    in_block = names[2:] if isinstance(config.mixer, tuple) else names[1:]
+    return labels[in_block[1]] if in_block[:1] == ['levels'] else 'base'
+
+  table = make_model(config).table if table is None else table
+  return jax.tree_util.tree_map_with_path(
+    label, table, is_leaf=lambda x: isinstance(x, parameters.Param)
+  )
+
+
+def _make_reader(
+  model: Model, trunk: base.Layer, inner: inner_lib.InnerConfig
+) -> stream.Reader:
+  """Makes the levels of a language model learn while they read.
+
+  The levels' weights in the reader's state are those of the last blocks, split
+  as by `stacks.split_blocks`.
+  """
+  config = model.config
+  learning = inner_lib.make_levels(
+    inner, [level.name for level in config.levels]
+  )
+  num_blocks = config.num_layers // len(config.pattern)
+  num_last = inner.num_blocks(num_blocks)
+  split = functools.partial(stacks.split_blocks, num_last=num_last)
+  labels = level_labels(config, model.table, of='chain')
+  teach = None
+  if inner.objective in cms.LOCAL_OBJECTIVES:
+    if not isinstance(model.head, heads.LanguageHead):
+      raise errors.UserError(
+        f'inner.objective={inner.objective!r} is about the embedding of the '
+        f'next token, which {type(model.head).__name__} does not have; set '
+        "inner.objective='next_token'."
+      )
+    names = tuple(level.name for level in learning)
+    teach = model.head.make_teach(config, trunk, inner.objective, names)
+  reader = in_context.make_reader(
+    model.forward,
+    model.init_state,
+    learning,
+    stacks.split_labels(labels, num_blocks, num_last),
+    reduce=inner.reduce,
+    nested=config.chain.connection == 'nested',
+    gradient=inner.gradient,
+    max_drift=inner.max_drift,
+    in_segment=inner.objective == 'in_segment',
+    teach=teach,
+  )
+
+  def of_split(function):
+    return lambda params, *args, **kwargs: function(
+      split(params), *args, **kwargs
+    )
+
+  functions = ('init_state', 'read', 'read_segments', 'read_piece', 'losses')
+  return reader._replace(
+    prepare=split,
+    **{name: of_split(getattr(reader, name)) for name in functions},
+  )
