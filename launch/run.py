@@ -43,7 +43,8 @@ _CONFIG = flags.DEFINE_string(
   'config',
   None,
   'Experiment file, optionally with an argument (experiments/x.py:arg), or the '
-  'config.json of a run. May be left out where --workdir holds a run.',
+  'config.json of a run (FILE.py@runs/a/config.json if an experiment outside '
+  'of this checkout made it). May be left out where --workdir holds a run.',
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder that the run writes to, and resumes from.'

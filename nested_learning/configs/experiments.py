@@ -1,6 +1,8 @@
 """Configs from experiment files and from the `config.json` of a run."""
 
 import dataclasses
+import pathlib
+import types
 from typing import Any, NamedTuple
 
 from nested_learning import errors
@@ -27,7 +29,8 @@ def load(spec: str) -> Any:
 
   Args:
     spec: `path/to/experiment.py`, the same with `:arg` for `get_config(arg)`,
-      or the `config.json` of a run.
+      or the `config.json` of a run. If a file outside of this checkout's
+      experiments made it, `path/to/experiment.py@path/to/config.json`.
 
   Returns:
     The config, a frozen dataclass.
@@ -50,25 +53,33 @@ def load_experiment(spec: str) -> Experiment:
   Raises:
     errors.UserError: If the file cannot be read or does not make a config.
   """
-  if spec.endswith('.json'):
-    try:
-      with open(spec, encoding='utf-8') as file:
-        text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-      raise errors.UserError(f'Cannot read {spec}: {error}.') from error
-    try:
-      data = serialization.decode(text)
-      config = serialization.from_json(text)
-    except errors.UserError as error:
-      raise errors.UserError(f'{spec}: {error}') from error
-    name = data.get(serialization.RUN_KEY)
-    module = files.find(name) if name else None
-  else:
+  if not spec.endswith('.json'):
     module, config = files.call_get_config(spec)
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
       raise errors.UserError(
         f'{spec}: get_config returned {type(config).__name__} '
         f'{config!r}; return a frozen dataclass.'
       )
+  else:
+    file, at, path = spec.rpartition('.py@')
+    if at:  # the classes of the config are in a file of the user's
+      files.load(pathlib.Path(file + '.py'))
+    module, config = _read_json(path)
   run = getattr(module, 'run', None)
   return Experiment(config, run, module.__name__ if run else None)
+
+
+def _read_json(path: str) -> tuple[types.ModuleType | None, Any]:
+  """Reads the config.json of a run, and the module with its `run`."""
+  try:
+    with open(path, encoding='utf-8') as file:
+      text = file.read()
+  except (OSError, ValueError) as error:
+    reason = getattr(error, 'strerror', None) or error
+    raise errors.UserError(f'Cannot read {path}: {reason}.') from error
+  try:
+    config = serialization.from_json(text)
+    name = serialization.decode(text).get(serialization.RUN_KEY)
+    return files.find(name) if name else None, config
+  except errors.UserError as error:
+    raise errors.UserError(f'{path}: {error}') from error

@@ -36,7 +36,7 @@ def call_get_config(spec: str) -> tuple[types.ModuleType, Any]:
       f'{spec} is neither a Python file nor JSON; name a file such as '
       'experiments/quickstart.py, or the config.json of a run.'
     )
-  module = _load(path)
+  module = load(path)
   if not callable(getattr(module, 'get_config', None)):
     raise errors.UserError(
       f'{path} does not define get_config(arg=None), which returns the config.'
@@ -83,16 +83,26 @@ def find(name: str) -> types.ModuleType:
     and (_CHECKOUT / 'launch' / 'run.py').is_file()
     and file.is_file()
   ):
-    return _load(file)
+    return load(file)
   raise errors.UserError(
     f'the config was made by {name}, which is not an experiment in '
-    f'{_CHECKOUT / "experiments"}. Name its file, as in '
-    f'--config=PATH/{parts[-1]}.py.'
+    f'{_CHECKOUT / "experiments"}. Name its file too, as in '
+    f'--config=PATH/{parts[-1].removeprefix(_LOOSE)}.py@runs/a/config.json.'
   )
 
 
-def _load(path: pathlib.Path) -> types.ModuleType:
-  """Imports a file by its path, once."""
+def load(path: pathlib.Path) -> types.ModuleType:
+  """Imports an experiment file by its path, once.
+
+  Args:
+    path: The file, which the user named or which is in this checkout.
+
+  Returns:
+    Its module.
+
+  Raises:
+    errors.UserError: If there is no such file, or it raises.
+  """
   resolved = path.resolve()
   name = _module_name(resolved)
   loaded = sys.modules.get(name)
@@ -151,7 +161,7 @@ def _is_in_package(frame: traceback.FrameSummary) -> bool:
   path = pathlib.Path(frame.filename)
   # These call a user's code, so they are below every mistake in it.
   calls_users = path.parent == _PACKAGE / 'configs' and (
-    frame.name in ('call_get_config', '_load', 'make')
+    frame.name in ('call_get_config', 'load', 'make')
   )
   return path.is_relative_to(_PACKAGE) and not calls_users
 

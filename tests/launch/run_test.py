@@ -118,6 +118,10 @@ class RunTest(parameterized.TestCase):
       os.listdir(self.workdir), ['config.json', 'lock', 'metrics.jsonl']
     )
     again = self._call('--config=runs/a/config.json', '--workdir=runs/b')
+    self._assert_refused(again, 'Name its file too, as in --config=PATH/toy.py')
+    again = self._call(
+      '--config=experiments/toy.py@runs/a/config.json', '--workdir=runs/b'
+    )
     self._assert_done(again, 'train 6 def')
     copy = self.workdir.parent / 'b' / 'config.json'
     self.assertEqual(json.loads(copy.read_text()), data)
@@ -126,7 +130,8 @@ class RunTest(parameterized.TestCase):
     self._assert_done(self._toy(), 'train 5 def')
     before = (self.workdir / 'config.json').read_bytes()
     self._assert_done(self._toy(), 'train 5 def')
-    self._assert_done(self._call('--workdir=runs/a'), 'train 5 def')
+    config = '--config=experiments/toy.py@runs/a/config.json'
+    self._assert_done(self._call(config, '--workdir=runs/a'), 'train 5 def')
     refused = self._toy('--set=size=8')
     self._assert_refused(refused, 'size (5 there, 8 here)')
     self.assertIn('Use another --workdir', refused.stderr)
@@ -163,7 +168,8 @@ class RunTest(parameterized.TestCase):
     self._toy()
     before = (self.workdir / 'config.json').read_bytes()
     mode = '--mode=generate'
-    call = self._call('--workdir=runs/a', mode, '--prompt=a b')
+    config = '--config=experiments/toy.py@runs/a/config.json'
+    call = self._call(config, '--workdir=runs/a', mode, '--prompt=a b')
     self._assert_done(call, 'generate 5 a b')
     self._assert_done(self._toy(mode, '--prompt=x'), 'generate 5 x')
     self._assert_refused(
@@ -329,9 +335,10 @@ class RunTest(parameterized.TestCase):
     toy = '--config=experiments/toy.py:5'
     self._assert_done(self._call(toy, workdir), 'train 5 def')
     self.assertIn(name, os.listdir(self.folder.full_path))
-    self._assert_done(self._call(workdir, '--mode=eval'), 'eval 5 def')
+    self._assert_done(self._call(toy, workdir, '--mode=eval'), 'eval 5 def')
     (path,) = pathlib.Path(self.folder.full_path, name).glob('config.json')
-    again = self._call(f'--config={path}', '--workdir=other')
+    config = f'--config=experiments/toy.py@{path}'
+    again = self._call(config, '--workdir=other')
     self._assert_done(again, 'train 5 def')
 
   @parameterized.parameters('workdir', 'config', 'session')
