@@ -1,12 +1,12 @@
 """Bits per byte, the loss by position in the context, answers to tasks."""
 
+from nested_learning.evaluation.accuracy import Answer
 from nested_learning.evaluation.accuracy import cross_entropy
 from nested_learning.evaluation.accuracy import ErrorEvaluation
 from nested_learning.evaluation.accuracy import make_count
 from nested_learning.evaluation.accuracy import squared_error
 from nested_learning.evaluation.accuracy import TaskEvaluation
-from nested_learning.evaluation.answers import Answer
-from nested_learning.evaluation.answers import write_answers
+from nested_learning.evaluation.accuracy import write_answers
 from nested_learning.evaluation.by_position import bin_edges
 from nested_learning.evaluation.by_position import gain_by_position
 from nested_learning.evaluation.by_position import mean_over_bins

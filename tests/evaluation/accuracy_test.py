@@ -101,7 +101,9 @@ class CountTest(parameterized.TestCase):
     batch = _batch(0)
     batch['targets'][0, 0], batch['mask'][0, 0] = _NUM_IDS, True
     count = evaluation.make_count(Table())
-    with self.assertRaisesRegex(errors.UserError, '1 targets .* not ids'):
+    with self.assertRaisesRegex(
+      errors.UserError, '1 ids of a batch are not among'
+    ):
       count(None, [[batch]])
 
   def test_squared_errors_of_numbers(self):
