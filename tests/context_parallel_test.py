@@ -12,14 +12,15 @@ from nested_learning import compilation
 from nested_learning import layers
 from nested_learning import parameters
 from nested_learning import sharding
-from nested_learning.layers import attention
 from nested_learning.layers import convolution
-from nested_learning.layers import memory_as_context
-from nested_learning.layers import memory_mixer
-from nested_learning.layers import tnt
 from tests import compiling
 
 _ROWS, _LENGTH, _EMBED = 4, 32, 6
+_SIZES = {
+  'embed_dim': _EMBED,
+  'max_length': _LENGTH + 3,
+  'dtype': jnp.float64,
+}
 _MESHES = {
   'context': sharding.MeshConfig(data=1, context=4),
   'all': sharding.MeshConfig(data=2, context=2, model=2),
@@ -36,9 +37,7 @@ def make_attention(**settings):
   config = layers.AttentionConfig(
     num_heads=4, num_kv_heads=2, head_dim=4, **settings
   )
-  return attention.make_attention(
-    config, embed_dim=_EMBED, max_length=_LENGTH + 3, dtype=jnp.float64
-  )
+  return config.make(**_SIZES)
 
 
 class ContextParallelTest(parameterized.TestCase):
@@ -152,9 +151,7 @@ class ContextParallelTest(parameterized.TestCase):
       chunk_size=4,
       chunk_size_others=8,
     )
-    layer = memory_mixer.make_memory_mixer(
-      config, embed_dim=_EMBED, dtype=jnp.float64
-    )
+    layer = config.make(**_SIZES)
     found = self.check(layer, mesh, self.marks(marks))
     if marks != 'mask':
       self.assertEmpty(found.in_memory_loops)
@@ -180,7 +177,7 @@ class ContextParallelTest(parameterized.TestCase):
       chunk_size=8,
     )
     config = layers.TntConfig(memory, (layers.LocalConfig(2, 4),))
-    layer = tnt.make_tnt(config, embed_dim=_EMBED, dtype=jnp.float64)
+    layer = config.make(**_SIZES)
     found = self.check(layer, mesh, self.marks('reset'))
     self.assertEmpty(found.in_memory_loops)
     # Only the global memory waits for the device before.
@@ -198,9 +195,7 @@ class ContextParallelTest(parameterized.TestCase):
     config = layers.MemoryAsContextConfig(
       memory, layers.AttentionConfig(2, 1, 4, num_persistent=1)
     )
-    layer = memory_as_context.make_memory_as_context(
-      config, embed_dim=_EMBED, dtype=jnp.float64
-    )
+    layer = config.make(**_SIZES)
     self.check(layer, 'context', self.marks('reset'), same_state=False)
 
 

@@ -254,7 +254,7 @@ def _delta_rules(config):
       models.zoo.Size(1, heads * dim, heads, 1)
     )
     kept = retention if family == 'gated_deltanet' else jnp.ones_like(retention)
-    network = mixer.network(num_vectors=1, num_scalars=0)
+    network = mixer.network()
     initial = {'in': jnp.zeros((heads, dim, dim))}
 
     def engine(

@@ -1,34 +1,56 @@
-r"""Attention and a memory in one layer: Titans' MAL and MAG.
-
-With attention A in a window and memory M, both layers of their own:
+r"""Titans' hybrids of attention A and a memory M: MAL, MAG and MAC.
 
 .. math::
    \text{memory as a layer (MAL):}\quad y &= A(norm(M(x))) \\
    \text{memory as a gate (MAG):}\quad y &= norm(A(x)) \odot silu(norm(M(x)))
 
-The papers' persistent tokens are the attention's, see `AttentionConfig`; what
-they would have written into the memory is learned as its initial memory. Titans
-leaves the gate open ("normalised with learnable vectors, followed by a
-non-linearity"); and the norm between the layers of MAL is ours.
+Memory as context (MAC) cuts the stream into segments of `memory.chunk_size`
+tokens, counted from its start; a document border ends a segment early. With M_0
+the memory at the start of a segment and M_t the memory after the writes of
+y_1 ... y_t, token t of the segment is
+
+.. math::
+   h_t &= norm(M_0(x_t)) \\
+   y_t &= norm(A(P, h_1, x_1, ..., h_t, x_t)) \\
+   o_t &= y_t \odot silu(norm(M_t(y_t)))
+
+MAC differs from the paper in two readings, which make it causal. In the paper a
+segment attends to the reads of all its tokens, and o is read from the memory
+after the writes of the whole segment: both look ahead. Here a token sees the
+reads up to its own, and o_t is read after the writes up to its own. At the last
+token of a segment the two agree. h and x share the projections of attention,
+reads and writes those of the memory; the convolution of the reads runs over x,
+that of the writes over y.
+
+Persistent tokens P are `AttentionConfig.num_persistent`; what they would have
+written into the memory is part of its learned initial memory. The paper leaves
+the gate open ("normalised with learnable vectors, followed by a
+non-linearity"). The norm between the layers of MAL is ours.
 
 References:
-  Behrouz et al., Titans, arXiv:2501.00663, 2024, eqs. 26-31.
+  Behrouz et al., Titans, arXiv:2501.00663, 2024, eqs. 21-31.
 """
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from nested_learning import context_parallel
+from nested_learning import errors
 from nested_learning.layers import attention
 from nested_learning.layers import base
 from nested_learning.layers import memory_mixer
 from nested_learning.layers import norm
+from nested_learning.memory import pieces
+from nested_learning.memory import rows
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryAsLayerConfig:
-  """A memory, and attention to what it makes of the tokens."""
+class _PartsConfig:
+  """A memory and attention that read the same tokens."""
 
   memory: memory_mixer.MemoryMixerConfig
   attention: attention.AttentionConfig
@@ -43,56 +65,97 @@ class MemoryAsLayerConfig:
     """Tokens of a chunk; see `base.MixerConfig`."""
     return self.memory.granularity
 
+
+@dataclasses.dataclass(frozen=True)
+class MemoryAsLayerConfig(_PartsConfig):
+  """A memory, and attention to its outputs."""
+
   def make(self, *, embed_dim: int, max_length: int, dtype: Any) -> base.Layer:
     """Makes the layer; see `base.MixerConfig`."""
-    return make_memory_as_layer(
-      self, embed_dim=embed_dim, max_length=max_length, dtype=dtype
-    )
+    parts = _make_parts(self, embed_dim, max_length, dtype)
+    return _make_memory_as_layer(parts, embed_dim)
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryAsGateConfig:
-  """Attention and a memory side by side, each gating the other."""
+class MemoryAsGateConfig(_PartsConfig):
+  """Attention and a memory side by side, the one gated by the other."""
+
+  def make(self, *, embed_dim: int, max_length: int, dtype: Any) -> base.Layer:
+    """Makes the layer; see `base.MixerConfig`."""
+    parts = _make_parts(self, embed_dim, max_length, dtype)
+    return _make_memory_as_gate(parts, embed_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryAsContextConfig:
+  """A memory read into attention's context; its chunk is the segment."""
 
   memory: memory_mixer.MemoryMixerConfig
   attention: attention.AttentionConfig
 
+  def __post_init__(self):
+    if self.attention.window is not None:
+      raise errors.UserError(
+        f'attention.window={self.attention.window} has no place in MAC, which '
+        'attends within segments of memory.chunk_size='
+        f'{self.memory.chunk_size} tokens; set it to None.'
+      )
+    if self.memory.window > 1:
+      raise errors.UserError(
+        f'memory.window={self.memory.window} has no place in MAC, which reads '
+        'a memory as it was where the segment began; set it to 1.'
+      )
+    if self.memory.adaptive:
+      raise errors.UserError(
+        f'memory.adaptive={self.memory.adaptive} has no place in MAC, whose '
+        'memory is read and written with different inputs; set it to ().'
+      )
+
   @property
   def holds_any_length(self) -> bool:
     """Whether a stream may have any length; see `base.MixerConfig`."""
-    return self.attention.holds_any_length
+    return True
 
   @property
   def granularity(self) -> int:
-    """Tokens of a chunk; see `base.MixerConfig`."""
-    return self.memory.granularity
+    """Tokens of a segment; see `base.MixerConfig`."""
+    return self.memory.chunk_size
 
   def make(self, *, embed_dim: int, max_length: int, dtype: Any) -> base.Layer:
     """Makes the layer; see `base.MixerConfig`."""
-    return make_memory_as_gate(
-      self, embed_dim=embed_dim, max_length=max_length, dtype=dtype
-    )
+    del max_length
+    return _make_memory_as_context(self, embed_dim, dtype)
 
 
-def make_memory_as_layer(
-  config: MemoryAsLayerConfig, *, embed_dim: int, max_length: int, dtype: Any
-) -> base.Layer:
-  """Makes Titans' MAL.
+class ContextState(NamedTuple):
+  """State of MAC.
 
-  Args:
-    config: Memory and attention.
-    embed_dim: Width e of inputs and outputs.
-    max_length: See `attention.make_attention`.
-    dtype: Type of the projections.
-
-  Returns:
-    A `Layer`; its state has one entry per part.
+  Attributes:
+    reads: State of the convolution of the reads, [b, 3, channels].
+    titans: State of the memory, with the convolution of the writes.
+    attention: Keys and values of the segment so far, of reads and tokens.
+    offset: int32 [b], tokens of the segment so far.
   """
-  parts = _make_parts(config, embed_dim, max_length, dtype)
+
+  reads: jax.Array
+  titans: memory_mixer.MemoryMixerState
+  attention: Any
+  offset: jax.Array
+
+
+def _make_parts(config, embed_dim, max_length, dtype) -> dict[str, base.Layer]:
+  sizes = {'embed_dim': embed_dim, 'max_length': max_length, 'dtype': dtype}
+  return {
+    'titans': config.memory.make(**sizes),
+    'attention': config.attention.make(**sizes),
+  }
+
+
+def _make_memory_as_layer(parts, embed_dim) -> base.Layer:
   table = {**_tables(parts), 'norm': norm.scale_param(embed_dim)}
 
-  def apply(params, state, inputs, marks):
-    run = _runner(parts, params, state, marks)
+  def apply(params, state, inputs, info):
+    run = _runner(parts, params, state, info)
     remembered, memory_state = run('titans', inputs)
     normed = norm.rms_norm(params['norm'], remembered)
     out, attention_state = run('attention', normed)
@@ -101,60 +164,21 @@ def make_memory_as_layer(
   return base.make_layer(table, _init_state(parts), apply)
 
 
-def make_memory_as_gate(
-  config: MemoryAsGateConfig, *, embed_dim: int, max_length: int, dtype: Any
-) -> base.Layer:
-  """Makes Titans' MAG; arguments and result are those of MAL.
-
-  Args:
-    config: Memory and attention.
-    embed_dim: Width e of inputs and outputs.
-    max_length: See `attention.make_attention`.
-    dtype: Type of the projections.
-
-  Returns:
-    A `Layer`; its state has one entry per part.
-  """
-  parts = _make_parts(config, embed_dim, max_length, dtype)
+def _make_memory_as_gate(parts, embed_dim) -> base.Layer:
   table = {
     **_tables(parts),
     'norm': {name: norm.scale_param(embed_dim) for name in parts},
   }
 
-  def apply(params, state, inputs, marks):
-    run = _runner(parts, params, state, marks)
+  def apply(params, state, inputs, info):
+    run = _runner(parts, params, state, info)
     attended, attention_state = run('attention', inputs)
     remembered, memory_state = run('titans', inputs)
     normed = norm.rms_norm(params['norm']['attention'], attended)
-    out = gate(params['norm']['titans'], normed, remembered)
+    out = _gate(params['norm']['titans'], normed, remembered)
     return out, {'titans': memory_state, 'attention': attention_state}
 
   return base.make_layer(table, _init_state(parts), apply)
-
-
-def gate(scale: jax.Array, x: jax.Array, by: jax.Array) -> jax.Array:
-  """x * silu(norm(by)), the gate of MAG and MAC.
-
-  Args:
-    scale: [e], of the norm.
-    x: [b, t, e].
-    by: [b, t, e].
-
-  Returns:
-    [b, t, e].
-  """
-  return x * jax.nn.silu(norm.rms_norm(scale, by))
-
-
-def _make_parts(config, embed_dim, max_length, dtype):
-  return {
-    'titans': memory_mixer.make_memory_mixer(
-      config.memory, embed_dim=embed_dim, dtype=dtype
-    ),
-    'attention': attention.make_attention(
-      config.attention, embed_dim=embed_dim, max_length=max_length, dtype=dtype
-    ),
-  }
 
 
 def _tables(parts):
@@ -168,9 +192,137 @@ def _init_state(parts):
   }
 
 
-def _runner(parts, params, state, marks):
+def _runner(parts, params, state, info):
   def run(name, inputs):
     start = None if state is None else state[name]
-    return parts[name].apply(params[name], start, inputs, marks)
+    return parts[name].apply(params[name], start, inputs, info)
 
   return run
+
+
+def _gate(scale, x, by):
+  """Computes x * silu(norm(by)), the gate of MAG and MAC, all [b, t, e]."""
+  return x * jax.nn.silu(norm.rms_norm(scale, by))
+
+
+def _make_memory_as_context(config, embed_dim, dtype) -> base.Layer:
+  size = config.memory.chunk_size
+  memory = memory_mixer.make_memory_mixer(
+    config.memory, embed_dim=embed_dim, dtype=dtype
+  )
+  # Each token of a segment adds two keys, its read and itself; all are visible.
+  attend = attention.make_attention(
+    dataclasses.replace(config.attention, window=2 * size),
+    embed_dim=embed_dim,
+    max_length=2 * size,
+    dtype=dtype,
+  )
+  table = {
+    'titans': memory.table,
+    'attention': attend.table,
+    'norm': {
+      name: norm.scale_param(embed_dim)
+      for name in ('read', 'attention', 'titans')
+    },
+  }
+
+  def init_state(params, batch_size):
+    titans_state = memory.init_state(params['titans'], batch_size)
+    return ContextState(
+      reads=titans_state.conv,
+      titans=titans_state,
+      attention=attend.init_state(params['attention'], batch_size),
+      offset=jnp.zeros((batch_size,), jnp.int32),
+    )
+
+  def segment(params, write, state, tokens):
+    """Reads one segment [b, 1, c, e], or its tokens that the mask leaves."""
+    x, reset, mask = tokens
+    x = x[:, 0]  # [b, c, e]
+    batch_size, length, _ = x.shape
+    read, after = memory.apply(
+      params['titans'],
+      _at_segment_start(state),
+      x,
+      base.TokenInfo(reset, mask, write=False),
+    )
+    read = norm.rms_norm(params['norm']['read'], read)
+    is_whole = mask is None and length == size
+    pairs, attention_state = attend.apply(
+      params['attention'],
+      None if is_whole else state.attention,
+      jnp.stack([read, x], axis=2).reshape(batch_size, 2 * length, -1),
+      base.TokenInfo(
+        None if reset is None else _interleave(reset, jnp.zeros_like(reset)),
+        None if mask is None else _interleave(mask, mask),
+      ),
+    )
+    y = norm.rms_norm(params['norm']['attention'], pairs[:, 1::2])
+    remembered, titans_state = memory.apply(
+      params['titans'], state.titans, y, base.TokenInfo(reset, mask, write)
+    )
+    out = _gate(params['norm']['titans'], y, remembered)
+    count = length if mask is None else jnp.sum(mask, 1, dtype=jnp.int32)
+    offset = (state.offset + count) % size
+    empty = attend.init_state(params['attention'], batch_size)
+    attention_state = rows.where(offset == 0, empty, attention_state)
+    state = ContextState(after.conv, titans_state, attention_state, offset)
+    return state, out[:, None]
+
+  def scan(params, write, state, tokens, *, is_aligned):
+    """Reads all segments of inputs [b, t, e]."""
+    inputs, reset, mask = tokens
+    # The engine lays out tokens [b, h, t, ...]: here with one head.
+    segments, restore = pieces.lay_out(
+      size,
+      state.offset,
+      inputs[:, None],
+      is_aligned=is_aligned,
+      reset=reset,
+      mask=mask,
+    )
+    run = functools.partial(segment, params, write)
+    # Recomputed in the backward pass, which keeps one state per segment.
+    run = jax.checkpoint(run, prevent_cse=False)
+    state, out = jax.lax.scan(run, state, segments)
+    return restore(out)[:, 0], state
+
+  def apply(params, state, inputs, info):
+    num_tokens = inputs.shape[1]
+    num_parts = context_parallel.num_parts(num_tokens, multiple=size)
+    is_aligned = state is None and info.mask is None
+    if state is None:
+      state = init_state(params, inputs.shape[0])
+    if num_tokens == 1:
+      tokens = inputs[:, None], info.reset, info.mask
+      state, out = segment(params, info.write, state, tokens)
+      return out[:, 0], state
+    if num_parts == 1 or not is_aligned:
+      tokens = inputs, info.reset, info.mask
+      return scan(params, info.write, state, tokens, is_aligned=is_aligned)
+    return context_parallel.hand_over(
+      lambda params, state, tokens: scan(
+        params, info.write, state, (*tokens, None), is_aligned=True
+      ),
+      params,
+      state,
+      (inputs, info.reset),
+      in_axes=1,
+      out_axes=1,
+    )
+
+  return base.make_layer(table, init_state, apply)
+
+
+def _at_segment_start(state: ContextState) -> memory_mixer.MemoryMixerState:
+  """Returns the memory at the segment's start, with the reads' convolution."""
+  main = state.titans.main
+  found = rows.where(main.offset == 0, main.memory, main.anchor)
+  main = main._replace(memory=found, anchor=found)
+  return state.titans._replace(conv=state.reads, main=main)
+
+
+def _interleave(of_reads, of_tokens):
+  """Interleaves marks [b, t] of reads and tokens to [b, 2 t]."""
+  pairs = jnp.stack([of_reads, of_tokens], axis=2)
+  return pairs.reshape(pairs.shape[0], -1)

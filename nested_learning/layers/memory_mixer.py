@@ -1,185 +1,180 @@
-r"""A memory that mixes tokens: self-modifying Titans, and all that is simpler.
+r"""A memory per head that mixes tokens: self-modifying Titans and simpler ones.
 
-In self-modifying Titans, keys, values, rates and retention learn as they read.
-
-Per head, with x^k, x^v, x^q static projections of the layer's input:
+In self-modifying Titans, the memories that make keys, values and rates learn
+while they read. Per head, with static projections x^k, x^v, x^q of the layer's
+input:
 
 .. math::
    k_t, v_t &= M_k(x^k_t), M_v(x^v_t) \\
    inner\_lr_t, retention_t &= M_{lr}(x^k_t), M_r(x^k_t) \\
    y_t &= M_{main}(q_t)
 
-and every memory M, main included, is written at k_t towards its own output for
-v_t. Each memory starts from a learned initial memory; it is a matrix or a
-two-layer residual MLP, see `nested_learning.memory.networks`. A role that is no
-memory is its projection alone.
+Every memory M, main included, is written at k_t towards its own output for v_t,
+from a learned initial memory. It is a matrix or a two-layer residual MLP, see
+`nested_learning.memory.networks`. A role that is not in `adaptive` is its
+projection alone. With no adaptive role and `target='value'` the layer is every
+linear-attention, delta-rule and test-time-training mixer of the zoo.
 
-What the equations leave open is settled thus: each projection is convolved over
-4 tokens; k, q, v, what their memories read and the targets are L2-normalised;
-inner_lr is a bounded sigmoid and retention a sigmoid, both with a learned bias
-per head outside the memories, one for main and one for the others, which move
-slowly at first and in some heads return soon (`memory_rates.py`); the read is
-normalised per head, gated and projected. The paper has one x for all roles;
-with a projection each, a role whose memory never changes is an ordinary one.
+Choices that the paper leaves open: projections are convolved over 4 tokens; k,
+q, v, the outputs of their memories and the targets are L2-normalised; rates
+have a learned bias per head outside the memories (`memory_projections.py`); the
+read is normalised per head, gated and projected. The paper has one x for all
+roles; with one projection each, a role whose memory never changes is ordinary.
 
-Three defaults are not as printed. The objective is the dot product: Delta
-Gradient Descent already subtracts what the memory gives for a key, and the L2
-objective would subtract it again. It erases at the maps that make an output
-alone: erasing at the map that reads the key empties the hidden layer for every
-key that was written, and what is stored behind it cannot be read. And tokens
-write these maps alone, so that what was written is read through the same hidden
-layer however many tokens later. As printed, with objective 'l2', and erase and
-learns 'every_map', small models recall nothing that was written anew; see
-`experiments/ablations/erase.py`.
-
-With no role but main a memory, and `target='value'`, the same layer is every
-linear-attention, delta-rule and test-time-training mixer of the zoo: there a
-value is what was projected, and k and q alone are normalised.
-
-What newer papers add is an option each, in a file of its own: Atlas' windows
-(`memory/tails.py`) and orthogonal steps (`memory/orthogonal.py`), local errors
-(`memory/local.py`) and steps that are capped (`memory_rates.py`).
+Three defaults differ from the paper. The objective is the dot product: Delta
+Gradient Descent already subtracts the memory's output for a key, and the L2
+objective would subtract it again. Only the maps that make an output are erased:
+erasing the map that reads the key empties the hidden layer for every key that
+was written, and values stored behind it cannot be read. And tokens write these
+maps alone, so that a value is read through the hidden layer it was written
+with. As printed (objective 'l2', erase and learns 'every_map'), small models do
+not recall new values; see `experiments/ablations/erase.py`.
 
 References:
-  Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eqs. 83-91.
+  Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eqs. 79-91.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from nested_learning import errors
 from nested_learning import memory
 from nested_learning import parameters
 from nested_learning.layers import base
 from nested_learning.layers import memory_engine
-from nested_learning.layers import memory_features
-from nested_learning.layers import memory_out
-from nested_learning.layers import memory_rates
-from nested_learning.layers import memory_roles
-from nested_learning.layers import memory_table
+from nested_learning.layers import memory_projections
 from nested_learning.layers import norm
 
-ROLES = (*memory_features.ROLES, *memory_rates.ROLES)
-
-_CHOICES = {
-  'kind': ('mlp', 'matrix'),
-  'initial': ('learned', 'zero'),
-  'output': ('plain', 'norm', 'map'),
-  'features': tuple(memory_features.FEATURES),
-  'activation': tuple(memory.ACTIVATIONS),
-  'target': ('own', 'value'),
-  'objective': tuple(memory.OBJECTIVES),
-  'inner_lr': ('token', 'one'),
-  'retention': ('token', 'head', 'none'),
-  'weights': ('as_written', *memory.RETENTION_MAPS),
-  'cap': memory_rates.CAPS,
-  'engine': ('chunk', 'token'),
-}
+RATES = ('inner_lr', 'retention')  # roles that give a number
+ROLES = (*memory_projections.ROLES, *RATES)
+# Roles that give a vector. 'k' is last, beside the numbers, which read as it
+# does: the network reads them in one slice.
+_VECTORS = ('v', 'q', 'k')
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryMixerConfig:
-  """A memory per head; a role that is no memory is a static projection.
-
-  The defaults are self-modifying Titans.
-  """
+  """Settings of the memories; the defaults are self-modifying Titans."""
 
   num_heads: int
   head_dim: int
-  kind: str = 'mlp'  # of every memory: 'mlp' | 'matrix'
-  initial: str = 'learned'  # where memories start; or 'zero', a matrix alone
-  hidden_dim: int = 0  # of the MLP memories; 0 is head_dim
-  activation: str = 'silu'  # of the MLP memories; the paper does not say
-  # 'norm' is x + LayerNorm(M(x)), as TTT and Miras have; 'map' M(x) alone.
-  output: str = 'plain'
+  kind: Literal['mlp', 'matrix'] = 'mlp'  # the network of every memory
+  initial: Literal['learned', 'zero'] = 'learned'  # 'zero' for a matrix alone
+  hidden_dim: int = 0  # hidden width of an MLP; 0 is head_dim
+  # Of an MLP; the paper does not say.
+  activation: Literal['silu', 'gelu', 'relu'] = 'silu'
+  # The network's output; 'norm' is x + LayerNorm(M(x)), as in TTT and Miras,
+  # 'map' has no residual connection.
+  output: Literal['plain', 'norm', 'map'] = 'plain'
   adaptive: tuple[str, ...] = ('k', 'v', 'inner_lr', 'retention')  # or 'q' too
-  # Of keys and queries; 'elu' is 1 + elu(x), 'polynomial' Atlas'.
-  features: str = 'l2'
-  target: str = 'own'  # the memory's own output for the value; or 'value'
+  # Of keys and queries; 'elu' is 1 + elu(x), 'polynomial' is Atlas'.
+  features: Literal['l2', 'elu', 'polynomial'] = 'l2'
+  # What a write aims at: the memory's own output for the value, or the value.
+  target: Literal['own', 'value'] = 'own'
   chunk_size: int = 64  # tokens between anchors of the main memory
-  chunk_size_others: int = 64  # the same of all other memories
-  objective: str = 'dot'  # or 'l2', 'huber', 'l3'
-  inner_lr: str = 'token'  # made for each token; or 'one'
-  retention: str = 'token'  # the same; 'head', RetNet's constants; or 'none'
-  erase: str = 'output'  # maps with the delta rule; or as in `memory.Rule`
-  learns: str = 'output'  # maps that tokens write; or 'every_map'
-  erase_from: str = 'previous'  # weights; or 'retained', as Gated DeltaNet does
-  retain_to: str = 'initial'  # or 'zero'
-  read: str = 'token'  # or 'chunk', as the paper prints
-  momentum: bool = False  # Titans' trace, its rate a static projection
-  weights: str = 'as_written'  # what is read; Miras: 'lq_norm', 'softmax' of it
+  chunk_size_others: int = 64  # tokens between anchors of the other memories
+  objective: Literal['dot', 'l2', 'huber', 'l3'] = 'dot'
+  inner_lr: Literal['token', 'one'] = 'token'  # made for each token, or 1
+  # Made for each token, RetNet's constant per head, or 1.
+  retention: Literal['token', 'head', 'none'] = 'token'
+  # Maps with the delta rule.
+  erase: Literal['none', 'input', 'output', 'every_map'] = 'output'
+  learns: Literal['output', 'every_map'] = 'output'  # maps that tokens write
+  # Weights that the delta rule erases from; Gated DeltaNet takes 'retained'.
+  erase_from: Literal['previous', 'retained'] = 'previous'
+  retain_to: Literal['initial', 'zero'] = 'initial'  # limit of retention
+  # Read after each token's write, or at the chunk's start as in the paper.
+  read: Literal['token', 'chunk'] = 'token'
+  momentum: bool = False  # Titans' trace; its rate is a static projection
+  # What is read, a map of the written weights; the last two are Miras'.
+  weights: Literal['as_written', 'lq_norm', 'softmax'] = 'as_written'
   max_inner_lr: float = 2.0  # bound of the inner learning rate; 2 reflects
-  # VisionHOPE's r: caps inner_lr at (1 - retention) / r.
-  injection: float | None = None
-  cap: str = 'soft'  # how; or 'hard', 'spectral'
-  max_norm: float | None = 8.0  # bound on a map's departure from its start
-  window: int | None = None  # tokens whose errors a step sums, as Atlas has
-  step: str = 'gradient'  # Atlas: 'orthogonal', along the trace
-  errors: str = 'propagated'  # DeltaTTT: 'local' to each map
-  engine: str = 'chunk'  # 'token' is the definition: slow, for comparison
+  max_norm: float | None = 8.0  # bound on a map's distance from its start
+  window: int = 1  # tokens whose errors a step sums; Atlas
+  step: Literal['gradient', 'orthogonal'] = 'gradient'  # the second is Atlas'
+  # 'local' gives each map of an MLP an error of its own; DeltaTTT.
+  errors: Literal['propagated', 'local'] = 'propagated'
+  engine: Literal['chunk', 'token'] = 'chunk'  # the second is slow, to compare
 
   def __post_init__(self):
-    unknown = set(self.adaptive) - set(ROLES)
+    errors.check_choices(self)
+    self._check_sizes()
+    unknown = sorted(set(self.adaptive) - set(ROLES))
     if unknown:
-      raise ValueError(
-        f'adaptive={self.adaptive} names {sorted(unknown)}; known roles are '
+      raise errors.UserError(
+        f'adaptive={self.adaptive} names {unknown}; known roles are '
         f'{", ".join(ROLES)}.'
       )
-    for name, known in _CHOICES.items():
-      if getattr(self, name) not in known:
-        raise ValueError(
-          f'{name}={getattr(self, name)!r} must be one of {", ".join(known)}.'
-        )
     if self.adaptive and self.target != 'own':
-      raise ValueError(
+      raise errors.UserError(
         f'target={self.target!r} is one vector, which the memories of '
         f"{self.adaptive} cannot share; use 'own', or adaptive=()."
       )
-    for name in memory_rates.ROLES:
+    for name in RATES:
       if name in self.adaptive and getattr(self, name) != 'token':
-        raise ValueError(
+        raise errors.UserError(
           f'{name}={getattr(self, name)!r} is not made by a memory; take '
           f'{name!r} out of adaptive={self.adaptive}.'
         )
-    if self.injection is not None and self.injection <= 0:
-      raise ValueError(
-        f'injection={self.injection} must be above 0, or None for no cap.'
-      )
     if self.initial == 'zero' and self.kind != 'matrix':
-      raise ValueError(
+      raise errors.UserError(
         f'a memory with kind={self.kind!r} and initial={self.initial!r} never '
         "changes; use 'learned'."
       )
-    for name in ('main', 'others'):
-      self.rule(name)  # raises on what the engine does not know
+    for group in ('main', 'others'):
+      self.rule(group)  # refuses combinations that the engine does not define
     self._check_extensions()
 
+  def _check_sizes(self) -> None:
+    check = functools.partial(errors.check_field, self)
+    for name in (
+      'num_heads',
+      'head_dim',
+      'chunk_size',
+      'chunk_size_others',
+      'window',
+    ):
+      check(name, getattr(self, name) >= 1, 'at least 1')
+    check('hidden_dim', self.hidden_dim >= 0, 'at least 1, or 0 for head_dim')
+    check(
+      'max_inner_lr',
+      0 <= self.max_inner_lr < math.inf,
+      'a finite number of at least 0',
+    )
+    check(
+      'max_norm',
+      self.max_norm is None or self.max_norm > 0,
+      'above 0, or None for no bound',
+    )
+
   def _check_extensions(self) -> None:
-    """Checks what newer papers add; all of it is of the main memory alone."""
+    """Checks the settings of Atlas and DeltaTTT, for the main memory alone."""
     is_set = {
-      'window': self.window not in (None, 1),
+      'window': self.window > 1,
       'step': self.step != 'gradient',
       'errors': self.errors != 'propagated',
     }
     for name in [name for name in is_set if is_set[name]]:
       if self.adaptive:
-        raise ValueError(
+        raise errors.UserError(
           f'{name}={getattr(self, name)!r} is not defined for memories that '
           f'make adaptive={self.adaptive}; set adaptive to ().'
         )
     if not is_set['errors']:
       return
     if self.kind != 'mlp':
-      raise ValueError(
+      raise errors.UserError(
         f'errors={self.errors!r} are of the maps of an MLP; set '
         f"kind={self.kind!r} to 'mlp'."
       )
     if self.hidden_dim not in (0, self.head_dim):
-      raise ValueError(
+      raise errors.UserError(
         f'errors={self.errors!r} make the hidden layer learn the value: '
         f'hidden_dim={self.hidden_dim} must be head_dim={self.head_dim}.'
       )
@@ -200,9 +195,26 @@ class MemoryMixerConfig:
     del max_length
     return make_memory_mixer(self, embed_dim=embed_dim, dtype=dtype)
 
-  def rule(self, name: str) -> memory.Rule:
-    """The engine's rule for the 'main' memory or the 'others'."""
-    is_main = name == 'main'
+  @property
+  def rates(self) -> tuple[str, ...]:
+    """Rates that are made for each token, by a memory or a projection."""
+    is_made = {
+      'inner_lr': self.inner_lr == 'token',
+      'retention': self.retention == 'token',
+      'momentum': self.momentum,
+      'weight': self.step == 'orthogonal',
+      'hidden_lr': self.errors != 'propagated',
+    }
+    return tuple(name for name in is_made if is_made[name])
+
+  def rule(self, group: Literal['main', 'others']) -> memory.Rule:
+    """Returns the engine's rule for one group of memories."""
+    is_main = group == 'main'
+    to_weights = None
+    if self.weights != 'as_written':
+      to_weights = functools.partial(
+        jax.tree.map, memory.RETENTION_MAPS[self.weights]
+      )
     return memory.Rule(
       chunk_size=self.chunk_size if is_main else self.chunk_size_others,
       momentum=self.momentum,
@@ -215,66 +227,61 @@ class MemoryMixerConfig:
       target=self.target,
       normalize_target=norm.l2_normalize,
       max_norm=self.max_norm,
-      window=self.window or 1 if is_main else 1,
+      window=self.window if is_main else 1,
       step=self.step if is_main else 'gradient',
       errors=self.errors if is_main else 'propagated',
-      to_weights=(
-        None
-        if self.weights == 'as_written'
-        else functools.partial(
-          jax.tree.map, memory.RETENTION_MAPS[self.weights]
-        )
-      ),
+      to_weights=to_weights,
     )
 
   def network(
-    self, *, num_vectors: int, num_scalars: int, output_norm: Any = None
+    self, group: Literal['main', 'others'] = 'main', *, output_norm: Any = None
   ) -> memory.Network:
-    """The network of memories with these roles.
+    """Returns the network of one group of memories.
 
     Args:
-      num_vectors: Roles that give a vector.
-      num_scalars: Roles that give a number.
-      output_norm: Scale and bias of the outputs' norm, [(b,) h, d] each, with
-        output 'norm'; None where the network is not applied.
+      group: 'main', which gives one vector, or 'others', which stacks the
+        adaptive roles.
+      output_norm: Scale and bias of the LayerNorm of the outputs, [(b,) h, d]
+        each, with output 'norm'; None if the network is not applied.
 
     Returns:
       A `memory.Network`.
     """
-    finish = {'finish': lambda x, y: y} if self.output == 'map' else {}
+    num_vectors, num_scalars = 1, 0
+    if group == 'others':
+      num_vectors = len(set(_VECTORS) & set(self.adaptive))
+      num_scalars = len(set(RATES) & set(self.adaptive))
+    sizes = {
+      'num_heads': self.num_heads,
+      'dim': self.head_dim,
+      'num_vectors': num_vectors,
+      'num_scalars': num_scalars,
+    }
+    if self.output == 'map':
+      sizes['finish'] = lambda x, y: y
     if output_norm is not None:
-      wide = jax.tree.map(lambda x: x[..., None, None, :], output_norm)
-      finish['finish'] = lambda x, y: (
-        x + norm.layer_norm(wide['scale'], wide['bias'], y)
+      scale, bias = (
+        output_norm[name][..., None, None, :] for name in ('scale', 'bias')
       )
+      sizes['finish'] = lambda x, y: x + norm.layer_norm(scale, bias, y)
     if self.kind == 'matrix':
-      if self.target != 'own':  # from zero, where the target is not one's own
-        finish['init'] = parameters.normal(
-          0.02 if self.output == 'norm' else 0.0
-        )
-      return memory.make_matrix(
-        num_heads=self.num_heads,
-        dim=self.head_dim,
-        num_vectors=num_vectors,
-        num_scalars=num_scalars,
-        **finish,
-      )
+      if self.target != 'own':
+        # The identity is a start for a target of the memory's own, not for v.
+        stddev = 0.02 if self.output == 'norm' else 0.0
+        sizes['init'] = parameters.normal(stddev)
+      return memory.make_matrix(**sizes)
     return memory.make_mlp(
-      num_heads=self.num_heads,
-      dim=self.head_dim,
-      num_vectors=num_vectors,
-      num_scalars=num_scalars,
+      **sizes,
       hidden_dim=self.hidden_dim or self.head_dim,
       activation=memory.ACTIVATIONS[self.activation],
-      **finish,
     )
 
 
 class MemoryMixerState(NamedTuple):
-  """What the layer carries.
+  """State of the layer.
 
   Attributes:
-    conv: The last inputs of the convolution, [b, 3, channels].
+    conv: Last inputs of the convolution, [b, 3, channels].
     others: State of the k, v, inner_lr and retention memories; None without.
     main: State of the main memory.
   """
@@ -290,7 +297,7 @@ def make_memory_mixer(
   """Makes the layer.
 
   Args:
-    config: Its settings.
+    config: Settings of the memories.
     embed_dim: Width e of inputs and outputs.
     dtype: Type of the projections; memories are float32 at least.
 
@@ -298,78 +305,183 @@ def make_memory_mixer(
     A `Layer`.
   """
   c = config
-  wide = jnp.promote_types(dtype, jnp.float32)
-  sizes = memory_roles.sizes(c.adaptive)
-  tables = {name: c.network(**size).table for name, size in sizes.items()}
-  # Rates that are no memory are projections.
-  rates = [r for r in memory_rates.made(c) if r not in c.adaptive]
-  bias = {name: memory_rates.table(c, name) for name in tables}
-  table = memory_table.make(c, embed_dim, tables, bias, rates)
-
-  def first_memory(params):
-    if 'memory' in params:
-      return params['memory']
-    zeros = lambda p: jnp.zeros(p.shape, wide)
-    return parameters.map_params(zeros, tables)
+  groups = ('main', 'others') if c.adaptive else ('main',)
+  tables = {group: c.network(group).table for group in groups}
+  projected = tuple(rate for rate in c.rates if rate not in c.adaptive)
+  bias = {
+    group: memory_projections.rate_table(
+      c.rates, num_heads=c.num_heads, group=group
+    )
+    for group in groups
+  }
+  table = make_table(c, embed_dim, tables, bias, projected)
 
   def init_state(params, batch_size):
+    initial = initial_memories(params, tables, dtype)
     start = {
-      name: memory.init_state(
-        initial, batch_size, momentum=c.momentum, window=c.window or 1
+      group: memory.init_state(
+        initial[group], batch_size, momentum=c.momentum, window=c.window
       )
-      for name, initial in first_memory(params).items()
+      for group in groups
     }
-    conv = memory_features.init_state(params, batch_size, dtype)
+    conv = memory_projections.init_state(params, batch_size, dtype)
     return MemoryMixerState(conv, start.get('others'), start['main'])
 
-  def run(name, params, state, inputs, marks):
+  def run(group, params, state, inputs, info):
     def make(params, num_rows):
       bias, output_norm = _per_row(params, num_rows)
-      network = c.network(**sizes[name], output_norm=output_norm.get(name))
-      if name == 'main':
+      network = c.network(group, output_norm=output_norm.get(group))
+      if group == 'main':
         return network, None
-      return network, memory_roles.make_project(c, network, bias[name])
+      return network, _make_project(c, network, bias[group])
 
-    initial = first_memory(params)[name]
+    initial = initial_memories(params, tables, dtype)[group]
     return memory_engine.run(
-      make, params, c.rule(name), initial, state, inputs, marks, engine=c.engine
+      make, params, c.rule(group), initial, state, inputs, info, engine=c.engine
     )
 
-  def apply(params, state, inputs, marks):
+  def apply(params, state, inputs, info):
     start = MemoryMixerState(None, None, None) if state is None else state
-    weights = lambda name: params[name].astype(dtype)
-    made, conv = memory_features.apply(
+    tokens, conv = memory_projections.project(
       params,
       start.conv,
       inputs,
-      marks,
+      info,
       features=c.features,
       normalize_values=c.target == 'own',
+      rates=projected,
       dtype=dtype,
     )
-    raw = {}
-    if rates:
-      raw = jnp.einsum('bte,erh->rbht', inputs, weights('rates')).astype(wide)
-      raw = dict(zip(rates, raw[..., None], strict=True))
-
-    others, feed = None, memory_roles.to_feed(made, raw)
-    if 'others' in sizes:
-      result, others = run('others', params, start.others, (made, raw), marks)
+    feed, others = tokens.write_inputs(), None
+    if c.adaptive:
+      result, others = run('others', params, start.others, tokens, info)
       feed = result.feed
     bias, _ = _per_row(params, inputs.shape[0])
-    feed = memory_rates.set_rates(c, bias['main'], feed)
-    result, main = run('main', params, start.main, feed, marks)
-
-    out = memory_out.apply(params, result.read, inputs)
+    feed = _set_rates(c, feed, bias['main'])
+    result, main = run('main', params, start.main, feed, info)
+    out = memory_projections.output(params, result.read, inputs)
     return out, MemoryMixerState(conv, others, main)
 
   return base.make_layer(table, init_state, apply)
 
 
-def _per_row(params: Any, batch_size: int) -> tuple[Any, Any]:
-  """Biases [b, h, 1, 1] and output norms [b, h, d], a copy per row.
+def make_table(
+  config: MemoryMixerConfig,
+  embed_dim: int,
+  memories: Mapping[str, parameters.Table],
+  bias: Mapping[str, parameters.Table],
+  projected: Sequence[str],
+) -> parameters.Table:
+  """Returns the parameters of a layer around memories.
 
-  The scans' backward passes then sum over no rows.
+  Args:
+    config: Settings of the memories.
+    embed_dim: Width e of inputs and outputs.
+    memories: Initial memories by name, parameters where they are learned.
+    bias: Biases of the rates of each memory.
+    projected: Names of the rates that are projected from the layer's input.
+
+  Returns:
+    A table.
+  """
+  heads, dim = config.num_heads, config.head_dim
+  table = {
+    **memory_projections.table(
+      num_heads=heads,
+      head_dim=dim,
+      embed_dim=embed_dim,
+      features=config.features,
+      rates=projected,
+    ),
+    'bias': dict(bias),
+  }
+  if config.initial == 'learned':
+    table['memory'] = dict(memories)
+  if config.output == 'norm':
+    per_head = lambda value: parameters.Param(
+      (heads, dim), ('heads', None), parameters.constant(value), decay=False
+    )
+    table['output_norm'] = {
+      name: {'scale': per_head(1.0), 'bias': per_head(0.0)} for name in memories
+    }
+  return table
+
+
+def initial_memories(
+  params: Any, tables: Mapping[str, parameters.Table], dtype: Any
+) -> Any:
+  """Returns the initial memories by name: learned parameters, or zeros.
+
+  Args:
+    params: Parameters of `make_table`.
+    tables: Tables of the memories by name.
+    dtype: Type of the layer's projections.
+
+  Returns:
+    A tree like the tables, [h, ..., out, in] per map.
+  """
+  if 'memory' in params:
+    return params['memory']
+  wide = jnp.promote_types(dtype, jnp.float32)
+  return parameters.map_params(lambda p: jnp.zeros(p.shape, wide), tables)
+
+
+def _make_project(
+  config: MemoryMixerConfig,
+  network: memory.Network,
+  bias: Mapping[str, jax.Array],
+) -> Callable[[Any, memory_projections.Projected], memory.Feed]:
+  """Makes the function by which adaptive roles make their own writes.
+
+  Args:
+    config: Settings of the memories.
+    network: Network of the adaptive roles.
+    bias: Biases of their rates, each [b, h, 1, 1].
+
+  Returns:
+    `project(weights, tokens)`: the engine's inputs, from the roles' weights at
+    the chunk's start and the static projections of its tokens.
+  """
+  vectors = [role for role in _VECTORS if role in config.adaptive]
+  scalars = [role for role in RATES if role in config.adaptive]
+  # Numbers are read with the key's projection, even where 'k' is not adaptive.
+  read = dict.fromkeys([*vectors, 'k'] if scalars else vectors)
+
+  def project(weights, tokens):
+    made, rates = dict(tokens.tokens), dict(tokens.rates)
+    for role in read:
+      i = vectors.index(role) if role in vectors else 0
+      outputs = network.read(
+        weights,
+        made[role],
+        (i, i + (role in vectors)),
+        (0, len(scalars) if role == 'k' else 0),
+      )
+      if role == 'k':
+        for j, rate in enumerate(scalars):
+          rates[rate] = outputs.scalars[:, :, j]
+      if role in vectors:
+        made[role] = norm.l2_normalize(outputs.vectors[:, :, 0])
+    projected = memory_projections.Projected(made, rates)
+    return _set_rates(config, projected.write_inputs(), bias)
+
+  return project
+
+
+def _set_rates(config, feed, bias):
+  return memory_projections.set_rates(
+    feed,
+    bias,
+    max_inner_lr=config.max_inner_lr,
+    retention=config.retention,
+  )
+
+
+def _per_row(params: Any, batch_size: int) -> tuple[Any, Any]:
+  """Returns biases [b, h, 1, 1] and output norms [b, h, d], copied per row.
+
+  The backward passes of the scans then sum over no rows, which lie on different
+  devices.
   """
   per_row = lambda x: jnp.broadcast_to(x, (batch_size, *x.shape))
   bias = jax.tree.map(lambda x: per_row(x[:, None, None]), params['bias'])

@@ -1,10 +1,10 @@
-r"""TNT: a memory of large chunks beside memories of small ones that start anew.
+r"""TNT: a global memory of long chunks and local memories of short ones.
 
-The global memory V has one anchor per C_G tokens, which is why it is quick, and
-carries what a stream has said from its start. A local memory W has one per C_L
-tokens, which is why it is exact, and starts anew from its learned initial
-memory every S_L tokens (a shard): no shard waits for another, and all of them
-are worked on at once, wherever they are:
+The global memory V has one anchor per C_G tokens, which makes it fast, and
+carries the stream from its start. A local memory W has one anchor per C_L
+tokens, which makes it exact, and restarts from its learned initial memory every
+S_L tokens (a shard). No shard waits for another, so that all shards of a row
+are read at once:
 
 .. math::
    V_{(n+1) C_G} &= V_{n C_G}
@@ -15,25 +15,26 @@ are worked on at once, wherever they are:
    P_t = \sum_\tau k_\tau k_\tau^T / |k_\tau|^2
 
 with \xi(t, C) the start of t's chunk, and P summed over the tokens of the shard
-so far: a memory is asked about what it was written with. All memories have the
-same keys, values and queries; rates have a bias for each memory.
+so far: it projects a query onto the keys that the memory was written with. All
+memories share keys, values and queries; each has its own biases of the rates.
 
-A model is trained with long chunks first. The second stage makes those of the
-local memories shorter for the last steps: no parameter has a chunk in its
-shape, so that it is the same model with another `locals.0.chunk_size`.
+Training begins with long chunks. A second stage shortens the chunks of the
+local memories for the last steps (`locals.0.chunk_size`): no parameter has a
+chunk in its shape, so that the model stays the same.
 
-Whatever else a memory may have (retention, momentum, the delta rule, what is
-read) is that of `MemoryMixerConfig`. Left open by the equations: the outputs'
-norm and gate are those of `memory_mixer`, and a document border ends a shard's
-memories but moves no border of shards, which are counted from a stream's start.
+Retention, momentum, the delta rule and the other settings of a memory are those
+of `MemoryMixerConfig`. The equations leave the output open: its norm and gate
+are those of `memory_mixer`. A document border restarts local memories but does
+not move the borders of shards, which are counted from a stream's start.
 
 References:
   Li et al., TNT, arXiv:2511.07343, 2025, eqs. 5-7 and 15.
 """
 
 import dataclasses
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,31 +45,30 @@ from nested_learning import memory
 from nested_learning import parameters
 from nested_learning.layers import base
 from nested_learning.layers import memory_engine
-from nested_learning.layers import memory_features
 from nested_learning.layers import memory_mixer
-from nested_learning.layers import memory_out
-from nested_learning.layers import memory_rates
-from nested_learning.layers import memory_roles
-from nested_learning.layers import memory_table
+from nested_learning.layers import memory_projections
 from nested_learning.layers import norm
 
 _GLOBAL = 'global'
-_PROJECTION_CHUNK = 64  # tokens; how P is computed, not what it is
+_PROJECTION_CHUNK = 64  # tokens; changes the speed of P, not its value
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalConfig:
-  """A memory that starts anew in every shard."""
+  """A memory that restarts in every shard."""
 
   chunk_size: int = 16  # tokens between anchors, C_L
-  shard_size: int = 2048  # tokens after which it starts anew, S_L
+  shard_size: int = 2048  # tokens between restarts, S_L
 
   def __post_init__(self):
-    if self.chunk_size < 1 or self.shard_size % self.chunk_size:
-      raise errors.UserError(
-        f'a local memory has shard_size={self.shard_size}, which is not a '
-        f'multiple of its chunk_size={self.chunk_size}; change one of them.'
-      )
+    for name in ('chunk_size', 'shard_size'):
+      errors.check_field(self, name, getattr(self, name) >= 1, 'at least 1')
+    errors.check_field(
+      self,
+      'shard_size',
+      self.shard_size % self.chunk_size == 0,
+      f'a multiple of chunk_size={self.chunk_size}',
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,22 +77,26 @@ class TntConfig:
 
   memory: memory_mixer.MemoryMixerConfig  # of all; its chunk_size is C_G
   locals: tuple[LocalConfig, ...] = (LocalConfig(),)
-  query: str = 'projected'  # of local memories: P_t q_t; or 'plain', q_t
+  # Queries of local memories: P_t q_t, or q_t.
+  query: Literal['projected', 'plain'] = 'projected'
   # Bound of the global memory's inner learning rate: it takes all the steps of
   # its long chunk at once.
   max_global_lr: float = 1e-3
 
   def __post_init__(self):
+    errors.check_choices(self)
+    errors.check_field(
+      self,
+      'max_global_lr',
+      0 <= self.max_global_lr < math.inf,
+      'a finite number of at least 0',
+    )
     if self.memory.adaptive:
       raise errors.UserError(
         f'memory.adaptive={self.memory.adaptive} has no place in TNT, whose '
         'memories share keys and values; set it to ().'
       )
-    if self.query not in ('projected', 'plain'):
-      raise errors.UserError(
-        f"query={self.query!r} must be 'projected' or 'plain'."
-      )
-    self.rules()  # raises on what the engine does not know
+    self.rules()  # refuses combinations that the engine does not define
 
   @property
   def holds_any_length(self) -> bool:
@@ -111,21 +115,25 @@ class TntConfig:
     return make_tnt(self, embed_dim=embed_dim, dtype=dtype)
 
   def rules(self) -> dict[str, memory.Rule]:
-    """The engine's rule for each memory; the global one is read at anchors."""
+    """Returns the engine's rule of each memory; V is read at its anchors."""
     rule = self.memory.rule('main')
     return {_GLOBAL: dataclasses.replace(rule, read='chunk')} | {
       _name(i): dataclasses.replace(rule, chunk_size=local.chunk_size)
       for i, local in enumerate(self.locals)
     }
 
+  def shards(self) -> dict[str, int]:
+    """Returns the tokens between restarts of each local memory."""
+    return {_name(i): local.shard_size for i, local in enumerate(self.locals)}
+
 
 class TntState(NamedTuple):
-  """What the layer carries.
+  """State of the layer.
 
   Attributes:
-    conv: The last inputs of the convolution, [b, 3, channels].
-    memories: The state of each memory, by name.
-    projections: P of each shard size, as a memory's state, by name.
+    conv: Last inputs of the convolution, [b, 3, channels].
+    memories: State of each memory, by name.
+    projections: P of each shard size, as the state of a memory, by name.
     position: int32 [b], tokens since all shards began together.
   """
 
@@ -135,11 +143,25 @@ class TntState(NamedTuple):
   position: jax.Array
 
 
+class _Shared(NamedTuple):
+  """What all memories of a call share.
+
+  Attributes:
+    config: A `TntConfig`.
+    info: Borders and padding among the tokens.
+    position: int [b, t], earlier tokens since all shards began together.
+  """
+
+  config: TntConfig
+  info: base.TokenInfo
+  position: jax.Array
+
+
 def make_tnt(config: TntConfig, *, embed_dim: int, dtype: Any) -> base.Layer:
   """Makes the layer.
 
   Args:
-    config: Its memories.
+    config: Settings of the memories.
     embed_dim: Width e of inputs and outputs.
     dtype: Type of the projections; memories are float32 at least.
 
@@ -148,126 +170,127 @@ def make_tnt(config: TntConfig, *, embed_dim: int, dtype: Any) -> base.Layer:
   """
   c = config.memory
   wide = jnp.promote_types(dtype, jnp.float32)
-  rules = config.rules()
-  shards = {_name(i): local.shard_size for i, local in enumerate(config.locals)}
-  rates = memory_rates.made(c)
-  initial_table = {name: _network(c, None).table for name in rules}
-  bias = {name: memory_rates.table(c, 'main') for name in initial_table}
-  table = memory_table.make(c, embed_dim, initial_table, bias, rates)
-
-  def first_memory(params, name):
-    if 'memory' in params:
-      return params['memory'][name]
-    zeros = lambda p: jnp.zeros(p.shape, wide)
-    return parameters.map_params(zeros, initial_table[name])
+  tables = {name: c.network().table for name in config.rules()}
+  bias = {
+    name: memory_projections.rate_table(
+      c.rates, num_heads=c.num_heads, group='main'
+    )
+    for name in tables
+  }
+  table = memory_mixer.make_table(c, embed_dim, tables, bias, c.rates)
+  # Shards of one size share their P.
+  sizes = sorted(set(config.shards().values()))
+  sizes = sizes if config.query == 'projected' else []
 
   def init_state(params, batch_size):
+    start = functools.partial(memory.init_state, batch_size=batch_size)
+    initial = memory_mixer.initial_memories(params, tables, dtype)
     return TntState(
-      conv=memory_features.init_state(params, batch_size, dtype),
+      conv=memory_projections.init_state(params, batch_size, dtype),
       memories={
-        name: memory.init_state(
-          first_memory(params, name), batch_size, momentum=c.momentum
-        )
-        for name in rules
+        name: start(initial[name], momentum=c.momentum, window=c.window)
+        for name in tables
       },
-      projections={
-        str(size): memory.init_state(_no_keys(c, wide), batch_size)
-        for size in (set(shards.values()) if _projects(config) else ())
-      },
+      projections={str(size): start(_no_keys(c, wide)) for size in sizes},
       position=jnp.zeros((batch_size,), jnp.int32),
     )
 
-  def apply(params, state, inputs, marks):
+  def apply(params, state, inputs, info):
     start = TntState(None, {}, {}, None) if state is None else state
-    made, conv = memory_features.apply(
+    tokens, conv = memory_projections.project(
       params,
       start.conv,
       inputs,
-      marks,
+      info,
       features=c.features,
       normalize_values=False,
+      rates=c.rates,
       dtype=dtype,
     )
-    raw = {}
-    if rates:
-      raw = jnp.einsum(
-        'bte,erh->rbht', inputs, params['rates'].astype(dtype)
-      ).astype(wide)
-      raw = dict(zip(rates, raw[..., None], strict=True))
-    feed = memory_roles.to_feed(made, raw)
-    position, count = _positions(start.position, inputs, marks)
+    feed = tokens.write_inputs()
+    position, count = _positions(start.position, inputs, info)
+    shared = _Shared(config, info, position)
 
     projections, queries = {}, {}
-    for size in sorted(set(shards.values())) if _projects(config) else ():
-      keys = norm.l2_normalize(feed.key)
-      ones = jnp.ones((*keys.shape[:3], 1), wide)
-      result, projections[str(size)] = _run_shards(
-        lambda *_: (_projection(c), None),
-        None,
-        _projection_rule(size),
-        _no_keys(c, wide),
-        start.projections.get(str(size)),
-        memory.Feed(keys, keys, ones, ones, query=feed.query),
-        marks,
-        position,
-        size,
+    for size in sizes:
+      queries[size], projections[str(size)] = _project_queries(
+        shared, start.projections.get(str(size)), feed, size
       )
-      queries[size] = result.read
-
+    initial = memory_mixer.initial_memories(params, tables, dtype)
     read, memories = 0.0, {}
-    for name, rule in rules.items():
-      bias = jax.tree.map(lambda x: x[:, None, None], params['bias'][name])
-      bounded = c
-      if name == _GLOBAL:
-        bounded = dataclasses.replace(c, max_inner_lr=config.max_global_lr)
-      own = memory_rates.set_rates(bounded, bias, feed)._replace(extra=None)
-      arguments = (
-        lambda output_norm, _: (_network(c, output_norm), None),
-        params.get('output_norm', {}).get(name),
-        rule,
-        first_memory(params, name),
-        start.memories.get(name),
+    for name in tables:
+      own, memories[name] = _read_memory(
+        shared, name, params, initial, start.memories.get(name), feed, queries
       )
-      if name == _GLOBAL:
-        result, memories[name] = memory_engine.run(
-          *arguments, own, marks, engine=c.engine
-        )
-      else:
-        size = shards[name]
-        own = own._replace(query=queries.get(size, own.query))
-        result, memories[name] = _run_shards(
-          *arguments, own, marks, position, size, engine=c.engine
-        )
-      read = read + result.read
+      read = read + own
 
-    out = memory_out.apply(params, read, inputs)
-    together = math.lcm(*shards.values())
+    out = memory_projections.output(params, read, inputs)
+    together = math.lcm(*config.shards().values())
     return out, TntState(conv, memories, projections, count % together)
 
   return base.make_layer(table, init_state, apply)
 
 
+def _read_memory(shared, name, params, initial, state, feed, queries):
+  """Writes one memory and returns its reads [b, h, t, d] and its state."""
+  config = shared.config
+  c = config.memory
+  is_global = name == _GLOBAL
+  own = memory_projections.set_rates(
+    feed,
+    jax.tree.map(lambda x: x[:, None, None], params['bias'][name]),
+    max_inner_lr=config.max_global_lr if is_global else c.max_inner_lr,
+    retention=c.retention,
+  )._replace(extra=None)
+  arguments = (
+    lambda output_norm, _: (c.network(output_norm=output_norm), None),
+    params.get('output_norm', {}).get(name),
+    config.rules()[name],
+    initial[name],
+    state,
+  )
+  if is_global:
+    result, state = memory_engine.run(
+      *arguments, own, shared.info, engine=c.engine
+    )
+  else:
+    size = config.shards()[name]
+    own = own._replace(query=queries.get(size, own.query))
+    result, state = _run_shards(
+      shared, *arguments, own, size=size, engine=c.engine
+    )
+  return result.read, state
+
+
+def _project_queries(shared, state, feed, size):
+  """Returns P_t q_t [b, h, t, d] for shards of one size, and the state of P."""
+  c = shared.config.memory
+  keys = norm.l2_normalize(feed.key)
+  ones = jnp.ones((*keys.shape[:3], 1), keys.dtype)
+  result, state = _run_shards(
+    shared,
+    lambda *_: (_projection(c), None),
+    None,
+    _projection_rule(size),
+    _no_keys(c, keys.dtype),
+    state,
+    memory.Feed(keys, keys, ones, ones, query=feed.query),
+    size=size,
+  )
+  return result.read, state
+
+
 def _run_shards(
-  make,
-  params,
-  rule,
-  initial,
-  state,
-  feed,
-  marks,
-  position,
-  size,
-  *,
-  engine='chunk',
+  shared, make, params, rule, initial, state, feed, *, size, engine='chunk'
 ):
-  """A memory that starts anew in every shard: all of them at once, if whole."""
-  num_tokens = feed.key.shape[2]
-  if state is not None or marks.mask is not None or num_tokens % size:
-    begins = position % size == 0
-    reset = begins if marks.reset is None else begins | marks.reset
-    marks = marks._replace(reset=reset)
+  """Runs a memory that restarts in every shard; whole shards all at once."""
+  info, num_tokens = shared.info, feed.key.shape[2]
+  if state is not None or info.mask is not None or num_tokens % size:
+    begins = shared.position % size == 0
+    reset = begins if info.reset is None else begins | info.reset
+    info = info._replace(reset=reset)
     return memory_engine.run(
-      make, params, rule, initial, state, feed, marks, engine=engine
+      make, params, rule, initial, state, feed, info, engine=engine
     )
 
   def run(params, initial, feed, reset):
@@ -279,7 +302,7 @@ def _run_shards(
       initial,
       None,
       jax.tree.map(lambda x: _cut(x, size, 2), feed),
-      marks._replace(reset=None if reset is None else _cut(reset, size, 1)),
+      info._replace(reset=None if reset is None else _cut(reset, size, 1)),
       engine=engine,
     )
     last = lambda x: x.reshape(num_rows, -1, *x.shape[1:])[:, -1]
@@ -290,41 +313,40 @@ def _run_shards(
     return result._replace(read=read), jax.tree.map(last, state)
 
   if context_parallel.num_parts(num_tokens, multiple=size) == 1:
-    return run(params, initial, feed, marks.reset)
+    return run(params, initial, feed, info.reset)
 
   def part(shared, tokens):
     result, state = run(*shared, *tokens)
     return result, jax.tree.map(lambda x: x[None], state)
 
-  # No shard crosses devices: nothing is sent.
+  # No shard crosses devices, so that nothing is sent.
   run_parts = context_parallel.over_parts(part, (None, (2, 1)), (2, 0))
-  result, states = run_parts((params, initial), (feed, marks.reset))
+  result, states = run_parts((params, initial), (feed, info.reset))
   return result, jax.tree.map(lambda x: x[-1], states)
 
 
 def _cut(x: jax.Array, size: int, axis: int) -> jax.Array:
-  """Rows [b, ..., t, ...] as rows of their shards [b n, ..., size, ...]."""
+  """Cuts rows [b, ..., t, ...] into rows per shard, [b n, ..., size, ...]."""
   x = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
   x = jnp.moveaxis(x, axis, 1)
   return x.reshape(-1, *x.shape[2:])
 
 
-def _positions(start, inputs, marks):
-  """Tokens before each token [b, t], as shards count them, and after all."""
+def _positions(start, inputs, info):
+  """Returns the tokens before each token [b, t], and those after the call [b].
+
+  They are counted since all shards began together.
+  """
   shape = inputs.shape[:2]
-  present = jnp.ones(shape, bool) if marks.mask is None else marks.mask
+  present = jnp.ones(shape, bool) if info.mask is None else info.mask
   count = jnp.cumsum(present, axis=1, dtype=jnp.int32)
   if start is not None:
     count = start[:, None] + count
   return count - 1, count[:, -1]
 
 
-def _projects(config: TntConfig) -> bool:
-  return config.query == 'projected'
-
-
 def _projection(config: memory_mixer.MemoryMixerConfig) -> memory.Network:
-  """P as a memory: the sum of keys' outer products, read at every token."""
+  """Returns the network of P, which sums the outer products of keys."""
   return memory.make_matrix(
     num_heads=config.num_heads, dim=config.head_dim, num_vectors=1
   )
@@ -343,10 +365,6 @@ def _projection_rule(shard_size: int) -> memory.Rule:
 def _no_keys(config: memory_mixer.MemoryMixerConfig, dtype: Any) -> Any:
   zeros = lambda p: jnp.zeros(p.shape, dtype)
   return parameters.map_params(zeros, _projection(config).table)
-
-
-def _network(config: memory_mixer.MemoryMixerConfig, output_norm: Any):
-  return config.network(num_vectors=1, num_scalars=0, output_norm=output_norm)
 
 
 def _name(index: int) -> str:

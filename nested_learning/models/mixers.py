@@ -5,7 +5,6 @@ from typing import Any
 from nested_learning.layers import attention
 from nested_learning.layers import base
 from nested_learning.layers import hybrids
-from nested_learning.layers import memory_as_context
 from nested_learning.layers import memory_mixer
 from nested_learning.layers import tnt
 
@@ -14,7 +13,7 @@ MixerConfig = (
   | memory_mixer.MemoryMixerConfig
   | hybrids.MemoryAsLayerConfig
   | hybrids.MemoryAsGateConfig
-  | memory_as_context.MemoryAsContextConfig
+  | hybrids.MemoryAsContextConfig
   | tnt.TntConfig
 )
 

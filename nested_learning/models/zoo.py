@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 from nested_learning import errors
 from nested_learning.layers import attention
 from nested_learning.layers import hybrids
-from nested_learning.layers import memory_as_context
 from nested_learning.layers import memory_mixer
 from nested_learning.layers import tnt
 from nested_learning.levels import cms
@@ -228,9 +227,7 @@ FAMILIES = {
     _mlp,
   ),
   'titans_mac': Family(
-    _with(
-      memory_as_context.MemoryAsContextConfig, _LMM, _attention(**_PERSISTENT)
-    ),
+    _with(hybrids.MemoryAsContextConfig, _LMM, _attention(**_PERSISTENT)),
     _mlp,
   ),
   'titans_mag': Family(

@@ -29,7 +29,7 @@ class ZooBenchmarkTest(absltest.TestCase):
     mixer = models.zoo.FAMILIES['gated_deltanet'].mixer(
       models.zoo.Size(1, 10, 2, 1)
     )
-    network = mixer.network(num_vectors=1, num_scalars=0)
+    network = mixer.network()
 
     @compiling.jit
     def run(k, v, q, inner_lr, retention):

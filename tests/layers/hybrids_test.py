@@ -8,16 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nested_learning import errors
 from nested_learning import layers
 from nested_learning import parameters
-from nested_learning.layers import hybrids
-from nested_learning.layers import memory_as_context
-from nested_learning.layers import memory_mixer
 from tests import compiling
 from tests.layers import sliding_window_test
 
 _EMBED, _LENGTH, _SIZE = 6, 11, 4
-_SIZES = {'embed_dim': _EMBED, 'dtype': jnp.float64}
+_SIZES = {'embed_dim': _EMBED, 'max_length': 1, 'dtype': jnp.float64}
 _MEMORY = layers.MemoryMixerConfig(
   num_heads=2,
   head_dim=4,
@@ -65,7 +63,7 @@ def read(layer, params, x, reset):
 class HybridsTest(_Case):
   def parts(self, params):
     """The memory over whole rows, and attention over whole rows by hand."""
-    memory = memory_mixer.make_memory_mixer(_MEMORY, **_SIZES)
+    memory = _MEMORY.make(**_SIZES)
     remember = lambda x: read(memory, params['titans'], x, self.reset)
     attend = lambda x: np.stack(
       [
@@ -78,9 +76,7 @@ class HybridsTest(_Case):
     return remember, attend
 
   def test_memory_as_a_layer(self):
-    layer = hybrids.make_memory_as_layer(
-      layers.MemoryAsLayerConfig(_MEMORY, _WINDOW), max_length=1, **_SIZES
-    )
+    layer = layers.MemoryAsLayerConfig(_MEMORY, _WINDOW).make(**_SIZES)
     params = self.random(layer)
     out = read(layer, params, self.x, self.reset)
     remember, attend = self.parts(params)
@@ -88,9 +84,7 @@ class HybridsTest(_Case):
     np.testing.assert_allclose(out, expected, atol=1e-9)
 
   def test_memory_as_a_gate(self):
-    layer = hybrids.make_memory_as_gate(
-      layers.MemoryAsGateConfig(_MEMORY, _WINDOW), max_length=1, **_SIZES
-    )
+    layer = layers.MemoryAsGateConfig(_MEMORY, _WINDOW).make(**_SIZES)
     params = self.random(layer)
     out = read(layer, params, self.x, self.reset)
     remember, attend = self.parts(params)
@@ -104,14 +98,14 @@ class HybridsTest(_Case):
 class MemoryAsContextTest(_Case):
   def setUp(self):
     super().setUp()
-    self.layer = memory_as_context.make_memory_as_context(
-      layers.MemoryAsContextConfig(_MEMORY, _ATTENTION), **_SIZES
+    self.layer = layers.MemoryAsContextConfig(_MEMORY, _ATTENTION).make(
+      **_SIZES
     )
     self.params = self.random(self.layer)
 
   def by_hand(self):
     """Token by token, with a copy of the memory each segment began with."""
-    memory = memory_mixer.make_memory_mixer(_MEMORY, **_SIZES)
+    memory = _MEMORY.make(**_SIZES)
 
     @compiling.jit_static('write')
     def step(state, token, write):
@@ -209,7 +203,7 @@ class MemoryAsContextTest(_Case):
   )
   def test_bad_settings_name_the_value(self, changes, message):
     config = layers.MemoryAsContextConfig(_MEMORY, _ATTENTION)
-    with self.assertRaisesRegex(ValueError, message):
+    with self.assertRaisesRegex(errors.UserError, message):
       dataclasses.replace(config, **changes)
 
 

@@ -13,11 +13,11 @@ from nested_learning import errors
 from nested_learning import layers
 from nested_learning import models
 from nested_learning import parameters
-from nested_learning.layers import memory_features
-from nested_learning.layers import tnt
+from nested_learning.layers import memory_projections
 from tests import compiling
 
 _ROWS, _LENGTH, _EMBED, _HEADS, _DIM = 2, 24, 6, 2, 3
+_SIZES = {'embed_dim': _EMBED, 'max_length': 1, 'dtype': jnp.float64}
 
 
 def make_config(**settings):
@@ -36,7 +36,7 @@ def make_config(**settings):
 
 
 def make(config):
-  layer = tnt.make_tnt(config, embed_dim=_EMBED, dtype=jnp.float64)
+  layer = config.make(**_SIZES)
   params = parameters.init(jax.random.key(0), layer.table, jnp.float64)
   # Memories that start where they differ, of the size of what they learn.
   keys = iter(jax.random.split(jax.random.key(1), 100))
@@ -88,16 +88,17 @@ class Memory:
 
 def run_by_hand(config, params, x, reset):
   """Eqs. 5-7 of the paper, row by row, head by head, token by token."""
-  made, _ = memory_features.apply(
+  projected, _ = memory_projections.project(
     params,
     None,
     x,
     layers.TokenInfo(reset),
     features='l2',
     normalize_values=False,
+    rates=config.memory.rates,
     dtype=jnp.float64,
   )
-  made = {name: np.asarray(value) for name, value in made.items()}
+  made = {k: np.asarray(x) for k, x in projected.tokens.items()}
   raw = np.einsum('bte,erh->brht', x, params['rates'])[:, 0]
   read = np.zeros((*x.shape[:2], _HEADS, _DIM))
   for b in range(len(x)):
@@ -190,7 +191,7 @@ class TntTest(parameterized.TestCase):
       dataclasses.replace(local, chunk_size=1) for local in first.locals
     )
     tables = [
-      tnt.make_tnt(config, embed_dim=_EMBED, dtype=jnp.float64).table
+      config.make(**_SIZES).table
       for config in (first, dataclasses.replace(first, locals=finer))
     ]
     shapes = [
@@ -199,13 +200,24 @@ class TntTest(parameterized.TestCase):
     ]
     self.assertEqual(*shapes)
 
-  def test_refuses_what_does_not_fit(self):
-    with self.assertRaisesRegex(errors.UserError, 'shard_size=10, .*=4'):
-      layers.LocalConfig(chunk_size=4, shard_size=10)
-    with self.assertRaisesRegex(errors.UserError, "query='keys'"):
-      make_config(query='keys')
-    with self.assertRaisesRegex(errors.UserError, r'set it to \(\)'):
-      layers.TntConfig(layers.MemoryMixerConfig(_HEADS, _DIM))
+  @parameterized.parameters(
+    ({'chunk_size': 4, 'shard_size': 10}, 'shard_size=10 .* chunk_size=4'),
+    ({'shard_size': 0}, 'shard_size=0 must be at least 1'),
+    ({'chunk_size': 0}, 'chunk_size=0 must be at least 1'),
+    ({'chunk_size': -2}, 'chunk_size=-2 must be at least 1'),
+  )
+  def test_bad_sizes_of_a_local_memory(self, sizes, message):
+    with self.assertRaisesRegex(errors.UserError, message):
+      layers.LocalConfig(**sizes)
+
+  @parameterized.parameters(
+    ({'query': 'keys'}, "query='keys'"),
+    ({'max_global_lr': -1.0}, 'max_global_lr=-1.0 must be a finite number'),
+    ({'memory': layers.MemoryMixerConfig(_HEADS, _DIM)}, r'set it to \(\)'),
+  )
+  def test_bad_settings_name_the_value(self, changes, message):
+    with self.assertRaisesRegex(errors.UserError, message):
+      dataclasses.replace(make_config(), **changes)
 
 
 if __name__ == '__main__':

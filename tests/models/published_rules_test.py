@@ -218,8 +218,6 @@ class PublishedRulesTest(parameterized.TestCase):
     config = models.zoo.FAMILIES[name].mixer(_SIZE)
     norm = {'scale': jnp.full((1, _DIM), 0.7), 'bias': jnp.full((1, _DIM), 0.1)}
     network = config.network(
-      num_vectors=1,
-      num_scalars=0,
       output_norm=norm if config.output == 'norm' else None,
     )
     rng = np.random.default_rng(0)
