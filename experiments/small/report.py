@@ -11,8 +11,8 @@ from experiments.small import gates as gates_lib
 from experiments.small import page
 from experiments.small import suite
 from launch import sweeps
-from launch.sweeps import plots
 from launch.sweeps import record as record_lib
+from launch.sweeps import report as sweep_report
 from launch.sweeps import results as results_lib
 from nested_learning import files
 
@@ -125,7 +125,7 @@ def _draw(name: str, table) -> bytes | None:
     return None
   image = io.BytesIO()
   label = page.head(by_length[1])
-  plots.make_figure(label, cells, values).savefig(image, dpi=110)
+  sweep_report.make_figure(label, cells, values).savefig(image, dpi=110)
   return image.getvalue()
 
 

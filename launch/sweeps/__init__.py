@@ -1,21 +1,21 @@
-"""Sweeps: many runs that differ in a few fields, and the table they make.
+"""Sweeps: many runs that differ in a few fields, and a table of their results.
 
-A sweep is made of cells, each a config; a cell is run once for every seed, in
-a folder of its own, by whatever command the caller gives. This package knows no
-model and no trainer: it goes by the fields of configs and the summary.json that
-a finished run leaves.
+A sweep consists of cells. Each cell is a config and runs once per seed, in a
+folder of its own, with a command that the caller makes. The package knows no
+model and no trainer: it uses the fields of configs and the summary.json that a
+run writes when it is finished.
 """
 
 from launch.sweeps.cells import Cell
 from launch.sweeps.cells import load_cells
 from launch.sweeps.cells import load_sweep
 from launch.sweeps.cells import make_cells
-from launch.sweeps.collect import collect
-from launch.sweeps.definition import parse_grid
-from launch.sweeps.definition import Row
-from launch.sweeps.definition import Sweep
-from launch.sweeps.local import Outcome
-from launch.sweeps.local import run_all
+from launch.sweeps.cells import parse_grid
+from launch.sweeps.cells import Row
+from launch.sweeps.cells import Sweep
+from launch.sweeps.execution import make_array_script
+from launch.sweeps.execution import Outcome
+from launch.sweeps.execution import run_all
 from launch.sweeps.record import list_runs
 from launch.sweeps.record import load
 from launch.sweeps.record import Record
@@ -23,4 +23,4 @@ from launch.sweeps.record import Run
 from launch.sweeps.record import save
 from launch.sweeps.record import shown_command
 from launch.sweeps.record import update
-from launch.sweeps.slurm import make_array_script
+from launch.sweeps.report import collect

@@ -1,4 +1,8 @@
-"""The cells that rows and a grid make, each checked before anything starts."""
+"""Sweeps and the cells that they consist of.
+
+A sweep has rows with names, a grid of values, or both. Every row at every point
+of the grid is a cell: one config, whatever the seed.
+"""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -7,43 +11,145 @@ import itertools
 import re
 from typing import Any
 
-from launch.sweeps import definition
 from nested_learning import configs
 from nested_learning import errors
 from nested_learning.configs import files
 
-_PLAIN = 'config'  # the name of a cell that changes nothing
+_NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.+=,-]*')  # of a cell and its folder
+_BEST = ('min', 'max')
+_PLAIN = 'config'  # name of a cell that changes nothing
 _LONGEST = 120  # letters of a cell's name
 
 
 @dataclasses.dataclass(frozen=True)
+class Row:
+  """A cell with a name of its own."""
+
+  name: str  # in tables, and of its folder
+  assignments: tuple[str, ...] = ()  # fields to change, as for --set
+  arg: str | None = None  # argument of get_config
+  printed: str = ''  # number that the paper prints for it
+
+  def __post_init__(self):
+    if not _NAME.fullmatch(self.name):
+      raise errors.UserError(
+        f'The row {self.name!r} needs a name that can be a folder: letters, '
+        'digits and _ . + - = after a letter or digit.'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+  """A sweep, as `get_sweep()` of an experiment file returns it.
+
+  Rows and a grid make a cell for every row at every point of the grid. A sweep
+  with neither has one cell, `config`, without changes.
+  """
+
+  rows: tuple[Row, ...] = ()
+  grid: tuple[str, ...] = ()  # 'path=value,value', see parse_grid
+  # Keys of summary.json, in the order of the table's columns. 'loss:min' and
+  # 'score:max' say which value is best if the key does not. An empty tuple
+  # shows every number that differs among the runs.
+  metrics: tuple[str, ...] = ()
+  printed: str = ''  # heading of the column of the rows' printed numbers
+  seed_fields: tuple[str, ...] = ('seed', 'data.seed')  # missing ones pass
+
+  def __post_init__(self):
+    names = [row.name for row in self.rows]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+      raise errors.UserError(f'Two rows have the name {twice[0]!r}.')
+    for metric in self.metrics:
+      parse_metric(metric)
+    paths = [parse_grid(text)[0] for text in self.grid]
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    if twice:
+      raise errors.UserError(
+        f'The grid has {twice[0]} twice; write its values behind one =, as in '
+        f'{twice[0]}=1,2.'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class Cell:
-  """One config of a sweep, whatever the seed."""
+  """One config of a sweep, without its seed."""
 
   name: str
   spec: str  # --config of the run
-  assignments: tuple[str, ...]  # --set of the run, those of all cells first
-  row: str = ''  # name of its row, if it has one
-  point: tuple[tuple[str, str], ...] = ()  # its place in the grid: path, value
+  assignments: tuple[str, ...]  # --set of the run; those of all cells first
+  row: str = ''  # name of its row, if any
+  point: tuple[tuple[str, str], ...] = ()  # path and value of each grid field
   printed: str = ''
 
 
-def load_sweep(spec: str) -> definition.Sweep:
-  """Returns what the file's `get_sweep()` makes; without one, an empty sweep.
+def parse_grid(text: str) -> tuple[str, tuple[str, ...]]:
+  """Reads one field of a grid and its values.
+
+  Values are separated by commas and written as for --set. Commas inside
+  brackets or quotes do not separate: `roles=(k,v),(k,)` has two tuples, and
+  `prompt='a, b',c` two texts. Quotes around a whole value are removed.
 
   Args:
-    spec: An experiment file, also with an argument, or a config.json.
+    text: `path=value,value`.
+
+  Returns:
+    The path of the field, and the text of each value.
 
   Raises:
-    errors.UserError: As `configs.load`, or if get_sweep returns no Sweep.
+    errors.UserError: The text has another form, or a value twice.
+  """
+  path, equals, listed = text.partition('=')
+  path = path.strip()
+  if not equals or not path:
+    raise errors.UserError(
+      f'{text!r} is not a field of a grid: write path=value,value, as in '
+      'model.mixer.chunk_size=16,64.'
+    )
+  values = _split(listed, text)
+  if '' in values:
+    raise errors.UserError(
+      f"{text!r} has an empty value; write '' if it is meant."
+    )
+  values = tuple(_unquote(value) for value in values)
+  twice = sorted({value for value in values if values.count(value) > 1})
+  if twice:
+    raise errors.UserError(f'{text!r} has the value {twice[0]!r} twice.')
+  return path, values
+
+
+def parse_metric(text: str) -> tuple[str, str]:
+  """Splits 'score:max' into 'score' and 'max'; 'score' into it and ''."""
+  name, colon, best = text.rpartition(':')
+  if not colon:
+    return text, ''
+  if best not in _BEST or not name:
+    raise errors.UserError(
+      f'The metric {text!r} must end in :min or :max, whichever is best, or '
+      'in neither of them.'
+    )
+  return name, best
+
+
+def load_sweep(spec: str) -> Sweep:
+  """Calls `get_sweep()` of an experiment file.
+
+  Args:
+    spec: An experiment file, with or without an argument, or a config.json.
+
+  Returns:
+    The sweep; an empty one if the file has no `get_sweep`.
+
+  Raises:
+    errors.UserError: As `configs.load`, or get_sweep returns something else.
   """
   if spec.endswith('.json'):
-    return definition.Sweep()
+    return Sweep()
   module, _ = files.call_get_config(spec)
   if not hasattr(module, 'get_sweep'):
-    return definition.Sweep()
+    return Sweep()
   sweep = module.get_sweep()
-  if not isinstance(sweep, definition.Sweep):
+  if not isinstance(sweep, Sweep):
     raise errors.UserError(
       f'{spec}: get_sweep returned {sweep!r}; return a sweeps.Sweep.'
     )
@@ -51,23 +157,23 @@ def load_sweep(spec: str) -> definition.Sweep:
 
 
 def make_cells(
-  spec: str, sweep: definition.Sweep, *, assignments: Sequence[str] = ()
+  spec: str, sweep: Sweep, *, assignments: Sequence[str] = ()
 ) -> tuple[Cell, ...]:
-  """Returns every row at every point of the grid.
+  """Makes a cell for every row at every point of the grid.
 
   Args:
-    spec: Experiment file, with an argument or without, or a config.json.
+    spec: An experiment file, with or without an argument, or a config.json.
     sweep: Rows and grid.
     assignments: Changes to all cells, as for --set.
 
   Returns:
-    The cells. Their names do not change when the sweep gets another row, or a
-    field of the grid another value.
+    The cells. Another row, or another value of a field, does not change the
+    names of the others.
 
   Raises:
-    errors.UserError: If two cells have the same name.
+    errors.UserError: Two cells have the same name.
   """
-  grid = [definition.parse_grid(text) for text in sweep.grid]
+  grid = [parse_grid(text) for text in sweep.grid]
   labels = _labels([path for path, _ in grid])
   points = itertools.product(
     *([(path, value) for value in values] for path, values in grid)
@@ -86,12 +192,12 @@ def make_cells(
 
 def _make_cell(
   spec: str,
-  row: definition.Row | None,
+  row: Row | None,
   point: tuple[tuple[str, str], ...],
   labels: Mapping[str, str],
   assignments: tuple[str, ...],
 ) -> Cell:
-  """The cell of a row, if there are rows, at a point of the grid."""
+  """Makes the cell of a row, if there are rows, at a point of the grid."""
   names = [f'{labels[path]}={_slug(value)}' for path, value in point]
   changes = tuple(f'{path}={value}' for path, value in point)
   if row is None:
@@ -112,16 +218,15 @@ def _make_cell(
 def load_cells(
   cells: Sequence[Cell], *, num_seeds: int, seed_fields: Sequence[str]
 ) -> dict[tuple[str, int], tuple[tuple[str, ...], Any]]:
-  """Makes every config of a sweep, so that nothing wrong is found later.
+  """Makes every config of a sweep, so that mistakes appear before a run starts.
 
   Args:
     cells: The cells.
-    num_seeds: Runs of each, with the seeds from 0.
-    seed_fields: Paths of fields that take the seed; those that a config has
-      not are left out.
+    num_seeds: Runs of each cell, with the seeds 0, 1, ...
+    seed_fields: Paths of the fields that take the seed; a config may lack some.
 
   Returns:
-    From the name of a cell and the seed to all assignments and the config.
+    From (name of a cell, seed) to (all assignments, config).
 
   Raises:
     errors.UserError: A field is unknown, a value does not fit, a cell sets a
@@ -159,6 +264,32 @@ def load_cells(
   return loaded
 
 
+def _split(listed: str, text: str) -> list[str]:
+  """Splits at the commas outside brackets and quotes."""
+  values, depth, quote = [''], 0, ''
+  for letter in listed:
+    if letter == ',' and not depth and not quote:
+      values.append('')
+      continue
+    values[-1] += letter
+    if quote:
+      quote = '' if letter == quote else quote
+    elif letter in '\'"':
+      quote = letter
+    else:
+      depth += (letter in '([{') - (letter in ')]}')
+  if quote or depth:
+    what = f'a quote {quote}' if quote else 'a bracket'
+    raise errors.UserError(f'{text!r} has {what} without its partner.')
+  return [value.strip() for value in values]
+
+
+def _unquote(value: str) -> str:
+  if len(value) > 1 and value[0] == value[-1] and value[0] in '\'"':
+    return value[1:-1]
+  return value
+
+
 def _has(config: Any, path: str) -> bool:
   for name in path.split('.'):
     if not hasattr(config, name):
@@ -168,7 +299,7 @@ def _has(config: Any, path: str) -> bool:
 
 
 def _labels(paths: Sequence[str]) -> dict[str, str]:
-  """The shortest end of each path that no other path has."""
+  """Returns the shortest end of each path that no other path has."""
   labels = {}
   for path in paths:
     parts = path.split('.')
@@ -181,14 +312,14 @@ def _labels(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _slug(value: str) -> str:
-  """A value as a part of a folder's name."""
+  """Returns a value as a part of a folder's name."""
   if value[:1] in '([' and value[-1:] in ')]':
     value = '+'.join(v.strip('\'" ') for v in value[1:-1].split(',') if v)
   return re.sub(r'[^A-Za-z0-9.+-]+', '_', value) or 'empty'
 
 
 def _shorten(name: str) -> str:
-  """A name that a file system takes."""
+  """Returns a name that is short enough for file systems."""
   if len(name) <= _LONGEST:
     return name
   return f'{name[: _LONGEST - 9]}-{hashlib.sha1(name.encode()).hexdigest()[:8]}'

@@ -1,4 +1,4 @@
-"""What a sweep's folder says about itself, and what may be added to it."""
+"""The record of a sweep in its folder, and its runs."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -18,7 +18,7 @@ _FILE = 'sweep.json'
 SUMMARY = 'summary.json'
 ERROR = 'error.txt'
 LOG = 'log.txt'
-# Up to the value that an environment variable gets.
+# The part of an argument before the value of an environment variable.
 _SECRET = re.compile(
   r'(?s)(.*?--?(?:env|export)[= ]\w[^=]*=|--?run_flag=[A-Za-z_]\w*=)'
 )
@@ -28,31 +28,31 @@ _OLD_ROOM, _ROOM = '"nested_learning.sweeps.', '"launch.sweeps.'
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """A sweep as its folder keeps it, in sweep.json."""
+  """A sweep as its sweep.json keeps it."""
 
   spec: str  # --config
-  assignments: tuple[str, ...]  # --set, of all cells
-  base: Any  # the config that the cells start from
-  fields: tuple[str, ...]  # of the grid
+  assignments: tuple[str, ...]  # --set of all cells
+  base: Any  # config that the cells change
+  fields: tuple[str, ...]  # paths of the grid
   cells: tuple[cells_lib.Cell, ...]
   num_seeds: int = 1
   seed_fields: tuple[str, ...] = ()
   metrics: tuple[str, ...] = ()
   printed: str = ''
-  commands: tuple[str, ...] = ()  # that made it what it is
-  commits: tuple[str, ...] = ()  # of the code at which runs were started
+  commands: tuple[str, ...] = ()  # every command that added to it
+  commits: tuple[str, ...] = ()  # code with which runs were started
 
 
 class Run(NamedTuple):
   """One cell with one seed.
 
   Attributes:
-    name: `cell/seed_0`.
-    folder: Where the run writes.
+    name: For example `cell/seed_0`.
+    folder: Workdir of the run.
     cell: Its cell.
-    seed: From 0.
+    seed: Its seed, from 0.
     assignments: All changes to the config, as for --set.
-    config: The config that the run has to have.
+    config: The config with these changes.
   """
 
   name: str
@@ -64,15 +64,15 @@ class Run(NamedTuple):
 
   @property
   def finished(self) -> bool:
-    """Whether the file is there that a run writes last of all."""
+    """Whether summary.json exists, which a run writes last."""
     return (self.folder / SUMMARY).is_file()
 
 
 def load(workdir: pathlib.Path) -> Record | None:
-  """Returns the sweep that a folder holds; None if it holds nothing.
+  """Reads the sweep of a folder; returns None if the folder is empty.
 
   Raises:
-    errors.UserError: The folder holds something else.
+    errors.UserError: The folder holds something else, or cannot be read.
   """
   path = workdir / _FILE
   if path.is_file():
@@ -99,21 +99,21 @@ def save(record: Record, workdir: pathlib.Path) -> None:
 
 
 def update(record: Record, stored: Record | None) -> Record:
-  """Adds a sweep to the one that a folder holds.
+  """Adds a sweep to the stored sweep of a folder.
 
-  The folder keeps one sweep: one experiment, one config that all cells start
-  from, one set of fields in the grid. To these, rows, values and seeds can be
-  added; none is taken away by a call that does not name it.
+  A folder keeps one sweep: one experiment, one config that all cells change,
+  one set of fields in the grid. Rows, values and seeds can be added. A call
+  that does not name some of them removes none.
 
   Args:
-    record: The sweep that is asked for.
-    stored: What the folder holds, if anything.
+    record: The sweep of this call.
+    stored: The sweep of the folder, if any.
 
   Returns:
-    Both together; metrics are those that are asked for.
+    Both together, with the metrics of this call.
 
   Raises:
-    errors.UserError: They are not one sweep.
+    errors.UserError: They differ in more than rows, values and seeds.
   """
   if stored is None:
     return record
@@ -150,13 +150,13 @@ def update(record: Record, stored: Record | None) -> Record:
 
 
 def shown_command(arguments: Sequence[str]) -> str:
-  """Returns a command line for the page, without values of environments.
+  """Returns a command line without the values of environment variables.
 
-  What --env, or --export of sbatch, gives to a run may be a password, and the
-  page of a sweep is there to be shown.
+  A value of --env, or of sbatch's --export, may be a password, and the page of
+  a sweep is meant to be shown.
 
   Args:
-    arguments: The program and its arguments, as they were typed.
+    arguments: The program and its arguments, as typed.
   """
   shown = ['python']
   for before, argument in zip(['', *arguments], arguments, strict=False):
@@ -170,15 +170,15 @@ def shown_command(arguments: Sequence[str]) -> str:
 def list_runs(
   record: Record, workdir: pathlib.Path, *, only: str = '*'
 ) -> list[Run]:
-  """Lists a sweep's runs, every cell before the next seed.
+  """Lists the runs of a sweep, all cells of a seed before the next seed.
 
   Args:
     record: The sweep.
     workdir: Its folder.
-    only: Pattern that the name of a cell, or of a run, has to match.
+    only: Pattern for the names of cells or runs.
 
   Returns:
-    The runs, finished ones too.
+    The runs that match, finished ones too.
 
   Raises:
     errors.UserError: A config is wrong, a folder holds a run of another config,
@@ -206,7 +206,7 @@ def list_runs(
 
 
 def _check_same(run: Run) -> None:
-  """Refuses a run's folder that holds a run of another config."""
+  """Raises an error if the folder holds a run of another config."""
   path = run.folder / 'config.json'
   if not path.is_file():
     return

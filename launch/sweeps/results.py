@@ -1,4 +1,4 @@
-"""What the runs of a sweep left, as numbers."""
+"""Reads the results of the runs of a sweep, and averages over seeds."""
 
 from collections.abc import Mapping, Sequence
 import json
@@ -7,24 +7,24 @@ import pathlib
 import statistics
 from typing import NamedTuple
 
-from launch.sweeps import definition
+from launch.sweeps import cells as cells_lib
 from launch.sweeps import record as record_lib
 
-# Numbers that are better the larger, or the smaller, by what is in their name.
+# Words in the names of metrics whose larger, or smaller, values are better.
 _LARGER = ('accuracy', 'exact', 'per_second', 'gain', 'score', 'recall')
 _SMALLER = ('loss', 'bits_per_byte', 'perplexity', 'error', 'seconds', 'bytes')
 
 
 class Result(NamedTuple):
-  """What one run left.
+  """The result of one run.
 
   Attributes:
-    name: `cell/seed_0`.
+    name: For example `cell/seed_0`.
     cell: Name of its cell.
-    seed: From 0.
+    seed: Its seed, from 0.
     status: 'finished', 'failed', 'unfinished' or 'not begun'.
-    values: Of its summary.json.
-    error: Why it failed.
+    values: Entries of its summary.json.
+    error: Reason why it failed.
   """
 
   name: str
@@ -36,12 +36,12 @@ class Result(NamedTuple):
 
 
 class Statistic(NamedTuple):
-  """A number over the seeds of a cell.
+  """Mean and spread of a metric over the seeds of a cell.
 
   Attributes:
-    mean: Over the seeds.
-    spread: Standard deviation of a sample, NaN for one seed.
-    num_seeds: That have the number.
+    mean: Mean over the seeds.
+    spread: Sample standard deviation; NaN for one seed.
+    num_seeds: Number of seeds that have the metric.
   """
 
   mean: float
@@ -50,7 +50,7 @@ class Statistic(NamedTuple):
 
 
 def read(record: record_lib.Record, workdir: pathlib.Path) -> list[Result]:
-  """Reads what each run left; no run's damage harms another."""
+  """Reads the result of every run; a damaged one counts as failed."""
   return [
     _read_run(workdir / 'cells' / cell.name / f'seed_{seed}', cell.name, seed)
     for cell in record.cells
@@ -61,9 +61,9 @@ def read(record: record_lib.Record, workdir: pathlib.Path) -> list[Result]:
 def metrics(
   record: record_lib.Record, results: Sequence[Result]
 ) -> dict[str, str]:
-  """Returns the columns of the table, each with 'min', 'max' or ''."""
+  """Returns the columns of the table: key, and 'min', 'max' or ''."""
   if record.metrics:
-    parsed = [definition.parse_metric(text) for text in record.metrics]
+    parsed = [cells_lib.parse_metric(text) for text in record.metrics]
     return {key: best or _best(key) for key, best in parsed}
   found: dict[str, set[float]] = {}
   for result in results:
@@ -82,7 +82,7 @@ def metrics(
 def summarize(
   results: Sequence[Result], keys: Sequence[str]
 ) -> dict[str, dict[str, Statistic]]:
-  """Returns from cell and key to its statistic; without runs there is none."""
+  """Returns the statistic of every cell and key that has values."""
   table: dict[str, dict[str, list[float]]] = {}
   for result in results:
     row = table.setdefault(result.cell, {})
@@ -99,7 +99,7 @@ def summarize(
 def best_cells(
   table: Mapping[str, Mapping[str, Statistic]], key: str, best: str
 ) -> set[str]:
-  """Returns the cells with the best mean; none where none is asked for."""
+  """Returns the cells with the best mean; none if `best` is empty."""
   means = {
     cell: row[key].mean
     for cell, row in table.items()
@@ -112,7 +112,7 @@ def best_cells(
 
 
 def number(result: Result, key: str) -> float | None:
-  """A number of a run; 'nan' and 'inf' are numbers of one that diverged."""
+  """Returns a number of a run; text 'nan' and 'inf' come from divergence."""
   value = result.values.get(key)
   if isinstance(value, bool | int | float):
     return float(value)

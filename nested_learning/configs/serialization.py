@@ -168,7 +168,8 @@ def _find_class(name: Any, path: str) -> type:
   """Returns the config class of a qualified name from a JSON file."""
   module, _, cls = str(name).rpartition('.')
   found = None
-  if module.split('.')[0] in ('nested_learning', 'launch'):
+  in_package = module.split('.')[0] == 'nested_learning'
+  if in_package or module.startswith('launch.sweeps.'):
     try:
       __import__(module)
       found = getattr(sys.modules[module], cls, None)

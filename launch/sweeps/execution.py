@@ -1,4 +1,4 @@
-"""Runs on this machine, a few at a time."""
+"""Starts the runs of a sweep: on this machine, or as an array of Slurm."""
 
 import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,22 +14,25 @@ from typing import Any, NamedTuple
 
 import tqdm
 
+from launch import scripts
 from launch.sweeps import record as record_lib
+from nested_learning import errors
 from nested_learning import files
 
 _POLL = 0.1  # seconds
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TAIL = 100_000  # bytes of a log in which the error is looked for
+_GRACE = 300  # seconds before Slurm's time limit, for a run to save
 
 
 class Outcome(NamedTuple):
-  """How it went.
+  """The outcome of `run_all`.
 
   Attributes:
     failures: From the name of each run that did not finish to the reason.
-    received: The signal that ended it all early, or None.
-    num_stopped: Runs that this signal stopped; they saved if they could.
-    num_waiting: Runs that had not begun then.
+    received: The signal that ended the sweep early, or None.
+    num_stopped: Runs that this signal stopped; they had time to save.
+    num_waiting: Runs that had not begun when it came.
   """
 
   failures: dict[str, str]
@@ -53,25 +56,25 @@ def run_all(
   fetch: Callable[[record_lib.Run], None] | None = None,
   name: str = 'sweep',
 ) -> Outcome:
-  """Runs what is not finished, each run in a process of its own.
+  """Runs everything that is not finished, each run in its own process.
 
-  A run is finished when its summary.json exists. What it prints goes to log.txt
-  in its folder; if it fails, the line of its error to error.txt, and the others
-  go on. A run that another process is at work on is left to it. SIGTERM, SIGHUP
-  and Ctrl-C pass on as SIGTERM, and the runs get all the time that they need to
-  save; a second signal kills them.
+  A run is finished when its summary.json exists. Its output goes to log.txt in
+  its folder. If it fails, the line of the error goes to error.txt and the other
+  runs go on. A run that another process is working on is skipped. SIGTERM,
+  SIGHUP and Ctrl-C reach the runs as SIGTERM, and they get all the time that
+  they need to save; a second signal kills them.
 
   Args:
-    runs: The runs, in their order.
-    make_command: From a run to the command, which resumes what it finds.
-    num_jobs: How many at a time.
-    environment: Of the commands; None is that of this process.
-    fetch: Called after a command that succeeded elsewhere, to bring its
-      summary.json into the run's folder.
-    name: Of the progress bar.
+    runs: The runs, in the order in which they start.
+    make_command: Returns the command of a run, which resumes a workdir.
+    num_jobs: Number of runs at a time.
+    environment: Environment of the commands; None is that of this process.
+    fetch: Called after a command that succeeded on another machine, to bring
+      its summary.json into the run's folder.
+    name: Name of the progress bar.
 
   Returns:
-    The failures, and what a signal left undone.
+    The failures, and how many runs a signal left undone.
   """
   waiting = collections.deque(run for run in runs if not run.finished)
   children: list[_Child] = []
@@ -96,7 +99,7 @@ def run_all(
           children.append(child)
           bar.set_postfix_str(' '.join(c.run.name for c in children))
         elif run.finished:
-          bar.update()  # by somebody else, while it waited here
+          bar.update()  # another process finished it meanwhile
         else:
           fail(run, 'another process is at work on it')
       if len(signals) > num_told:
@@ -118,6 +121,65 @@ def run_all(
   return Outcome(failures, received, num_stopped, len(waiting))
 
 
+def make_array_script(
+  names: Sequence[str],
+  command: Sequence[str],
+  *,
+  folder: str,
+  logs: str,
+  options: Sequence[str] = (),
+  num_jobs: int | None = None,
+) -> str:
+  """Returns the script of a Slurm array with a task for each run.
+
+  Each task runs `command --only=NAME` and gets SIGTERM five minutes before its
+  time limit. Submitted again, finished runs end at once and others resume.
+
+  Args:
+    names: Names of the runs.
+    command: Command that runs one of them.
+    folder: Working folder of the command.
+    logs: Folder of Slurm's own logs, relative to `folder`.
+    options: Options of sbatch, as in `--time=4:00:00`. They come before the
+      script's own options and cannot change these.
+    num_jobs: Maximum number of tasks at a time; None leaves it to Slurm.
+
+  Returns:
+    A bash script.
+
+  Raises:
+    errors.UserError: An option is malformed, or is --array.
+  """
+  for option in options:
+    if option.startswith('--array'):
+      raise errors.UserError(
+        f'--sbatch={option} is no option that an array of runs can have; leave '
+        'it out.'
+      )
+  at_once = f'%{num_jobs}' if num_jobs else ''
+  directives = [
+    '--job-name=sweep',
+    *options,
+    f'--array=0-{len(names) - 1}{at_once}',
+    f'--signal=B:TERM@{_GRACE}',
+    '--requeue',
+    '--open-mode=append',
+  ]
+  lines = [
+    '#!/bin/bash',
+    *map(scripts.directive, directives),
+    scripts.log_directive(logs, 'slurm_%A_%a.txt'),
+    '',
+    f'cd {scripts.quote(folder)} || exit 1',
+    'runs=(',
+    *(f'  {scripts.quote(name)}' for name in names),
+    ')',
+    # Slurm signals the shell, so the command has to take the shell's place.
+    f'exec {scripts.join(command)} "--only=${{runs[$SLURM_ARRAY_TASK_ID]}}"',
+  ]
+  return '\n'.join(lines) + '\n'
+
+
 def _bar(runs: Sequence[record_lib.Run], name: str) -> tqdm.tqdm:
   return tqdm.tqdm(
     total=len(runs),
@@ -134,10 +196,10 @@ def _start(
   command: Sequence[str],
   environment: Mapping[str, str] | None,
 ) -> _Child | None:
-  """Starts a run, unless it is finished or another process has it.
+  """Starts a run, unless it is finished or another process is working on it.
 
-  The process inherits a lock on its folder and keeps it for as long as it
-  lives, also when this one dies before it.
+  The new process inherits the lock on its folder, so that it holds the lock for
+  as long as it lives, even if this process dies first.
   """
   run.folder.mkdir(parents=True, exist_ok=True)
   with (
@@ -158,7 +220,7 @@ def _start(
       stdout=log,
       stderr=subprocess.STDOUT,
       env={**(environment or os.environ), 'PYTHONUNBUFFERED': '1'},
-      start_new_session=True,  # so that Ctrl-C comes from here alone, once
+      start_new_session=True,  # Ctrl-C reaches it once, through this process
       pass_fds=(lock.fileno(),),
     )
   return _Child(run, process, log_start)
@@ -173,7 +235,7 @@ def _stop(child: _Child, *, kill: bool) -> None:
 
 
 def _write_error(child: _Child) -> str:
-  """Writes what ended a run to its error.txt, and returns it."""
+  """Writes the reason why a run ended to its error.txt, and returns it."""
   with open(child.run.folder / record_lib.LOG, 'rb') as log:
     end = log.seek(0, os.SEEK_END)
     log.seek(max(child.log_start, end - _TAIL))
@@ -184,15 +246,15 @@ def _write_error(child: _Child) -> str:
 
 
 def _reason(text: str, code: int) -> str:
-  """The line of a log that says why its process ended with this code."""
+  """Returns the line of a log that says why the process ended."""
   number = -code if code < 0 else code - 128
   if number in set(signal.Signals):
     name = signal.Signals(number).name
-    note = ', perhaps for want of memory' if name == 'SIGKILL' else ''
+    note = ', perhaps for lack of memory' if name == 'SIGKILL' else ''
     return f'stopped by {name}{note}'
   lines = [line.strip() for line in re.split(r'[\r\n]+', text)]
   lines = [line for line in lines if line]
-  # What is printed at exit may follow the error.
+  # Functions that run at exit may print more lines after the error.
   error = re.compile(r'run\.py: |[\w.]*(?:Error|Exception)\b')
   lines = [line for line in lines if error.match(line)] or lines
   last = lines[-1] if lines else 'no output'

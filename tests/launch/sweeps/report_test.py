@@ -10,7 +10,7 @@ from absl.testing import parameterized
 import numpy as np
 
 from launch import sweeps
-from launch.sweeps import plots
+from launch.sweeps import report
 from launch.sweeps import results
 from tests.launch.sweeps import toy
 
@@ -121,7 +121,7 @@ class PlotTest(absltest.TestCase):
       cell.name: results.Statistic(mean, 0.1, 3)
       for cell, mean in zip(cells, means, strict=True)
     }
-    (axes,) = plots.make_figure('loss', cells, values).axes
+    (axes,) = report.make_figure('loss', cells, values).axes
     return axes
 
   def test_numbers_of_the_grid_are_the_x_axis(self):

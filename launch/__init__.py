@@ -1,0 +1,1 @@
+"""Commands that start runs: on this machine, on clusters, and sweeps."""
