@@ -16,7 +16,7 @@ class TokenInfo(NamedTuple):
       came before in its row is forgotten.
     mask: bool [b, t], False for padding: an exact no-op on every state.
     write: Whether memories write. With False they are read as they stand.
-    lesson: A `levels.cms.Lesson` where the levels of a chain say on the way how
+    lesson: A `layers.cms.Lesson` where the levels of a chain say on the way how
       they would learn from it; only trunks look at it.
   """
 

@@ -105,12 +105,6 @@ def make_reader(
     errors.UserError: No level, an unknown one, chunk sizes without a common
       divisor of at least 2 tokens, or not multiples in a nested chain.
   """
-  if reduce not in ('mean', 'sum'):
-    raise errors.UserError(f"reduce={reduce!r} must be 'mean' or 'sum'.")
-  if gradient not in ('first_order', 'second_order'):
-    raise errors.UserError(
-      f"gradient={gradient!r} must be 'first_order' or 'second_order'."
-    )
   levels = sorted(levels, key=lambda level: level.every)
   _check_levels(levels, set(jax.tree.leaves(labels)), nested)
   size = segment_size(levels)
@@ -200,7 +194,9 @@ def make_reader(
     """Whole segments from the border of one; `emit` makes the outputs."""
     batch_size, num_tokens = tokens.shape
     if num_tokens % size:
-      raise ValueError(f'{num_tokens} tokens are no whole segments of {size}.')
+      raise errors.UserError(
+        f'{num_tokens} tokens are not whole segments of {size} tokens.'
+      )
     everywhere = jnp.ones((batch_size,), bool)
 
     def body(carry, inputs):
@@ -278,6 +274,10 @@ def make_reader(
 
   def read(params, state, tokens, *, reset=None, mask=None, write=True):
     batch_size, num_tokens = tokens.shape
+    if not num_tokens:
+      state = init(params, batch_size) if state is None else state
+      logits, _ = forward_rows(params, state, tokens, reset, mask, False)
+      return logits, state
     if state is None and mask is None and write and not num_tokens % size:
       return read_segments(params, state, tokens, reset=reset)
     state = init(params, batch_size) if state is None else state

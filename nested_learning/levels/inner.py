@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import math
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ import optax
 
 from nested_learning import errors
 from nested_learning import optimizers
-from nested_learning.levels import cms
 
 _OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
   'sgd': optax.sgd,
@@ -56,49 +56,43 @@ class InnerConfig:
   # The papers have 512, 2K, 8K and 32K.
   chunk_sizes: tuple[int | None, ...] = ()
   learning_rates: tuple[float, ...] = (1.0,)  # one per level, or one for all
-  optimizer: str = 'sgd'  # or momentum, adam, m3, delta_momentum, ...
+  optimizer: Literal[
+    'sgd',
+    'momentum',
+    'adam',
+    'm3',
+    'delta_momentum',
+    'preconditioned_momentum',
+  ] = 'sgd'
   clip_norm: float | None = 1.0  # longest gradient of a level; None is any
   # What a level minimises: 'next_token' is the model's loss, 'in_segment' the
   # same among the tokens that a segment has, 'l2' and 'dot' are of the level's
   # own input and output (`cms.teach`) and need no backward pass.
-  objective: str = 'next_token'
+  objective: Literal['next_token', 'in_segment', 'l2', 'dot'] = 'next_token'
   depth: float = 0.25  # share of the blocks that learn, the last; 1.0 is all
-  reduce: str = 'mean'  # of the gradients of a chunk; 'sum' is the paper's
-  gradient: str = 'second_order'  # of training, through the steps; first_order
+  # How the gradients of a chunk are reduced; 'sum' is the paper's.
+  reduce: Literal['mean', 'sum'] = 'mean'
+  # How training differentiates the steps: through them, or 'first_order', with
+  # inner gradients as constants.
+  gradient: Literal['first_order', 'second_order'] = 'second_order'
   max_drift: float = 1.0  # norms of its start that a level may go from there
 
   def __post_init__(self):
-    for size in self.chunk_sizes:
-      _check('chunk_sizes', self.chunk_sizes, size is None or size >= 2, '>= 2')
-    for rate in self.learning_rates:
-      fine = 0 <= rate < float('inf')
-      _check('learning_rates', self.learning_rates, fine, 'numbers from 0 up')
-    if self.optimizer not in _OPTIMIZERS:
-      raise errors.UserError(
-        f'inner.optimizer={self.optimizer!r} must be one of '
-        f'{", ".join(_OPTIMIZERS)}.'
-      )
+    errors.check_choices(self)
+    check = functools.partial(errors.check_field, self)
+    fine = all(size is None or size >= 2 for size in self.chunk_sizes)
+    check('chunk_sizes', fine, 'numbers of at least 2 tokens, or None')
+    fine = all(0 <= rate < float('inf') for rate in self.learning_rates)
+    check('learning_rates', fine, 'numbers from 0 up')
     if len(self.learning_rates) not in (1, len(self.chunk_sizes) or 1):
       raise errors.UserError(
-        f'inner.learning_rates={self.learning_rates} must have one number, or '
-        f'one for each of inner.chunk_sizes={self.chunk_sizes}.'
+        f'learning_rates={self.learning_rates} must have one number, or one '
+        f'for each of chunk_sizes={self.chunk_sizes}.'
       )
     clip = self.clip_norm
-    _check('clip_norm', clip, clip is None or clip > 0, 'above 0, or None')
-    _check('reduce', self.reduce, self.reduce in ('mean', 'sum'), 'mean or sum')
-    orders = ('first_order', 'second_order')
-    _check(
-      'gradient', self.gradient, self.gradient in orders, ' or '.join(orders)
-    )
-    objectives = ('next_token', 'in_segment', *cms.LOCAL_OBJECTIVES)
-    _check(
-      'objective',
-      self.objective,
-      self.objective in objectives,
-      ' or '.join(objectives),
-    )
-    _check('depth', self.depth, 0 < self.depth <= 1, 'above 0, and 1 at most')
-    _check('max_drift', self.max_drift, self.max_drift > 0, 'above 0')
+    check('clip_norm', clip is None or clip > 0, 'above 0, or None')
+    check('depth', 0 < self.depth <= 1, 'above 0, and 1 at most')
+    check('max_drift', self.max_drift > 0, 'above 0')
 
   @property
   def is_on(self) -> bool:
@@ -174,8 +168,3 @@ def _clip(max_norm: float) -> optax.GradientTransformation:
     )
 
   return optax.stateless(clip)
-
-
-def _check(name: str, value: Any, passed: bool, rule: str) -> None:
-  if not passed:
-    raise errors.UserError(f'inner.{name}={value} must be {rule}.')

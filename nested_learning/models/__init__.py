@@ -1,7 +1,7 @@
 """Models, and the zoo of named sizes."""
 
-from nested_learning.levels.cms import ChainConfig
-from nested_learning.levels.cms import LevelConfig
+from nested_learning.layers.cms import ChainConfig
+from nested_learning.layers.cms import LevelConfig
 from nested_learning.models import zoo
 from nested_learning.models.heads import CompressionHead
 from nested_learning.models.heads import Head

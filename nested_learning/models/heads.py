@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from nested_learning import parameters
 from nested_learning import sharding
 from nested_learning.layers import base
+from nested_learning.layers import cms
 from nested_learning.layers import norm
-from nested_learning.levels import cms
 from nested_learning.models import trunk as trunk_lib
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from nested_learning import errors
 from nested_learning import parameters
 from nested_learning.layers import base
-from nested_learning.levels import cms
+from nested_learning.layers import cms
 from nested_learning.levels import in_context
 from nested_learning.levels import inner as inner_lib
 from nested_learning.levels import stream

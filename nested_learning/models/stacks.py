@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_learning.layers import base
-from nested_learning.levels import cms
+from nested_learning.layers import cms
 
 
 class Stacks(NamedTuple):

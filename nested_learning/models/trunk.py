@@ -2,17 +2,31 @@
 
 from collections.abc import Sequence
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from nested_learning import errors
 from nested_learning import parameters
 from nested_learning import sharding
+from nested_learning.layers import attention
 from nested_learning.layers import base
+from nested_learning.layers import cms
+from nested_learning.layers import hybrids
+from nested_learning.layers import memory_mixer
 from nested_learning.layers import norm
-from nested_learning.levels import cms
-from nested_learning.models import mixers
+from nested_learning.layers import tnt
 from nested_learning.models import stacks
+
+MixerConfig = (
+  attention.AttentionConfig
+  | memory_mixer.MemoryMixerConfig
+  | hybrids.MemoryAsLayerConfig
+  | hybrids.MemoryAsGateConfig
+  | hybrids.MemoryAsContextConfig
+  | tnt.TntConfig
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,39 +40,30 @@ class ModelConfig:
   vocab_size: int
   num_layers: int
   embed_dim: int
-  mixer: mixers.MixerConfig | tuple[mixers.MixerConfig, ...]  # or a pattern
+  mixer: MixerConfig | tuple[MixerConfig, ...]  # or a pattern
   levels: tuple[cms.LevelConfig, ...]  # the CMS chain, fastest first
-  max_length: int = (
-    4096  # tokens of a call, and of the state of attention to all
-  )
+  max_length: int = 4096  # tokens of a call, and of full attention's state
   chain: cms.ChainConfig = cms.ChainConfig()  # how the levels are connected
-  dtype: str = 'float32'  # of projections and MLPs; or 'bfloat16'
-  remat: str = 'none'  # 'layer' recomputes each block in the backward pass
+  # Type of the projections and MLPs.
+  dtype: Literal['float32', 'bfloat16', 'float64'] = 'float32'
+  # 'layer' recomputes each block in the backward pass.
+  remat: Literal['none', 'layer'] = 'none'
 
   def __post_init__(self):
-    names = [level.name for level in self.levels]
-    if len(set(names)) != len(names) or 'base' in names:
-      raise ValueError(
-        f"level names {names} must be unique and not 'base', which labels the "
-        'parameters outside the chain.'
-      )
+    errors.check_choices(self)
+    for name in ('vocab_size', 'num_layers', 'embed_dim', 'max_length'):
+      errors.check_field(self, name, getattr(self, name) >= 1, 'at least 1')
     cms.check(self.levels, self.chain)
     if not self.pattern:
-      raise ValueError('model.mixer=() has no mixer; name at least one.')
+      raise errors.UserError('mixer=() has no mixer; name at least one.')
     if self.num_layers % len(self.pattern):
-      raise ValueError(
-        f'model.num_layers={self.num_layers} is not a multiple of the '
+      raise errors.UserError(
+        f'num_layers={self.num_layers} is not a multiple of the '
         f'{len(self.pattern)} mixers of the pattern; repeat all of it.'
       )
-    if self.dtype not in ('float32', 'bfloat16', 'float64'):
-      raise ValueError(
-        f"model.dtype={self.dtype!r} must be 'float32' or 'bfloat16'."
-      )
-    if self.remat not in ('none', 'layer'):
-      raise ValueError(f"model.remat={self.remat!r} must be 'none' or 'layer'.")
 
   @property
-  def pattern(self) -> tuple[mixers.MixerConfig, ...]:
+  def pattern(self) -> tuple[MixerConfig, ...]:
     """The mixers that blocks repeat; a single one where all are equal."""
     return self.mixer if isinstance(self.mixer, tuple) else (self.mixer,)
 
@@ -73,7 +78,7 @@ def make_trunk(config: ModelConfig) -> base.Layer:
     A `Layer` with the parameters 'blocks' and 'norm': x [b, t, e] through every
     block and the final norm. It may be given a model's parameters, among which
     it finds its own, also those of `stacks.split_blocks`. With a lesson in the
-    marks, its state comes in a `levels.cms.Taught`.
+    marks, its state comes in a `layers.cms.Taught`.
   """
   if isinstance(config.mixer, tuple):
     group = _make_group([_make_block(config, mixer) for mixer in config.mixer])
@@ -90,7 +95,7 @@ def make_trunk(config: ModelConfig) -> base.Layer:
 
   def apply(params, state, x, marks):
     if x.shape[1] > config.max_length:
-      raise ValueError(
+      raise errors.UserError(
         f'{x.shape[1]} tokens in a call, but model.max_length='
         f'{config.max_length}; raise it or feed the stream in pieces.'
       )
@@ -103,17 +108,14 @@ def make_trunk(config: ModelConfig) -> base.Layer:
 
 def max_stream_length(config: ModelConfig) -> int | None:
   """Tokens that one stream may have; None where the state holds any number."""
-  if all(mixers.holds_any_length(mixer) for mixer in config.pattern):
+  if all(mixer.holds_any_length for mixer in config.pattern):
     return None
   return config.max_length
 
 
-def _make_block(
-  config: ModelConfig, mixer_config: mixers.MixerConfig
-) -> base.Layer:
+def _make_block(config: ModelConfig, mixer_config: MixerConfig) -> base.Layer:
   """One mixer and the levels after it, with their residual connections."""
-  mixer = mixers.make_mixer(
-    mixer_config,
+  mixer = mixer_config.make(
     embed_dim=config.embed_dim,
     max_length=config.max_length,
     dtype=jnp.dtype(config.dtype),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_learning import errors
-from nested_learning.levels import cms
+from nested_learning.layers import cms
 from nested_learning.models import trunk
 
 

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 from nested_learning import errors
 from nested_learning.layers import attention
+from nested_learning.layers import cms
 from nested_learning.layers import hybrids
 from nested_learning.layers import memory_mixer
 from nested_learning.layers import tnt
-from nested_learning.levels import cms
 from nested_learning.models import trunk
 
 
@@ -258,7 +258,7 @@ def make_config(name: str, **changes) -> trunk.ModelConfig:
     until there are at least as many layers as the size has.
 
   Raises:
-    ValueError: The zoo has no such model.
+    errors.UserError: The zoo has no such model.
   """
   if name not in _named():
     nearest = difflib.get_close_matches(name, names(), n=3, cutoff=0)

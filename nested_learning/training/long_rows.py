@@ -3,7 +3,6 @@
 from typing import Any
 
 from nested_learning import errors
-from nested_learning.models import mixers
 
 
 def check(config: Any) -> None:
@@ -32,7 +31,7 @@ def check(config: Any) -> None:
       "use data.reset='document'."
     )
   for mixer in config.model.pattern:
-    together = mixers.tokens_at_once(mixer)
+    together = mixer.granularity
     if num_tokens % (context * together):
       of_chunks = '' if together == 1 else f' chunks of {together} tokens on'
       raise errors.UserError(

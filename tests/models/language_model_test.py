@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nested_learning import errors
 from nested_learning import layers
+from nested_learning import levels
 from nested_learning import models
 from nested_learning import parameters
 from nested_learning import sharding
 from nested_learning.layers import attention
+from nested_learning.layers import cms
 from nested_learning.layers import norm
-from nested_learning.levels import cms
 from tests import compiling
 
 _BATCH, _LENGTH, _VOCAB = 2, 16, 16
@@ -220,15 +222,32 @@ class LanguageModelTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, '25 tokens.*max_length=24; raise'):
       jax.eval_shape(lambda p, t: model.forward(p, None, t), params, tokens)
 
+  @parameterized.parameters(*_ZOO, 'learning')
+  def test_a_call_without_tokens_leaves_the_state(self, name):
+    inner = levels.InnerConfig((4,)) if name == 'learning' else None
+    config = _ZOO.get(name, _TRANSFORMER)
+    model = models.make_model(config, inner)
+    params = parameters.abstract(model.table)
+    tokens = jax.ShapeDtypeStruct((2, 0), jnp.int32)
+    state = jax.eval_shape(lambda p: model.init_state(p, 2), params)
+    for start in (None, state):
+      logits, after = jax.eval_shape(model.forward, params, start, tokens)
+      self.assertEqual(logits.shape, (2, 0, _VOCAB))
+      self.assertEqual(after, state)
+
   @parameterized.parameters(
-    ({'dtype': 'int8'}, "model.dtype='int8' must be 'float32'"),
-    ({'remat': 'all'}, "model.remat='all' must be 'none'"),
+    ({'vocab_size': 0}, 'vocab_size=0 must be at least 1'),
+    ({'num_layers': 0}, 'num_layers=0 must be at least 1'),
+    ({'embed_dim': -8}, 'embed_dim=-8 must be at least 1'),
+    ({'max_length': 0}, 'max_length=0 must be at least 1'),
+    ({'dtype': 'int8'}, "dtype='int8' must be one of 'float32'"),
+    ({'remat': 'all'}, "remat='all' must be one of 'none'"),
     ({'mixer': (_ATTENTION,) * 3}, 'num_layers=2 is not a multiple of the 3'),
     ({'mixer': ()}, 'has no mixer'),
-    ({'levels': _CHAIN + _CHAIN[:1]}, "'fast', 'slow', 'fast'.* unique"),
+    ({'levels': _CHAIN + _CHAIN[:1]}, "two levels are named 'fast'"),
   )
   def test_bad_settings_name_the_value(self, changes, message):
-    with self.assertRaisesRegex(ValueError, message):
+    with self.assertRaisesRegex(errors.UserError, message):
       dataclasses.replace(_TRANSFORMER, **changes)
 
 

@@ -1,5 +1,7 @@
 """The chain of levels against the same chain in numpy."""
 
+import re
+
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
@@ -10,7 +12,7 @@ from nested_learning import errors
 from nested_learning import layers
 from nested_learning import models
 from nested_learning import parameters
-from nested_learning.levels import cms
+from nested_learning.layers import cms
 from tests import compiling
 
 _LEVELS = (
@@ -96,12 +98,32 @@ class CmsTest(parameterized.TestCase):
     self.assertEqual(out.dtype, jnp.bfloat16)
 
   @parameterized.parameters(
-    ({'mlp_dim': 0}, "level 'a': .*mlp_dim=0 must be >= 1"),
-    ({'mlp_dim': 4, 'chunk_size': 0}, "level 'a': .*chunk_size=0 must be"),
+    ({'mlp_dim': 0}, "level 'a': mlp_dim=0 must be at least 1"),
+    ({'mlp_dim': -4}, "level 'a': mlp_dim=-4 must be at least 1"),
+    ({'chunk_size': 0}, "level 'a': chunk_size=0 must be at least 1"),
+    *[
+      ({'name': name}, f'name={re.escape(repr(name))} must be a letter')
+      for name in (
+        '',
+        '.',
+        '..',
+        'a/b',
+        'a b',
+        '_a',
+        'é',
+        'a\n',
+        'a' * 65,
+        'base',
+      )
+    ],
   )
-  def test_bad_levels_name_the_value(self, settings, message):
-    with self.assertRaisesRegex(ValueError, message):
-      cms.LevelConfig('a', **settings)
+  def test_bad_levels_name_the_value(self, changes, message):
+    with self.assertRaisesRegex(errors.UserError, message):
+      cms.LevelConfig(**{'name': 'a', 'mlp_dim': 4, **changes})
+
+  def test_two_levels_of_one_name(self):
+    with self.assertRaisesRegex(errors.UserError, "two levels are named 'a'"):
+      cms.check([cms.LevelConfig('a', 4)] * 2, cms.ChainConfig())
 
   @parameterized.named_parameters(
     ('nested', 'nested', (4, 10), "'b' has chunk_size=10, .* 8 or 12"),

@@ -22,7 +22,8 @@ References:
 from collections.abc import Callable, Sequence
 import dataclasses
 import itertools
-from typing import Any, NamedTuple
+import re
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,8 @@ from nested_learning.layers import base
 from nested_learning.layers import norm
 from nested_learning.memory import objectives
 
-CONNECTIONS = ('sequential', 'independent', 'nested')
+# Names are parts of parameters' paths and of metrics' names.
+_NAME = re.compile(r'[A-Za-z][A-Za-z0-9_-]{0,63}')
 LOCAL_OBJECTIVES = ('l2', 'dot')  # of `memory.objectives`
 
 
@@ -74,12 +76,21 @@ class LevelConfig:
   chunk_size: int | None = None  # tokens between updates; None is every step
 
   def __post_init__(self):
+    is_plain = isinstance(self.name, str) and _NAME.fullmatch(self.name)
+    if not is_plain or self.name == 'base':
+      raise errors.UserError(
+        f'level name={self.name!r} must be a letter followed by at most 63 '
+        "letters, digits, '_' or '-', and not 'base', which labels parameters "
+        'outside the chain.'
+      )
     if self.mlp_dim < 1:
-      raise ValueError(f'level {self.name!r}: {self.mlp_dim=} must be >= 1.')
+      raise errors.UserError(
+        f'level {self.name!r}: mlp_dim={self.mlp_dim} must be at least 1.'
+      )
     if self.chunk_size is not None and self.chunk_size < 1:
-      raise ValueError(
-        f'level {self.name!r}: {self.chunk_size=} must be >= 1, or None for an '
-        'update at every step.'
+      raise errors.UserError(
+        f'level {self.name!r}: chunk_size={self.chunk_size} must be at least '
+        '1, or None for an update at every step.'
       )
 
 
@@ -87,20 +98,13 @@ class LevelConfig:
 class ChainConfig:
   """How the levels are connected; the default is the paper's Figure 5."""
 
-  connection: str = 'sequential'  # or 'independent', 'nested' (eqs. 73, 74, 72)
-  order: str = 'fastest_first'  # which acts first; or 'slowest_first' (eq. 70)
+  # Eqs. 73, 74 and 72.
+  connection: Literal['sequential', 'independent', 'nested'] = 'sequential'
+  # The level that acts first; 'slowest_first' is eq. 70.
+  order: Literal['fastest_first', 'slowest_first'] = 'fastest_first'
 
   def __post_init__(self):
-    if self.connection not in CONNECTIONS:
-      raise errors.UserError(
-        f'model.chain.connection={self.connection!r} must be one of '
-        f'{", ".join(map(repr, CONNECTIONS))}.'
-      )
-    if self.order not in ('fastest_first', 'slowest_first'):
-      raise errors.UserError(
-        f"model.chain.order={self.order!r} must be 'fastest_first' or "
-        "'slowest_first'."
-      )
+    errors.check_choices(self)
 
 
 def check(levels: Sequence[LevelConfig], chain: ChainConfig) -> None:
@@ -111,9 +115,16 @@ def check(levels: Sequence[LevelConfig], chain: ChainConfig) -> None:
     chain: How they are connected.
 
   Raises:
-    errors.UserError: A slower level is listed before a faster one, or a nested
-      chain has a chunk size that is not a multiple of the one before it.
+    errors.UserError: Two levels have one name, a slower level is listed before
+      a faster one, or a nested chain has a chunk size that is not a multiple of
+      the one before it.
   """
+  names = [level.name for level in levels]
+  for name in names:
+    if names.count(name) > 1:
+      raise errors.UserError(
+        f'two levels are named {name!r}; give every level a name of its own.'
+      )
   for faster, slower in itertools.pairwise(levels):
     check_pair(
       (faster.name, faster.chunk_size), (slower.name, slower.chunk_size), chain
