@@ -6,11 +6,9 @@
     python launch/run.py --workdir=runs/q --mode=session \
       --session=runs/me.session --feed=FILE --prompt='def '
 
-The same command again resumes an interrupted run. --target says where it runs:
-in this process, in several, on TPUs or under Slurm; with --dry_run it prints
-what would run there. The exit code is 0 when the run is done; 2, with one line
-on stderr, when a flag, a config or a file is wrong; 128 plus the number of the
-signal that ended it; 42, with a traceback, when anything else failed.
+The same command again resumes an interrupted run. --target selects where it
+runs: in this process, in several, on TPUs or under Slurm; --dry_run prints the
+script instead. launch/README.md describes targets, flags and exit codes.
 """
 
 import contextlib
@@ -28,7 +26,7 @@ from launch import startup  # noqa: E402
 if __name__ == '__main__':
   startup.begin(huge_pages=True)
 
-# JAX is imported with the config: --help and a wrong flag are answered at once.
+# JAX is imported with the config, so that --help and wrong flags are quick.
 from absl import flags  # noqa: E402
 
 from launch import programs  # noqa: E402
@@ -47,69 +45,74 @@ _CONFIG = flags.DEFINE_string(
   'of this checkout made it). May be left out where --workdir holds a run.',
 )
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder that the run writes to, and resumes from.'
+  'workdir', None, 'Folder of the run; a run in it is resumed.'
 )
 _SET = flags.DEFINE_multi_string(
-  'set', [], 'A field to change, as in --set=train.num_steps=50. Repeatable.'
+  'set', [], 'Changes a field, as in --set=train.num_steps=50. Repeatable.'
 )
 _MODE = flags.DEFINE_enum(
   'mode',
   'train',
   ['train', 'eval', 'generate', 'session', 'describe', 'compile', 'inspect'],
-  'train; eval or generate from the last checkpoint in --workdir; hold a '
-  'session with it, which learns from what it is fed; describe '
-  'the model and what it costs, without training; compile its steps for '
-  '--topology, which need not be there; or inspect the checkpoints in '
-  '--workdir: what is in them, and whether it is what was saved.',
+  'train; eval or generate: use the last checkpoint in --workdir; session: '
+  'the same, with levels that learn from --feed; describe: print sizes and '
+  'costs of the model; compile: compile its steps for a --topology that need '
+  'not exist here; inspect: list the checkpoints in --workdir and check them.',
 )
 _SUGGEST = flags.DEFINE_bool(
   'suggest',
   False,
-  '--mode=compile: find a mesh and a number of micro-batches that fit.',
+  '--mode=compile: search a mesh and a number of micro-batches that fit.',
 )
 _PROMPT = flags.DEFINE_string(
-  'prompt', None, 'Short for --set=generate.prompt=..., or session.prompt.'
+  'prompt', None, 'Sets generate.prompt, or session.prompt.'
 )
 _SESSION = flags.DEFINE_string(
   'session',
   None,
-  'File of a session, for --mode=session; begun where there is none.',
+  '--mode=session: file of the session; a new one is begun if it is missing.',
 )
 _FEED = flags.DEFINE_multi_string(
-  'feed', [], 'A file of text that the session reads. Repeatable.'
+  'feed', [], '--mode=session: a file of text to read. Repeatable.'
 )
 _TARGET = flags.DEFINE_string(
   'target',
   'local',
-  'Where to run: local (this process, joined to others by the cluster or the '
-  'flags below), local-procs:N or local-procs:NxM (N processes of M CPU '
-  'devices on this machine), tpu-vm, gke, slurm.',
+  'Where to run: local (this process, which may be one of several, as the '
+  'cluster or the flags below say), local-procs:N or local-procs:NxM (N '
+  'processes of M CPU devices on this machine), tpu-vm, gke, slurm.',
 )
 _DRY_RUN = flags.DEFINE_bool(
-  'dry_run', False, 'Print what --target would run, as a script; start nothing.'
+  'dry_run', False, 'Prints the script of --target and starts nothing.'
 )
 _COORDINATOR = flags.DEFINE_string(
   'coordinator_address',
   None,
-  'Host and port of process 0; found in the environment by default.',
+  'Host and port of process 0; by default from the environment.',
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-  'num_processes', None, 'Number of processes; likewise.', lower_bound=1
+  'num_processes',
+  None,
+  'Number of processes; by default from the environment.',
+  lower_bound=1,
 )
 _PROCESS_ID = flags.DEFINE_integer(
-  'process_id', None, 'Which of them this is, from 0; likewise.', lower_bound=0
+  'process_id',
+  None,
+  'Index of this process, from 0; by default from the environment.',
+  lower_bound=0,
 )
 _HEARTBEAT = flags.DEFINE_integer(
   'heartbeat_timeout',
   60,
-  'Seconds of silence after which a process counts as lost; all others end.',
+  'Seconds of silence after which a process is lost and all others end.',
   lower_bound=10,
 )
 _HANG = flags.DEFINE_integer(
   'hang_timeout',
   1800,
-  'Seconds without progress after which one of several processes dumps its '
-  'stacks and ends; more than compilation, an evaluation and a save take.',
+  'Seconds without progress after which one of several processes prints its '
+  'stacks and ends; longer than compilation, an evaluation or a save.',
   lower_bound=10,
 )
 
@@ -120,7 +123,7 @@ def main() -> None:
 
 
 def _run() -> int | None:
-  """Loads the config, checks the workdir and hands over to the run."""
+  """Loads the config, checks the workdir and calls the run."""
   mode = _MODE.value
   programs.check_path('workdir', _WORKDIR.value, folder=True)
   programs.check_path('session', _SESSION.value)
@@ -132,7 +135,7 @@ def _run() -> int | None:
   if flags.FLAGS.topology is not None and mode != 'compile':
     raise errors.UserError(
       f'--topology={flags.FLAGS.topology} is for --target=tpu-vm, gke and '
-      'slurm; --target=local takes the devices that this machine has.'
+      'slurm; --target=local uses the devices of this machine.'
     )
   if _DRY_RUN.value:
     print(shlex.join([sys.executable, *sys.argv]))
@@ -177,7 +180,7 @@ def _run() -> int | None:
 
 
 def _compile(workdir: pathlib.Path) -> int:
-  """Compiles for machines that need not be there; 1 where it does not fit."""
+  """Compiles for --topology; returns 1 if the step does not fit."""
   if flags.FLAGS.topology is None:
     raise errors.UserError(
       '--mode=compile needs --topology, for instance v5e:4x4 or h100:1x8.'
@@ -186,8 +189,8 @@ def _compile(workdir: pathlib.Path) -> int:
   experiment = _load(workdir)
   if experiment.run is not None:
     raise errors.UserError(
-      f'--config={_CONFIG.value} runs by itself, and has no training step to '
-      'compile.'
+      f'--config={_CONFIG.value} has its own run() and no training step to '
+      'compile; name an experiment of the trainer.'
     )
   from nested_learning import compilation
   from nested_learning.training import ahead_of_time
@@ -202,7 +205,7 @@ def _compile(workdir: pathlib.Path) -> int:
 
 
 def _inspect(workdir: pathlib.Path) -> int:
-  """Prints what is in a run's checkpoints; 1 where one is damaged."""
+  """Lists the checkpoints of a run; returns 1 if one is damaged."""
   from nested_learning import training
 
   inspection = training.inspect(workdir)
@@ -220,7 +223,7 @@ def _prepare(experiment, workdir: pathlib.Path | None) -> str | None:
 
 
 def _launch(target: str, size: str) -> int:
-  """Starts the run somewhere else, or says what would be started."""
+  """Starts the run on a target, or prints the script."""
   job = targets.make_job(
     target,
     size,
@@ -248,7 +251,7 @@ def _launch(target: str, size: str) -> int:
 
 
 def _check_fits(config, plan: targets.Plan) -> None:
-  """Refuses a mesh that the machines do not have, before asking for them."""
+  """Checks the mesh against the machines before asking for them."""
   mesh = getattr(config, 'mesh', None)
   if mesh is not None:
     from nested_learning import sharding
@@ -262,7 +265,7 @@ def _check_fits(config, plan: targets.Plan) -> None:
 
 
 def _load(workdir: pathlib.Path | None) -> configs.Experiment:
-  """Loads the config that the flags name, with the changes of --set."""
+  """Loads the config of the flags, with the changes of --set."""
   spec = _CONFIG.value
   if spec is None:
     if workdir is None or not (workdir / 'config.json').is_file():
@@ -287,11 +290,11 @@ def _load(workdir: pathlib.Path | None) -> configs.Experiment:
 
 
 def _set_session(config):
-  """The config with --session, --feed and --prompt, to the letter."""
+  """Returns the config with --session, --feed and --prompt."""
   session = getattr(config, 'session', None)
   if session is None:
     raise errors.UserError(
-      '--mode=session needs a language model, which this experiment is not.'
+      '--mode=session needs the experiment of a language model.'
     )
   changes = {
     'path': _SESSION.value,

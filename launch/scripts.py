@@ -1,7 +1,8 @@
-"""Values in scripts: every value that a target writes passes through here.
+"""Quotes the values in scripts for shells, here-documents and sbatch.
 
-A value is whatever a user typed or a folder is called. It arrives unchanged, or
-is refused; it never ends a quotation, a here-document or a line.
+Every value in a script of a target or a sweep passes through this file: flags,
+names of folders, environment variables. It arrives unchanged or is refused; it
+never ends a quotation, a here-document or a line.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ def quote(value: str) -> str:
   """Returns a value as one word of a shell.
 
   Raises:
-    errors.UserError: It holds the null character, which no argument can.
+    errors.UserError: The value has a null character, which no argument can.
   """
   if '\0' in value:
     raise errors.UserError(f'{value!r} holds a null character; leave it out.')
@@ -23,7 +24,7 @@ def quote(value: str) -> str:
 
 
 def join(words: Iterable[str]) -> str:
-  """Returns a command as a shell reads it."""
+  """Returns the words of a command, quoted."""
   return ' '.join(map(quote, words))
 
 
@@ -38,10 +39,10 @@ def here_document(command: str, text: str, mark: str) -> str:
   """Returns a command that reads a text from its standard input.
 
   Args:
-    command: The command, quoted.
-    text: The text; the shell changes nothing in it.
-    mark: The line that ends it. Where the text has such a line, the mark gets
-      underscores until it has none.
+    command: The command, already quoted.
+    text: The text; the shell does not expand it.
+    mark: The line that ends it. Underscores are appended until the text has no
+      such line.
   """
   lines = text.split('\n')
   while mark in lines:
@@ -57,7 +58,7 @@ def directive(option: str) -> str:
     option: For instance `--partition=gpu`.
 
   Raises:
-    errors.UserError: It is no option, or holds what a line cannot.
+    errors.UserError: It is no option, or has a control character.
   """
   if not re.match(r'--?[A-Za-z]', option) or re.match(r'[\w-]+\s', option):
     raise errors.UserError(
@@ -68,20 +69,20 @@ def directive(option: str) -> str:
 
 
 def log_directive(folder: str, name: str) -> str:
-  """Returns the line that says where Slurm writes its log.
+  """Returns the line with the path of Slurm's log.
 
   Args:
-    folder: Folder of the log, to the letter.
-    name: The file, in which %j and the like stand for numbers.
+    folder: Folder of the log, taken literally.
+    name: Name of the file, in which Slurm replaces %j and the like.
 
   Raises:
-    errors.UserError: Slurm cannot have such a folder.
+    errors.UserError: Slurm cannot write to such a folder.
   """
   _check_line('--workdir', folder)
-  if '\\' in folder:  # it would switch off the numbers in the name
+  if '\\' in folder:  # Slurm would not replace %j any more
     raise errors.UserError(
-      f'--workdir={folder} has a backslash, which Slurm does not take in the '
-      'name of a log; choose another name.'
+      f'--workdir={folder} has a backslash, which Slurm does not allow in the '
+      'path of a log; choose another name.'
     )
   return directive(f'--output={folder.replace("%", "%%")}/{name}')
 
@@ -89,7 +90,7 @@ def log_directive(folder: str, name: str) -> str:
 def _check_line(flag: str, value: str) -> str:
   if re.search(r'[\x00-\x1f\x7f]', value):
     raise errors.UserError(
-      f'{flag}={value!r} holds a line break or another control character, '
-      'which no line of a script can; leave it out.'
+      f'{flag}={value!r} has a line break or another control character, '
+      'which a line of a script cannot; remove it.'
     )
   return value

@@ -1,4 +1,4 @@
-"""Runs an experiment many times, with other settings and seeds, into a table.
+"""Runs an experiment with many settings and seeds, and makes a table.
 
     python launch/sweep.py --config=experiments/quickstart.py \
       --grid model.mixer.chunk_size=16,64 --grid train.learning_rate=1e-3,4e-3 \
@@ -7,15 +7,15 @@
       --seeds=3 --workdir=runs/abl
     python launch/sweep.py --workdir=runs/abl --collect
 
-A cell is a choice of settings; every cell and seed is a run of launch/run.py in
---workdir/cells/NAME/seed_0. The same command again, or --workdir alone, runs
-what is not finished: runs that were interrupted resume, and so do those that
-failed. Rows, values and seeds can be added to a sweep; everything else needs
-another --workdir. The finished runs make README.md, results.csv, summary.json
-and plots; --collect makes these at any time.
+A cell is one choice of settings. Every cell and seed is a run of launch/run.py
+in --workdir/cells/NAME/seed_0. The same command again, or --workdir alone, runs
+everything that is not finished; interrupted and failed runs resume. Rows,
+values and seeds can be added; other changes need another --workdir. The
+finished runs make README.md, results.csv, summary.json and plots; --collect
+makes these at any time.
 
-Exits with 0 when all is done, with 1 and a line for each failed run, with 2 and
-one line on stderr when a flag or a config is wrong.
+The exit code is 0 when all runs are finished, 1 with a line for each failed run
+if some are not, and otherwise as for launch/run.py (launch/README.md).
 """
 
 import dataclasses
@@ -48,18 +48,18 @@ from nested_learning import files  # noqa: E402
 _CONFIG = flags.DEFINE_string(
   'config',
   None,
-  'Experiment file, optionally with an argument; its get_sweep(), if it has '
-  'one, names the cells. May be left out where --workdir holds a sweep.',
+  'Experiment file, optionally with an argument; its get_sweep(), if any, '
+  'names the cells. Not needed if --workdir holds a sweep.',
 )
 _GRID = flags.DEFINE_multi_string(
   'grid',
   [],
-  'A field and its values, as in --grid model.mixer.chunk_size=16,64. A value '
-  'with commas of its own stands in brackets or quotes, as in (k,v),(k,). '
-  'Repeatable: the cells are all combinations.',
+  'A field and its values, as in --grid model.mixer.chunk_size=16,64. Brackets '
+  'or quotes hold a value that has commas, as in (k,v),(k,). Repeatable: the '
+  'cells are all combinations.',
 )
 _SET = flags.DEFINE_multi_string(
-  'set', [], 'A field to change in all cells, as for launch/run.py. Repeatable.'
+  'set', [], 'Changes a field of all cells, as for launch/run.py. Repeatable.'
 )
 _SEEDS = flags.DEFINE_integer(
   'seeds', None, 'Runs of each cell, with the seeds 0, 1, ...', lower_bound=1
@@ -67,8 +67,8 @@ _SEEDS = flags.DEFINE_integer(
 _METRICS = flags.DEFINE_list(
   'metrics',
   [],
-  'Keys of summary.json to show, as in loss,score:max; the end says which is '
-  'best where the name does not.',
+  'Keys of summary.json to show, as in loss,score:max; :min or :max says '
+  'which value is best if the name does not.',
 )
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the sweep.')
 _RESULTS = flags.DEFINE_string(
@@ -78,13 +78,13 @@ _TARGET = flags.DEFINE_enum(
   'target',
   'local',
   ['local', 'slurm', 'tpu-vm'],
-  'Where: processes on this machine; an array of Slurm with a task for each '
-  'run; or a TPU job for each run, which a process on this machine starts.',
+  'Where to run: processes on this machine; an array of Slurm with a task per '
+  'run; or a TPU job per run, which a process on this machine starts.',
 )
 _JOBS = flags.DEFINE_integer(
   'jobs',
   None,
-  'Runs at a time; 1 by default, under Slurm as many as it allows.',
+  'Runs at a time; by default 1, under Slurm as many as it allows.',
   lower_bound=1,
 )
 _SBATCH = flags.DEFINE_multi_string(
@@ -101,17 +101,17 @@ _RUN_FLAG = flags.DEFINE_multi_string(
 _BUCKET = flags.DEFINE_string(
   'bucket',
   None,
-  'tpu-vm: folder that the runs write to, as in gs://BUCKET/NAME; --workdir '
-  'holds the rest.',
+  'tpu-vm: folder of the runs, as in gs://BUCKET/NAME; --workdir holds '
+  'everything else.',
 )
 _ONLY = flags.DEFINE_string(
-  'only', '*', "Run these cells or runs alone; a pattern such as 'heads=*'."
+  'only', '*', "Runs only these cells or runs: a pattern such as 'heads=*'."
 )
 _DRY_RUN = flags.DEFINE_bool(
-  'dry_run', False, 'Print what would run, and write nothing.'
+  'dry_run', False, 'Prints the commands and writes nothing.'
 )
 _COLLECT = flags.DEFINE_bool(
-  'collect', False, 'Only make the tables and plots of what is finished.'
+  'collect', False, 'Only makes the tables and plots of the finished runs.'
 )
 
 
@@ -135,7 +135,7 @@ def _main() -> int:
 
 
 def _run(workdir: pathlib.Path) -> int:
-  """Plans the sweep, runs what is left of it and collects."""
+  """Plans the sweep, runs the unfinished runs and collects the results."""
   stored = sweeps.load(workdir)
   if _COLLECT.value:
     if stored is None:
@@ -160,7 +160,7 @@ def _run(workdir: pathlib.Path) -> int:
     runs,
     lambda run: [sys.executable, *_arguments(run)],
     num_jobs=_JOBS.value or 1,
-    # The runs of a cell differ in the seed alone and share what they compile.
+    # The runs of a cell differ only in the seed and share compiled programs.
     environment={
       'JAX_COMPILATION_CACHE_DIR': str(workdir.resolve() / '.compiled'),
       **os.environ,
@@ -172,7 +172,7 @@ def _run(workdir: pathlib.Path) -> int:
 
 
 def _plan(stored: sweeps.Record | None) -> sweeps.Record:
-  """The sweep that the flags name, with what its folder holds already."""
+  """Returns the sweep of the flags, added to the one in the folder."""
   spec, assignments = _CONFIG.value, tuple(_SET.value)
   metrics = tuple(_METRICS.value)
   if spec is None:
@@ -216,7 +216,7 @@ def _make_base(spec, assignments):
 
 
 def _arguments(run: sweeps.Run) -> list[str]:
-  """The command of a run, without the Python in front."""
+  """Returns the command of a run, without the Python in front."""
   path = _ROOT / 'launch' / 'run.py'
   if pathlib.Path.cwd() == _ROOT:
     path = path.relative_to(_ROOT)
@@ -235,31 +235,31 @@ def _arguments(run: sweeps.Run) -> list[str]:
 
 
 def _remote_folder(run: sweeps.Run) -> str:
-  """Where a run on TPUs writes to."""
+  """Returns the workdir of a run on TPUs."""
   return f'{_BUCKET.value.rstrip("/")}/cells/{run.name}'
 
 
 def _job_name(folder: str) -> str:
-  """A name that no other run's job has: letters, digits and dashes."""
+  """Returns a unique name for the job of a run: letters, digits, dashes."""
   words = re.sub('[^a-z0-9]+', '-', folder.removeprefix('gs://').lower())
   number = hashlib.sha1(folder.encode()).hexdigest()[:8]
   return f'sweep-{words.strip("-")[-24:].strip("-")}-{number}'
 
 
 def _fetch(run: sweeps.Run) -> None:
-  """Brings the summary of a run from its bucket."""
+  """Copies the summary of a run from its bucket."""
   source = f'{_remote_folder(run)}/summary.json'
   command = ['gcloud', 'storage', 'cp', source, _argument(run.folder)]
   subprocess.run(command, capture_output=True, check=False)
 
 
 def _argument(path: pathlib.Path) -> str:
-  """A path that no program takes for a flag."""
+  """Returns a path that no program takes for a flag."""
   return f'./{path}' if str(path).startswith('-') else str(path)
 
 
 def _show(runs, left, workdir) -> None:
-  """Prints what would run."""
+  """Prints the commands of a dry run."""
   if _TARGET.value == 'slurm' and left:
     print(_make_script(left, workdir), end='')
   else:
@@ -286,9 +286,9 @@ def _make_script(left, workdir) -> str:
 
 
 def _submit(left, workdir) -> int:
-  """Writes the script of the array and hands it to Slurm."""
+  """Writes the script of the array and submits it to Slurm."""
   path = workdir / 'slurm.sh'
-  # Only for its owner: --run_flag=--env=... may hold a password.
+  # Readable by its owner only: --run_flag=--env=... may hold a password.
   files.write_whole(path, _make_script(left, workdir), mode=0o600)
   (workdir / 'slurm').mkdir(exist_ok=True)  # for the logs of the tasks
   if shutil.which('sbatch') is None:
@@ -300,7 +300,7 @@ def _submit(left, workdir) -> int:
 
 
 def _collect(record: sweeps.Record, workdir: pathlib.Path) -> int:
-  """Writes the tables; says where, and what they lack."""
+  """Writes the tables; prints where they are and what they lack."""
   folder = pathlib.Path(_RESULTS.value or workdir)
   for warning in sweeps.collect(record, workdir, folder):
     programs.print_error(warning)
@@ -309,7 +309,7 @@ def _collect(record: sweeps.Record, workdir: pathlib.Path) -> int:
 
 
 def _report(outcome: sweeps.Outcome, workdir: pathlib.Path) -> int:
-  """Says what did not finish; returns the exit code."""
+  """Prints the runs that did not finish; returns the exit code."""
   if outcome.failures:
     programs.print_error(
       f'{len(outcome.failures)} runs did not finish; the same command runs '
@@ -328,7 +328,7 @@ def _report(outcome: sweeps.Outcome, workdir: pathlib.Path) -> int:
 
 
 def _commit() -> tuple[str, ...]:
-  """The commit of the code, where that can be told."""
+  """Returns the commit of the code, if it is known."""
   command = ['git', '-C', str(_ROOT), 'describe', '--always', '--dirty']
   try:
     result = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and how a run begins in it."""
+"""The folder of a run: its lock, and whether a run may begin in it."""
 
 import contextlib
 import os
@@ -8,28 +8,28 @@ from nested_learning import configs
 from nested_learning import errors
 from nested_learning import files
 
-# Files that are there before a run begins; a sweep makes some of them.
+# Files that exist before a run begins; a sweep makes some of them.
 _NO_RUN = ('config.json', 'logs', 'lock', '.lock', 'log.txt', 'error.txt')
 
 
 def local(path: str | None) -> pathlib.Path | None:
-  """The folder that --workdir names, if it can be one of this machine."""
+  """Returns --workdir as a path; raises if it is not on this machine."""
   if path is not None and '://' in path:
     raise errors.UserError(
-      f'--workdir={path} is no folder of this machine; mount it and name the '
-      'folder, or use --target=gke or tpu-vm, which do.'
+      f'--workdir={path} is no folder of this machine; mount the bucket and '
+      'name the folder, or use --target=gke or tpu-vm, which mount it.'
     )
   return pathlib.Path(path) if path else None
 
 
 def lock(workdir: pathlib.Path) -> contextlib.AbstractContextManager[None]:
-  """Holds a workdir, made where it is missing, for one run.
+  """Locks a workdir for one run; makes the folder if it is missing.
 
-  Only the process that writes, process 0 of a run, takes the lock. A launcher
-  takes none, so that it can start its run again.
+  Only process 0 of a run holds the lock, because it alone writes. A launcher
+  does not hold it, so that it can start its run again.
 
   Raises:
-    errors.UserError: Another run is at work there, or it cannot be made.
+    errors.UserError: Another run holds the lock, or the folder is not writable.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -47,26 +47,26 @@ def prepare(
   mode: str,
   has_config: bool,
 ) -> str | None:
-  """Checks a workdir and, where a run begins, writes its config.json.
+  """Checks a workdir and, for a new run, writes its config.json.
 
   Args:
-    experiment: What is to run.
-    workdir: Where; None for a mode that needs none.
+    experiment: The experiment to run.
+    workdir: The folder; None for a mode that needs none.
     mode: The flag --mode.
-    has_config: Whether --config is given. If not, the config is that of the
-      run, and what --set changes is meant to differ.
+    has_config: Whether --config is given. If not, the config comes from the
+      workdir, and fields that --set changes may differ.
 
   Returns:
-    What to say of a run that is finished already, or None.
+    A message if the run is already finished, else None.
 
   Raises:
-    errors.UserError: It holds another run, or cannot be written to.
+    errors.UserError: The folder holds another run, or is not writable.
   """
   if workdir is not None and _holds_run(workdir):
     if mode == 'train' or has_config:
       _check_same_run(experiment.config, workdir, mode)
     if mode == 'train' and (workdir / 'summary.json').is_file():
-      return (  # The summary is what a run writes last of all.
+      return (  # a run writes its summary last
         f'{workdir} holds this run, finished: see {workdir}/report.md. To run '
         'it again, use another --workdir.'
       )
@@ -89,7 +89,7 @@ def _holds_run(workdir: pathlib.Path) -> bool:
 
 
 def _check_same_run(config, workdir: pathlib.Path, mode: str) -> None:
-  """Refuses a workdir that holds the run of another config."""
+  """Raises an error if the workdir holds a run of another config."""
   theirs = configs.load(str(workdir / 'config.json'))
   changed = configs.differences(config, theirs)
   if mode in ('generate', 'session'):

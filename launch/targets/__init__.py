@@ -1,7 +1,7 @@
-"""Where a run runs.
+"""Targets: the places where a run can run.
 
-A target is a function from a `Job` to a `Plan`: a shell script that says
-exactly what would run, and a function that runs it. None of them imports JAX.
+A target is a function from a `Job` to a `Plan`, which has a shell script of
+exactly what would run and a function that runs it. No target imports JAX.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,17 +26,17 @@ TARGETS: Mapping[str, Callable[[Job], Plan]] = {
 
 
 def find(spec: str) -> tuple[str, str]:
-  """The name of a target and what follows its colon.
+  """Splits --target into the name of a target and its size.
 
   Args:
     spec: The flag --target, for instance 'local-procs:4x2'.
 
   Returns:
-    Name and size, '' where there is none. The name may be 'local', which is
-    this process and has no function.
+    Name and size; the size is '' if there is none. The name may be 'local',
+    which is this process and not in `TARGETS`.
 
   Raises:
-    errors.UserError: There is no such target.
+    errors.UserError: There is no such target, or it takes no size.
   """
   name, _, size = spec.partition(':')
   names = ['local', *TARGETS]

@@ -1,8 +1,8 @@
 """TPUs on Kubernetes: a JobSet, one job per slice, one pod per machine.
 
-The image is built from this tree (launch/Dockerfile). The workdir is a bucket,
-mounted by Cloud Storage FUSE; it needs a hierarchical namespace, without which
-a folder does not get its name all at once, as checkpoints must.
+The image is built from this tree (launch/Dockerfile). The workdir is a bucket
+mounted by Cloud Storage FUSE. The bucket needs a hierarchical namespace:
+without one, folders are not renamed atomically, as checkpoints require.
 """
 
 from typing import Any
@@ -13,12 +13,12 @@ from launch.targets import jobs
 from nested_learning import errors
 
 _IMAGE = 'REGION-docker.pkg.dev/PROJECT/REPOSITORY/nested-learning:latest'
-_GRACE = 300  # seconds from SIGTERM to SIGKILL, for a step and a save
-_USER_ERROR = 2  # the exit code that no other attempt mends
+_GRACE = 300  # seconds from SIGTERM to SIGKILL: time for a step and a save
+_USER_ERROR = 2  # exit code after which another attempt does not help
 
 
 def plan(job: jobs.Job) -> jobs.Plan:
-  """Slices of TPUs, from --target=gke and --topology=v5e:16x16."""
+  """Plans a run on slices of TPUs, as in --topology=v5e:16x16."""
   topology = jobs.needs('gke', job, 'tpu')
   if job.image is None and not job.dry_run:
     raise errors.UserError(
@@ -65,7 +65,7 @@ echo 'Stop it:   kubectl delete jobset {job.name}'
 def _manifest(
   job: jobs.Job, topology: accelerators.Topology, image: str
 ) -> dict[str, Any]:
-  """The JobSet: restarted whole when a pod fails, but not for a wrong flag."""
+  """Returns the JobSet. All of it restarts when a pod fails, except with 2."""
   labels = {'kueue.x-k8s.io/queue-name': job.queue} if job.queue else {}
   hosts = topology.hosts_per_slice
   return {
@@ -75,7 +75,7 @@ def _manifest(
       'name': job.name,
       'labels': labels,
       'annotations': {
-        # One job has a node pool, which is a slice, for itself.
+        # Each job gets a node pool, which is a slice, for itself.
         'alpha.jobset.sigs.k8s.io/exclusive-topology': (
           'cloud.google.com/gke-nodepool'
         )
@@ -128,7 +128,7 @@ def _manifest(
 def _pod(
   job: jobs.Job, topology: accelerators.Topology, image: str
 ) -> dict[str, Any]:
-  """One machine of a slice. TPU_WORKER_* and MEGASCALE_* come from GKE."""
+  """Returns the pod of one machine; GKE adds TPU_WORKER_* and MEGASCALE_*."""
   bucket = jobs.bucket_of('gke', job)
   selector = {
     'cloud.google.com/gke-tpu-accelerator': topology.generation.gke_accelerator,
@@ -137,7 +137,7 @@ def _pod(
   if job.spot:
     selector['cloud.google.com/gke-spot'] = 'true'
   several = topology.num_slices > 1
-  # Between slices the network of the host is the faster one.
+  # Traffic between slices is faster on the network of the host.
   network = {'hostNetwork': True, 'dnsPolicy': 'ClusterFirstWithHostNet'}
   attributes = {'bucketName': bucket.name, 'mountOptions': 'implicit-dirs'}
   if several:
@@ -152,7 +152,7 @@ def _pod(
       {
         'name': 'train',
         'image': image,
-        # Python is the first process of the pod, so that SIGTERM reaches it.
+        # Without a shell in between, SIGTERM reaches Python.
         'command': [
           'python',
           'launch/run.py',
@@ -188,5 +188,5 @@ def _pod(
 
 
 def _unexpanded(value: str) -> str:
-  """A value as Kubernetes takes it: $(NAME) is a variable, $$ is a dollar."""
+  """Escapes dollars: Kubernetes reads $(NAME) as a variable, $$ as a dollar."""
   return value.replace('$', '$$')

@@ -1,4 +1,4 @@
-"""What is to run, and what a target makes of it."""
+"""Jobs and plans: the input and the output of a target."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -17,7 +17,7 @@ from launch.targets import xla_flags
 from nested_learning import errors
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# What a machine far away needs of this tree.
+# The files of this tree that a remote machine needs.
 TREE = (
   'nested_learning',
   'launch',
@@ -64,24 +64,24 @@ _SBATCH = flags.DEFINE_multi_string(
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A command of run.py and where it is to run.
+  """A command of run.py, and the flags that say where it runs.
 
   Attributes:
-    name: Lower-case letters, digits and dashes.
-    arguments: Of run.py, without --workdir and what is for the launcher.
-    config: The experiment, as --config names it, or None.
-    workdir: Folder of the run, as --workdir names it.
-    size: What follows the colon in --target.
-    topology: From --topology, or None.
+    name: Name of the job: lower-case letters, digits and dashes.
+    arguments: Arguments of run.py, without --workdir and the launcher's flags.
+    config: --config, or None.
+    workdir: --workdir.
+    size: The text after the colon in --target.
+    topology: --topology, or None.
     env: Environment of the run.
-    max_restarts: From --max_restarts, or None.
-    image: From --image, or None.
-    spot: From --spot.
-    zone: From --zone, or None.
-    project: From --project, or None.
-    queue: From --queue, or None.
-    sbatch: From --sbatch.
-    dry_run: Whether placeholders may stand for what is not given.
+    max_restarts: --max_restarts, or None.
+    image: --image, or None.
+    spot: --spot.
+    zone: --zone, or None.
+    project: --project, or None.
+    queue: --queue, or None.
+    sbatch: --sbatch.
+    dry_run: Whether placeholders may stand for missing flags.
   """
 
   name: str
@@ -102,14 +102,14 @@ class Job:
 
 
 class Plan(NamedTuple):
-  """What a target would do.
+  """The plan of a target for a job.
 
   Attributes:
-    script: Exactly that, for bash.
-    run: Does it and returns the exit code.
-    num_processes: Processes of the run.
-    num_devices: Devices of all of them together.
-    shares_disk: Whether they see the disk of this machine.
+    script: A bash script of exactly what `run` does.
+    run: Runs the job and returns its exit code.
+    num_processes: Number of processes of the run.
+    num_devices: Number of devices of all processes together.
+    shares_disk: Whether the processes see the disk of this machine.
   """
 
   script: str
@@ -128,15 +128,15 @@ def make_job(
   workdir: str | None,
   dry_run: bool,
 ) -> Job:
-  """Reads the flags of the launcher.
+  """Makes a job from the launcher's flags.
 
   Args:
     target: Name of the target.
-    size: What follows it.
-    arguments: Of run.py, from `user_arguments`.
+    size: Size of the target, from `targets.find`.
+    arguments: Arguments of run.py, from `user_arguments`.
     config: The flag --config.
     workdir: The flag --workdir.
-    dry_run: Whether nothing is started.
+    dry_run: Whether nothing will be started.
 
   Raises:
     errors.UserError: A flag is wrong or missing.
@@ -159,7 +159,7 @@ def make_job(
     remote = target in ('gke', 'tpu-vm')
     workdir = ('gs://BUCKET/' if remote else 'runs/') + name
   return Job(
-    # What Kubernetes takes: at most 40 here, since it adds to it.
+    # Kubernetes takes 63 letters, and appends some of its own.
     name=re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')[:40] or 'run',
     arguments=tuple(arguments),
     config=config,
@@ -181,11 +181,11 @@ def make_job(
 def user_arguments(
   argv: Sequence[str], also: Sequence[str] = ()
 ) -> tuple[str, ...]:
-  """The arguments that are not for the launcher, as they were typed.
+  """Returns the arguments that are not flags of the launcher, as typed.
 
   Args:
     argv: The command line, without the name of the program.
-    also: Names of flags that are left out too.
+    also: Names of more flags to leave out.
   """
   ours = {flag.name for flag in flags.FLAGS.flags_by_module_dict()[__name__]}
   ours |= set(also)
@@ -204,7 +204,7 @@ def user_arguments(
 
 
 def needs(target: str, job: Job, kind: str) -> accelerators.Topology:
-  """The topology of a job, if the target has such machines."""
+  """Returns the topology of a job; raises if it does not fit the target."""
   example = {'tpu': 'v5e:4x4', 'gpu': 'h100:2x8'}[kind]
   if job.topology is None:
     raise errors.UserError(
@@ -219,7 +219,7 @@ def needs(target: str, job: Job, kind: str) -> accelerators.Topology:
 
 
 def find_programs(target: str, *programs: str) -> None:
-  """Refuses to start what needs a program that is not there."""
+  """Raises an error if a program is not on PATH."""
   for program in programs:
     if shutil.which(program) is None:
       raise errors.UserError(
@@ -229,21 +229,21 @@ def find_programs(target: str, *programs: str) -> None:
 
 
 def run_script(script: str) -> int:
-  """Runs a script and returns its exit code, as a shell would say it."""
+  """Runs a script; returns its exit code, 128 plus the number for a signal."""
   code = subprocess.run(['bash', '-c', script]).returncode
   return code if code >= 0 else 128 - code
 
 
 class Bucket(NamedTuple):
-  """Where a workdir on gs:// is, as the machines of the run see it."""
+  """The bucket of a workdir, as the machines of the run see it."""
 
   name: str
-  mount: str  # folder that is the bucket
-  workdir: str  # folder in it that is the workdir
+  mount: str  # folder where it is mounted
+  workdir: str  # the workdir, below the mount
 
 
 def bucket_of(target: str, job: Job) -> Bucket:
-  """The bucket of a workdir on gs://."""
+  """Returns the bucket of a workdir on gs://."""
   match = re.fullmatch(
     r'gs://([A-Za-z0-9][\w.-]*)/([^\s\'"$`\x00-\x1f\x7f]+)',
     job.workdir,
@@ -251,21 +251,21 @@ def bucket_of(target: str, job: Job) -> Bucket:
   )
   if not match:
     raise errors.UserError(
-      f'--workdir={job.workdir} is not where --target={target} can write; name '
-      'a folder in a bucket, --workdir=gs://BUCKET/NAME.'
+      f'--target={target} cannot write to --workdir={job.workdir}; name a '
+      'folder in a bucket, --workdir=gs://BUCKET/NAME.'
     )
   mount = f'/gs/{match[1]}'
   return Bucket(match[1], mount, f'{mount}/{match[2].strip("/")}')
 
 
 def local_command(job: Job) -> list[str]:
-  """The command of one process, where this tree and the workdir are at hand."""
+  """Returns the command of a process that sees this tree and the workdir."""
   script = str(ROOT / 'launch' / 'run.py')
   return [sys.executable, script, *job.arguments, f'--workdir={job.workdir}']
 
 
 def remote_arguments(target: str, job: Job) -> list[str]:
-  """The arguments of run.py where the tree and the workdir lie elsewhere."""
+  """Returns the arguments of run.py on a machine with a copy of this tree."""
   workdir = bucket_of(target, job).workdir
   arguments = [*job.arguments, f'--workdir={workdir}']
   if job.config is not None:
@@ -273,17 +273,17 @@ def remote_arguments(target: str, job: Job) -> list[str]:
     place = pathlib.Path(path).resolve()
     if not place.is_relative_to(ROOT / 'experiments'):
       raise errors.UserError(
-        f'--config={job.config} does not go along to --target={target}, only '
-        f'what is in {ROOT / "experiments"}; copy it there.'
+        f'--config={job.config} does not go along to --target={target}; copy '
+        f'it to {ROOT / "experiments"}, which does.'
       )
     config = f'--config={place.relative_to(ROOT)}{colon}{argument}'
     if config not in arguments:
-      arguments.append(config)  # the last one counts
+      arguments.append(config)  # the last of several flags counts
   return arguments
 
 
 def is_writable(folder: str) -> bool:
-  """Whether a folder can be written to, or made."""
+  """Returns whether a folder is writable, or can be made."""
   path = pathlib.Path(folder).absolute()
   while not path.exists():
     path = path.parent
@@ -291,7 +291,7 @@ def is_writable(folder: str) -> bool:
 
 
 def _environment(topology: accelerators.Topology | None) -> dict[str, str]:
-  """The XLA flags of the hardware, and what --env says."""
+  """Returns the XLA flags of the hardware and the variables of --env."""
   env = xla_flags.environment(topology) if topology else {}
   for assignment in _ENV.value:
     name, equals, value = assignment.partition('=')

@@ -1,9 +1,9 @@
-"""Several processes on this machine, each with CPU devices of its own.
+"""Several processes on this machine, each with its own CPU devices.
 
-What a pod does, at the size of a test: the processes find each other, share
-the batches, save together. If one ends badly the launcher says which, with the
-end of its log, and ends the others. The first SIGTERM or Ctrl-C is passed on,
-and the run saves; the second ends everything at once.
+This is a small pod: the processes find each other, share the batches and save
+together. If one fails, the launcher prints which one and the end of its log,
+and ends the others. The launcher passes the first SIGTERM, SIGHUP or Ctrl-C on,
+and the run saves; a second one ends everything at once.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,20 +20,20 @@ import time
 
 from launch import scripts
 from launch.targets import jobs
+from nested_learning import distributed
 from nested_learning import errors
 
 _TOGETHER = 15  # seconds for the others to end for the same reason
-_KILLED = 2  # seconds where they cannot, one having been killed
-_RETRY = 42  # distributed.EXIT_RETRY
+_KILLED = 2  # the same if one was killed: the others cannot know of it
 
 
 def plan(job: jobs.Job) -> jobs.Plan:
-  """N processes of M devices, from --target=local-procs:NxM."""
+  """Plans N processes of M devices, from --target=local-procs:NxM."""
   match = re.fullmatch(r'([1-9]\d*)(?:x([1-9]\d*))?', job.size)
   if not match:
     raise errors.UserError(
       f'--target=local-procs:{job.size} must say how many processes, and '
-      'perhaps of how many devices: local-procs:4 or local-procs:4x2.'
+      'optionally of how many devices: local-procs:4 or local-procs:4x2.'
     )
   if job.topology is not None:
     raise errors.UserError(
@@ -76,7 +76,7 @@ def plan(job: jobs.Job) -> jobs.Plan:
 def _run(
   job: jobs.Job, command: list[str], environments: list[dict[str, str]]
 ) -> int:
-  """Runs the processes, again where another attempt may help."""
+  """Runs the processes; starts them again if another attempt may help."""
   left = job.max_restarts or 0
   while True:
     with _Group(pathlib.Path(job.workdir) / 'logs') as group:
@@ -85,7 +85,7 @@ def _run(
         env = env | {'JAX_COORDINATOR_ADDRESS': f'localhost:{port}'}
         group.start(i, command, env)
       code = group.wait()
-    retry = code == _RETRY or code >= 128
+    retry = code == distributed.EXIT_RETRY or code >= 128
     if not retry or group.signal is not None or not left:
       return code
     left -= 1
@@ -93,7 +93,7 @@ def _run(
 
 
 class _Group:
-  """The processes of one attempt; leaving it leaves none of them behind."""
+  """The processes of one attempt; none of them outlives the `with` block."""
 
   def __init__(self, logs: pathlib.Path):
     self.signal: int | None = None
@@ -116,7 +116,7 @@ class _Group:
       signal.signal(number, handler)
 
   def start(self, index: int, command: list[str], env: dict[str, str]) -> None:
-    """Starts a process. The first has the terminal, the others have logs."""
+    """Starts a process; the first has the terminal, the others have logs."""
     output = None
     if index:
       self._logs.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ class _Group:
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
-        # Ctrl-C reaches the launcher alone, which passes it on once.
+        # Ctrl-C reaches only the launcher, which passes it on once.
         start_new_session=True,
         preexec_fn=_end_with_parent,
       )
@@ -144,7 +144,7 @@ class _Group:
       return 0
     first = failed[0]
     code = codes[first]
-    # One that was killed has left the others waiting for it.
+    # If it was killed, the others wait for it in vain.
     lost = code < 0 and self.signal is None
     patience = time.monotonic() + (_KILLED if lost else _TOGETHER)
     self._poll(lambda: None not in self._codes() or time.monotonic() > patience)
@@ -198,12 +198,12 @@ def _free_port() -> int:
     return listener.getsockname()[1]
 
 
-# Looked up here: between fork and exec little is safe.
+# Looked up at import: between fork and exec little is safe.
 _PRCTL = getattr(ctypes.CDLL(None), 'prctl', None)
 
 
 def _end_with_parent() -> None:
-  """Asks Linux for SIGTERM should the launcher itself be killed."""
+  """Asks Linux for SIGTERM if the launcher dies."""
   if _PRCTL is not None:
     _PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 

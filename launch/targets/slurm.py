@@ -1,8 +1,8 @@
 """GPUs under Slurm: one sbatch script, one process per GPU.
 
-The nodes share a disk with this machine; they run this very tree with this very
-Python. A job that is preempted, loses a node or runs out of its time is put
-back into the queue and goes on from its last checkpoint.
+The nodes share a disk with this machine and run this tree with this Python. A
+job that is preempted, loses a node or reaches its time limit is queued again
+and resumes from its last checkpoint.
 """
 
 import os
@@ -21,14 +21,14 @@ _TEMPLATE = """\
 {log}
 #SBATCH --open-mode=append
 #SBATCH --requeue
-# The processes get SIGTERM, and save, this many seconds before the time is up.
+# The processes get SIGTERM, and save, this long before the time limit.
 #SBATCH --signal=TERM@300
 {options}cd {folder}
 {exports}
-# Every task sees all GPUs of its node and takes the one of its number.
+# Every task sees all GPUs of its node and takes the one with its number.
 srun --kill-on-bad-exit=1 --export=ALL {command}
 code=$?
-# 42 and signals are worth another attempt; 2 is a mistake in a flag or a file.
+# 42 and signals get another attempt; 2 is a mistake in a flag or a file.
 if [[ $code -eq 42 || $code -ge 128 ]]; then
   if [[ ${{SLURM_RESTART_COUNT:-0}} -lt {max_restarts} ]]; then
     scontrol requeue "$SLURM_JOB_ID"
@@ -39,12 +39,12 @@ exit "$code"
 
 
 def plan(job: jobs.Job) -> jobs.Plan:
-  """Nodes of GPUs, from --target=slurm and --topology=h100:NODESxGPUS."""
+  """Plans a run on nodes of GPUs, as in --topology=h100:NODESxGPUS."""
   topology = jobs.needs('slurm', job, 'gpu')
   if job.workdir.startswith('gs://'):
     raise errors.UserError(
-      f'--workdir={job.workdir} is no folder; Slurm needs one on the disk that '
-      'this machine shares with the nodes.'
+      f'--workdir={job.workdir} is no folder; --target=slurm needs a folder on '
+      'the disk that this machine shares with the nodes.'
     )
   workdir = pathlib.Path(job.workdir).absolute()
   if not job.dry_run and not jobs.is_writable(str(workdir)):

@@ -1,8 +1,8 @@
 """TPU VMs: a queued resource, and ssh to all its workers.
 
-This tree goes to every worker as an archive and is installed there. The
-launcher stays with the run: it starts it again, on new machines where the old
-ones were taken away, and gives the machines back when the run has succeeded.
+The launcher copies this tree to every worker and installs it there. It stays
+with the run: it starts the run again after a failure, on new machines if the
+old ones were taken away, and deletes the machines when the run has succeeded.
 """
 
 import re
@@ -13,7 +13,7 @@ from nested_learning import errors
 
 _START = """\
 set -euo pipefail
-# An attempt whose connection broke may still be at work here.
+# An attempt that lost its connection may still be running here.
 ours={ours}
 for signal in TERM KILL; do
   if pkill -$signal -f "$ours"; then
@@ -56,7 +56,7 @@ nodes=({nodes})
 flags=({flags})
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-# Nothing is asked for before what it needs is known to be there.
+# Checks everything that the machines need before asking for them.
 gcloud storage buckets describe gs://{bucket} --format='value(name)' || exit 2
 tar -czf "$work/tree.tgz" --exclude=__pycache__ -C {root} {tree} || exit 2
 {write_start}
@@ -70,7 +70,7 @@ delete() {{
     --quiet --force
 }}
 
-# Waits for the machines; asks for them if they are not there or were taken.
+# Waits for the machines; asks for them if there are none, or they were taken.
 obtain() {{
   local now
   while now=$(state || true); [[ $now != ACTIVE ]]; do
@@ -115,7 +115,7 @@ for ((left = {max_restarts}; ; left--)); do
   obtain
   everywhere copy && everywhere start
   code=$?
-  # 2 is a mistake in a flag or a file, which no other attempt mends.
+  # 2 is a mistake in a flag or a file: another attempt does not help.
   if [[ $code -eq 0 || $code -eq 2 || $left -eq 0 ]]; then
     break
   fi
@@ -133,16 +133,16 @@ exit "$code"
 
 
 def plan(job: jobs.Job) -> jobs.Plan:
-  """Slices of TPUs, from --target=tpu-vm and --topology=v5e:16x16."""
+  """Plans a run on slices of TPU VMs, as in --topology=v5e:16x16."""
   topology = jobs.needs('tpu-vm', job, 'tpu')
   generation = topology.generation
   if generation.tpu_vm is None:
     raise errors.UserError(
-      f'--target=tpu-vm has no {generation.name}, which the TPU API does not '
-      'offer; use --target=gke.'
+      f'--target=tpu-vm has no {generation.name}, since the TPU API does not '
+      'offer it; use --target=gke.'
     )
   bucket = jobs.bucket_of('tpu-vm', job)
-  # JAX's own port is not among those that the default network lets through.
+  # The default network blocks JAX's own port.
   env = {'JAX_COORDINATOR_PORT': '8476', **job.env}
   command = ['launch/run.py', *jobs.remote_arguments('tpu-vm', job)]
   ours = f'launch/run[.]py .*--workdir={re.escape(bucket.workdir)}'

@@ -202,7 +202,7 @@ class RunTest(parameterized.TestCase):
     ),
     (['--target=lokal'], 'the nearest is local.'),
     (['--workdir=gs://b/a'], 'gs://b/a is no folder of this machine'),
-    (['--workdir=a', '--topology=v5e:4x4'], '--target=local takes the devices'),
+    (['--workdir=a', '--topology=v5e:4x4'], '--target=local uses the devices'),
     (['--workdir=a', '--process_id=1'], 'JAX_NUM_PROCESSES must be set too'),
     (['--workdir=a', '--process_id=-1'], '-1'),
     (['--target=gke', '--topology=v5e:3x3'], 'the nearest is v5e:2x4'),
@@ -366,7 +366,7 @@ class RunTest(parameterized.TestCase):
 
   @parameterized.parameters(
     (['--feed=a.txt'], '--session and --feed are for --mode=session'),
-    (['--mode=session', '--session=a'], 'needs a language model'),
+    (['--mode=session', '--session=a'], 'experiment of a language model'),
   )
   def test_sessions_are_for_language_models(self, args, message):
     result = self._toy(*args)
