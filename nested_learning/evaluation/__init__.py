@@ -1,4 +1,4 @@
-"""Bits per byte, the loss by position in the context, answers to tasks."""
+"""Evaluation of text, tasks and continual learning; scoring and lm-eval."""
 
 from nested_learning.evaluation.accuracy import Answer
 from nested_learning.evaluation.accuracy import cross_entropy
@@ -7,21 +7,21 @@ from nested_learning.evaluation.accuracy import make_count
 from nested_learning.evaluation.accuracy import squared_error
 from nested_learning.evaluation.accuracy import TaskEvaluation
 from nested_learning.evaluation.accuracy import write_answers
-from nested_learning.evaluation.by_position import bin_edges
-from nested_learning.evaluation.by_position import gain_by_position
-from nested_learning.evaluation.by_position import mean_over_bins
-from nested_learning.evaluation.by_position import plot
-from nested_learning.evaluation.by_position import write_table
+from nested_learning.evaluation.bits_per_byte import bin_edges
+from nested_learning.evaluation.bits_per_byte import context_position
+from nested_learning.evaluation.bits_per_byte import Evaluation
+from nested_learning.evaluation.bits_per_byte import EvaluationConfig
+from nested_learning.evaluation.bits_per_byte import gain_by_position
+from nested_learning.evaluation.bits_per_byte import make_evaluate
+from nested_learning.evaluation.bits_per_byte import mean_over_bins
+from nested_learning.evaluation.bits_per_byte import plot
+from nested_learning.evaluation.bits_per_byte import Totals
+from nested_learning.evaluation.bits_per_byte import write_table
 from nested_learning.evaluation.continual import continual_scores
 from nested_learning.evaluation.continual import ContinualScores
 from nested_learning.evaluation.continuation import make_write
 from nested_learning.evaluation.continuation import WriteConfig
-from nested_learning.evaluation.evaluate import context_position
-from nested_learning.evaluation.evaluate import Evaluation
-from nested_learning.evaluation.evaluate import EvaluationConfig
-from nested_learning.evaluation.evaluate import make_evaluate
-from nested_learning.evaluation.evaluate import Totals
-from nested_learning.evaluation.requests import encode_pair
-from nested_learning.evaluation.requests import Request
+from nested_learning.evaluation.scoring import encode_pair
 from nested_learning.evaluation.scoring import make_score
+from nested_learning.evaluation.scoring import Request
 from nested_learning.evaluation.scoring import Score

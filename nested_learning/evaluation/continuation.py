@@ -1,87 +1,43 @@
-r"""Text that a model writes after a context, until a string appears.
+r"""Text that a model generates after a context, until a string appears.
 
     write = make_write(model, tokenizer, batch_size=8)
     texts = write(params, ['1, 2, 3, '], WriteConfig(until=('\n',)))
 
-Strings that end the text are looked for in the text, not among the tokens, so
-that they end it wherever tokens begin and end.
+Strings that end a text are searched in the text, not among the tokens, so they
+end it wherever tokens begin and end.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-from typing import Any
 
 from absl import logging
 import jax
 import numpy as np
-import tqdm
 
 from nested_learning import data as data_lib
 from nested_learning import errors
 from nested_learning import inference
 from nested_learning import models
 from nested_learning import sharding
-from nested_learning.evaluation import requests as requests_lib
+from nested_learning.evaluation import scoring
 
-_BLOCK = 16  # tokens between two looks at the text
-# Names of the limit in tasks, the one that counts first.
-_MAX_TOKENS = (
-  'max_gen_toks',
-  'max_new_tokens',
-  'max_tokens',
-  'max_completion_tokens',
-)
+_BLOCK = 16  # tokens drawn between two searches of the text
 
 
 @dataclasses.dataclass(frozen=True)
 class WriteConfig:
   """When a text ends, and how its tokens are drawn."""
 
-  until: tuple[str, ...] = ()  # the first of these ends the text, unseen
-  max_tokens: int = 256  # tokens at most
+  until: tuple[str, ...] = ()  # the first of these ends the text before it
+  max_tokens: int = 256  # most tokens
   temperature: float = 0.0  # divides the logits; 0 is greedy
-  top_k: int | None = None  # draw among the k most likely; None is all
-  top_p: float = 1.0  # draw among this probability mass; 1 is all
+  top_k: int | None = None  # draws among the k most likely; None is all
+  top_p: float = 1.0  # draws among this probability mass; 1 is all
 
   def __post_init__(self):
     errors.check_field(self, 'max_tokens', self.max_tokens >= 1, 'at least 1')
     inference.check_sampling(self.temperature, self.top_k, self.top_p)
-
-
-def parse_settings(settings: Mapping[str, Any]) -> WriteConfig:
-  """Reads the settings of generation that a task of the harness gives.
-
-  Args:
-    settings: `until` (a string or several), `max_gen_toks` or another name of
-      it, `do_sample`, `temperature`, `top_k`, `top_p`. Without `do_sample`, a
-      temperature above 0 samples; with it and no temperature, that is 1.
-
-  Returns:
-    The config. Settings that are not known here are named in a warning.
-  """
-  known = {'until', 'do_sample', 'temperature', 'top_k', 'top_p', *_MAX_TOKENS}
-  unknown = sorted(set(settings) - known)
-  if unknown:
-    logging.log_first_n(
-      logging.WARNING, 'Settings %s of a task are ignored.', 1, unknown
-    )
-  until = settings.get('until') or ()
-  given = [settings[k] for k in _MAX_TOKENS if settings.get(k) is not None]
-  temperature = settings.get('temperature')
-  do_sample = settings.get('do_sample')
-  if do_sample is None:
-    do_sample = bool(temperature)
-  if temperature is None:
-    temperature = 1.0
-  top_k, top_p = settings.get('top_k'), settings.get('top_p')
-  return WriteConfig(
-    until=(until,) if isinstance(until, str) else tuple(filter(None, until)),
-    max_tokens=int(given[0]) if given else WriteConfig.max_tokens,
-    temperature=float(temperature) if do_sample else 0.0,
-    top_k=int(top_k) if top_k and top_k > 0 else None,
-    top_p=1.0 if top_p is None else float(top_p),
-  )
 
 
 def make_write(
@@ -91,23 +47,22 @@ def make_write(
   batch_size: int = 8,
   max_length: int | None = None,
   seed: int = 0,
-  mesh: Any = None,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[..., list[str]]:
   """Makes `write(params, contexts, config, *, description=None) -> [str]`.
 
-  It returns the texts in the order of the contexts, and shows a progress bar
-  where there is a description. What is drawn for a context depends on the seed
-  and on its place among the contexts, not on the batch that it is in. Of a
-  context that leaves no room for max_tokens in a model's longest stream, the
-  beginning is left out.
+  It returns the texts in the order of the contexts, and shows a progress bar if
+  there is a description. What is drawn for a context depends on the seed and on
+  its place among the contexts, not on its batch. Where a context leaves no room
+  for max_tokens in a model's longest stream, its beginning is left out.
 
   Args:
     model: From `models.make_model`.
-    tokenizer: Of the texts.
-    batch_size: Texts that are written together.
-    max_length: Tokens of one call; the longest stream of a model that has a
-      longest. None for model.max_length.
-    seed: Of what is drawn.
+    tokenizer: The tokenizer of the texts.
+    batch_size: Texts that are generated together.
+    max_length: Most tokens of one call, and of one stream for models that have
+      a longest; None for model.max_length.
+    seed: Seed of what is drawn.
     mesh: Devices to spread the rows over, with the parameters on it; None for
       where the parameters are.
 
@@ -119,13 +74,13 @@ def make_write(
       has fewer tokens than the tokenizer; the function, if max_tokens leave no
       room for a context.
   """
-  limits = requests_lib.limits(model.config, max_length)
-  rows = requests_lib.num_rows(batch_size, mesh)
-  vocab_size = requests_lib.vocab_size(model.config, tokenizer.vocab_size)
+  limits = scoring.read_limits(model.config, max_length)
+  rows = scoring.num_rows(batch_size, mesh)
+  vocab_size = scoring.check_vocab_size(model.config, tokenizer.vocab_size)
   read_prompt = inference.make_prompt_reader(
     model,
     piece=limits.piece,
-    put=functools.partial(requests_lib.put, mesh=mesh),
+    put=functools.partial(scoring.put, mesh=mesh),
   )
   whole = None if mesh is None else sharding.replicated(mesh)
 
@@ -137,12 +92,12 @@ def make_write(
         _BLOCK, temperature, top_k, top_p, tokenizer.document_id, vocab_size
       ),
     )
-    # The tokens are looked at by every process.
+    # Every process needs all tokens, to see where the texts end.
     return jax.jit(draw, out_shardings=(whole, None, None))
 
   def write_batch(params, contexts, keys, config):
     draw = make_draw(config.temperature, config.top_k, config.top_p)
-    padded = requests_lib.pad(contexts, rows, limits.piece)
+    padded = scoring.pad(contexts, rows, limits.piece)
     logits, state = read_prompt(params, np.maximum(padded, 0), padded >= 0)
     drawn = np.zeros((rows, 0), np.int32)
     texts = [None] * len(contexts)
@@ -156,18 +111,14 @@ def make_write(
     return texts
 
   def write(params, contexts, config, *, description=None):
-    tokens = [requests_lib.encode_context(tokenizer, c) for c in contexts]
+    tokens = [scoring.encode_context(tokenizer, c) for c in contexts]
     tokens = _make_room(tokens, config.max_tokens, limits.stream)
     keys = inference.row_keys(
       jax.random.key(seed), np.arange(max(len(tokens), 1))
     )
     texts = [''] * len(tokens)
-    with tqdm.tqdm(
-      total=len(tokens),
-      desc=description,
-      disable=description is None or jax.process_index() > 0,
-    ) as bar:
-      for places in requests_lib.batches([len(t) for t in tokens], rows):
+    with scoring.progress(len(tokens), description) as bar:
+      for places in scoring.batches([len(t) for t in tokens], rows):
         padded = [*places, *[places[0]] * (rows - len(places))]
         batch = [tokens[place] for place in places]
         written = write_batch(params, batch, keys[np.array(padded)], config)
@@ -218,7 +169,7 @@ def finished_text(
 def _make_room(
   contexts: Sequence[np.ndarray], num_tokens: int, limit: int | None
 ) -> list[np.ndarray]:
-  """The contexts, cut on the left to leave room for what is written."""
+  """Cuts contexts on the left, to leave room for `num_tokens`."""
   if limit is None:
     return list(contexts)
   room = limit - num_tokens

@@ -1,25 +1,34 @@
-"""A model of ours as a model of EleutherAI's lm-evaluation-harness.
+"""Adapter to EleutherAI's lm-evaluation-harness.
 
     lm = harness.make_lm(model, params, tokenizer, batch_size=8)
     lm_eval.simple_evaluate(lm, tasks=['wikitext'])
 
-This is the one module that needs the package lm_eval. What the numbers mean is
-in `scoring` and `continuation`.
+Only `import_package` and `make_lm` need the package lm_eval.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from absl import logging
+import jax
 
 from nested_learning import data as data_lib
 from nested_learning import errors
 from nested_learning import models
 from nested_learning.evaluation import continuation
-from nested_learning.evaluation import requests as requests_lib
 from nested_learning.evaluation import scoring
+
+# Names of the limit in tasks, the one that counts first.
+_MAX_TOKENS = (
+  'max_gen_toks',
+  'max_new_tokens',
+  'max_tokens',
+  'max_completion_tokens',
+)
 
 
 def import_package() -> Any:
-  """The package lm_eval.
+  """Imports the package lm_eval.
 
   Raises:
     errors.UserError: If it is not installed.
@@ -38,6 +47,41 @@ def import_package() -> Any:
   return lm_eval
 
 
+def parse_settings(settings: Mapping[str, Any]) -> continuation.WriteConfig:
+  """Reads the generation settings of a task of the harness.
+
+  Args:
+    settings: `until` (a string or several), `max_gen_toks` or another name of
+      it, `do_sample`, `temperature`, `top_k`, `top_p`. Without `do_sample`, a
+      temperature above 0 samples; with it and no temperature, that is 1.
+
+  Returns:
+    The config. Settings that are not known here are named in a warning.
+  """
+  known = {'until', 'do_sample', 'temperature', 'top_k', 'top_p', *_MAX_TOKENS}
+  unknown = sorted(set(settings) - known)
+  if unknown:
+    logging.log_first_n(
+      logging.WARNING, 'Settings %s of a task are ignored.', 1, unknown
+    )
+  until = settings.get('until') or ()
+  given = [settings[k] for k in _MAX_TOKENS if settings.get(k) is not None]
+  temperature = settings.get('temperature')
+  do_sample = settings.get('do_sample')
+  if do_sample is None:
+    do_sample = bool(temperature)
+  if temperature is None:
+    temperature = 1.0
+  top_k, top_p = settings.get('top_k'), settings.get('top_p')
+  return continuation.WriteConfig(
+    until=(until,) if isinstance(until, str) else tuple(filter(None, until)),
+    max_tokens=int(given[0]) if given else continuation.WriteConfig.max_tokens,
+    temperature=float(temperature) if do_sample else 0.0,
+    top_k=int(top_k) if top_k and top_k > 0 else None,
+    top_p=1.0 if top_p is None else float(top_p),
+  )
+
+
 def make_lm(
   model: models.Model,
   params: Any,
@@ -46,7 +90,7 @@ def make_lm(
   batch_size: int = 8,
   max_length: int | None = None,
   seed: int = 0,
-  mesh: Any = None,
+  mesh: jax.sharding.Mesh | None = None,
   progress: bool = True,
 ) -> Any:
   """Makes an `lm_eval.api.model.LM`.
@@ -54,17 +98,17 @@ def make_lm(
   Args:
     model: From `models.make_model`.
     params: Its parameters.
-    tokenizer: The one that it was trained with.
+    tokenizer: The tokenizer that it was trained with.
     batch_size: Texts that are read together.
-    max_length: Tokens of one call; the longest stream of a model that has a
-      longest. None for model.max_length.
-    seed: Of what is drawn where a task samples.
+    max_length: Most tokens of one call, and of one stream for models that have
+      a longest; None for model.max_length.
+    seed: Seed of what is drawn where a task samples.
     mesh: Devices to spread the rows over, with the parameters on it; None for
       where the parameters are.
     progress: Whether to show progress bars.
 
   Returns:
-    The harness' model. It answers in the order of the requests.
+    A model of the harness, which answers in the order of the requests.
 
   Raises:
     errors.UserError: If lm_eval is not installed, batch_size or max_length is
@@ -88,7 +132,7 @@ def make_lm(
   )
 
   def score_pairs(pairs, description):
-    requests = [requests_lib.encode_pair(tokenizer, *pair) for pair in pairs]
+    requests = [scoring.encode_pair(tokenizer, *pair) for pair in pairs]
     return score(
       params, requests, description=description if progress else None
     )
@@ -102,7 +146,7 @@ def make_lm(
 
     def loglikelihood(self, requests: Sequence[Any]):
       scores = score_pairs([r.args for r in requests], 'log-likelihood')
-      return [tuple(score) for score in scores]
+      return [(s.log_likelihood, s.is_greedy) for s in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]):
       texts = [('', r.args[0]) for r in requests]
@@ -111,7 +155,7 @@ def make_lm(
     def generate_until(self, requests: Sequence[Any]):
       groups = {}
       for i, request in enumerate(requests):
-        config = continuation.parse_settings(request.args[1])
+        config = parse_settings(request.args[1])
         groups.setdefault(config, []).append(i)
       texts = [''] * len(requests)
       for config, places in groups.items():

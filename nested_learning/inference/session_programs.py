@@ -169,6 +169,7 @@ def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
   Returns:
     The functions; each is compiled once per shape of its arguments.
   """
+  plain = models.make_model(model.config, head=model.head)
   reader = models.make_model(model.config, inner, head=model.head).reader
   vocab_size = model.config.vocab_size
 
@@ -227,8 +228,8 @@ def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
 
   @jax.jit
   def restart(params, state, rows):
-    axes = partition.row_axes(model.init_state, params)
-    fresh = partition.rows_first(axes, model.init_state(params, rows.shape[0]))
+    axes = partition.row_axes(plain.init_state, params)
+    fresh = partition.rows_first(axes, plain.init_state(params, rows.shape[0]))
     begin = lambda old: partition.where(rows, fresh, old)
     stream = state.stream
     stream = stream._replace(

@@ -12,7 +12,6 @@ from nested_learning import errors
 from nested_learning import layers
 from nested_learning import models
 from nested_learning.evaluation import continuation
-from nested_learning.evaluation import requests as requests_lib
 from nested_learning.evaluation import scoring
 from tests import compiling
 from tests.training import tiny
@@ -81,8 +80,8 @@ class WriteTest(parameterized.TestCase):
     self.assertEqual([len(text) for text in texts], [20] * len(contexts))
     self.assertLen(set(texts), len(texts))
     requests = [
-      requests_lib.Request(
-        requests_lib.encode_context(_ASCII, context), _ASCII.encode(text)
+      scoring.Request(
+        scoring.encode_context(_ASCII, context), _ASCII.encode(text)
       )
       for context, text in zip(contexts, texts, strict=True)
     ]
@@ -127,7 +126,7 @@ class WriteTest(parameterized.TestCase):
     with self.assertLogs(logging.get_absl_logger(), 'WARNING') as logs:
       found = write([context, 'b'], greedy(20))
     self.assertIn('1 of 2 contexts are longer than the 44', logs.output[0])
-    request = requests_lib.Request(
+    request = scoring.Request(
       _ASCII.encode(context)[-44:], _ASCII.encode(found[0])
     )
     self.assert_greedy(_ATTENTION, [request], [True])
@@ -195,41 +194,6 @@ class FinishedTextTest(parameterized.TestCase):
     self.assertEqual(
       continuation.finished_text(tokenizer, _X, drawn, config), 'yes'
     )
-
-
-class ParseSettingsTest(parameterized.TestCase):
-  @parameterized.parameters(
-    ({}, {}),
-    ({'until': '\n'}, {'until': ('\n',)}),
-    ({'until': ['a', '', 'b']}, {'until': ('a', 'b')}),
-    ({'until': None, 'max_gen_toks': 7}, {'max_tokens': 7}),
-    ({'max_new_tokens': 9, 'max_gen_toks': 7}, {'max_tokens': 7}),
-    ({'max_new_tokens': 9}, {'max_tokens': 9}),
-    ({'do_sample': False, 'temperature': 0.7}, {'temperature': 0.0}),
-    ({'temperature': 0.7}, {'temperature': 0.7}),
-    ({'do_sample': True}, {'temperature': 1.0}),
-    (
-      {'do_sample': True, 'top_k': 5, 'top_p': 0.9},
-      {'temperature': 1.0, 'top_k': 5, 'top_p': 0.9},
-    ),
-    ({'top_k': 0, 'temperature': 0.0}, {}),
-  )
-  def test_reads(self, settings, fields):
-    self.assertEqual(
-      continuation.parse_settings(settings),
-      continuation.WriteConfig(**fields),
-    )
-
-  def test_names_what_it_ignores(self):
-    with self.assertLogs(logging.get_absl_logger(), 'WARNING') as logs:
-      continuation.parse_settings({'num_beams': 4})
-    self.assertIn('num_beams', logs.output[0])
-
-  def test_refuses_settings_out_of_range(self):
-    with self.assertRaisesRegex(errors.UserError, 'max_tokens=0'):
-      continuation.parse_settings({'max_gen_toks': 0})
-    with self.assertRaisesRegex(errors.UserError, 'top_p=2.0'):
-      continuation.parse_settings({'top_p': 2})
 
 
 if __name__ == '__main__':

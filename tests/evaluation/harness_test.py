@@ -7,15 +7,17 @@ import sys
 import unittest
 from unittest import mock
 
+from absl import logging
 from absl.testing import absltest
+from absl.testing import parameterized
 import jax
 import numpy as np
 
 from nested_learning import data
 from nested_learning import errors
 from nested_learning import models
+from nested_learning.evaluation import continuation
 from nested_learning.evaluation import harness
-from nested_learning.evaluation import requests as requests_lib
 from nested_learning.evaluation import scoring
 from tests import compiling
 from tests.training import tiny
@@ -74,7 +76,7 @@ class HarnessTest(absltest.TestCase):
     model, params = make_parts()
     score = scoring.make_score(model, vocab_size=257)
     wanted = score(
-      params, [requests_lib.encode_pair(_BYTES, *pair) for pair in _PAIRS]
+      params, [scoring.encode_pair(_BYTES, *pair) for pair in _PAIRS]
     )
     for (log, greedy), one in zip(found, wanted, strict=True):
       self.assertIsInstance(log, float)
@@ -113,6 +115,41 @@ class HarnessTest(absltest.TestCase):
       self.requests('loglikelihood', [('one', texts[0])])
     )
     self.assertTrue(greedy[0][1])
+
+
+class ParseSettingsTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ({}, {}),
+    ({'until': '\n'}, {'until': ('\n',)}),
+    ({'until': ['a', '', 'b']}, {'until': ('a', 'b')}),
+    ({'until': None, 'max_gen_toks': 7}, {'max_tokens': 7}),
+    ({'max_new_tokens': 9, 'max_gen_toks': 7}, {'max_tokens': 7}),
+    ({'max_new_tokens': 9}, {'max_tokens': 9}),
+    ({'do_sample': False, 'temperature': 0.7}, {'temperature': 0.0}),
+    ({'temperature': 0.7}, {'temperature': 0.7}),
+    ({'do_sample': True}, {'temperature': 1.0}),
+    (
+      {'do_sample': True, 'top_k': 5, 'top_p': 0.9},
+      {'temperature': 1.0, 'top_k': 5, 'top_p': 0.9},
+    ),
+    ({'top_k': 0, 'temperature': 0.0}, {}),
+  )
+  def test_reads(self, settings, fields):
+    self.assertEqual(
+      harness.parse_settings(settings),
+      continuation.WriteConfig(**fields),
+    )
+
+  def test_names_what_it_ignores(self):
+    with self.assertLogs(logging.get_absl_logger(), 'WARNING') as logs:
+      harness.parse_settings({'num_beams': 4})
+    self.assertIn('num_beams', logs.output[0])
+
+  def test_refuses_settings_out_of_range(self):
+    with self.assertRaisesRegex(errors.UserError, 'max_tokens=0'):
+      harness.parse_settings({'max_gen_toks': 0})
+    with self.assertRaisesRegex(errors.UserError, 'top_p=2.0'):
+      harness.parse_settings({'top_p': 2})
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import io
 
 from absl import logging
 from absl.testing import absltest
@@ -7,12 +8,13 @@ from absl.testing import parameterized
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 
+from nested_learning import data
 from nested_learning import errors
 from nested_learning import layers
 from nested_learning import models
 from nested_learning import sharding
-from nested_learning.evaluation import requests as requests_lib
 from nested_learning.evaluation import scoring
 from tests import compiling
 from tests.training import tiny
@@ -30,6 +32,7 @@ _HOPE = dataclasses.replace(
     num_heads=2, head_dim=8, chunk_size=4, chunk_size_others=4
   ),
 )
+_BYTES = data.make_tokenizer('bytes')
 _MODELS = (('attention', _ATTENTION), ('titans', _TITANS))
 
 
@@ -56,7 +59,7 @@ def make_step(config):
 def request(num_context, num_continuation, seed=0):
   random = np.random.default_rng(seed)
   tokens = random.integers(0, 256, num_context + num_continuation, np.int32)
-  return requests_lib.Request(tokens[:num_context], tokens[num_context:])
+  return scoring.Request(tokens[:num_context], tokens[num_context:])
 
 
 def reference(config, request):
@@ -94,9 +97,9 @@ class ScoreTest(parameterized.TestCase):
     x, y, z = np.split(np.concatenate(request(20, 13)), [12, 25])
     both, first, second = make_score(config)(
       [
-        requests_lib.Request(x, np.concatenate([y, z])),
-        requests_lib.Request(x, y),
-        requests_lib.Request(np.concatenate([x, y]), z),
+        scoring.Request(x, np.concatenate([y, z])),
+        scoring.Request(x, y),
+        scoring.Request(np.concatenate([x, y]), z),
       ]
     )
     self.assertAlmostEqual(
@@ -122,7 +125,7 @@ class ScoreTest(parameterized.TestCase):
     with self.assertNoLogs(logging.get_absl_logger(), 'WARNING'):
       found = make_score(config)(requests)
     self.assert_scores(found, [reference(config, r) for r in requests])
-    tail = requests_lib.Request(requests[0][0][-10:], requests[0][1])
+    tail = scoring.Request(requests[0][0][-10:], requests[0][1])
     (forgetful,) = make_score(config)([tail])
     self.assertNotAlmostEqual(forgetful[0], found[0][0], delta=1e-3)
 
@@ -146,7 +149,7 @@ class ScoreTest(parameterized.TestCase):
     self.assertIn('2 of 3 texts are longer than the 32', logs.output[0])
     # 32 tokens are read to predict the last, of which others are predicted.
     tails = [
-      requests_lib.Request(context[-(33 - len(rest)) :], rest)
+      scoring.Request(context[-(33 - len(rest)) :], rest)
       for context, rest in requests
     ]
     self.assert_scores(found, [reference(_ATTENTION, r) for r in tails])
@@ -156,7 +159,7 @@ class ScoreTest(parameterized.TestCase):
     (found,) = make_score(_ATTENTION)([text])
     tokens = np.concatenate(text)
     wanted = sum(
-      reference(_ATTENTION, requests_lib.Request(tokens[a:b], tokens[b:c]))[0]
+      reference(_ATTENTION, scoring.Request(tokens[a:b], tokens[b:c]))[0]
       for a, b, c in ((0, 1, 33), (32, 33, 65), (43, 65, 76))
     )
     self.assertAlmostEqual(found.log_likelihood, wanted, delta=1e-3)
@@ -167,7 +170,7 @@ class ScoreTest(parameterized.TestCase):
     tokens = np.concatenate(text)
     parts = make_score(_TITANS)(
       [
-        requests_lib.Request(tokens[:a], tokens[a:b])
+        scoring.Request(tokens[:a], tokens[a:b])
         for a, b in ((1, 33), (33, 65), (65, 76))
       ]
     )
@@ -175,7 +178,7 @@ class ScoreTest(parameterized.TestCase):
     self.assertAlmostEqual(found.log_likelihood, wanted, delta=1e-3)
 
   def test_windows(self):
-    text = requests_lib.Request(np.array([-1]), np.arange(10))
+    text = scoring.Request(np.array([-1]), np.arange(10))
     windows = scoring.cut(7, text, 4)
     self.assertEqual(
       [(w.index, w.tokens.tolist(), w.num_scored) for w in windows],
@@ -207,14 +210,14 @@ class ScoreTest(parameterized.TestCase):
       [
         s.is_greedy
         for s in score(
-          [requests_lib.Request(prompt, np.array([t])) for t in (best, other)]
+          [scoring.Request(prompt, np.array([t])) for t in (best, other)]
         )
       ],
       [True, False],
     )
     below = int(last[:best].argmax())
     (found,) = make_score(_ATTENTION, vocab_size=best)(
-      [requests_lib.Request(prompt, np.array([below]))]
+      [scoring.Request(prompt, np.array([below]))]
     )
     self.assertTrue(found.is_greedy)
 
@@ -240,9 +243,114 @@ class ScoreTest(parameterized.TestCase):
 
   @parameterized.parameters(260, -1)
   def test_refuses_tokens_that_the_model_does_not_have(self, token):
-    text = requests_lib.Request(np.array([1]), np.array([token]))
+    text = scoring.Request(np.array([1]), np.array([token]))
     with self.assertRaisesRegex(errors.UserError, f'token {token} is not one'):
       make_score(_ATTENTION)([text])
+
+
+def pairs_tokenizer() -> data.Tokenizer:
+  """Letters two by two: a token may reach across any border of two texts."""
+
+  def encode(text):
+    return np.array(
+      [
+        ord(text[i]) + 256 * ord(text[i + 1 : i + 2] or '\0')
+        for i in range(0, len(text), 2)
+      ],
+      np.int32,
+    )
+
+  return dataclasses.replace(_BYTES, encode=encode)
+
+
+class EncodePairTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('two and two', ' is four', 'two and two', ' is four'),
+    ('', 'is four', '', 'is four'),
+    ('Answer: ', 'four', 'Answer:', ' four'),  # the space goes with the word
+    ('Answer:\n', 'four', 'Answer:', '\nfour'),
+    (' ', 'four', '', ' four'),
+    ('naïve ☃', '!', 'naïve ☃', '!'),
+    ('two', '', 'two', ''),
+  )
+  def test_bytes(self, context, continuation, before, after):
+    request = scoring.encode_pair(_BYTES, context, continuation)
+    self.assertEqual(request.context[0], _BYTES.document_id)
+    self.assertEqual(_BYTES.decode(request.context), before)
+    self.assertEqual(_BYTES.decode(request.continuation), after)
+
+  def test_a_token_across_the_border_is_of_the_continuation(self):
+    tokenizer = pairs_tokenizer()
+    request = scoring.encode_pair(tokenizer, 'abc', 'de')
+    whole = tokenizer.encode('abcde')
+    np.testing.assert_array_equal(request.context[1:], whole[:1])
+    np.testing.assert_array_equal(request.continuation, whole[1:])
+
+  def test_sentencepiece(self):
+    content = io.BytesIO()
+    text = ['the cat sat on the mat', 'the mat is on the cat', 'a cat'] * 9
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(text),
+      model_writer=content,
+      vocab_size=40,
+      hard_vocab_limit=False,
+      minloglevel=2,
+    )
+    path = self.create_tempfile(
+      'a.model', content=content.getvalue(), mode='wb'
+    )
+    tokenizer = data.make_tokenizer(path.full_path)
+    for context in ('the cat', 'the cat ', ''):
+      request = scoring.encode_pair(tokenizer, context, 'sat')
+      whole = tokenizer.encode(context + 'sat')
+      np.testing.assert_array_equal(
+        np.concatenate(request), [tokenizer.document_id, *whole]
+      )
+    request = scoring.encode_pair(tokenizer, 'the cat', ' sat')
+    np.testing.assert_array_equal(
+      request.context[1:], tokenizer.encode('the cat')
+    )
+
+
+class LayoutTest(parameterized.TestCase):
+  def test_limits(self):
+    limits = scoring.read_limits(tiny.MODEL)
+    self.assertEqual(limits, scoring.Limits(128, 128))
+    self.assertEqual(
+      scoring.read_limits(tiny.MODEL, 16), scoring.Limits(16, 16)
+    )
+    titans = dataclasses.replace(
+      tiny.MODEL,
+      mixer=layers.MemoryMixerConfig(num_heads=2, head_dim=8),
+    )
+    self.assertEqual(scoring.read_limits(titans, 16), scoring.Limits(16, None))
+
+  @parameterized.parameters(0, 129)
+  def test_refuses_lengths_that_the_model_has_not(self, length):
+    with self.assertRaisesRegex(
+      errors.UserError, f'max_length={length} .* model.max_length=128'
+    ):
+      scoring.read_limits(tiny.MODEL, length)
+
+  def test_refuses_batches_without_rows(self):
+    with self.assertRaisesRegex(errors.UserError, 'batch_size=0'):
+      scoring.num_rows(0, None)
+
+  def test_batches_hold_each_place_once_longest_first(self):
+    lengths = [3, 9, 1, 9, 5]
+    batches = list(scoring.batches(lengths, 2))
+    self.assertEqual(batches, [(1, 3), (4, 0), (2,)])
+
+  @parameterized.parameters(
+    (1, 32), (32, 32), (33, 64), (100, 100), (101, 132), (199, 200), (200, 200)
+  )
+  def test_pads_to_few_lengths(self, length, padded):
+    rows = [np.arange(length), np.arange(1)]
+    found = scoring.pad(rows, 3, piece=100)
+    self.assertEqual(found.shape, (3, padded))
+    np.testing.assert_array_equal(found[0, :length], rows[0])
+    self.assertTrue(np.all(found[0, length:] == -1))
+    self.assertTrue(np.all(found[2] == -1))
 
 
 if __name__ == '__main__':
