@@ -1,4 +1,4 @@
-"""The iteration of Newton-Schulz: singular values go to 1, by matmuls alone."""
+"""Orthogonalises matrices by Newton-Schulz: matrix products alone."""
 
 from collections.abc import Sequence
 
@@ -12,79 +12,79 @@ COEFFICIENTS = {
   'quintic': (3.4445, -4.7750, 2.0315),
 }
 
-# Steps taken on one Gram matrix before it is made anew: what is nearly zero in
-# it grows up to twelvefold per step, and its rounding too. At condition 1e4,
-# five quintic steps in float32 are off by 5e-6 with a new matrix every step,
-# 6e-6 with one after three, and 3e-4 with the first one throughout.
+# Steps taken on one Gram matrix before it is computed anew. Entries near zero
+# grow up to twelvefold per step, and their rounding errors with them. At
+# condition 1e4, five quintic steps in float32 are off by 5e-6 with a new matrix
+# every step, by 6e-6 with one after three, and by 3e-4 with a single one.
 _STEPS_PER_GRAM = 3
-
-
-def iterate(
-  y: jax.Array, coefficients: Sequence[float], num_steps: int
-) -> jax.Array:
-  r"""Takes steps of Newton-Schulz from matrices of singular values up to 1.
-
-  .. math::
-    Y \leftarrow a Y + b (Y Y^\top) Y + c (Y Y^\top)^2 Y .
-
-  Args:
-    y: [..., m, n], m at most n.
-    coefficients: (a, b, c).
-    num_steps: How many.
-
-  Returns:
-    An array like y.
-
-  References:
-    Jordan et al., Muon, https://kellerjordan.github.io/posts/muon, 2024.
-  """
-  m, n = y.shape[-2:]
-  at_once = _STEPS_PER_GRAM if n >= 2 * m else 1
-  for done in range(0, num_steps, at_once):
-    y = _take_steps(y, coefficients, min(at_once, num_steps - done))
-  return y
 
 
 def orthogonalize(
   x: jax.Array,
   *,
-  coefficients: Sequence[float] = COEFFICIENTS['quintic'],
+  coefficients: str | Sequence[float] = 'quintic',
   num_steps: int = 5,
+  epsilon: float = 1e-6,
 ) -> jax.Array:
-  """Brings the singular values of every matrix near 1, wherever it lies.
+  r"""Brings the singular values of every matrix near 1.
+
+  .. math::
+    X_0 = X / \sqrt{\|X\|_F^2 + \epsilon^2}, \qquad
+    X_{i+1} = a X_i + b (X_i X_i^\top) X_i + c (X_i X_i^\top)^2 X_i .
+
+  NL derives a step of this kind from the regression |P(g)^T P(g) - I|^2: from
+  O = g and a rate of 1/4, eq. 44 is the cubic step. Its further steps hold on
+  to g (the term O - g) and stop at matrices that are not orthogonal, so the
+  iteration here is re-anchored at every step.
 
   Args:
-    x: [..., m, n].
-    coefficients: (a, b, c) of the iteration.
-    num_steps: Number of its steps.
+    x: [..., m, n]; leading axes are a stack of matrices.
+    coefficients: 'cubic', 'quintic', or (a, b, c).
+    num_steps: Number of steps; NL writes T.
+    epsilon: Norm below which a matrix counts as zero. Zero stays zero, with
+      finite gradients.
 
   Returns:
-    An array like x, with finite gradients; zero stays zero.
+    An array like x, laid out over devices like x.
+
+  References:
+    Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 43-44.
+    Jordan et al., Muon, https://kellerjordan.github.io/posts/muon, 2024.
   """
+  if isinstance(coefficients, str):
+    coefficients = COEFFICIENTS[coefficients]
+  # Gram matrices are taken on the shorter side.
   is_tall = x.shape[-2] > x.shape[-1]
   y = jnp.matrix_transpose(x) if is_tall else x
   square = jnp.sum(jnp.square(y), axis=(-2, -1), keepdims=True)
-  y = iterate(y * jax.lax.rsqrt(square + 1e-12), coefficients, num_steps)
+  # epsilon**2 may vanish in float32, and zero must stay zero.
+  floor = jnp.finfo(y.dtype).tiny
+  y = y * jax.lax.rsqrt(jnp.maximum(square + epsilon**2, floor))
+  m, n = y.shape[-2:]
+  # Products of factors [m, m] cost less than steps on [m, n] if m is small.
+  at_once = _STEPS_PER_GRAM if n >= 2 * m else 1
+  for done in range(0, num_steps, at_once):
+    y = _take_steps(y, coefficients, min(at_once, num_steps - done))
   return jnp.matrix_transpose(y) if is_tall else y
 
 
 def _take_steps(y, coefficients, num_steps):
-  """Steps of Newton-Schulz from one Gram matrix.
+  """Takes steps of Newton-Schulz from one Gram matrix.
 
-  The factors R of the steps are polynomials of the same matrix and commute, so
-  the next Gram matrix is R (Y Y^T) R and all factors can be multiplied before
-  the iterate is: products of m x m instead of m x n, worth it if m is small.
+  The factors R of the steps are polynomials of the same matrix and commute.
+  So the next Gram matrix is R (Y Y^T) R, and all factors can be multiplied
+  before the iterate is.
 
   Args:
     y: [..., m, n], m at most n.
     coefficients: (a, b, c).
-    num_steps: How many.
+    num_steps: Number of steps.
 
   Returns:
     An array like y.
   """
   a, b, c = coefficients
-  gram = _matmul(y, jnp.matrix_transpose(y))
+  gram = _matmul(y, jnp.matrix_transpose(y))  # [..., m, m]
   if num_steps == 1:
     return a * y + _matmul(_polynomial(gram, b, c), y)
   factors = None

@@ -192,7 +192,7 @@ def make_optimizer(name, rate, loss_fn, params, batch):
   """
   if name not in DGD:
     return RULES[name](rate)
-  return optimizers.dgd.for_model(
+  return optimizers.dgd_for_model(
     loss_fn,
     params,
     batch,

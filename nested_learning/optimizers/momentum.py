@@ -1,9 +1,9 @@
 """Momentum as an associative memory of gradients, with better memories.
 
-Momentum is gradient descent on <m, g>: a linear memory that is told to store
-every gradient under no key at all. The rules here give it values to store
-(`preconditioned_momentum`) and let it erase what it answers to a gradient
-before it stores the new one (`delta_momentum`).
+Momentum is gradient descent on <m, g>: a linear memory that stores every
+gradient without a key. `preconditioned_momentum` chooses the values to store;
+`delta_momentum` erases the memory's output for a gradient before it stores the
+new one.
 """
 
 from typing import Any, NamedTuple
@@ -12,14 +12,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nested_learning.optimizers import checks
 from nested_learning.optimizers import placement
+from nested_learning.optimizers import settings
 
 _FORMS = ('stable', 'paper')
 
 
 class MomentumState(NamedTuple):
-  """Steps so far, the momentum, and the state of what makes its values."""
+  """State of a momentum.
+
+  Attributes:
+    count: Steps taken so far, int32.
+    trace: The momentum, in float32 or wider.
+    preconditioner: State of the transformation that makes the stored values.
+  """
 
   count: jax.Array
   trace: Any
@@ -34,7 +40,7 @@ def delta_momentum(
   erase: float = 0.2,
   preconditioner: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Momentum that erases what it holds along a gradient, then stores it.
+  r"""Momentum that erases along a gradient before it stores it.
 
   For a kernel of shape [in, out] with gradient G and momentum m,
 
@@ -43,17 +49,17 @@ def delta_momentum(
       + P(G) \\
     W &\leftarrow W - \text{lr}\; m .
 
-  It is the delta rule on |m^T G - P|^2, the columns of G being the keys: where
-  successive gradients agree, momentum does not pile up; where they have turned,
-  the old direction decays only by `decay`. A vector is one key, and the leading
-  axes of larger tensors are a stack of kernels.
+  This is the delta rule on |m^T G - P|^2, with the columns of G as keys. If
+  successive gradients agree, momentum does not pile up; if they turn, the old
+  direction decays by `decay` alone. A vector is one key, and the leading axes
+  of larger tensors are a stack of kernels.
 
   Form 'paper' has neither the norm nor the weight `erase`,
   :math:`m \leftarrow m\,\alpha - G G^\top m - \text{lr}\; P(G)` and
   :math:`W \leftarrow W + m`, and diverges as soon as the norm of a gradient
   exceeds about sqrt(1 + decay): the step of a delta rule must be below
-  2 / |key|^2. The norm above gives it one that holds at every scale and
-  keeps m bounded for erase <= 1 + decay.
+  2 / |key|^2. Dividing by the norm holds that at every scale of
+  gradients, and keeps m bounded for erase <= 1 + decay.
 
   Deviations from print: arXiv's eq. 49 lacks the identity in
   (alpha I - G^T G) and any rate on the Gram matrix; the derivation puts it on
@@ -64,8 +70,8 @@ def delta_momentum(
     form: 'stable' or 'paper'.
     decay: Fraction of the momentum kept per step; NL writes alpha.
     erase: Fraction erased along the gradient (form 'stable'); 0 is momentum.
-    preconditioner: Makes the values P(G), any optax transformation. None: the
-      gradients themselves.
+    preconditioner: Optax transformation that computes the values P(G). None:
+      the gradients themselves.
 
   Returns:
     An optax gradient transformation.
@@ -77,10 +83,10 @@ def delta_momentum(
   References:
     Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 48-49.
   """
-  checks.check_choice(_FORMS, form=form)
-  checks.check_rate(learning_rate=learning_rate)
-  checks.check_decay(decay=decay)
-  checks.check_rate(erase=erase)
+  settings.check_choice(_FORMS, form=form)
+  settings.check_rate(learning_rate=learning_rate)
+  settings.check_decay(decay=decay)
+  settings.check_rate(erase=erase)
   stable = form == 'stable'
   if stable and isinstance(erase, (int, float)) and erase > 1 + decay:
     raise ValueError(
@@ -119,22 +125,22 @@ def preconditioned_momentum(
     W &\leftarrow W - \text{lr}\; m .
 
   The preconditioner is a memory with a gradient descent of its own, at rate
-  zeta = 1 - preconditioner_decay: regressed on squared gradients, it is the
-  second moment of RMSProp. Unlike in Adam, every gradient is divided by what
-  was known when it arrived, before it is stored.
+  zeta = 1 - preconditioner_decay. Regressed on squared gradients, it is the
+  second moment of RMSProp. Unlike in Adam, every gradient is divided by the
+  second moment of its own step, before it is stored.
 
   Form 'paper' is eq. 46-47 as arXiv prints it,
-  :math:`m \leftarrow m - \text{lr}\; P g`, :math:`W \leftarrow W + m`: the text
-  speaks of a forget gate, the equation has none, and without it no gradient is
-  ever forgotten and the iterate swings without end. Eq. 41 prints P_{t+1} on
-  both sides; its right side is read as P_t.
+  :math:`m \leftarrow m - \text{lr}\; P g`, :math:`W \leftarrow W + m`. The text
+  speaks of a forget gate, the equation has none; without it no gradient is ever
+  forgotten, and the iterate oscillates forever. Eq. 41 prints P_{t+1} on both
+  sides; its right side is read as P_t.
 
   Args:
     learning_rate: Step size, a scalar or an optax schedule (per step).
     form: 'stable' or 'paper'.
     decay: Fraction of the momentum kept per step (form 'stable').
-    preconditioner: Any optax transformation, in place of the one above.
-    preconditioner_decay: Of the one above; NL's zeta is one minus this.
+    preconditioner: Optax transformation that replaces the one above.
+    preconditioner_decay: Decay of the one above; NL's zeta is one minus this.
 
   Returns:
     An optax gradient transformation.
@@ -146,9 +152,9 @@ def preconditioned_momentum(
   References:
     Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 38-41, 46-47.
   """
-  checks.check_choice(_FORMS, form=form)
-  checks.check_rate(learning_rate=learning_rate)
-  checks.check_decay(decay=decay, preconditioner_decay=preconditioner_decay)
+  settings.check_choice(_FORMS, form=form)
+  settings.check_rate(learning_rate=learning_rate)
+  settings.check_decay(decay=decay, preconditioner_decay=preconditioner_decay)
   stable = form == 'stable'
   if preconditioner is None:
     preconditioner = optax.scale_by_rms(
@@ -164,14 +170,14 @@ def preconditioned_momentum(
 
 
 def _make_momentum(learning_rate, remember, preconditioner, stable):
-  """An optimiser from a rule for the momentum.
+  """Makes an optimiser from a rule for the momentum.
 
   Args:
     learning_rate: A scalar or a schedule.
-    remember: Maps (momentum, gradient, value, rate), leaf by leaf, to the new
-      momentum.
-    preconditioner: Maps gradients to values; None for the identity.
-    stable: Whether the rate is applied outside the momentum rather than in it.
+    remember: Function of (momentum, gradient, value, rate) of a leaf that
+      returns the new momentum.
+    preconditioner: Transformation of gradients to values; None: identity.
+    stable: Whether the rate is applied to the momentum rather than inside it.
 
   Returns:
     An optax gradient transformation.
@@ -181,7 +187,7 @@ def _make_momentum(learning_rate, remember, preconditioner, stable):
   )
 
   def init_fn(params):
-    checks.check_params(params)
+    settings.check_params(params)
     return MomentumState(
       count=jnp.zeros((), jnp.int32),
       trace=jax.tree.map(_zeros, params),
@@ -189,9 +195,7 @@ def _make_momentum(learning_rate, remember, preconditioner, stable):
     )
 
   def update_fn(updates, state, params=None, **extra_args):
-    rate = (
-      learning_rate(state.count) if callable(learning_rate) else (learning_rate)
-    )
+    rate = settings.rate_at(learning_rate, state.count)
     values, inner = make_values.update(
       updates, state.preconditioner, params, **extra_args
     )
@@ -224,7 +228,7 @@ def _normalize(kernel):
 
 
 def _as_kernel(leaf):
-  """[..., in, out]; a vector has one output."""
+  """Returns a leaf as [..., in, out]; a vector has one output."""
   return leaf if leaf.ndim >= 2 else leaf.reshape(-1, 1)
 
 

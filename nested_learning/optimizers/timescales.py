@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nested_learning.optimizers import checks
 from nested_learning.optimizers import clocks
+from nested_learning.optimizers import settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ def multi_timescale(
   """
   levels = tuple(levels)
   periods = clocks.make_periods(levels, tokens_per_step)
-  checks.check_choice(('mean', 'sum'), reduce=reduce)
+  settings.check_choice(('mean', 'sum'), reduce=reduce)
   offsets = clocks.make_phases(tuple(periods.values()), phases)
   offsets = dict(zip(periods, offsets, strict=True))
   optimizers = {
@@ -160,7 +160,7 @@ def multi_timescale(
     empty = not jax.tree.leaves(params)
     labels = None if empty else labels_of(params)
     if not empty:
-      checks.check_params(params)
+      settings.check_params(params)
       _check_labels(labels, periods)
     states = {}
     for name, period in periods.items():

@@ -114,7 +114,7 @@ class DgdTest(parameterized.TestCase):
       def loss_fn(kernel, x):
         return jnp.sum(jnp.cos(x @ kernel - label))
 
-      value_and_grad, tx = optimizers.dgd.for_model(
+      value_and_grad, tx = optimizers.dgd_for_model(
         loss_fn, jnp.array(kernel), jnp.array(x), learning_rate=learning_rate
       )
       _, grad, extra = value_and_grad(jnp.array(kernel), jnp.array(x))
@@ -141,7 +141,7 @@ class DgdTest(parameterized.TestCase):
 
   def test_update_is_the_rule(self):
     params, batch = make_mlp()
-    value_and_grad, tx = optimizers.dgd.for_model(
+    value_and_grad, tx = optimizers.dgd_for_model(
       mlp_loss, params, batch, learning_rate=0.5
     )
     _, gradients, extra = value_and_grad(params, batch)
@@ -159,7 +159,7 @@ class DgdTest(parameterized.TestCase):
 
   def test_projection_as_an_extra_argument_gives_the_same(self):
     params, batch = make_mlp()
-    value_and_grad, tx = optimizers.dgd.for_model(
+    value_and_grad, tx = optimizers.dgd_for_model(
       mlp_loss, params, batch, learning_rate=0.5, erase=0.7
     )
     _, gradients, extra = value_and_grad(params, batch)
@@ -177,7 +177,7 @@ class DgdTest(parameterized.TestCase):
     kernel = jax.random.normal(jax.random.key(1), (8, 4))
     # A loss that hardly depends on the map: the erasing term alone acts.
     loss_fn = lambda kernel, x: 1e-20 * jnp.sum(x @ kernel)
-    value_and_grad, tx = optimizers.dgd.for_model(
+    value_and_grad, tx = optimizers.dgd_for_model(
       loss_fn, kernel, x, learning_rate=1e6
     )
     state = tx.init(kernel)
@@ -192,7 +192,7 @@ class DgdTest(parameterized.TestCase):
 
   def test_erase_zero_is_gradient_descent(self):
     params, batch = make_mlp()
-    value_and_grad, tx = optimizers.dgd.for_model(
+    value_and_grad, tx = optimizers.dgd_for_model(
       mlp_loss, params, batch, learning_rate=0.1, erase=0.0
     )
     _, gradients, extra = value_and_grad(params, batch)
@@ -256,7 +256,7 @@ class DgdTest(parameterized.TestCase):
         expected_extra['energy'][f'layer_{i}']['Dense_1']['kernel'],
         rtol=1e-5,
       )
-    report = optimizers.dgd.report(make_loss(scanned), params, x)
+    report = optimizers.dgd_report(make_loss(scanned), params, x)
     self.assertEqual(report["['layers']['Dense_0']['kernel']"], 'dgd')
     self.assertEqual(report["['layers']['Dense_0']['bias']"], 'fallback')
     self.assertEqual(report["['LayerNorm_0']['scale']"], 'fallback')
@@ -268,7 +268,7 @@ class DgdTest(parameterized.TestCase):
     loss_fn = lambda params, x: jnp.mean(
       (model.apply({'params': params}, x) - 1) ** 2
     )
-    value_and_grad, tx = optimizers.dgd.for_model(
+    value_and_grad, tx = optimizers.dgd_for_model(
       loss_fn, params, x, learning_rate=0.05
     )
     state = train_state.TrainState.create(
@@ -278,7 +278,7 @@ class DgdTest(parameterized.TestCase):
     @jax.jit
     def step(state):
       loss, grads, extra = value_and_grad(state.params, x)
-      return optimizers.dgd.apply_gradients(state, grads, extra), loss
+      return optimizers.apply_gradients(state, grads, extra), loss
 
     with self.subTest('as the transformation alone'):
       _, grads, extra = value_and_grad(params, x)
@@ -297,7 +297,7 @@ class DgdTest(parameterized.TestCase):
     model = Net(nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (5, 3))
     loss_fn = lambda model, x: jnp.mean((model(x) - 1) ** 2)
-    value_and_grad, tx = optimizers.dgd.for_model(
+    value_and_grad, tx = optimizers.dgd_for_model(
       loss_fn, model, x, learning_rate=0.05, fallback=optax.adam(1e-2)
     )
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -319,7 +319,7 @@ class DgdTest(parameterized.TestCase):
     self.assertLess(losses[-1], 0.8 * losses[0])
     self.assertGreater(jnp.max(jnp.abs(model.norm.mean[...] - before)), 1e-3)
     self.assertEqual(
-      list(optimizers.dgd.report(loss_fn, model, x).values()).count('dgd'), 2
+      list(optimizers.dgd_report(loss_fn, model, x).values()).count('dgd'), 2
     )
 
   def test_nnx_module_on_a_slow_clock(self):
@@ -327,7 +327,7 @@ class DgdTest(parameterized.TestCase):
     model = Net(nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (5, 3))
     loss_fn = lambda model, x: jnp.mean((model(x) - 1) ** 2)
-    value_and_grad, dgd = optimizers.dgd.for_model(
+    value_and_grad, dgd = optimizers.dgd_for_model(
       loss_fn, model, x, learning_rate=0.05
     )
     extra = jax.eval_shape(lambda: value_and_grad(nnx.clone(model), x)[2])
@@ -359,7 +359,7 @@ class DgdTest(parameterized.TestCase):
 
   def test_a_part_of_the_parameters_keeps_its_rules(self):
     params, batch = make_mlp()
-    value_and_grad, dgd = optimizers.dgd.for_model(
+    value_and_grad, dgd = optimizers.dgd_for_model(
       mlp_loss, params, batch, learning_rate=0.5
     )
     _, gradients, extra = value_and_grad(params, batch)
@@ -401,7 +401,7 @@ class DgdTest(parameterized.TestCase):
     ])  # fmt: skip
     params = model.init(jax.random.key(0), x)
     loss_fn = lambda params, x: jnp.mean(model.apply(params, x) ** 2)
-    report = optimizers.dgd.report(loss_fn, params, x)
+    report = optimizers.dgd_report(loss_fn, params, x)
     rules = {path: rule for path, rule in report.items() if 'kernel' in path}
     self.assertLen(rules, 9)
     self.assertEqual(set(rules.values()), {'dgd'})
@@ -430,12 +430,12 @@ class DgdTest(parameterized.TestCase):
         if name == 'gather':  # A table is no map, and needs no word.
           with warnings.catch_warnings():
             warnings.simplefilter('error')
-            optimizers.dgd.for_model(both, params, x, learning_rate=0.1)
+            optimizers.dgd_for_model(both, params, x, learning_rate=0.1)
           continue
         with self.assertWarnsRegex(UserWarning, rf"\['w'\] \({name}"):
-          optimizers.dgd.for_model(both, params, x, learning_rate=0.1)
+          optimizers.dgd_for_model(both, params, x, learning_rate=0.1)
         with self.assertRaisesRegex(ValueError, rf"lost .*\['w'\] \({name}"):
-          optimizers.dgd.for_model(loss, params, x, learning_rate=0.1)
+          optimizers.dgd_for_model(loss, params, x, learning_rate=0.1)
 
   def test_says_what_is_wrong(self):
     params, batch = make_mlp()
@@ -449,7 +449,7 @@ class DgdTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "'n'.*int32"):
       tx.init({'n': jnp.zeros(2, jnp.int32)})
     with self.assertRaisesRegex(ValueError, 'nothing to erase'):
-      optimizers.dgd.for_model(
+      optimizers.dgd_for_model(
         lambda params, batch: jnp.sum(params['first']['bias'] ** 2),
         params,
         batch,

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nested_learning import newton_schulz
 from nested_learning import optimizers
-from nested_learning.optimizers import newton_schulz
+from nested_learning.optimizers import placement
 from tests import compiling
 
 
@@ -322,8 +323,9 @@ class M3Test(parameterized.TestCase):
   def test_mesh_can_be_given(self):
     mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
     x = jax.device_put(jnp.ones((8, 4, 6)), jax.NamedSharding(mesh, jax.P()))
-    whole = jax.jit(optimizers.orthogonalize)
-    spread = jax.jit(lambda x: optimizers.orthogonalize(x, mesh=mesh))
+    orthogonalize = optimizers.orthogonalize
+    whole = jax.jit(orthogonalize)
+    spread = jax.jit(lambda x: placement.map_stack(orthogonalize, x, mesh))
     flops = [
       f.lower(x).compile().cost_analysis()['flops'] for f in (whole, spread)
     ]

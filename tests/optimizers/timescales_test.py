@@ -265,7 +265,7 @@ class MultiTimescaleTest(parameterized.TestCase):
     # Three batches between two updates are one batch of all of them; 'sum' is
     # the same with a loss that is a sum over the three.
     params, (x, y) = make_regression()
-    value_and_grad, dgd = optimizers.dgd.for_model(
+    value_and_grad, dgd = optimizers.dgd_for_model(
       regression_loss, params, (x[0], y[0]), learning_rate=0.5
     )
     extra = jax.eval_shape(value_and_grad, params, (x[0], y[0]))[2]
@@ -310,7 +310,7 @@ class MultiTimescaleTest(parameterized.TestCase):
   def test_says_which_extra_arguments_it_would_lose(self):
     params, batch = make_regression()
     batch = jax.tree.map(lambda leaf: leaf[0], batch)
-    value_and_grad, dgd = optimizers.dgd.for_model(
+    value_and_grad, dgd = optimizers.dgd_for_model(
       regression_loss, params, batch, learning_rate=0.5
     )
     _, gradients, extra = value_and_grad(params, batch)

@@ -1,4 +1,4 @@
-"""Deep Momentum Gradient Descent: the momentum is a small network."""
+"""Deep Momentum Gradient Descent: a small network holds the momentum."""
 
 from typing import Any, NamedTuple
 
@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nested_learning.optimizers import checks
 from nested_learning.optimizers import placement
+from nested_learning.optimizers import settings
 
 
 class DeepMomentumState(NamedTuple):
-  """State of deep momentum for a tree of matrices.
+  """State of deep momentum for a tree of matrices [..., m, n].
 
   Attributes:
     count: Steps taken so far, int32.
-    down: Per matrix [..., m, n], the first layer B, [..., hidden, m].
-    up: The second layer A, [..., n, hidden].
+    down: First layer B of each matrix's memory, [..., hidden, m].
+    up: Second layer A, [..., n, hidden].
     mean_square: Running mean of squared gradients, one number per matrix.
   """
 
@@ -36,13 +36,13 @@ def deep_momentum(
   fallback: optax.GradientTransformation | None = None,
   seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Momentum kept by a network that learns gradients in its own inner steps.
+  r"""Momentum in a network that learns gradients by its own inner steps.
 
-  For a kernel W of shape [m, n] the memory is a map from inputs to outputs like
-  W^T itself, :math:`M(x) = A \tanh(B x)` with A of shape [n, h] and B of shape
-  [h, m]. What it adds to W is its answer to the unit vectors,
-  :math:`M(I) = A \tanh(B)`: for a linear memory, the momentum matrix. With
-  G the gradient (transposed to [n, m], over its running RMS) and
+  For a kernel W of shape [m, n], the memory is a map from inputs to outputs
+  like W^T itself, :math:`M(x) = A \tanh(B x)` with A of shape [n, h] and B of
+  shape [h, m]. W is updated by the memory's output for the unit vectors,
+  :math:`M(I) = A \tanh(B)`, which for a linear memory is the momentum matrix.
+  With G the gradient (transposed to [n, m], over its running RMS) and
   rate = 1 - decay,
 
   .. math::
@@ -54,9 +54,9 @@ def deep_momentum(
   which are steps on 1/2 |M(I) - G|^2; lambda_A and lambda_B bound the largest
   eigenvalues of A^T A and tanh(B) tanh(B)^T, so that the rates are those of
   a normalised step. With a linear memory of full rank, M(I) would be the
-  exponential moving average of gradients. The last term passes on what the
-  memory is too small to hold. h is chosen so that A and B together have at most
-  `state_ratio` times the entries of W (but h is at least 1).
+  exponential moving average of gradients. The last term passes on the part of
+  the gradient that a small memory cannot hold. h is the largest for which A and
+  B together have at most `state_ratio` times the entries of W (at least 1).
 
   Form 'paper' is eq. 50 with its own example, the objective <M(u^T), 1> on
   the raw gradient. For shapes to agree and for a linear M to be momentum, 1
@@ -69,8 +69,8 @@ def deep_momentum(
       - \text{lr}\, (A \circ \tanh'(u B^\top))^\top u \\
     W &\leftarrow W + M(I)^\top .
 
-  Nothing in it holds the two layers up: alpha decays B to zero, and the
-  momentum goes with it. Print says W + M(u), whose shape is not that of W.
+  It has no term that maintains the two layers: alpha decays B to zero, and the
+  momentum with it. Print says W + M(u), whose shape is not that of W.
 
   Args:
     learning_rate: Step size, a scalar or an optax schedule (per step).
@@ -80,7 +80,7 @@ def deep_momentum(
     inner_steps: Inner steps per gradient (form 'stable').
     fallback: Rule for leaves of rank below 2; None: `optax.adam` at the same
       learning rate.
-    seed: Of the first layer's initial value (random and orthogonal).
+    seed: Seed of the first layer's initial value (random and orthogonal).
 
   Returns:
     An optax gradient transformation. Leading axes of leaves of higher rank are
@@ -93,10 +93,10 @@ def deep_momentum(
   References:
     Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 50.
   """
-  checks.check_choice(('stable', 'paper'), form=form)
-  checks.check_rate(learning_rate=learning_rate, state_ratio=state_ratio)
-  checks.check_decay(decay=decay)
-  checks.check_period(inner_steps=inner_steps)
+  settings.check_choice(('stable', 'paper'), form=form)
+  settings.check_rate(learning_rate=learning_rate, state_ratio=state_ratio)
+  settings.check_decay(decay=decay)
+  settings.check_period(inner_steps=inner_steps)
   if fallback is None:
     fallback = optax.adam(learning_rate)
 
@@ -117,9 +117,7 @@ def deep_momentum(
 
   def update_deep(updates, state, params=None):
     del params
-    rate = (
-      learning_rate(state.count) if callable(learning_rate) else (learning_rate)
-    )
+    rate = settings.rate_at(learning_rate, state.count)
     step = (state.count + 1).astype(jnp.float32)
 
     def learn(g, down, up, mean_square):
@@ -140,13 +138,14 @@ def deep_momentum(
       return moved, down, up, mean_square
 
     leaves, structure = jax.tree.flatten(updates)
-    memories = [jax.tree.leaves(part) for part in state[1:]]
-    results = [learn(*leaf) for leaf in zip(leaves, *memories, strict=True)]
+    memories = state.down, state.up, state.mean_square
+    parts = map(jax.tree.leaves, memories)
+    results = [learn(*leaf) for leaf in zip(leaves, *parts, strict=True)]
     columns = zip(*results, strict=True) if results else ((), (), (), ())
-    updates, *memories = (structure.unflatten(column) for column in columns)
+    updates, *learned = (structure.unflatten(column) for column in columns)
     count = optax.safe_increment(state.count)
-    memories = jax.tree.map(_keep_type, tuple(memories), state[1:])
-    return updates, DeepMomentumState(count, *memories)
+    learned = jax.tree.map(_keep_type, tuple(learned), memories)
+    return updates, DeepMomentumState(count, *learned)
 
   partition = optax.partition(
     {
@@ -161,20 +160,20 @@ def deep_momentum(
   )
 
   def init_fn(params):
-    checks.check_params(params)
+    settings.check_params(params)
     return partition.init(params)
 
   return optax.GradientTransformationExtraArgs(init_fn, partition.update)
 
 
 def _init_layers(leaf, state_ratio, key):
-  """The two layers for a leaf, and its mean square."""
+  """Returns the two layers for a leaf, and its mean square."""
   *stack, m, n = leaf.shape
   dtype = jnp.promote_types(leaf.dtype, jnp.float32)
   hidden = min(max(1, int(state_ratio * m * n / (m + n))), m)
   down = jax.nn.initializers.orthogonal()(key, (hidden, m), dtype)
   down = jnp.broadcast_to(down, (*stack, hidden, m))
-  # Inputs, outputs and stacked matrices lie where those of the leaf do.
+  # Shard inputs, outputs and stacked matrices like those of the leaf.
   *layers, inputs, outputs = placement.spec_of(leaf)
   up, square = jnp.zeros((*stack, n, hidden), dtype), jnp.zeros(stack, dtype)
   return (
@@ -189,7 +188,7 @@ def _keep_type(new, old):
 
 
 def _inner_step(u, down, up, rate):
-  """A normalised step on 1/2 |up tanh(down) - u|^2."""
+  """Takes a normalised step on 1/2 |up tanh(down) - u|^2."""
   features = jnp.tanh(down)
   error = placement.matmul(up, features) - u
   slope = 1 - jnp.square(features)
@@ -200,7 +199,7 @@ def _inner_step(u, down, up, rate):
 
 
 def _literal_step(u, down, up, decay, rate):
-  """A step on the trace of up tanh(down u^T), as printed."""
+  """Takes a step on the trace of up tanh(down u^T), as printed."""
   features = jnp.tanh(placement.matmul(u, jnp.matrix_transpose(down)))
   slope = 1 - jnp.square(features)
   down_gradient = placement.matmul(jnp.matrix_transpose(up * slope), u)
@@ -208,7 +207,7 @@ def _literal_step(u, down, up, decay, rate):
 
 
 def _bound(x):
-  """Bound on the largest eigenvalue of x x^T, above zero."""
+  """Returns a positive bound on the largest eigenvalue of x x^T."""
   gram = placement.matmul(x, jnp.matrix_transpose(x))
   largest = jnp.max(jnp.sum(jnp.abs(gram), -1), -1)[..., None, None]
   return jnp.maximum(largest, jnp.finfo(x.dtype).tiny)

@@ -1,4 +1,4 @@
-"""Delta Gradient Descent: gradient descent that erases before it writes."""
+"""Delta Gradient Descent: linear maps erase their outputs before they learn."""
 
 from collections.abc import Callable
 import functools
@@ -11,16 +11,112 @@ import jax.numpy as jnp
 import optax
 
 from nested_learning.optimizers import capture
-from nested_learning.optimizers import checks
+from nested_learning.optimizers import settings
 
 
 class DgdState(NamedTuple):
-  """Steps taken so far, int32."""
+  """State of `dgd`.
+
+  Attributes:
+    count: Steps taken so far, int32.
+  """
 
   count: jax.Array
 
 
-def for_model(
+def dgd(
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  erase: float = 1.0,
+  maps: Any | Callable[[Any], Any] | None = None,
+  fallback: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Delta Gradient Descent: W erases its output for x, then learns.
+
+  For a linear map W with inputs x_s (N of them) and a loss gradient g,
+
+  .. math::
+    W \leftarrow W - r \left(\text{erase}\; W \tfrac{1}{N} \sum_s x_s x_s^\top
+      + g\right), \qquad
+    r = \frac{\text{lr}}{1 + \text{lr}\; \text{erase}\;
+      \tfrac{1}{N} \sum_s |x_s|^2} .
+
+  With one sample and erase 1, this is the exact minimiser of 1/2 |W x - u|^2 +
+  1/(2 lr) |W - W_t|^2 with u = -dL/dy, for any norm of x. With more samples,
+  the energy (mean of |x|^2) bounds the largest eigenvalue of the mean of
+  x x^T, so that no direction of W is ever pulled past zero.
+
+  The rule minimises the loss plus 1/2 |W x|^2 per map, a strong regulariser:
+  the fixed point of one sample is W x = -dL/dy, so that DGD does not stop where
+  the gradient vanishes.
+
+  The gradients passed to `update` are the sum of both terms, and the extra
+  argument `energy` is the mean of |x|^2 of every map: `dgd_for_model` and
+  `value_and_delta_grad` return both. With plain gradients, pass the extra
+  argument `projection`, the W x x^T of every map, as well. Gradients may be
+  averaged over batches if the extra arguments are, too: see `accumulate` of
+  `multi_timescale` (`optax.MultiSteps` passes on those of the last batch
+  alone).
+
+  Deviations from print: NL eq. 57 has lr / (1 + lr), which is exact at
+  |x| = 1 only; NL 114 prints u with the other sign, and 119-120 the norm of x
+  where its square is meant.
+
+  Args:
+    learning_rate: Step size lr, a scalar or an optax schedule (per step).
+    erase: Weight of the erasing term, as given to the capture; 0 is plain
+      gradient descent.
+    maps: Tree of bools that marks the parameters with captured inputs, or a
+      function from the parameters to one. None: those of rank 2 or more.
+    fallback: Rule for all other parameters. None: `optax.sgd(learning_rate)`,
+      which is DGD without the erasing term.
+
+  Returns:
+    An optax gradient transformation with the extra arguments `energy` (tree
+    like the parameters: for each a scalar, an array over its leading axes, or
+    an array of its shape) and, if the gradients do not contain it,
+    `projection`.
+
+  Raises:
+    ValueError: If a rate is negative, a parameter is not of a floating type,
+      or `update` is called without `energy`.
+
+  References:
+    Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 56-57 and
+    112-121.
+  """
+  settings.check_rate(learning_rate=learning_rate, erase=erase)
+  if fallback is None:
+    fallback = optax.sgd(learning_rate)
+
+  def labels(params):
+    marks = maps(params) if callable(maps) else maps
+    if marks is None:
+      marks = jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+    return jax.tree.map(lambda mark: 'dgd' if mark else 'fallback', marks)
+
+  partition = optax.partition(
+    {'dgd': _scale_by_dgd(learning_rate, erase), 'fallback': fallback},
+    labels,
+    mask_compatible_extra_args=True,
+  )
+
+  def init_fn(params):
+    settings.check_params(params)
+    return partition.init(params)
+
+  def update_fn(updates, state, params=None, **extra_args):
+    # Wrappers such as optax.masked and optax.partition cut the updates to a
+    # part of the parameters, and by default not the extra arguments.
+    for name in ('energy', 'projection'):
+      if extra_args.get(name) is not None:
+        extra_args[name] = _select(extra_args[name], updates, name)
+    return partition.update(updates, state, params, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def dgd_for_model(
   loss_fn: Callable[..., Any],
   model: Any,
   *args,
@@ -30,24 +126,24 @@ def for_model(
   num_samples: int | Callable[..., Any] | None = None,
   has_aux: bool = False,
 ) -> tuple[Callable[..., Any], optax.GradientTransformationExtraArgs]:
-  """Sets up Delta Gradient Descent for a model, whatever it is written in.
+  """Sets up Delta Gradient Descent for a model of Linen, NNX or plain JAX.
 
   With any function of a tree of parameters:
 
-    value_and_grad, tx = dgd.for_model(loss_fn, params, batch, learning_rate=1.)
+    value_and_grad, tx = dgd_for_model(loss_fn, params, batch, learning_rate=1.)
     loss, grads, extra = value_and_grad(params, batch)
     updates, state = tx.update(grads, state, params, **extra)
 
   With Linen's TrainState, whose own method passes no extra arguments:
 
-    value_and_grad, tx = dgd.for_model(loss_fn, params, batch, learning_rate=1.)
+    value_and_grad, tx = dgd_for_model(loss_fn, params, batch, learning_rate=1.)
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
     loss, grads, extra = value_and_grad(state.params, batch)
-    state = dgd.apply_gradients(state, grads, extra)
+    state = apply_gradients(state, grads, extra)
 
   With an NNX module:
 
-    value_and_grad, tx = dgd.for_model(loss_fn, model, batch, learning_rate=1.)
+    value_and_grad, tx = dgd_for_model(loss_fn, model, batch, learning_rate=1.)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     loss, grads, extra = value_and_grad(model, batch)
     optimizer.update(model, grads, **extra)
@@ -59,11 +155,11 @@ def for_model(
     learning_rate: Step size, a scalar or an optax schedule.
     erase: Weight of the erasing term; 1 is the paper's.
     fallback: Rule for parameters that are not maps; see `dgd`.
-    num_samples: See `capture.value_and_delta_grad`.
+    num_samples: See `value_and_delta_grad`.
     has_aux: Whether loss_fn returns (loss, anything).
 
   Returns:
-    A function of (model, *args) that gives the loss, gradients and extra
+    A function of (model, *args) that returns the loss, gradients and extra
     arguments, and the optax transformation that takes them.
 
   Raises:
@@ -75,35 +171,35 @@ def for_model(
       be captured (`custom_vjp`, `shard_map`, arithmetic between parameters);
       it names them. They get the fallback rule.
   """
-  settings = {'erase': erase, 'num_samples': num_samples, 'has_aux': has_aux}
+  options = {'erase': erase, 'num_samples': num_samples, 'has_aux': has_aux}
   if isinstance(model, nnx.Module):
-    value_and_grad = _nnx_value_and_grad(loss_fn, settings)
+    value_and_grad = _nnx_value_and_grad(loss_fn, options)
     pure, params, rest = _nnx_pure(loss_fn, model, has_aux)
     args = (rest, *args)
   else:
-    value_and_grad = capture.value_and_delta_grad(loss_fn, **settings)
+    value_and_grad = capture.value_and_delta_grad(loss_fn, **options)
     pure, params = loss_fn, model
   found, lost = capture.trace_maps(pure, params, *args)
   listed = '; '.join(f'{path} ({", ".join(ops)})' for path, ops in lost.items())
   if not any(jax.tree.leaves(found)):
     if lost:
       raise ValueError(
-        'dgd.for_model: no parameter could be followed to a product with data. '
+        'dgd_for_model: no parameter could be followed to a product with data. '
         f'Matrices were lost in the operations in brackets: {listed}. Move '
         'these out of loss_fn, or use optax.sgd.'
       )
     raise ValueError(
-      'dgd.for_model: loss_fn has no matrix product or convolution of a '
+      'dgd_for_model: loss_fn has no matrix product or convolution of a '
       'parameter with data, so there is nothing to erase; use optax.sgd.'
     )
   if lost:
     warnings.warn(
-      'dgd.for_model: these matrices were not followed to a product with data, '
+      'dgd_for_model: these matrices were not followed to a product with data, '
       'and get the fallback rule; in brackets the operations in which they '
       f'were lost: {listed}.',
       stacklevel=2,
     )
-  # By path, so that a part of the parameters has its rules as well.
+  # By path, so that the rules apply to any part of the parameters.
   known = {
     _name(path): mark
     for path, mark in jax.tree_util.tree_leaves_with_path(found)
@@ -112,7 +208,7 @@ def for_model(
   def is_map(path, _):
     if _name(path) not in known:
       raise ValueError(
-        f'dgd.for_model was not shown the parameter {_name(path)}, but '
+        f'dgd_for_model was not shown the parameter {_name(path)}, but '
         f'{sorted(known)}: give it the tree that is trained.'
       )
     return known[_name(path)]
@@ -123,12 +219,12 @@ def for_model(
 
 
 def apply_gradients(state: Any, gradients: Any, extra: Any, **changes) -> Any:
-  """`TrainState.apply_gradients`, for a rule that takes extra arguments.
+  """Calls `TrainState.apply_gradients` with extra arguments for the rule.
 
   Args:
     state: A `flax.training.train_state.TrainState`, or one derived from it.
     gradients: As for its `apply_gradients`.
-    extra: The extra arguments of its `tx`, by name.
+    extra: Extra arguments of its `tx`, by name.
     **changes: Further attributes to replace, as for its `apply_gradients`.
 
   Returns:
@@ -140,13 +236,15 @@ def apply_gradients(state: Any, gradients: Any, extra: Any, **changes) -> Any:
   return bound.apply_gradients(grads=gradients, **changes).replace(tx=tx)
 
 
-def report(loss_fn: Callable[..., Any], model: Any, *args) -> dict[str, str]:
-  """Lists which rule of `dgd.for_model` each parameter gets.
+def dgd_report(
+  loss_fn: Callable[..., Any], model: Any, *args
+) -> dict[str, str]:
+  """Lists which rule of `dgd_for_model` each parameter gets.
 
   Args:
-    loss_fn: As for `dgd.for_model`.
-    model: As for `dgd.for_model`.
-    *args: As for `dgd.for_model`.
+    loss_fn: As for `dgd_for_model`.
+    model: As for `dgd_for_model`.
+    *args: As for `dgd_for_model`.
 
   Returns:
     'dgd' or 'fallback' by the parameter's path.
@@ -161,109 +259,8 @@ def report(loss_fn: Callable[..., Any], model: Any, *args) -> dict[str, str]:
   }
 
 
-class _Dgd:
-  """`dgd(...)` makes the rule; what goes with it is found beside it."""
-
-  for_model = staticmethod(for_model)
-  apply_gradients = staticmethod(apply_gradients)
-  report = staticmethod(report)
-
-  def __call__(
-    self,
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    erase: float = 1.0,
-    maps: Any | Callable[[Any], Any] | None = None,
-    fallback: optax.GradientTransformation | None = None,
-  ) -> optax.GradientTransformationExtraArgs:
-    r"""Delta Gradient Descent: W forgets what it answers to x, then learns.
-
-    For a linear map W with inputs x_s (N of them) and a loss gradient g,
-
-    .. math::
-      W \leftarrow W - r \left(\text{erase}\; W \tfrac{1}{N} \sum_s x_s x_s^\top
-        + g\right), \qquad
-      r = \frac{\text{lr}}{1 + \text{lr}\; \text{erase}\;
-        \tfrac{1}{N} \sum_s |x_s|^2} .
-
-    With one sample and erase 1 this is the exact minimiser of 1/2 |W x - u|^2 +
-    1/(2 lr) |W - W_t|^2 with u = -dL/dy, for any norm of x. With more samples,
-    the energy (mean of |x|^2) bounds the largest eigenvalue of the mean of
-    x x^T, so no direction of W is ever pulled past zero.
-
-    The gradients passed to `update` hold the sum of both terms, and the extra
-    argument `energy` the mean of |x|^2 of every map: both as `dgd.for_model`
-    and `capture.value_and_delta_grad` give them. With plain gradients, pass the
-    extra argument `projection`, the W x x^T of every map, as well. Gradients
-    may be averaged over batches, if the extra arguments are too: see
-    `accumulate` of `levels.multi_timescale` (`optax.MultiSteps` hands on those
-    of the last batch alone).
-
-    Deviations from print: NL eq. 57 has lr / (1 + lr), which is exact at
-    |x| = 1 only; NL 114 prints u with the other sign, and 119-120 the norm of x
-    where its square is meant. Note what the rule minimises: the fixed point of
-    one sample is W x = -dL/dy, so DGD does not stop where the gradient
-    vanishes; it is the loss plus 1/2 |W x|^2 per map, which is a strong
-    regulariser.
-
-    Args:
-      learning_rate: Step size lr, a scalar or an optax schedule (per step).
-      erase: Weight of the erasing term, as given to the capture; 0 is plain
-        gradient descent.
-      maps: Tree of bools, or a function from the parameters to one: which
-        parameters are maps with captured inputs. None: those of rank 2 or more.
-      fallback: Rule for all other parameters. None: `optax.sgd(learning_rate)`,
-        which is DGD without the erasing term.
-
-    Returns:
-      An optax gradient transformation with the extra arguments `energy` (tree
-      like the parameters; leading axes of a leaf are stacked maps) and, if the
-      gradients do not contain it, `projection`.
-
-    Raises:
-      ValueError: If a rate is negative, a parameter is not of a floating type,
-        or `update` is called without `energy`.
-
-    References:
-      Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 56-57 and
-      112-121.
-    """
-    checks.check_rate(learning_rate=learning_rate, erase=erase)
-    if fallback is None:
-      fallback = optax.sgd(learning_rate)
-
-    def labels(params):
-      marks = maps(params) if callable(maps) else maps
-      if marks is None:
-        marks = jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
-      return jax.tree.map(lambda mark: 'dgd' if mark else 'fallback', marks)
-
-    partition = optax.partition(
-      {'dgd': _scale_by_dgd(learning_rate, erase), 'fallback': fallback},
-      labels,
-      mask_compatible_extra_args=True,
-    )
-
-    def init_fn(params):
-      checks.check_params(params)
-      return partition.init(params)
-
-    def update_fn(updates, state, params=None, **extra_args):
-      # Wrappers such as optax.masked and optax.partition cut the updates to a
-      # part of the parameters, and by default not the extra arguments.
-      for name in ('energy', 'projection'):
-        if extra_args.get(name) is not None:
-          extra_args[name] = _select(extra_args[name], updates, name)
-      return partition.update(updates, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-dgd = _Dgd()
-
-
 def _name(path):
-  """A parameter's path, the same with and without the variables of NNX."""
+  """Returns a parameter's path, the same with and without NNX variables."""
   if path and path[-1] == jax.tree_util.GetAttrKey('value'):
     path = path[:-1]
   return jax.tree_util.keystr(path)
@@ -287,7 +284,7 @@ def _select(tree, updates, argument):
 
 
 def _scale_by_dgd(learning_rate, erase):
-  """DGD for parameters that are all maps."""
+  """Makes the rule for parameters that are all maps."""
 
   def init_fn(params):
     del params
@@ -301,12 +298,10 @@ def _scale_by_dgd(learning_rate, erase):
       raise ValueError(
         'dgd needs the extra argument energy=<mean of |x|^2 of every map>: '
         'take (loss, gradients, extra) from the value_and_grad of '
-        'dgd.for_model and call tx.update(gradients, state, params, **extra), '
-        'or dgd.apply_gradients(train_state, gradients, extra).'
+        'dgd_for_model and call tx.update(gradients, state, params, **extra), '
+        'or apply_gradients(train_state, gradients, extra).'
       )
-    rate = (
-      learning_rate(state.count) if callable(learning_rate) else (learning_rate)
-    )
+    rate = settings.rate_at(learning_rate, state.count)
     if projection is not None:
       updates = jax.tree.map(
         lambda g, p: g + (erase * p).astype(g.dtype), updates, projection
@@ -325,7 +320,7 @@ def _scale_by_dgd(learning_rate, erase):
 
 
 def _nnx_pure(loss_fn, model, has_aux):
-  """The loss as a function of (params, rest, *args), with params and rest."""
+  """Returns the loss as a function of (params, rest, *args), and both trees."""
   graph, params, rest = nnx.split(model, nnx.Param, ...)
 
   def pure(params, rest, *args):
@@ -337,13 +332,13 @@ def _nnx_pure(loss_fn, model, has_aux):
   return pure, params, rest
 
 
-def _nnx_value_and_grad(loss_fn, settings):
-  has_aux = settings['has_aux']
+def _nnx_value_and_grad(loss_fn, options):
+  has_aux = options['has_aux']
 
   def value_and_grad(model, *args):
     pure, params, rest = _nnx_pure(loss_fn, model, has_aux)
     (value, (aux, rest)), gradients, extra = capture.value_and_delta_grad(
-      pure, **{**settings, 'has_aux': True}
+      pure, **{**options, 'has_aux': True}
     )(params, rest, *args)
     nnx.update(model, rest)
     return (value, aux) if has_aux else value, gradients, extra

@@ -1,16 +1,27 @@
-"""Errors for settings and parameters that no optimiser can work with."""
+"""Checks the settings and parameters of optimisers.
+
+Errors are of type ValueError, as in optax.
+"""
 
 import numbers
 
 import jax
 import jax.numpy as jnp
+import optax
+
+
+def rate_at(
+  learning_rate: optax.ScalarOrSchedule, count: jax.Array
+) -> jax.typing.ArrayLike:
+  """Returns the learning rate after `count` steps."""
+  return learning_rate(count) if callable(learning_rate) else learning_rate
 
 
 def check_rate(**settings):
-  """Refuses a negative step size or weight, by its name.
+  """Checks that step sizes and weights are finite and not negative.
 
-  Schedules and traced values (as under `optax.inject_hyperparams`) pass: their
-  values are not known yet.
+  Schedules and traced values (as under `optax.inject_hyperparams`) pass, since
+  their values are not known yet.
 
   Args:
     **settings: Values by name.
@@ -24,7 +35,7 @@ def check_rate(**settings):
 
 
 def check_decay(**settings):
-  """Refuses a decay rate outside [0, 1), by its name.
+  """Checks that decay rates are in [0, 1).
 
   Args:
     **settings: Values by name.
@@ -40,7 +51,7 @@ def check_decay(**settings):
 
 
 def check_period(**settings):
-  """Refuses periods and counts that are not whole numbers from 1 up.
+  """Checks that periods and counts are whole numbers of at least 1.
 
   Args:
     **settings: Values by name.
@@ -54,7 +65,7 @@ def check_period(**settings):
 
 
 def check_choice(choices, **settings):
-  """Refuses a setting that is not one of the choices.
+  """Checks that settings are among the allowed values.
 
   Args:
     choices: The allowed values.
@@ -69,7 +80,7 @@ def check_choice(choices, **settings):
 
 
 def check_params(params):
-  """Refuses parameters that are not of a real floating type.
+  """Checks that parameters are of a real floating type.
 
   Args:
     params: Tree of arrays.
@@ -86,7 +97,7 @@ def check_params(params):
 
 
 def _is_known(value):
-  """Whether it is a number, rather than a schedule or a traced value."""
+  """Returns whether a setting is a number, not a schedule or traced value."""
   if isinstance(value, jax.Array):
     return not isinstance(value, jax.core.Tracer) and value.ndim == 0
   return isinstance(value, numbers.Real)
