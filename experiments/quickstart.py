@@ -34,7 +34,7 @@ def get_config(arg: str | None = None) -> training.ExperimentConfig:
     mixer = memory_mixer.MemoryMixerConfig(num_heads=4, head_dim=32)
     levels = (
       models.LevelConfig('fast', mlp_dim=192),
-      models.LevelConfig('slow', mlp_dim=192, chunk_size=2 * _ROWS * _TOKENS),
+      models.LevelConfig('slow', mlp_dim=192, train_every=2 * _ROWS * _TOKENS),
     )
   elif arg == 'transformer':
     mixer = attention.AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32)

@@ -89,6 +89,6 @@ def make_model(family: str, task: tasks.TaskConfig) -> models.ModelConfig:
     mixer = dataclasses.replace(
       mixer, chunk_size=_CHUNK, chunk_size_others=_CHUNK
     )
-  every_step = lambda level: dataclasses.replace(level, chunk_size=None)
+  every_step = lambda level: dataclasses.replace(level, train_every=None)
   levels = tuple(every_step(level) for level in model.levels)
   return dataclasses.replace(model, mixer=mixer, levels=levels)

@@ -36,7 +36,7 @@ def get_sweep() -> sweeps.Sweep:
   return sweeps.Sweep(
     rows=(
       *(sweeps.Row(f'levels_{n}', arg=str(n)) for n in range(1, _MOST + 1)),
-      sweeps.Row('levels_2_one_clock', ('model.levels.1.chunk_size=none',)),
+      sweeps.Row('levels_2_one_clock', ('model.levels.1.train_every=none',)),
     ),
     metrics=small.METRICS,
   )

@@ -44,7 +44,7 @@ def make_config(name: str, *, num_levels: int = 2) -> training.ExperimentConfig:
         models.LevelConfig(
           f'level_{i}',
           mlp_dim=_MLP_DIM // num_levels,
-          chunk_size=2**i * _ROWS * _TOKENS if i else None,
+          train_every=2**i * _ROWS * _TOKENS if i else None,
         )
         for i in range(num_levels)
       ),

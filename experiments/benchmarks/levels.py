@@ -54,11 +54,11 @@ class BenchmarkConfig:
   embed_dim: int = 256
   mlp_dim: int = 256  # of each of three levels
   window: int = 512  # tokens that attention sees
-  chunk_sizes: tuple[int, ...] = (512, 2048, 8192)  # tokens
+  update_every: tuple[int, ...] = (512, 2048, 8192)  # tokens
   num_segments: int = 16  # that are timed, of each kind
   stream_tokens: int = 65_536  # read for the flatness
   meta_segments: tuple[int, ...] = (16, 64, 256)  # of an outer gradient
-  meta_chunk_size: int = 16  # tokens; short, so that what is carried counts
+  meta_update_every: int = 16  # tokens; short, so that what is carried counts
   meta_embed_dim: int = 64
   repeats: int = 3  # the fastest of so many counts
 
@@ -71,11 +71,11 @@ def get_config(arg: str | None = None) -> BenchmarkConfig:
       embed_dim=16,
       mlp_dim=16,
       window=8,
-      chunk_sizes=(8, 16, 32),
+      update_every=(8, 16, 32),
       num_segments=4,
       stream_tokens=64,
       meta_segments=(4, 64),
-      meta_chunk_size=4,
+      meta_update_every=4,
       meta_embed_dim=16,
       repeats=1,
     )
@@ -130,11 +130,11 @@ def _session(config: BenchmarkConfig, **changes) -> inference.Session:
         models.LevelConfig(name, config.mlp_dim)
         for name in ('fast', 'middle', 'slow')
       ),
-      max_length=max(config.chunk_sizes),
+      max_length=max(config.update_every),
     )
   )
   params = jax.jit(model.init_params)(jax.random.key(0))
-  inner = levels.InnerConfig(config.chunk_sizes, (1e-3,), **changes)
+  inner = levels.InnerConfig(config.update_every, (1e-3,), **changes)
   return inference.Session(model, params, inner)
 
 
@@ -203,7 +203,7 @@ def _bound(session: inference.Session) -> float:
 def _stream(config: BenchmarkConfig) -> dict[str, float]:
   """Time per token and state, at the start and at the end of a stream."""
   session = _session(config)
-  part = max(config.chunk_sizes)  # so that every part has the same steps
+  part = max(config.update_every)  # so that every part has the same steps
   tokens = _tokens(part)
   session.fork().feed(tokens)  # compiles
   begin = sum(x.nbytes for x in jax.tree.leaves(session.state))
@@ -222,7 +222,7 @@ def _stream(config: BenchmarkConfig) -> dict[str, float]:
 
 def _memory(config: BenchmarkConfig) -> dict[str, float]:
   """Temporary memory of an outer gradient, at several numbers of segments."""
-  size, width = config.meta_chunk_size, config.meta_embed_dim
+  size, width = config.meta_update_every, config.meta_embed_dim
   learner = models.make_model(
     models.ModelConfig(
       vocab_size=64,

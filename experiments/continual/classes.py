@@ -196,7 +196,7 @@ def _stream(config, tasks, model, inner, params, name):
   size = levels.segment_size(levels.make_levels(config.inner, _LEVELS))
   if size % classifier.EXAMPLE:
     raise errors.UserError(
-      f'inner.chunk_sizes={config.inner.chunk_sizes} cut segments of {size} '
+      f'inner.update_every={config.inner.update_every} cut segments of {size} '
       f'tokens, no multiple of the {classifier.EXAMPLE} of an example.'
     )
   learner = reading.make_reading(model, inner, segment_size=size)

@@ -265,9 +265,9 @@ def recall(
 def run(config: FactsConfig, workdir: str, mode: str) -> None:
   """Trains each learner, reads the streams, writes tables and a plot."""
   report_files.check_mode(mode)
-  if len(config.inner.chunk_sizes) != len(_LEVELS):
+  if len(config.inner.update_every) != len(_LEVELS):
     raise errors.UserError(
-      f'inner.chunk_sizes={config.inner.chunk_sizes} must have one size for '
+      f'inner.update_every={config.inner.update_every} must have one size for '
       f'each of the levels {", ".join(_LEVELS)}.'
     )
   model = reading.make_model(config.learner, config.stream.vocab_size, _LEVELS)
@@ -342,7 +342,7 @@ def _write(config, workdir, curves, metrics):
       '# Facts told once',
       f'Share of {config.stream.num_facts} facts that are recalled, mean and '
       f'spread over {config.num_streams} streams; a guess gives {chance:.3f}. '
-      f'Levels step every {config.inner.chunk_sizes} tokens.',
+      f'Levels step every {config.inner.update_every} tokens.',
       report_files.table(('tokens since', *names), rows),
       '![Recall by distance](recall.png)',
     ],

@@ -92,7 +92,7 @@ def get_config(arg: str | None = None) -> FrequenciesConfig:
   raise errors.UserError(f"{arg!r} must be 'full' or 'small', or nothing.")
 
 
-def chunk_sizes(
+def update_every(
   num_levels: int, fastest: int, slowest: int
 ) -> tuple[int | None, ...]:
   """Clocks of the chain: even in the logarithm, the rest of it at rest.
@@ -171,10 +171,10 @@ def run(config: FrequenciesConfig, workdir: str, mode: str) -> None:
 
 
 def _inner(config, number, slowest, rate):
-  sizes = chunk_sizes(number, config.fastest, slowest)
+  sizes = update_every(number, config.fastest, slowest)
   rates = tuple(rate * x for x in config.inner.learning_rates)
   return dataclasses.replace(
-    config.inner, chunk_sizes=sizes, learning_rates=rates
+    config.inner, update_every=sizes, learning_rates=rates
   )
 
 

@@ -159,7 +159,7 @@ def run(config: HorizonConfig, workdir: str, mode: str) -> None:
   report_files.check_mode(mode)
   model = reading.make_model(config.learner, config.num_words, _LEVELS)
 
-  trained = dataclasses.replace(config.inner, chunk_sizes=config.train_clocks)
+  trained = dataclasses.replace(config.inner, update_every=config.train_clocks)
   params, losses = reading.train(
     model, trained, lambda rng: make_row(config, rng), config.learner
   )
@@ -241,7 +241,7 @@ def _write(config, workdir, found, metrics):
       'Nats per token that having read home saves on other text of it, mean '
       f'and spread over {config.num_streams} streams, by tokens of other '
       'topics since. Levels step every '
-      f'{config.inner.chunk_sizes} tokens; before home, the loss is '
+      f'{config.inner.update_every} tokens; before home, the loss is '
       f'{np.mean(start):.3f}.',
       report_files.table(
         ('levels that learn', *(f'{d:,}' for d in config.distances)), rows

@@ -211,7 +211,7 @@ def make_reading(
 
   Args:
     model: The model.
-    inner: How its levels learn; none does where no chunk size is given.
+    inner: How its levels learn; none does if `update_every` is empty.
     segment_size: Tokens of which every call has a multiple: a multiple of the
       segments of the levels.
 
@@ -226,9 +226,9 @@ def make_reading(
     size = levels.segment_size(levels.make_levels(inner, names))
     if segment_size % size:
       raise errors.UserError(
-        f'levels with chunk sizes {inner.chunk_sizes} learn from segments of '
-        f'{size} tokens, of which {segment_size} is no multiple; change '
-        'inner.chunk_sizes.'
+        f'inner.update_every={inner.update_every} makes segments of {size} '
+        f'tokens, and {segment_size} is not a multiple of them; change '
+        'inner.update_every.'
       )
     reader = models.make_model(model.config, inner, head=model.head).reader
     init_state, losses = reader.init_state, reader.losses
@@ -297,13 +297,15 @@ def only(inner: levels.InnerConfig, which: Iterable[int]) -> levels.InnerConfig:
     clock and has a rate of 0, so that the stream is cut as before.
   """
   which = set(which)
-  sizes, count = inner.chunk_sizes, len(inner.chunk_sizes)
+  sizes, count = inner.update_every, len(inner.update_every)
   rates = inner.learning_rates
   rates = rates * count if len(rates) == 1 else rates
   slowest = max(which, default=-1)
   return dataclasses.replace(
     inner,
-    chunk_sizes=tuple(x if i <= slowest else None for i, x in enumerate(sizes)),
+    update_every=tuple(
+      x if i <= slowest else None for i, x in enumerate(sizes)
+    ),
     learning_rates=tuple(x if i in which else 0.0 for i, x in enumerate(rates)),
   )
 

@@ -105,6 +105,27 @@ def make(
     raise errors.UserError(message) from error
 
 
+def unknown(cls: type, name: str, path: str, nearest: str) -> str:
+  """Writes that a class has no field `name`, and which one is meant.
+
+  A class may name its renamed fields in `RENAMED`, from old to new name.
+
+  Args:
+    cls: The config class.
+    name: The unknown field.
+    path: Where in the config the class stands.
+    nearest: Path of the field whose name is most alike.
+  """
+  new = getattr(cls, 'RENAMED', {}).get(name)
+  if new is not None:
+    return f'{join(path, name)} is now called {join(path, new)}; rename it.'
+  names = ', '.join(field.name for field in init_fields(cls))
+  return (
+    f'{join(path, name)} does not exist; the nearest field is {nearest}. '
+    f'{cls.__name__} has: {names}.'
+  )
+
+
 def join(path: str, name: str) -> str:
   """Returns the path of a field inside the config at `path`."""
   return f'{path}.{name}' if path else name

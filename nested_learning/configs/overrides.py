@@ -140,10 +140,7 @@ def _unknown(cls: type, name: str, path: str, root: Any) -> str:
     ratio = difflib.SequenceMatcher(a=name, b=leaf).ratio()
     return leaf == name, ratio + 0.2 * (parent == path)
 
-  return (
-    f'{fields.join(path, name)} does not exist; the nearest field is '
-    f'{max(known, key=likeness)}. {cls.__name__} has: {", ".join(siblings)}.'
-  )
+  return fields.unknown(cls, name, path, max(known, key=likeness))
 
 
 def _from_text(text: str, kind: Any, path: str, now: Any) -> Any:

@@ -140,11 +140,8 @@ def _from_json(value: Any, kind: Any, path: str) -> Any:
         below = fields.join(path, name)
         values[name] = _from_json(item, kinds[name], below)
       elif name != TYPE_KEY:
-        raise errors.UserError(
-          f'{fields.join(path, name)} does not exist; the nearest field is '
-          f'{difflib.get_close_matches(name, kinds, 1, 0)[0]}. '
-          f'{cls.__name__} has: {", ".join(kinds)}.'
-        )
+        nearest = difflib.get_close_matches(name, kinds, 1, 0)[0]
+        raise errors.UserError(fields.unknown(cls, name, path, nearest))
     return fields.make(cls, values, path)
   for option in fields.options(kind):
     if fields.is_tuple(option) and isinstance(value, list):

@@ -110,9 +110,9 @@ class Session:
     longest = model.config.max_length
     if size > longest:
       raise errors.UserError(
-        f'a segment of {size} tokens (inner.chunk_sizes='
-        f'{self.inner.chunk_sizes}) is longer than model.max_length={longest}; '
-        'lower the one or raise the other.'
+        f'a segment of {size} tokens (inner.update_every='
+        f'{self.inner.update_every}) is longer than model.max_length='
+        f'{longest}; lower the one or raise the other.'
       )
     # Splits off the blocks that learn once, not in every call; forks share it.
     self._prepared = self._programs.prepare(params)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import itertools
 import re
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,25 +73,24 @@ class LevelConfig:
 
   name: str  # unique within a model; labels its parameters
   mlp_dim: int  # hidden width of its MLP
-  chunk_size: int | None = None  # tokens between updates; None is every step
+  # Tokens between updates in training; None is every step.
+  train_every: int | None = None
+
+  RENAMED: ClassVar = {'chunk_size': 'train_every'}
 
   def __post_init__(self):
     is_plain = isinstance(self.name, str) and _NAME.fullmatch(self.name)
     if not is_plain or self.name == 'base':
       raise errors.UserError(
-        f'level name={self.name!r} must be a letter followed by at most 63 '
+        f'name={self.name!r} must be a letter followed by at most 63 '
         "letters, digits, '_' or '-', and not 'base', which labels parameters "
         'outside the chain.'
       )
-    if self.mlp_dim < 1:
-      raise errors.UserError(
-        f'level {self.name!r}: mlp_dim={self.mlp_dim} must be at least 1.'
-      )
-    if self.chunk_size is not None and self.chunk_size < 1:
-      raise errors.UserError(
-        f'level {self.name!r}: chunk_size={self.chunk_size} must be at least '
-        '1, or None for an update at every step.'
-      )
+    errors.check_field(self, 'mlp_dim', self.mlp_dim >= 1, 'at least 1')
+    fine = self.train_every is None or self.train_every >= 1
+    errors.check_field(
+      self, 'train_every', fine, 'at least 1 token, or None for every step'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +115,8 @@ def check(levels: Sequence[LevelConfig], chain: ChainConfig) -> None:
 
   Raises:
     errors.UserError: Two levels have one name, a slower level is listed before
-      a faster one, or a nested chain has a chunk size that is not a multiple of
-      the one before it.
+      a faster one, or a nested chain has a clock that is not a multiple of the
+      one before it.
   """
   names = [level.name for level in levels]
   for name in names:
@@ -127,7 +126,9 @@ def check(levels: Sequence[LevelConfig], chain: ChainConfig) -> None:
       )
   for faster, slower in itertools.pairwise(levels):
     check_pair(
-      (faster.name, faster.chunk_size), (slower.name, slower.chunk_size), chain
+      (faster.name, faster.train_every),
+      (slower.name, slower.train_every),
+      chain,
     )
 
 
@@ -139,20 +140,20 @@ def check_pair(
   """Refuses two neighbours of a chain; see `check`.
 
   Args:
-    faster: Name and chunk size in tokens; None is every step.
+    faster: Name and tokens between updates; None is every step.
     slower: Those of the level after it.
     chain: How they are connected.
   """
   (name, size), (next_name, next_size) = faster, slower
   if size is not None and (next_size is None or next_size < size):
     raise errors.UserError(
-      f'level {name!r} (chunk_size={size}) is listed before {next_name!r} '
-      f'(chunk_size={next_size}), which is faster; list levels fastest first '
+      f'level {name!r} (train_every={size}) is listed before {next_name!r} '
+      f'(train_every={next_size}), which is faster; list levels fastest first '
       "(model.chain.order='slowest_first' lets the slowest act first)."
     )
   if chain.connection == 'nested' and size is not None and next_size % size:
     raise errors.UserError(
-      f'level {next_name!r} has chunk_size={next_size}, no multiple of the '
+      f'level {next_name!r} has train_every={next_size}, no multiple of the '
       f'{size} of level {name!r} inside it; in a nested chain set it to '
       f'{next_size // size * size} or {(next_size // size + 1) * size}.'
     )

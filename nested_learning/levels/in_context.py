@@ -1,8 +1,8 @@
 r"""Learning inside the sequence: levels that step on what was just read.
 
 A stream is read in segments of S tokens, S the greatest common divisor of the
-levels' chunk sizes. While a segment is read, weights stand still. At its end
-every level whose chunk ends there takes one step of its own optimiser,
+levels' clocks, `update_every`. While a segment is read, weights stand still. At
+its end every level whose chunk ends there takes one step of its own optimiser,
 
 .. math:: \theta^{(l)} \leftarrow \theta^{(l)}
     + f_l\left(\frac{1}{n} \sum \nabla_{\theta^{(l)}} \ell_t\right)
@@ -102,7 +102,7 @@ def make_reader(
     A `stream.Reader`.
 
   Raises:
-    errors.UserError: No level, an unknown one, chunk sizes without a common
+    errors.UserError: No level, an unknown one, clocks without a common
       divisor of at least 2 tokens, or not multiples in a nested chain.
   """
   levels = sorted(levels, key=lambda level: level.every)
@@ -329,7 +329,7 @@ def make_reader(
 
 
 def segment_size(levels: Sequence[Any]) -> int:
-  """Tokens of a segment: what all chunk sizes are multiples of.
+  """Tokens of a segment: what all clocks are multiples of.
 
   Args:
     levels: What has a clock `every`, at least one.
@@ -344,8 +344,8 @@ def segment_size(levels: Sequence[Any]) -> int:
   size = math.gcd(*sizes)
   if size < 2:
     raise errors.UserError(
-      f'chunk sizes {sizes} have no common divisor of at least 2 tokens, which '
-      'a next-token loss needs; make them multiples of one.'
+      f'inner.update_every={sizes} has no common divisor of at least 2 tokens, '
+      'which a next-token loss needs; make all multiples of one number.'
     )
   return size
 
@@ -357,7 +357,7 @@ def _among(tokens, logits):
 
 
 def _check_levels(levels, names, nested):
-  """Refuses levels that cannot learn together; they are by chunk size."""
+  """Refuses levels that cannot learn together; they are by clock."""
   if not levels:
     raise errors.UserError('no level learns; give at least one.')
   for level in levels:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ class InnerConfig:
 
   # Tokens of a row between two steps of a level; None: it rests. () is off.
   # The papers have 512, 2K, 8K and 32K.
-  chunk_sizes: tuple[int | None, ...] = ()
+  update_every: tuple[int | None, ...] = ()
   learning_rates: tuple[float, ...] = (1.0,)  # one per level, or one for all
   optimizer: Literal[
     'sgd',
@@ -77,17 +77,19 @@ class InnerConfig:
   gradient: Literal['first_order', 'second_order'] = 'second_order'
   max_drift: float = 1.0  # norms of its start that a level may go from there
 
+  RENAMED: ClassVar = {'chunk_sizes': 'update_every'}
+
   def __post_init__(self):
     errors.check_choices(self)
     check = functools.partial(errors.check_field, self)
-    fine = all(size is None or size >= 2 for size in self.chunk_sizes)
-    check('chunk_sizes', fine, 'numbers of at least 2 tokens, or None')
+    fine = all(size is None or size >= 2 for size in self.update_every)
+    check('update_every', fine, 'numbers of at least 2 tokens, or None')
     fine = all(0 <= rate < float('inf') for rate in self.learning_rates)
     check('learning_rates', fine, 'numbers from 0 up')
-    if len(self.learning_rates) not in (1, len(self.chunk_sizes) or 1):
+    if len(self.learning_rates) not in (1, len(self.update_every) or 1):
       raise errors.UserError(
         f'learning_rates={self.learning_rates} must have one number, or one '
-        f'for each of chunk_sizes={self.chunk_sizes}.'
+        f'for each of update_every={self.update_every}.'
       )
     clip = self.clip_norm
     check('clip_norm', clip is None or clip > 0, 'above 0, or None')
@@ -97,7 +99,7 @@ class InnerConfig:
   @property
   def is_on(self) -> bool:
     """Whether any level learns."""
-    return any(size is not None for size in self.chunk_sizes)
+    return any(size is not None for size in self.update_every)
 
   def num_blocks(self, of: int) -> int:
     """How many of a model's blocks learn: the share `depth`, rounded up."""
@@ -120,16 +122,16 @@ def make_levels(
     errors.UserError: The config is for another number of levels, or lists a
       slower one before a faster one.
   """
-  sizes = config.chunk_sizes
+  sizes = config.update_every
   if len(sizes) != len(names):
     raise errors.UserError(
-      f'inner.chunk_sizes={sizes} must have one entry for each of the '
+      f'inner.update_every={sizes} must have one entry for each of the '
       f'{len(names)} levels of the chain ({", ".join(names)}); None rests.'
     )
   given = [size for size in sizes if size is not None]
   if given != sorted(given):
     raise errors.UserError(
-      f'inner.chunk_sizes={sizes} has a slower level before a faster one; '
+      f'inner.update_every={sizes} has a slower level before a faster one; '
       'levels are listed fastest first, so that sizes rise.'
     )
   rates = config.learning_rates

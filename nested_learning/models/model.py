@@ -111,9 +111,9 @@ def make_model(
     return model
   if not head.predicts_tokens:
     raise errors.UserError(
-      f'inner.chunk_sizes={inner.chunk_sizes}: a model with '
+      f'inner.update_every={inner.update_every}: a model with '
       f'{type(head).__name__} has no next token for levels to learn from; set '
-      'inner.chunk_sizes=().'
+      'inner.update_every=().'
     )
   reader = _make_reader(model, trunk, inner)
 
@@ -140,7 +140,7 @@ def level_labels(
 ) -> Any:
   """The level of each parameter: its name, or 'base' outside the chain.
 
-  In training, a level without a chunk size takes every step and is labelled
+  In training, a level without `train_every` takes every step and is labelled
   'base' as well.
 
   Args:
@@ -153,7 +153,7 @@ def level_labels(
   """
   labels = {
     level.name: 'base'
-    if level.chunk_size is None and of == 'training'
+    if level.train_every is None and of == 'training'
     else level.name
     for level in config.levels
   }

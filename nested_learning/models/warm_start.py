@@ -16,7 +16,7 @@ def add_level(
   params: Any,
   *,
   name: str,
-  chunk_size: int | None = None,
+  train_every: int | None = None,
 ) -> tuple[trunk.ModelConfig, Any]:
   """Adds a level after the slowest one, and starts it warm.
 
@@ -31,7 +31,7 @@ def add_level(
     config: The model.
     params: Its parameters, of a checkpoint.
     name: Of the new level.
-    chunk_size: Its tokens between updates in training, see `cms.LevelConfig`.
+    train_every: Its tokens between updates in training, see `cms.LevelConfig`.
 
   Returns:
     The config and the parameters of the model with the level.
@@ -45,7 +45,7 @@ def add_level(
     raise errors.UserError(
       f'a level cannot be named {name!r}: the name is taken; give another.'
     )
-  level = cms.LevelConfig(name, slowest.mlp_dim, chunk_size)
+  level = cms.LevelConfig(name, slowest.mlp_dim, train_every)
   config = dataclasses.replace(config, levels=(*config.levels, level))
 
   def extend(block):

@@ -92,10 +92,11 @@ class ExperimentConfig:
         f'train.accumulate={self.train.accumulate}; choose a divisor.'
       )
     for level in self.model.levels:
-      if level.chunk_size is not None and level.chunk_size % self.batch_tokens:
-        above = -(-level.chunk_size // self.batch_tokens) * self.batch_tokens
+      every = level.train_every
+      if every is not None and every % self.batch_tokens:
+        above = -(-every // self.batch_tokens) * self.batch_tokens
         raise errors.UserError(
-          f'level {level.name!r} has chunk_size={level.chunk_size}, which is '
+          f'level {level.name!r} has train_every={every}, which is '
           f'not a multiple of the {self.batch_tokens} tokens of a step '
           '(data.batch_size x data.sequence_length); set it to '
           f'{above}, or to None for an update at every step.'
@@ -106,8 +107,8 @@ class ExperimentConfig:
       if num_tokens % size:
         raise errors.UserError(
           f'data.sequence_length={num_tokens} is not a multiple of the {size} '
-          'tokens between two looks at inner.chunk_sizes='
-          f'{self.inner.chunk_sizes}; change the one or the other.'
+          'tokens between two looks at inner.update_every='
+          f'{self.inner.update_every}; change the one or the other.'
         )
     long_rows.check(self)
     limit = models.max_stream_length(self.model)

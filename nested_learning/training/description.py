@@ -52,7 +52,7 @@ def describe(config: config_lib.ExperimentConfig) -> str:
       f'{config.batch_tokens:,} tokens per step.',
       table(('parameters', 'number', 'share'), _groups(model)),
       table(
-        ('level', 'chunk size, tokens', 'steps', 'parameters', 'updates'),
+        ('level', 'tokens per update', 'steps', 'parameters', 'updates'),
         _levels(config, state.params),
       ),
       layout(config, mesh),
@@ -136,15 +136,15 @@ def _levels(
     jax.tree.leaves(labels), jax.tree.leaves(params), strict=True
   ):
     sizes[label] = sizes.get(label, 0) + param.size
-  chunk_sizes = {level.name: level.chunk_size for level in config.model.levels}
+  clocks = {level.name: level.train_every for level in config.model.levels}
   rows = []
-  for name in sorted(sizes, key=lambda name: chunk_sizes.get(name) or 0):
-    chunk_size = chunk_sizes.get(name) or config.batch_tokens
-    period = chunk_size // config.batch_tokens
+  for name in sorted(sizes, key=lambda name: clocks.get(name) or 0):
+    train_every = clocks.get(name) or config.batch_tokens
+    period = train_every // config.batch_tokens
     rows.append(
       (
         name,
-        f'{chunk_size:,}',
+        f'{train_every:,}',
         f'{period:,}',
         f'{sizes[name]:,}',
         f'{config.train.num_steps // period:,}',

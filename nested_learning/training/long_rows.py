@@ -20,8 +20,8 @@ def check(config: Any) -> None:
     return
   if config.inner.is_on:
     raise errors.UserError(
-      f'levels that learn inside a row (inner.chunk_sizes='
-      f'{config.inner.chunk_sizes}) read it in one piece; set mesh.context='
+      f'levels that learn inside a row (inner.update_every='
+      f'{config.inner.update_every}) read it in one piece; set mesh.context='
       f'{context} to 1.'
     )
   if config.carries_state:

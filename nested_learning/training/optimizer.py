@@ -46,7 +46,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """Clips the whole gradient, then lets each level step on its own clock.
 
-  A level takes one AdamW step per chunk_size tokens, from the mean gradient of
+  A level takes one AdamW step per train_every tokens, from the mean gradient of
   those tokens; parameters outside the chain take one at every step. All follow
   one schedule in steps of training, which a level reads when it updates.
 
@@ -68,20 +68,20 @@ def make_optimizer(
       lambda path, _: decayed[parameters.path_name(path)], params
     )
 
-  def make_level(name: str, chunk_size: int) -> optimizers.Level:
-    period = chunk_size // config.batch_tokens
+  def make_level(name: str, train_every: int) -> optimizers.Level:
+    period = train_every // config.batch_tokens
     optimizer = optax.adamw(
       lambda count: schedule((count + 1) * period - 1),
       *_BETAS,
       weight_decay=config.train.weight_decay,
       mask=mask,
     )
-    return optimizers.Level(name, chunk_size, optimizer)
+    return optimizers.Level(name, train_every, optimizer)
 
   chain = [
-    make_level(level.name, level.chunk_size)
+    make_level(level.name, level.train_every)
     for level in config.model.levels
-    if level.chunk_size is not None
+    if level.train_every is not None
   ]
   return optax.chain(
     optax.clip_by_global_norm(config.train.clip_norm),

@@ -75,7 +75,7 @@ def _levels(
   config: config_lib.ExperimentConfig, lines: list[Mapping[str, Any]]
 ) -> str:
   """What each level's clock did, from the last line that has it."""
-  chunk_sizes = {level.name: level.chunk_size for level in config.model.levels}
+  clocks = {level.name: level.train_every for level in config.model.levels}
   last: dict[str, Any] = {}
   for line in lines:
     last.update({k: v for k, v in line.items() if k.startswith('levels/')})
@@ -87,7 +87,7 @@ def _levels(
     rows.append(
       (
         name,
-        f'{chunk_sizes.get(name) or config.batch_tokens:,}',
+        f'{clocks.get(name) or config.batch_tokens:,}',
         f'{num_updates:,}' if num_updates else 'none: it never learned',
         f'{get("gradient_norm"):.3g}',
         f'{get("update_ratio"):.3g}',

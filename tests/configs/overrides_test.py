@@ -1,7 +1,7 @@
 """Tests of typed changes to single fields."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -30,6 +30,8 @@ class Rated:
 class Level:
   name: str
   chunk_size: int = 16
+
+  RENAMED: ClassVar = {'period': 'chunk_size'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +146,7 @@ class OverrideTest(parameterized.TestCase):
     ('model.heads=2', r'nearest .* model\.mixer\.num_heads'),
     ('model.mixer.heads=2', r'nearest .* model\.mixer\.num_heads'),
     ('model.levels.0.chunksize=2', r'nearest .* model\.levels\.0\.chunk_size'),
+    ('model.levels.0.period=2', r'is now called model\.levels\.0\.chunk_size'),
     ('model.levels.2.chunk_size=2', r'model\.levels has 2 entries, 0 to 1'),
     ('model.levels.-1.chunk_size=2', r'model\.levels has 2 entries, 0 to 1'),
     ('name.first=a', "name is 'test' and has no fields"),

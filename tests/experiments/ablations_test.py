@@ -79,11 +79,11 @@ class AblationsTest(parameterized.TestCase):
       ]
       self.assertLen(set(widths), 1)
     _, cells = _load('levels.py')
-    chunks = [level.chunk_size for level in cells['levels_4'].model.levels]
+    chunks = [level.train_every for level in cells['levels_4'].model.levels]
     step = cells['levels_4'].batch_tokens
     self.assertEqual(chunks, [None, 2 * step, 4 * step, 8 * step])
     clockless = cells['levels_2_one_clock'].model.levels
-    self.assertEqual([level.chunk_size for level in clockless], [None, None])
+    self.assertEqual([level.train_every for level in clockless], [None, None])
 
   @parameterized.parameters(*_FILES)
   @pytest.mark.slow

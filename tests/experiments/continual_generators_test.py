@@ -140,11 +140,11 @@ class FrequenciesTest(parameterized.TestCase):
     (4, (16, 32, 128, 256)),
   )
   def test_clocks_are_even_in_the_logarithm(self, number, sizes):
-    self.assertEqual(frequencies.chunk_sizes(number, 16, 256), sizes)
+    self.assertEqual(frequencies.update_every(number, 16, 256), sizes)
 
   def test_refuses_what_has_no_common_segment(self):
     with self.assertRaisesRegex(errors.UserError, 'slowest=100'):
-      frequencies.chunk_sizes(2, 16, 100)
+      frequencies.update_every(2, 16, 100)
 
 
 class ClassesTest(absltest.TestCase):

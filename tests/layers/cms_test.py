@@ -17,8 +17,8 @@ from tests import compiling
 
 _LEVELS = (
   cms.LevelConfig('fast', mlp_dim=5),
-  cms.LevelConfig('middle', mlp_dim=7, chunk_size=4),
-  cms.LevelConfig('slow', mlp_dim=3, chunk_size=16),
+  cms.LevelConfig('middle', mlp_dim=7, train_every=4),
+  cms.LevelConfig('slow', mlp_dim=3, train_every=16),
 )
 
 
@@ -98,9 +98,9 @@ class CmsTest(parameterized.TestCase):
     self.assertEqual(out.dtype, jnp.bfloat16)
 
   @parameterized.parameters(
-    ({'mlp_dim': 0}, "level 'a': mlp_dim=0 must be at least 1"),
-    ({'mlp_dim': -4}, "level 'a': mlp_dim=-4 must be at least 1"),
-    ({'chunk_size': 0}, "level 'a': chunk_size=0 must be at least 1"),
+    ({'mlp_dim': 0}, 'mlp_dim=0 must be at least 1'),
+    ({'mlp_dim': -4}, 'mlp_dim=-4 must be at least 1'),
+    ({'train_every': 0}, 'train_every=0 must be at least 1'),
     *[
       ({'name': name}, f'name={re.escape(repr(name))} must be a letter')
       for name in (
@@ -126,7 +126,7 @@ class CmsTest(parameterized.TestCase):
       cms.check([cms.LevelConfig('a', 4)] * 2, cms.ChainConfig())
 
   @parameterized.named_parameters(
-    ('nested', 'nested', (4, 10), "'b' has chunk_size=10, .* 8 or 12"),
+    ('nested', 'nested', (4, 10), "'b' has train_every=10, .* 8 or 12"),
     ('order', 'sequential', (8, 4), "'a' .* before 'b' .* fastest first"),
     ('none_is_fastest', 'sequential', (8, None), "'a' .* before 'b'"),
   )

@@ -434,12 +434,12 @@ class InContextTest(parameterized.TestCase):
   @parameterized.named_parameters(
     (
       'count',
-      {'chunk_sizes': (4,), 'learning_rates': (1.0,)},
+      {'update_every': (4,), 'learning_rates': (1.0,)},
       'one entry for each of the 2 levels',
     ),
-    ('order', {'chunk_sizes': (8, 4)}, 'slower level before a faster one'),
-    ('one', {'chunk_sizes': (1, 4)}, r'chunk_sizes=\(1, 4\) must be numbers'),
-    ('divisor', {'chunk_sizes': (4, 9)}, r'\[4, 9\] have no common divisor'),
+    ('order', {'update_every': (8, 4)}, 'slower level before a faster one'),
+    ('one', {'update_every': (1, 4)}, r'update_every=\(1, 4\) must be numbers'),
+    ('divisor', {'update_every': (4, 9)}, r'\[4, 9\] has no common divisor'),
     ('rate', {'learning_rates': (-1.0,)}, 'numbers from 0 up'),
     ('rates', {'learning_rates': (1.0,) * 3}, 'one for each of'),
     ('optimizer', {'optimizer': 'adm'}, "'adm' must be one of 'sgd', "),
@@ -461,13 +461,13 @@ class InContextTest(parameterized.TestCase):
   def test_refuses_a_nested_chain_without_multiples(self):
     chain = models.ChainConfig('nested')
     with self.assertRaisesRegex(errors.UserError, "'slow' .* no multiple of"):
-      learning(dataclasses.replace(_CONFIG, chain=chain), chunk_sizes=(4, 6))
+      learning(dataclasses.replace(_CONFIG, chain=chain), update_every=(4, 6))
 
   def test_a_level_may_rest(self):
-    _, learner = learning(chunk_sizes=(None, 4))
+    _, learner = learning(update_every=(None, 4))
     state = jax.eval_shape(lambda p: learner.init_state(p, 1), init())
     self.assertEqual(list(state.levels), ['slow'])
-    model, off = learning(chunk_sizes=(), learning_rates=(0.1,))
+    model, off = learning(update_every=(), learning_rates=(0.1,))
     self.assertEqual(off.forward.__qualname__, model.forward.__qualname__)
 
 

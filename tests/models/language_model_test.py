@@ -32,7 +32,7 @@ _TRANSFORMER = models.ModelConfig(
 )
 _CHAIN = (
   models.LevelConfig('fast', mlp_dim=8),
-  models.LevelConfig('slow', mlp_dim=4, chunk_size=64),
+  models.LevelConfig('slow', mlp_dim=4, train_every=64),
 )
 _ZOO = {
   'transformer': _TRANSFORMER,

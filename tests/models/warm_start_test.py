@@ -51,7 +51,7 @@ class WarmStartTest(parameterized.TestCase):
     config, params = make(**changes)
     expected = read(config, params)
     config, params = models.add_level(
-      config, params, name='slower', chunk_size=16
+      config, params, name='slower', train_every=16
     )
     np.testing.assert_array_equal(read(config, params), expected)
     self.assertEqual(config.levels[2].mlp_dim, 5)
@@ -62,7 +62,7 @@ class WarmStartTest(parameterized.TestCase):
     )
 
   def test_learns_from_features_that_are_trained(self):
-    config, params = models.add_level(*make(), name='slower', chunk_size=16)
+    config, params = models.add_level(*make(), name='slower', train_every=16)
     learner = models.make_model(config, levels.InnerConfig((4, 4, 4), (0.1,)))
     state = compiling.jit(lambda p: learner.forward(p, None, _TOKENS)[1])(
       params
@@ -79,7 +79,7 @@ class WarmStartTest(parameterized.TestCase):
     for settings, message in (
       ({'name': 'fast'}, "'fast': the name is taken"),
       (
-        {'name': 'slower', 'chunk_size': 6},
+        {'name': 'slower', 'train_every': 6},
         "'slow' .* is listed before 'slower'",
       ),
       ({'name': 'slower'}, 'which is faster'),

@@ -33,9 +33,9 @@ class ConfigTest(parameterized.TestCase):
       'data.batch_size=8 is not a multiple of train.accumulate=3',
     ),
     (
-      'chunk_size',
+      'train_every',
       {'data': {'batch_size': 12}},
-      "level 'slow' has chunk_size=512, .* 384 tokens .* set it to 768",
+      "level 'slow' has train_every=512, .* 384 tokens .* set it to 768",
     ),
     (
       'endless_stream',

@@ -44,9 +44,9 @@ class LongRowsTest(parameterized.TestCase):
         _config('hope_tiny'), ['data.reset=never', 'mesh.context=2']
       )
     learning = dataclasses.replace(
-      _config('hope_tiny').inner, chunk_sizes=(64, 128, 256)
+      _config('hope_tiny').inner, update_every=(64, 128, 256)
     )
-    with self.assertRaisesRegex(errors.UserError, 'inner.chunk_sizes=.*to 1'):
+    with self.assertRaisesRegex(errors.UserError, 'inner.update_every=.*to 1'):
       config = dataclasses.replace(_config('hope_tiny'), inner=learning)
       configs.override(config, ['mesh.context=2'])
 

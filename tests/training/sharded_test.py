@@ -53,7 +53,7 @@ def _config(name, mesh=(1, 1, 1, 1), **train):
       mixer=_MIXERS[name],
       levels=(
         models.LevelConfig('fast', mlp_dim=16),
-        models.LevelConfig('slow', mlp_dim=16, chunk_size=2 * _ROWS * _LENGTH),
+        models.LevelConfig('slow', mlp_dim=16, train_every=2 * _ROWS * _LENGTH),
       ),
       max_length=_LENGTH,
       remat='layer',

@@ -24,7 +24,7 @@ MODEL = models.ModelConfig(
   mixer=layers.AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8),
   levels=(
     models.LevelConfig('fast', mlp_dim=16),
-    models.LevelConfig('slow', mlp_dim=16, chunk_size=512),
+    models.LevelConfig('slow', mlp_dim=16, train_every=512),
   ),
   max_length=128,
 )
