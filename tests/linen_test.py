@@ -78,6 +78,13 @@ class LinenTest(parameterized.TestCase):
     )
     self.assertGreater(jnp.max(jnp.abs(again - pieces[0])), 1e-3)
 
+  def test_a_jit_may_close_over_numpy_variables(self):
+    module = linen.Bridge(_MODEL)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), _TOKENS)
+    variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    logits = jax.eval_shape(lambda x: module.apply(variables, x), _TOKENS)
+    self.assertEqual(logits.shape, (2, 12, 13))
+
   def test_marks_reach_the_source(self):
     module = linen.Bridge(_MODEL)
     variables = compiling.jit(module.init)(jax.random.key(0), _TOKENS)

@@ -87,7 +87,7 @@ class ClassifierHead:
     def forward(params, state, tokens, *, reset=None, mask=None, write=True):
       batch = tokens.shape[0]
       examples = tokens.reshape(batch, -1, EXAMPLE)
-      vectors = params['embedding'][examples]
+      vectors = jnp.asarray(params['embedding'])[examples]
       is_word = examples[..., :-2, None] > words.question
       text = norm.l2_normalize(jnp.sum(vectors[..., :-2, :] * is_word, axis=-2))
       x = jnp.stack([text, vectors[..., -1, :]], axis=2)

@@ -154,7 +154,7 @@ class CompressionHead:
     }
 
     def forward(params, state, tokens, *, reset=None, mask=None, write=True):
-      x = params['embedding'][tokens].astype(dtype) * width**0.5
+      x = _look_up(params['embedding'], tokens, dtype)
       x, state = trunk.apply(
         params, state, x, base.TokenInfo(reset, mask, write)
       )
@@ -179,11 +179,18 @@ def _embedding(config):
   )
 
 
+def _look_up(embedding, tokens, dtype):
+  """Returns the vectors [b, t, e] of tokens, with entries of size one."""
+  # NumPy parameters, as a checkpoint gives them, take no traced index.
+  vectors = jnp.asarray(embedding)[tokens].astype(dtype)
+  return vectors * embedding.shape[-1] ** 0.5
+
+
 def _read_tokens(config, trunk, params, state, tokens, make_marks):
   """Returns logits [b, t, v] and the state; `make_marks(x)` gives the marks."""
   dtype = jnp.dtype(config.dtype)
   embedding = sharding.gather(params['embedding'], _embedding(config))
-  x = embedding[tokens].astype(dtype) * config.embed_dim**0.5
+  x = _look_up(embedding, tokens, dtype)
   x, state = trunk.apply(params, state, x, make_marks(x))
   # The loss sums exponentials: logits are float32 at least.
   logits = jnp.einsum(

@@ -1,6 +1,7 @@
 """Models whose inputs or outputs are no tokens."""
 
 from absl.testing import absltest
+from absl.testing import parameterized
 import jax
 import numpy as np
 
@@ -9,7 +10,7 @@ from nested_learning import parameters
 from tests.training import tiny
 
 
-class HeadsTest(absltest.TestCase):
+class HeadsTest(parameterized.TestCase):
   def test_a_regressor_is_causal_and_carries_its_state(self):
     model = models.make_model(tiny.MODEL, head=models.RegressionHead(3))
     params = jax.jit(model.init_params)(jax.random.key(0))
@@ -35,6 +36,20 @@ class HeadsTest(absltest.TestCase):
     other[0, 2] = 9
     changed, _ = forward(params, None, other)
     self.assertTrue((np.abs(changed - logits).max(axis=-1) > 1e-6).all())
+
+  @parameterized.product(
+    family=('transformer', 'hope', 'titans_mac'),
+    head=(models.LanguageHead(), models.CompressionHead()),
+  )
+  def test_a_jit_may_close_over_numpy_parameters(self, family, head):
+    config = models.zoo.make_config(f'{family}_tiny', num_layers=2)
+    model = models.make_model(config, head=head)
+    params = jax.tree.map(
+      lambda x: np.zeros(x.shape, x.dtype), parameters.abstract(model.table)
+    )
+    read = lambda tokens: model.forward(params, None, tokens)[0]
+    logits = jax.eval_shape(read, np.arange(8)[None])
+    self.assertEqual(logits.shape, (1, 8, config.vocab_size))
 
   def test_labels_and_counts_follow_the_table(self):
     for model in (
