@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from experiments.continual import classifier
+from experiments.continual import intents
 from nested_learning import errors
-from nested_learning.data import intents
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,11 +69,11 @@ from experiments import report_files
 from experiments.continual import class_tasks
 from experiments.continual import classifier
 from experiments.continual import fine_tuning
+from experiments.continual import intents
 from experiments.continual import reading
 from nested_learning import errors
 from nested_learning import evaluation
 from nested_learning import levels
-from nested_learning.data import intents
 
 _LEVELS = ('fast', 'slow')
 

@@ -1,21 +1,20 @@
-"""Generated tasks that tell good memories from bad ones."""
+"""Generated tasks that test memories."""
 
-from nested_learning.tasks import suites
-from nested_learning.tasks.compression import CompressionConfig
 from nested_learning.tasks.documents import DocumentConfig
-from nested_learning.tasks.formal_languages import FormalLanguageConfig
-from nested_learning.tasks.groups import WordProblemConfig
+from nested_learning.tasks.in_context import MqarConfig
+from nested_learning.tasks.in_context import RegressionConfig
+from nested_learning.tasks.mad import CompressionConfig
+from nested_learning.tasks.mad import FuzzyRecallConfig
 from nested_learning.tasks.mad import MemorizationConfig
+from nested_learning.tasks.mad import RecallConfig
 from nested_learning.tasks.mad import SelectiveCopyingConfig
-from nested_learning.tasks.mqar import MqarConfig
 from nested_learning.tasks.needles import NeedleConfig
-from nested_learning.tasks.recall import FuzzyRecallConfig
-from nested_learning.tasks.recall import RecallConfig
 from nested_learning.tasks.registry import make_config
 from nested_learning.tasks.registry import TaskConfig
 from nested_learning.tasks.registry import TASKS
-from nested_learning.tasks.regression import RegressionConfig
 from nested_learning.tasks.ruler import RulerConfig
+from nested_learning.tasks.state_tracking import FormalLanguageConfig
+from nested_learning.tasks.state_tracking import WordProblemConfig
 from nested_learning.tasks.stories import StoryConfig
 from nested_learning.tasks.stream import make_iterator
 from nested_learning.tasks.stream import make_row

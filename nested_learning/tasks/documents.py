@@ -15,11 +15,12 @@ from collections.abc import Iterator
 import dataclasses
 import functools
 import itertools
+from typing import Literal
 
 import numpy as np
 
+from nested_learning import errors
 from nested_learning.data import tokenizers
-from nested_learning.tasks import scoring
 from nested_learning.tasks import task
 from nested_learning.tasks import words
 
@@ -36,35 +37,36 @@ _LONGEST_WORD = max(map(len, words.NOUNS))
 
 @dataclasses.dataclass(frozen=True)
 class DocumentConfig:
-  """A document, and the beginning of one of its lines, which is to be ended.
+  """A document, and the beginning of one of its lines, to be completed.
 
-  A line is an attribute, a colon and its value of one or more words; between
-  such lines stand others. In bytes these are sentences of `source`; as words,
-  every word is a token, and they are random words of their own.
+  A line is an attribute, a colon, and a value of one or more words; other lines
+  stand between. With vocabulary='bytes' these are sentences of `source`; with
+  'words' every word is a token and they are random words of their own.
   """
 
   num_tokens: int = 128  # of a row
   min_attributes: int = 4  # of a document
   max_attributes: int = 8
-  value_words: int = 2  # words of a value, at most
+  value_words: int = 2  # most words of a value
   num_value_words: int = 32  # different words that values are made of
-  num_readings: int = 1  # times that the document stands before the question
-  vocabulary: str = 'words'  # or 'bytes'
-  num_filler_words: int = 64  # of the other lines, as words
-  source: str = 'stdlib'  # of the other lines: or a folder, a file, a glob
+  num_readings: int = 1  # how often the document precedes the question
+  vocabulary: Literal['words', 'bytes'] = 'words'
+  num_filler_words: int = 64  # different words of the other lines
+  # Other lines, in bytes: 'stdlib', a folder, a file, or a glob.
+  source: str = 'stdlib'
 
   def __post_init__(self):
-    task.check_choice(self, 'vocabulary', ('words', 'bytes'))
+    errors.check_choices(self)
     task.check_at_least(self, 1, 'min_attributes', 'value_words')
     task.check_at_least(self, 1, 'num_readings', 'num_filler_words')
-    task.check(
+    errors.check_field(
       self,
       'max_attributes',
       self.min_attributes <= self.max_attributes <= len(ATTRIBUTES),
       f'at least min_attributes={self.min_attributes}, and at most the '
       f'{len(ATTRIBUTES)} that have a name',
     )
-    task.check(
+    errors.check_field(
       self,
       'num_value_words',
       1 <= self.num_value_words <= len(words.NOUNS),
@@ -73,7 +75,7 @@ class DocumentConfig:
     needed = 1 + self._line_tokens * (
       1 + self.num_readings * self.max_attributes
     )
-    task.check(
+    errors.check_field(
       self,
       'num_tokens',
       self.num_tokens >= needed,
@@ -83,30 +85,30 @@ class DocumentConfig:
 
   @property
   def _line_tokens(self) -> int:
-    """Most tokens of a line with an attribute."""
+    """Length of the longest line with an attribute, in tokens."""
     if self.vocabulary == 'words':
       return 2 + self.value_words
     return _LONGEST_ATTRIBUTE + 2 + self.value_words * (1 + _LONGEST_WORD)
 
   @property
   def vocab_size(self) -> int:
-    """Of the tokenizer."""
+    """That of the tokenizer."""
     return self.make_tokenizer().vocab_size
 
   @property
   def answer_tokens(self) -> int:
-    """Room for a value, and for what ends it."""
+    """Room for a value and the mark after it."""
     length = 1 if self.vocabulary == 'words' else 1 + _LONGEST_WORD
     return self.value_words * length + 1
 
   def make_tokenizer(self) -> tokenizers.Tokenizer:
-    """Bytes, or attributes, words of values and words of the filler."""
+    """Returns a tokenizer of bytes, or of the words of documents."""
     if self.vocabulary == 'bytes':
       return task.make_tokenizer('bytes')
     return _make_word_tokenizer(self.num_value_words, self.num_filler_words)
 
   def make_row(self, rng, *, evaluating=False):
-    """See `task.Task`."""
+    """See `task.Task.make_row`."""
     del evaluating
     encode = self.make_tokenizer().encode
     count = rng.integers(self.min_attributes, self.max_attributes + 1)
@@ -123,7 +125,7 @@ class DocumentConfig:
       self.num_readings
     ) - sum(map(len, lines))
     units, filler = [], self._filler(rng)
-    while room > 0:  # the last of these loses its beginning
+    while room > 0:  # the last one loses its beginning
       units.append(encode(next(filler) + '\n')[-room:])
       room -= len(units[-1])
     places = np.sort(rng.integers(len(units) + 1, size=count))
@@ -142,22 +144,22 @@ class DocumentConfig:
     )
 
   def _filler(self, rng) -> Iterator[str]:
-    """Lines without an attribute, without end."""
+    """Yields lines without an attribute, without end."""
     if self.vocabulary == 'bytes':
       sentences = words.load_sentences(self.source)
       for number in itertools.count(rng.integers(len(sentences))):
-        # A colon is what marks an attribute.
+        # Only lines with an attribute have a colon.
         yield sentences[number % len(sentences)].replace(':', ',')
     while True:
       drawn = rng.integers(self.num_filler_words, size=rng.integers(4, 9))
       yield ' '.join(f'w{word}' for word in drawn) + '.'
 
   def score(self, output, row):
-    """Whether the output contains the value."""
-    return scoring.string_match_all(output, row.references)
+    """Returns whether the output contains the value."""
+    return words.string_match_all(output, row.references)
 
   def stretched(self, factor):
-    """More other lines; as many attributes."""
+    """Returns the task with more other lines and as many attributes."""
     return dataclasses.replace(self, num_tokens=factor * self.num_tokens)
 
 

@@ -1,6 +1,7 @@
-"""Selective copying, memorisation and recall of the MAD suite.
+"""Tasks of the MAD suite: recall, copying, memorisation, compression.
 
-`recall.py` has the recall tasks, `compression.py` the compression task.
+In training the loss of the recall tasks is that of a language model, on every
+token; in evaluation only values count whose keys the row has shown before.
 
 References:
   Poli et al., Mechanistic Design and Scaling of Hybrid Architectures,
@@ -11,16 +12,156 @@ import dataclasses
 
 import numpy as np
 
+from nested_learning import errors
 from nested_learning.tasks import task
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectiveCopyingConfig:
-  """Tokens among blanks, which have to be repeated in order at the end.
+class RecallConfig:
+  """Recall: pairs of a key and its value, which is the same all through a row.
 
-  A row is the tokens to copy, each with a random number of blanks before it,
-  the copy mark V - 1, and as many blanks V - 2 as there are tokens to copy, at
-  which these are the targets.
+  Keys are drawn with replacement, and the last pair repeats a key of the row.
+  Ids are keys, values, then noise; a noisy pair is two noise tokens.
+  """
+
+  vocab_size: int = 16  # keys are half of the ids that are not noise
+  num_tokens: int = 128  # of a row; even
+  num_noise_ids: int = 0  # part of vocab_size; MAD: 16 in the noisy task
+  noise: float = 0.0  # share of noisy pairs; MAD: 0.2 in the noisy task
+
+  def __post_init__(self):
+    task.check_at_least(self, 0, 'num_noise_ids')
+    errors.check_field(
+      self, 'noise', 0 <= self.noise < 1, 'at least 0 and below 1'
+    )
+    errors.check_field(
+      self,
+      'num_noise_ids',
+      bool(self.num_noise_ids) or not self.noise,
+      f'at least 1, since noise={self.noise} is not 0',
+    )
+    errors.check_field(
+      self,
+      'vocab_size',
+      self.vocab_size - self.num_noise_ids >= 2,
+      f'at least {2 + self.num_noise_ids}: a key, a value and '
+      f'num_noise_ids={self.num_noise_ids}',
+    )
+    errors.check_field(
+      self,
+      'num_tokens',
+      self.num_tokens >= 4 and self.num_tokens % 2 == 0,
+      'even and at least 4: one pair and the pair that repeats its key',
+    )
+
+  def make_row(self, rng, *, evaluating=False):
+    """See `task.Task.make_row`."""
+    num_ids = self.vocab_size - self.num_noise_ids
+    num_keys, num_pairs = num_ids // 2, self.num_tokens // 2
+    values = rng.integers(num_keys, num_ids, size=num_keys)
+    keys = rng.integers(num_keys, size=num_pairs)
+    noisy = rng.random(num_pairs) < self.noise
+    noisy[[rng.integers(num_pairs - 1), -1]] = False  # a pair to ask for
+    keys[-1] = rng.choice(np.unique(keys[:-1][~noisy[:-1]]))
+
+    pairs = np.stack([keys, values[keys]], axis=1)
+    if self.num_noise_ids:
+      pairs[noisy] = rng.integers(
+        num_ids, self.vocab_size, size=(int(noisy.sum()), 2)
+      )
+    # No token follows the last value, so the prediction of one never counts.
+    sequence = np.append(pairs.ravel(), 0)
+    counts = np.ones(self.num_tokens + 1, bool)
+    if evaluating:
+      clean = np.flatnonzero(~noisy)
+      first = clean[np.unique(keys[clean], return_index=True)[1]]
+      counts[:] = False
+      counts[2 * clean + 1] = True
+      counts[2 * first + 1] = False
+    counts[-1] = False
+    return task.shifted(sequence, counts)
+
+  def stretched(self, factor):
+    """Returns the task with more pairs of the same keys."""
+    return dataclasses.replace(self, num_tokens=factor * self.num_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class FuzzyRecallConfig:
+  """Fuzzy recall: keys and values are motifs of several tokens.
+
+  A motif is 1 to `motif_size` different tokens. In evaluation all keys have
+  `motif_size` tokens. Rows are padded on the left with V - 1.
+  """
+
+  vocab_size: int = 16
+  num_tokens: int = 128  # of a row
+  motif_size: int = 3  # most tokens of a key or value
+
+  def __post_init__(self):
+    task.check_at_least(self, 1, 'motif_size')
+    num_keys = (self.vocab_size - 1) // 2
+    errors.check_field(
+      self,
+      'motif_size',
+      self.motif_size <= num_keys,
+      f'at most the {num_keys} keys that vocab_size={self.vocab_size} has',
+    )
+    needed = 6 * self.motif_size
+    errors.check_field(
+      self,
+      'num_tokens',
+      self.num_tokens >= needed,
+      f'at least {needed}, three pairs of the longest motifs',
+    )
+
+  def make_row(self, rng, *, evaluating=False):
+    """See `task.Task.make_row`."""
+    num_ids, size = self.vocab_size - 1, self.motif_size
+    num_keys = num_ids // 2
+
+    def draw(begin, end, smallest):
+      length = rng.integers(smallest, size + 1)
+      return tuple(rng.permutation(np.arange(begin, end))[:length].tolist())
+
+    draw_key = lambda: draw(0, num_keys, size if evaluating else 1)
+    draw_value = lambda: draw(num_keys, num_ids, 1)
+    asked, answer = draw_key(), draw_value()
+    room = self.num_tokens - len(asked + answer) - 2 * size
+    # The first pair from here on is the asked one; `begin` leaves room for it.
+    begin = rng.integers(room - 2 * size + 1)
+    shown = {}
+    sequence, counts = [], []
+    while len(sequence) < room:
+      if len(sequence) >= begin and asked not in shown:
+        key, value = asked, answer
+      else:
+        key = draw_key()
+        value = answer if key == asked else shown.get(key) or draw_value()
+      sequence += key + value
+      counts += [not evaluating] * len(key)
+      counts += [not evaluating or key in shown] * len(value)
+      shown[key] = value
+    sequence += asked + answer
+    counts += [not evaluating] * len(asked) + [True] * len(answer)
+    missing = self.num_tokens + 1 - len(sequence)
+    return task.shifted(
+      np.array([self.vocab_size - 1] * missing + sequence),
+      np.array([not evaluating] * missing + counts),
+    )
+
+  def stretched(self, factor):
+    """Returns the task with more pairs of the same keys."""
+    return dataclasses.replace(self, num_tokens=factor * self.num_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectiveCopyingConfig:
+  """Selective copying: tokens among blanks, to be repeated at the end.
+
+  A row is the tokens to copy, each after a random number of blanks, the copy
+  mark V - 1, and as many blanks V - 2 as there are tokens to copy. The targets
+  at these last blanks are the tokens, in order.
   """
 
   vocab_size: int = 16
@@ -30,7 +171,7 @@ class SelectiveCopyingConfig:
   def __post_init__(self):
     task.check_at_least(self, 1, 'num_copied')
     task.check_at_least(self, 4, 'vocab_size')
-    task.check(
+    errors.check_field(
       self,
       'num_tokens',
       self.num_tokens > 2 * self.num_copied + 1,
@@ -39,7 +180,7 @@ class SelectiveCopyingConfig:
     )
 
   def make_row(self, rng, *, evaluating=False):
-    """See `task.Task`."""
+    """See `task.Task.make_row`."""
     del evaluating
     num_copied = self.num_copied
     copied = rng.integers(self.vocab_size - 2, size=num_copied)
@@ -56,25 +197,28 @@ class SelectiveCopyingConfig:
     return task.Row(tokens, targets, mask)
 
   def stretched(self, factor):
-    """More blanks; as many tokens to copy."""
+    """Returns the task with more blanks and as many tokens to copy."""
     return dataclasses.replace(self, num_tokens=factor * self.num_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class MemorizationConfig:
-  """A fixed table from keys to values, which the parameters have to learn.
+  """Memorisation: a fixed table of keys and values, learned by the parameters.
 
-  A row is keys, each followed by the insert mark V - 1, at which the key's
-  value is the target. The values themselves are never read.
+  A row is keys, each followed by the insert mark V - 1. The target at a mark is
+  the key's value. Values are never among the inputs.
   """
 
   vocab_size: int = 256
   num_tokens: int = 32  # of a row; even
-  map_seed: int = 12345  # of the table
+  map_seed: int = 12345  # seed of the table
 
   def __post_init__(self):
     task.check_at_least(self, 3, 'vocab_size')
-    task.check(
+    errors.check_field(
+      self, 'map_seed', 0 <= self.map_seed < 2**32, 'at least 0, below 2**32'
+    )
+    errors.check_field(
       self,
       'num_tokens',
       self.num_tokens >= 2 and self.num_tokens % 2 == 0,
@@ -82,7 +226,7 @@ class MemorizationConfig:
     )
 
   def make_row(self, rng, *, evaluating=False):
-    """See `task.Task`."""
+    """See `task.Task.make_row`."""
     del evaluating
     num_keys = (self.vocab_size - 1) // 2
     values = np.arange(num_keys, self.vocab_size - 1)
@@ -95,5 +239,35 @@ class MemorizationConfig:
     return task.Row(tokens, targets, np.arange(self.num_tokens) % 2 == 1)
 
   def stretched(self, factor):
-    """More keys of the same table."""
+    """Returns the task with more keys of the same table."""
     return dataclasses.replace(self, num_tokens=factor * self.num_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressionConfig:
+  """Compression: random tokens and the mark V - 1, to be reconstructed.
+
+  The targets are the row itself. Every position is predicted from the output
+  at the last one, by `models.CompressionHead`.
+  """
+
+  vocab_size: int = 16
+  num_tokens: int = 32  # of a row
+
+  def __post_init__(self):
+    task.check_at_least(self, 2, 'vocab_size', 'num_tokens')
+
+  def make_row(self, rng, *, evaluating=False):
+    """See `task.Task.make_row`."""
+    del evaluating
+    tokens = rng.integers(self.vocab_size - 1, size=self.num_tokens)
+    tokens[-1] = self.vocab_size - 1
+    tokens = tokens.astype(np.int32)
+    return task.Row(tokens, tokens, np.ones(self.num_tokens, bool))
+
+  def stretched(self, factor):
+    """Raises `errors.UserError`: the head has one output per position."""
+    raise errors.UserError(
+      f'a model that reconstructs {self.num_tokens} tokens has no output for '
+      f'{factor} times as many; set data.longer=() and train at each length.'
+    )

@@ -2,20 +2,22 @@
 
     ... hay ... N key A value ... hay ...    Q key A value
 
-N, A and Q are marks. Small models can learn it, and the same task at any length
-asks whether a memory keeps what it has read.
+N, A and Q are marks. Small models can learn it, and rows of any length test
+whether a memory keeps what it has read.
 
 References:
   Hsieh et al., RULER, arXiv:2404.06654, 2024, section 3 and appendix B.
 """
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 
+from nested_learning import errors
 from nested_learning.tasks import task
 
-HAYSTACKS = ('noise', 'essay', 'needles')
+Haystack = Literal['noise', 'essay', 'needles']
 _NOISE_LENGTH = 25  # tokens of the sentences that a noise haystack repeats
 
 
@@ -23,19 +25,18 @@ _NOISE_LENGTH = 25  # tokens of the sentences that a noise haystack repeats
 class NeedleConfig:
   """Values of keys, hidden in a haystack, asked for at the end.
 
-  The haystack is one fixed run of tokens again and again ('noise'), random
-  tokens ('essay'), or needles of other keys ('needles'). The question names
-  `num_queries` of the `num_keys` keys; the answer is all their values, those of
-  a key in the order in which the row has them.
+  The haystack is one fixed run of tokens that repeats ('noise'), random tokens
+  ('essay'), or needles of other keys ('needles'). The question names
+  `num_queries` of the `num_keys` keys; the answer is all their values, the
+  values of a key in the order of the row.
 
-  Needles are anywhere before the gap, and with a long one never late in a row.
-  A model that learned from such rows is asked in longer ones whether it still
-  takes up a needle after more hay than it ever saw before one, which is another
-  question than how long it keeps one.
+  Needles are anywhere before the gap. In longer rows than those of training, a
+  needle may follow more hay than any needle in training did, so that a wrong
+  answer may mean that the needle was not written, not that it was forgotten.
   """
 
   num_tokens: int = 128  # of a row
-  haystack: str = 'noise'  # or 'essay', 'needles'
+  haystack: Haystack = 'noise'
   num_keys: int = 1
   num_values: int = 1  # needles of a key
   num_queries: int = 1  # keys that are asked for
@@ -47,13 +48,14 @@ class NeedleConfig:
   gap: int = 32  # tokens without needle before the question
 
   def __post_init__(self):
-    task.check_choice(self, 'haystack', HAYSTACKS)
+    errors.check_choices(self)
     task.check_at_least(
       self, 1, 'num_keys', 'num_values', 'num_queries', 'key_tokens'
     )
+    task.check_at_least(self, 1, 'num_key_ids')
     task.check_at_least(self, 1, 'value_tokens', 'num_value_ids', 'num_hay_ids')
     task.check_at_least(self, 0, 'gap')
-    task.check(
+    errors.check_field(
       self,
       'num_queries',
       self.num_queries <= self.num_keys,
@@ -61,7 +63,7 @@ class NeedleConfig:
     )
     others = self.haystack == 'needles'  # one key more, for the haystack
     num_keys = self.num_key_ids**self.key_tokens
-    task.check(
+    errors.check_field(
       self,
       'num_keys',
       self.num_keys + others <= num_keys,
@@ -69,7 +71,7 @@ class NeedleConfig:
       f'{self.num_key_ids} and key_tokens={self.key_tokens} make',
     )
     needles = self.num_keys * self.num_values * self._needle_length
-    task.check(
+    errors.check_field(
       self,
       'num_tokens',
       self._room >= needles + self._free,
@@ -89,19 +91,19 @@ class NeedleConfig:
 
   @property
   def _room(self) -> int:
-    """Tokens before the question, of the row and the one that follows it."""
+    """Tokens before the question, counting the one that follows the row."""
     answer = self.num_queries * self.num_values * self.value_tokens
     return self.num_tokens + 1 - 2 - self.num_queries * self.key_tokens - answer
 
   @property
   def _free(self) -> int:
-    """Tokens of hay before the question: the gap, or whole needles for it."""
+    """Tokens of hay before the question: the gap, rounded up to needles."""
     if self.haystack == 'needles':
       return -(-self.gap // self._needle_length) * self._needle_length
     return self.gap
 
   def make_row(self, rng, *, evaluating=False):
-    """See `task.Task`."""
+    """See `task.Task.make_row`."""
     del evaluating
     keys = self._draw_keys(rng)
     values = self._draw_values(rng, (self.num_keys, self.num_values))
@@ -110,7 +112,7 @@ class NeedleConfig:
       for key, of_key in zip(keys, values, strict=True)
       for value in of_key
     ]
-    # Places in the row: those of one key in the order of its values.
+    # Random places, but the values of one key stay in their order.
     places = rng.permutation(
       np.repeat(np.arange(self.num_keys), self.num_values)
     )
@@ -127,11 +129,11 @@ class NeedleConfig:
     return task.shifted(sequence, counts)
 
   def stretched(self, factor):
-    """More hay; the same needles."""
+    """Returns the task with more hay and the same needles."""
     return dataclasses.replace(self, num_tokens=factor * self.num_tokens)
 
   def _draw_keys(self, rng):
-    """Different keys, int [num_keys, key_tokens]."""
+    """Draws different keys, int [num_keys, key_tokens]."""
     shape = self.num_keys, self.key_tokens
     while True:
       keys = 3 + rng.integers(self.num_key_ids, size=shape)
@@ -154,7 +156,7 @@ class NeedleConfig:
     return 3 + self.num_key_ids + self.num_value_ids + hay
 
   def _hide(self, rng, keys, needles):
-    """Hay with the needles at random places, int [room]."""
+    """Puts the needles at random places in hay; int [room]."""
     del keys
     hay = self._draw_hay(rng, self._room - needles.size)
     places = rng.integers(len(hay) - self._free + 1, size=len(needles))
@@ -162,7 +164,7 @@ class NeedleConfig:
     return np.insert(hay, places, needles.ravel())
 
   def _hide_among_needles(self, rng, keys, needles):
-    """Needles of other keys, and hay for what is left in front, int [room]."""
+    """Puts the needles among those of other keys, after hay; int [room]."""
     length = self._needle_length
     num_units = self._room // length
     shape = num_units, self.key_tokens

@@ -2,7 +2,7 @@
 
     config = tasks.make_config('mqar_small', num_rewrites=8)
 
-`_small` settings are learned, by a model that can, in minutes on two cores.
+A capable model learns a `_small` setting in minutes on two cores.
 """
 
 import dataclasses
@@ -10,19 +10,19 @@ import difflib
 from typing import Any
 
 from nested_learning import errors
-from nested_learning.tasks.compression import CompressionConfig
 from nested_learning.tasks.documents import DocumentConfig
-from nested_learning.tasks.formal_languages import FormalLanguageConfig
-from nested_learning.tasks.groups import GROUPS
-from nested_learning.tasks.groups import WordProblemConfig
+from nested_learning.tasks.in_context import MqarConfig
+from nested_learning.tasks.in_context import RegressionConfig
+from nested_learning.tasks.mad import CompressionConfig
+from nested_learning.tasks.mad import FuzzyRecallConfig
 from nested_learning.tasks.mad import MemorizationConfig
+from nested_learning.tasks.mad import RecallConfig
 from nested_learning.tasks.mad import SelectiveCopyingConfig
-from nested_learning.tasks.mqar import MqarConfig
 from nested_learning.tasks.needles import NeedleConfig
-from nested_learning.tasks.recall import FuzzyRecallConfig
-from nested_learning.tasks.recall import RecallConfig
-from nested_learning.tasks.regression import RegressionConfig
 from nested_learning.tasks.ruler import RulerConfig
+from nested_learning.tasks.state_tracking import FormalLanguageConfig
+from nested_learning.tasks.state_tracking import GROUPS
+from nested_learning.tasks.state_tracking import WordProblemConfig
 from nested_learning.tasks.stories import StoryConfig
 
 TaskConfig = (
@@ -120,18 +120,18 @@ TASKS = _make_tasks()
 
 
 def make_config(name: str, **changes) -> TaskConfig:
-  """The config of a named task.
+  """Returns the config of a named task.
 
   Args:
     name: One of `TASKS`.
-    **changes: Fields to set otherwise.
+    **changes: Fields with other values.
 
   Returns:
     The config.
 
   Raises:
-    errors.UserError: There is no such task, or no such field, or the settings
-      are impossible.
+    errors.UserError: There is no such task or field, or the settings are not
+      possible.
   """
   if name not in TASKS:
     nearest = difflib.get_close_matches(name, TASKS, n=3, cutoff=0)

@@ -9,17 +9,17 @@ import bisect
 from collections.abc import Iterator
 import dataclasses
 import itertools
+from typing import Literal
 
 import numpy as np
 
 from nested_learning import errors
 from nested_learning.data import tokenizers
 from nested_learning.tasks import needles as needles_lib
-from nested_learning.tasks import scoring
 from nested_learning.tasks import task
 from nested_learning.tasks import words
 
-_KINDS = ('numbers', 'words', 'uuids')
+_Kind = Literal['numbers', 'words', 'uuids']
 _NEEDLE = 'One of the special magic {kind} for {key} is: {value}.'
 _NOISE = (
   'The grass is green. The sky is blue. The sun is yellow. Here we go. There '
@@ -43,30 +43,28 @@ _NUM_DEPTHS = 40  # places in an essay, equally far from each other
 class RulerConfig:
   """A needle task of RULER in text.
 
-  A row is a document's mark, the prompt, the values that are asked for, and a
-  document's mark again, then padding; only values and mark are targets. The
-  haystack is as long as the row allows. RULER's essays are the user's, in
-  `source`; every row takes another stretch of them.
+  A row is a document's mark, the prompt, the values that are asked for, a
+  document's mark again, and padding; only values and mark are targets. The
+  haystack is as long as the row allows. Essays come from `source`; every row
+  has another part of them.
   """
 
   num_tokens: int = 4096  # of a row
-  haystack: str = 'noise'  # or 'essay', 'needles'
-  key_type: str = 'words'  # or 'numbers', 'uuids'
-  value_type: str = 'numbers'  # or 'words', 'uuids'
+  haystack: needles_lib.Haystack = 'noise'
+  key_type: _Kind = 'words'
+  value_type: _Kind = 'numbers'
   num_keys: int = 1
   num_values: int = 1  # needles of a key
   num_queries: int = 1  # keys that are asked for
   gap: int = 64  # tokens without needle before the question
   tokenizer: str = 'bytes'  # or the path of a .model or a .json
-  source: str = 'stdlib'  # of essays: or a folder, a file, a glob
+  source: str = 'stdlib'  # essays: 'stdlib', a folder, a file, or a glob
 
   def __post_init__(self):
-    task.check_choice(self, 'haystack', needles_lib.HAYSTACKS)
-    task.check_choice(self, 'key_type', _KINDS)
-    task.check_choice(self, 'value_type', _KINDS)
+    errors.check_choices(self)
     task.check_at_least(self, 1, 'num_tokens', 'num_values', 'num_queries')
     task.check_at_least(self, 0, 'gap')
-    task.check(
+    errors.check_field(
       self,
       'num_keys',
       self.num_queries <= self.num_keys <= _NUM_DEPTHS // self.num_values,
@@ -77,21 +75,21 @@ class RulerConfig:
 
   @property
   def vocab_size(self) -> int:
-    """Of the tokenizer."""
+    """That of the tokenizer."""
     return self.make_tokenizer().vocab_size
 
   @property
   def answer_tokens(self) -> int:
-    """Room for the answer: twice what a value takes in bytes."""
+    """Room for the answer: twice its bytes."""
     length = {'numbers': 9, 'words': 20, 'uuids': 38}[self.value_type]
     return 2 * length * self.num_queries * self.num_values
 
   def make_tokenizer(self) -> tokenizers.Tokenizer:
-    """The one of the field."""
+    """Returns the tokenizer of the field."""
     return task.make_tokenizer(self.tokenizer)
 
   def make_row(self, rng, *, evaluating=False):
-    """See `task.Task`."""
+    """See `task.Task.make_row`."""
     del evaluating
     keys = []
     while len(keys) < self.num_keys:
@@ -129,7 +127,7 @@ class RulerConfig:
     if len(prompt(least)) > room:
       needed = len(prompt(least)) + 1 + len(answer)
       raise errors.UserError(
-        f'RulerConfig.num_tokens={self.num_tokens} has no room for the '
+        f'num_tokens={self.num_tokens} has no room for the '
         f'{len(needles)} needles, gap={self.gap} and the question; raise it to '
         f'at least {needed} or so.'
       )
@@ -142,16 +140,16 @@ class RulerConfig:
     return row._replace(references=answers, question=question)
 
   def score(self, output, row):
-    """RULER's string_match_all: the share of references in the output."""
-    return scoring.string_match_all(output, row.references)
+    """Returns the share of references in the output (string_match_all)."""
+    return words.string_match_all(output, row.references)
 
   def stretched(self, factor):
-    """More hay; the same needles."""
+    """Returns the task with more hay and the same needles."""
     return dataclasses.replace(self, num_tokens=factor * self.num_tokens)
 
   @property
   def _kind(self) -> str:
-    """What values are called; in the singular where one is asked for."""
+    """The word for the values; singular if one is asked for."""
     one = self.num_queries * self.num_values == 1
     return self.value_type[:-1] if one else self.value_type
 
@@ -163,8 +161,8 @@ class RulerConfig:
     return template
 
   def _draw_hay(self, rng, keys) -> list[str]:
-    """Sentences or lines, certainly more than the row has room for."""
-    # No usual tokenizer makes fewer than a token of eight bytes of text.
+    """Draws sentences or lines, more than the row has room for."""
+    # Usual tokenizers make at least one token of eight bytes of text.
     num_bytes = self.num_tokens * (1 if self.tokenizer == 'bytes' else 8)
     hay, length = [], 0
     for unit in self._units(rng, keys):
@@ -174,7 +172,7 @@ class RulerConfig:
       length += len(unit)
 
   def _units(self, rng, keys) -> Iterator[str]:
-    """Hay without end."""
+    """Yields hay without end."""
     if self.haystack == 'noise':
       yield from itertools.repeat(_NOISE)
     if self.haystack == 'essay':
@@ -189,12 +187,12 @@ class RulerConfig:
         yield _NEEDLE.format(kind=self.value_type, key=key, value=value)
 
   def _num_free(self, hay) -> int:
-    """Units of hay that have to follow the last needle, for the gap."""
+    """Returns how many units of hay after the last needle fill the gap."""
     lengths = [len(self.make_tokenizer().encode(u)) for u in hay]
     return int(np.searchsorted(np.cumsum(lengths), self.gap)) + 1
 
   def _hide(self, hay, needles, places) -> str:
-    """The context: needles at sorted places of the part that may have them."""
+    """Puts needles at sorted places of the hay before the gap."""
     num_places = len(hay) - self._num_free(hay) + 1
     places = np.minimum((places * num_places).astype(int), num_places - 1)
     units = list(hay)
@@ -204,7 +202,7 @@ class RulerConfig:
 
 
 def _listed(keys: list[str]) -> str:
-  """As in 'a, b, and c'."""
+  """Returns the keys as in 'a, b, and c'."""
   if len(keys) == 1:
     return keys[0]
   return ', '.join(keys[:-1]) + ', and ' + keys[-1]

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 import dataclasses
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from nested_learning import errors
 from nested_learning.data import tokenizers
-from nested_learning.tasks import scoring
 from nested_learning.tasks import task
 from nested_learning.tasks import words
 
@@ -28,7 +28,6 @@ THINGS = ('apple', 'football', 'milk')
 _GO = ('moved to', 'went to', 'went back to', 'journeyed to', 'travelled to')
 _TAKE = ('took', 'grabbed', 'picked up', 'got')
 _DROP = ('dropped', 'discarded', 'put down', 'left')
-_QUESTIONS = ('qa1', 'qa2', 'qa3')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,25 +35,26 @@ class StoryConfig:
   """Facts in a long text, and a question that they answer with one word.
 
   'qa1' asks where somebody is, 'qa2' where a thing is, 'qa3' where it was
-  before. In bytes the other sentences are those of `source`; as words, every
-  word is a token and the other sentences are random words of their own.
+  before. With vocabulary='bytes' the other sentences come from `source`; with
+  'words' every word is a token and they are random words of their own.
   """
 
-  question: str = 'qa1'  # facts that the answer needs: 1, 2 or 3
+  # The answer needs 1, 2 or 3 facts.
+  question: Literal['qa1', 'qa2', 'qa3'] = 'qa1'
   num_tokens: int = 256  # of a row
   num_facts: int = 6
-  vocabulary: str = 'words'  # or 'bytes'
-  num_filler_words: int = 64  # of the other sentences, as words
+  vocabulary: Literal['words', 'bytes'] = 'words'
+  num_filler_words: int = 64  # different words of the other sentences
   gap: int = 64  # tokens without fact before the question
-  source: str = 'stdlib'  # of the other sentences: or a folder, a file, a glob
+  # Other sentences, in bytes: 'stdlib', a folder, a file, or a glob.
+  source: str = 'stdlib'
 
   def __post_init__(self):
-    task.check_choice(self, 'question', _QUESTIONS)
-    task.check_choice(self, 'vocabulary', ('words', 'bytes'))
+    errors.check_choices(self)
     task.check_at_least(self, 0, 'gap')
     task.check_at_least(self, 1, 'num_filler_words')
     least = {'qa1': 1, 'qa2': 2, 'qa3': 3}[self.question]
-    task.check(
+    errors.check_field(
       self,
       'num_facts',
       self.num_facts >= least,
@@ -63,7 +63,7 @@ class StoryConfig:
     # 8 words, or 50 letters, are room for the longest fact or question.
     longest = 8 if self.vocabulary == 'words' else 50
     needed = (self.num_facts + 2) * longest + self.gap
-    task.check(
+    errors.check_field(
       self,
       'num_tokens',
       self.num_tokens >= needed,
@@ -73,7 +73,7 @@ class StoryConfig:
 
   @property
   def vocab_size(self) -> int:
-    """Of the tokenizer."""
+    """That of the tokenizer."""
     return self.make_tokenizer().vocab_size
 
   @property
@@ -82,13 +82,13 @@ class StoryConfig:
     return 4 if self.vocabulary == 'words' else 32
 
   def make_tokenizer(self) -> tokenizers.Tokenizer:
-    """Bytes, or the words of the stories and of the filler."""
+    """Returns a tokenizer of bytes, or of the words of stories and filler."""
     if self.vocabulary == 'bytes':
       return task.make_tokenizer('bytes')
     return _make_word_tokenizer(self.num_filler_words)
 
   def make_row(self, rng, *, evaluating=False):
-    """See `task.Task`."""
+    """See `task.Task.make_row`."""
     del evaluating
     story = _make_story(rng, self.question, self.num_facts)
     tokenizer = self.make_tokenizer()
@@ -112,7 +112,7 @@ class StoryConfig:
     return row._replace(references=(story.answer,), question=story.question)
 
   def _filler(self, rng) -> Iterator[str]:
-    """Sentences that are no facts, without end."""
+    """Yields sentences that are not facts, without end."""
     if self.vocabulary == 'bytes':
       sentences = words.load_sentences(self.source)
       for number in itertools.count(rng.integers(len(sentences))):
@@ -122,13 +122,13 @@ class StoryConfig:
       yield ' '.join(f'w{word}' for word in drawn) + '.'
 
   def score(self, output, row):
-    """Whether the first sentence names the one right place."""
-    return scoring.names_only(
+    """Returns whether the first sentence names only the right place."""
+    return words.names_only(
       output, row.references[0], question=row.question, labels=PLACES
     )
 
   def stretched(self, factor):
-    """More other sentences; as many facts."""
+    """Returns the task with more other sentences and as many facts."""
     return dataclasses.replace(self, num_tokens=factor * self.num_tokens)
 
 
@@ -139,13 +139,13 @@ class _Story(NamedTuple):
 
 
 def _make_story(rng, kind: str, num_facts: int) -> _Story:
-  """A story that has an answer."""
+  """Draws a story that has an answer."""
   while True:
     facts, at, been = _act(rng, kind, num_facts)
     asked = {
       'qa1': [name for name in PEOPLE if name in at],
       'qa2': [name for name in THINGS if name in been],
-      # Where it was last, it was only once: "before" has one meaning.
+      # It was at its last place only once, so that "before" has one meaning.
       'qa3': [
         name
         for name, places in been.items()
@@ -165,7 +165,7 @@ def _make_story(rng, kind: str, num_facts: int) -> _Story:
 
 
 def _act(rng, kind: str, num_facts: int):
-  """Facts; where people are; the places where each thing was."""
+  """Draws facts; also returns where people are and things have been."""
   pick = lambda options: options[rng.integers(len(options))]
   facts, at, holds = [], {}, {}
   been: dict[str, list[str]] = {}
@@ -207,7 +207,7 @@ def _act(rng, kind: str, num_facts: int):
 
 @functools.cache
 def _make_word_tokenizer(num_filler_words: int) -> tokenizers.Tokenizer:
-  """Every word of the stories is a token; 0 stands before each document."""
+  """Returns a tokenizer of the words of stories and filler."""
   said = ' '.join(
     [*PEOPLE, *PLACES, *THINGS, *_GO, *_TAKE, *_DROP]
     + ['the there Where is was before . ?']

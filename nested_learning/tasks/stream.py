@@ -18,29 +18,29 @@ _SPLITS = {'train': 0, 'validation': 1}
 
 @dataclasses.dataclass(frozen=True)
 class TaskDataConfig:
-  """A task to learn instead of a text."""
+  """A task to train on instead of text."""
 
   task: registry.TaskConfig
   batch_size: int = 32  # rows per step, over all processes
-  num_examples: int | None = None  # to train on, again and again; None: no end
-  longer: tuple[int, ...] = ()  # evaluate on rows so many times as long, too
+  num_examples: int | None = None  # training rows per pass; None: no repeats
+  longer: tuple[int, ...] = ()  # lengths to evaluate too, as factors
   seed: int = 0  # of the rows
 
   def __post_init__(self):
-    for name in ('batch_size', 'num_examples'):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise errors.UserError(f'data.{name}={value} must be at least 1.')
-    if any(factor < 2 for factor in self.longer):
-      raise errors.UserError(
-        f'data.longer={self.longer} must be factors of the length, 2 or more.'
-      )
-    if not 0 <= self.seed < 2**32:
-      raise errors.UserError(
-        f'data.seed={self.seed} must be at least 0 and below 2**32.'
-      )
+    task_lib.check_at_least(self, 1, 'batch_size')
+    if self.num_examples is not None:
+      task_lib.check_at_least(self, 1, 'num_examples')
+    errors.check_field(
+      self,
+      'longer',
+      all(factor >= 2 for factor in self.longer),
+      'factors of the length, 2 or more',
+    )
+    errors.check_field(
+      self, 'seed', 0 <= self.seed < 2**32, 'at least 0 and below 2**32'
+    )
     for factor in self.longer:
-      self.task.stretched(factor)  # refuses what cannot be
+      self.task.stretched(factor)  # refuses lengths that are not possible
 
   @property
   def sequence_length(self) -> int:
@@ -49,25 +49,25 @@ class TaskDataConfig:
 
   @property
   def has_validation(self) -> bool:
-    """Rows that training does not see can always be made."""
+    """True: rows that training does not see can always be made."""
     return True
 
   @property
   def carries_state(self) -> bool:
-    """Every row begins a stream of its own."""
+    """False: every row begins a stream of its own."""
     return False
 
 
 def make_row(
   config: TaskDataConfig, index: int, *, split: str = 'train', factor: int = 1
 ) -> task_lib.Row:
-  """One row; no row of a split is one of the other's.
+  """Makes one row; the rows of the two splits are different draws.
 
   Args:
     config: The task and the seed.
-    index: Which row.
+    index: Number of the row.
     split: 'train' or 'validation'.
-    factor: Of the training length.
+    factor: Length of the row, as a multiple of the training length.
 
   Returns:
     The row.
@@ -87,14 +87,14 @@ def make_iterator(
 ) -> pipeline.Batches:
   """Makes an iterator over one process's rows of every global batch.
 
-  Row r at a step is row step * batch_size + r of the split. With num_examples
-  it is that of an endless sequence of shuffled passes over the examples.
+  Row r at a step is row step * batch_size + r of the split; with num_examples,
+  of an endless sequence of shuffled passes over the examples.
 
   Args:
     config: The task.
     split: 'train' or 'validation'.
-    factor: Of the training length.
-    process_index: Which consecutive slice of each batch to make.
+    factor: Length of the rows, as a multiple of the training length.
+    process_index: Number of this process's slice of each batch.
     process_count: Number of slices.
 
   Returns:
@@ -141,7 +141,7 @@ def make_iterator(
 
 
 def _flat(values: dict, prefix: str = '') -> dict:
-  """Settings by dotted name, so that an error can name the one that differs."""
+  """Flattens settings to dotted names, so that errors can name them."""
   flat = {}
   for name, value in values.items():
     if isinstance(value, dict):

@@ -1,11 +1,10 @@
-"""What a task is: settings that can make any of its rows.
+"""The interface of a task, and parts that tasks share.
 
 A task is a frozen dataclass. Its fields are its settings, checked when it is
-made; `make_row` turns a random generator into one row, and nothing else into
-it, so a row is a pure function of the settings and a seed.
+made; `make_row` draws one row with a random generator, so a row is a pure
+function of the settings and a seed.
 """
 
-from collections.abc import Sequence
 import functools
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -19,13 +18,12 @@ class Row(NamedTuple):
   """One sequence of a task.
 
   Attributes:
-    tokens: int32 [t], what the model reads; or float32 [t, x].
-    targets: int32 [t], what it shall say after reading each of them; or
-      float32 [t].
+    tokens: int32 [t], the inputs of the model; or float32 [t, x].
+    targets: int32 [t], the right output after each of them; or float32 [t].
     mask: bool [t], the targets that count.
-    references: What an answer in text has to contain; none where the targets
-      say all.
-    question: The question that the text ends with, if it has one.
+    references: Texts that a right answer contains; empty if the targets are
+      all there is to score.
+    question: The question at the end of the text, if there is one.
   """
 
   tokens: np.ndarray
@@ -39,7 +37,7 @@ class Task(Protocol):
   """The interface of a task's config.
 
   Attributes:
-    vocab_size: Ids are below it, those of inputs and of targets.
+    vocab_size: Every id of inputs and targets is below it.
     num_tokens: Length of every row.
   """
 
@@ -52,7 +50,7 @@ class Task(Protocol):
     """Makes a row; its mask may differ between training and evaluation."""
 
   def stretched(self, factor: int) -> 'Task':
-    """The same task on rows `factor` times as long."""
+    """Returns the same task on rows `factor` times as long."""
 
 
 @runtime_checkable
@@ -60,51 +58,28 @@ class TextTask(Task, Protocol):
   """A task whose rows are text, and whose answers are scored as text.
 
   Attributes:
-    answer_tokens: Most tokens that an answer has.
+    answer_tokens: Length of the longest answer, in tokens.
   """
 
   answer_tokens: int
 
   def make_tokenizer(self) -> tokenizers.Tokenizer:
-    """What turns text into the tokens of a row."""
+    """Returns the tokenizer of the rows."""
 
   def score(self, output: str, row: Row) -> float:
-    """How right an output is, between 0 and 1."""
-
-
-def check(config: Any, name: str, passed: bool, rule: str) -> None:
-  """Refuses a setting.
-
-  Args:
-    config: The task.
-    name: Of the field.
-    passed: Whether its value is fine.
-    rule: What it must be, and the way out.
-
-  Raises:
-    errors.UserError: If not.
-  """
-  if not passed:
-    value = getattr(config, name)
-    raise errors.UserError(
-      f'{type(config).__name__}.{name}={value!r} must be {rule}.'
-    )
-
-
-def check_choice(config: Any, name: str, choices: Sequence[str]) -> None:
-  """Refuses a setting that is none of some choices."""
-  listed = ', '.join(map(repr, choices))
-  check(config, name, getattr(config, name) in choices, f'one of {listed}')
+    """Returns how right an output is, between 0 and 1."""
 
 
 def check_at_least(config: Any, least: int, *names: str) -> None:
-  """Refuses settings below a number."""
+  """Raises `errors.UserError` if a field of a config is below a number."""
   for name in names:
-    check(config, name, getattr(config, name) >= least, f'at least {least}')
+    errors.check_field(
+      config, name, getattr(config, name) >= least, f'at least {least}'
+    )
 
 
 def shifted(sequence: np.ndarray, counts: np.ndarray) -> Row:
-  """A row whose target at a position is the token that follows it.
+  """Makes a row whose target at a position is the token that follows it.
 
   Args:
     sequence: int [t + 1].
@@ -123,13 +98,15 @@ def text_row(
   answer: np.ndarray,
   num_tokens: int,
 ) -> Row:
-  """A document of prompt and answer; answer and the mark behind it count.
+  """Makes a document of a prompt and its answer, padded on the right.
+
+  The targets that count are the answer and the mark after it.
 
   Args:
-    tokenizer: Its document_id stands before and behind, and is the padding.
+    tokenizer: Its document_id stands before and after, and is the padding.
     prompt: int [n].
     answer: int [m].
-    num_tokens: Of the row; at least n + m + 1.
+    num_tokens: Length of the row; at least n + m + 1.
 
   Returns:
     A row.
@@ -144,5 +121,5 @@ def text_row(
 
 @functools.cache
 def make_tokenizer(spec: str) -> tokenizers.Tokenizer:
-  """The tokenizer of a text task, made once."""
+  """Returns `tokenizers.make_tokenizer(spec)`, made once."""
   return tokenizers.make_tokenizer(spec)

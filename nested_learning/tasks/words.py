@@ -1,4 +1,9 @@
-"""Words that tasks in text are made of, and hay from text files."""
+"""Parts of tasks in text: words, sentences of text files, and scores.
+
+References:
+  Hsieh et al., RULER, arXiv:2404.06654, 2024 (string_match_all).
+  Kuratov et al., BABILong, arXiv:2406.10149, 2024 (the one label named).
+"""
 
 import ast
 from collections.abc import Sequence
@@ -50,14 +55,14 @@ NOUNS = tuple(
   'tunnel turtle valley vase velvet village violin wagon wall walnut wave '
   'well whale wheel whistle willow window wolf wool wren'.split()
 )
-_LONGEST_HAY = 400_000  # characters that are read of a source
+_MAX_CHARACTERS = 400_000  # read of a source of sentences
 
 
 def draw_word(rng: np.random.Generator, kind: str) -> str:
-  """A value or key of a needle.
+  """Draws a value or key of a needle.
 
   Args:
-    rng: Random numbers.
+    rng: The random generator.
     kind: 'numbers' (seven digits), 'words' (adjective-noun) or 'uuids'.
 
   Returns:
@@ -77,12 +82,12 @@ def make_tokenizer(
   """Makes a tokenizer of whole words; 0 stands before each document.
 
   Args:
-    listed: Words and punctuation marks, the tokens from 1. White space between
-      them is none.
-    fingerprint: Of these.
+    listed: Words and punctuation marks, the tokens from 1. White space is not
+      a token.
+    fingerprint: The fingerprint of the tokenizer.
 
   Returns:
-    The tokenizer. Decoding puts a space between any two.
+    The tokenizer. Decoding puts a space between any two words.
   """
   listed = ['', *listed]
   number = {word: i for i, word in enumerate(listed)}
@@ -102,7 +107,7 @@ def make_tokenizer(
 
 @functools.cache
 def load_sentences(source: str) -> tuple[str, ...]:
-  """The sentences of a source, white space made single.
+  """Reads the sentences of a source, with single spaces.
 
   Args:
     source: 'stdlib', the prose of the docstrings of the Python standard
@@ -122,18 +127,18 @@ def load_sentences(source: str) -> tuple[str, ...]:
     for part in _split(text):
       sentences.append(part)
       length += len(part)
-    if length > _LONGEST_HAY:
+    if length > _MAX_CHARACTERS:
       break
   if len(sentences) < 2:
     raise errors.UserError(
-      f'source={source!r} has no sentences to make a haystack of; give a '
+      f'source={source!r} has no sentences to make a text of; give a '
       "folder of text files, or 'stdlib'."
     )
   return tuple(sentences)
 
 
 def _docstrings(code):
-  """What a module and its public parts say about themselves."""
+  """Yields paragraphs of prose from the docstrings of a module."""
   kinds = ast.Module | ast.ClassDef | ast.FunctionDef
   for node in ast.walk(ast.parse(code)):
     if isinstance(node, kinds) and (text := ast.get_docstring(node)):
@@ -148,9 +153,39 @@ def _docstrings(code):
 
 
 def _split(text):
-  """Sentences: up to a full stop and a space before a capital."""
+  """Yields sentences: up to a full stop and a space before a capital."""
   for paragraph in re.split(r'\n\s*\n', text):
     flat = ' '.join(paragraph.split())
     for sentence in re.split(r'(?<=[.!?]) (?=[A-Z"\'(])', flat):
       if sentence:
         yield sentence
+
+
+def string_match_all(output: str, references: Sequence[str]) -> float:
+  """Returns the share of references that the output contains, in any case."""
+  output = output.lower()
+  return sum(r.lower() in output for r in references) / len(references)
+
+
+def names_only(
+  output: str, reference: str, *, question: str, labels: Sequence[str]
+) -> float:
+  """Returns whether the first sentence of an output names only one label.
+
+  Args:
+    output: The model's answer.
+    reference: The right label.
+    question: The question; labels in it are ignored in the output.
+    labels: Every label of the task.
+
+  Returns:
+    1.0 or 0.0.
+  """
+  first = re.split(r'[.\n]', output.strip(), maxsplit=1)[0]
+  others = set(labels) - _lower_words(question)
+  named = _lower_words(first) & others
+  return float(named == {reference})
+
+
+def _lower_words(text: str) -> set[str]:
+  return set(re.findall(r'[a-z]+', text.lower()))

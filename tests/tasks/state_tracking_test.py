@@ -8,7 +8,7 @@ from absl.testing import parameterized
 import numpy as np
 
 from nested_learning import tasks
-from nested_learning.tasks import groups
+from nested_learning.tasks import state_tracking
 
 _BINS = ((2, 50), (51, 100), (151, 200))
 
@@ -97,7 +97,7 @@ class WordProblemTest(parameterized.TestCase):
     ('Z2', 2), ('Z60', 60), ('S3', 6), ('S5', 120), ('A5', 60), ('A4xZ5', 60)
   )
   def test_is_a_group(self, name, order):
-    table = groups.multiplication_table(name)
+    table = state_tracking.multiplication_table(name)
     self.assertEqual(table.shape, (order, order))
     np.testing.assert_array_equal(table[0], np.arange(order))
     np.testing.assert_array_equal(table[:, 0], np.arange(order))
@@ -108,13 +108,13 @@ class WordProblemTest(parameterized.TestCase):
     np.testing.assert_array_equal(left, right)
 
   def test_only_the_right_ones_commute(self):
-    for name in groups.GROUPS:
-      table = groups.multiplication_table(name)
+    for name in state_tracking.GROUPS:
+      table = state_tracking.multiplication_table(name)
       self.assertEqual((table == table.T).all(), name[0] == 'Z')
 
   def test_targets_are_products(self):
     task = tasks.WordProblemConfig('A5', 12)
-    table = groups.multiplication_table('A5')
+    table = state_tracking.multiplication_table('A5')
     for seed in range(5):
       row = task.make_row(np.random.default_rng(seed))
       products = itertools.accumulate(row.tokens, lambda a, b: table[a, b])

@@ -90,10 +90,10 @@ class StreamTest(parameterized.TestCase):
     self.assertEqual(batch['tokens'].shape, (4, 256))
 
   @parameterized.parameters(
-    ({'batch_size': 0}, 'data.batch_size=0 must be at least 1'),
-    ({'num_examples': 0}, 'data.num_examples=0 must be at least 1'),
-    ({'longer': (1,)}, r'data.longer=\(1,\) must be factors'),
-    ({'seed': -1}, 'data.seed=-1 must be at least 0'),
+    ({'batch_size': 0}, '^batch_size=0 must be at least 1'),
+    ({'num_examples': 0}, '^num_examples=0 must be at least 1'),
+    ({'longer': (1,)}, r'^longer=\(1,\) must be factors'),
+    ({'seed': -1}, '^seed=-1 must be at least 0'),
   )
   def test_refuses(self, changes, message):
     with self.assertRaisesRegex(errors.UserError, message):

@@ -247,7 +247,7 @@ class OnTaskTest(parameterized.TestCase):
     ):
       training.run(changed, self.workdir)
     with self.assertRaisesRegex(
-      errors.UserError, 'data.task: .*for each of 40 pairs'
+      errors.UserError, 'data.task.num_tokens=64 must be .*for each of 40 pairs'
     ):
       configs.override(
         config, ['data.task=MqarConfig', 'data.task.num_pairs=40']

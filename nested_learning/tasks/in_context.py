@@ -1,48 +1,54 @@
-"""Multi-query associative recall, with keys that may be written again.
+"""Tasks whose rows define what has to be learned from them.
 
 References:
-  Arora et al., Zoology, arXiv:2312.04927, 2023, section 3 and appendix (the
-    task and the law of the queries' places).
+  Arora et al., Zoology, arXiv:2312.04927, 2023, section 3 and appendix
+    (multi-query associative recall, the law of the queries' places).
   Arora et al., Based, arXiv:2402.18668, 2024 (the mixture of lengths).
+  Garg et al., What Can Transformers Learn In-Context?, arXiv:2208.01066, 2022,
+    section 3 (linear functions, the row).
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
+from nested_learning import errors
 from nested_learning.tasks import task
 
 
 @dataclasses.dataclass(frozen=True)
 class MqarConfig:
-  """Pairs of key and value first, then keys whose values are asked for.
+  """Multi-query associative recall, with keys that may be written again.
 
-  A row is `num_pairs + num_rewrites` pairs, then slots of two tokens. Every key
-  is asked for once, at the first token of a slot drawn without replacement with
-  probability proportional to i^(power - 1): queries crowd behind the pairs. The
-  answer is the key's last value, and it is not written into the row. The
-  remaining tokens are 0, or random.
+  A row is `num_pairs + num_rewrites` pairs of a key and a value, then slots of
+  two tokens. Every key is asked for once, at the first token of a slot. Slots
+  are drawn without replacement with probability proportional to i^(power - 1),
+  so most queries follow soon after the pairs. The target is the key's last
+  value, which is not among the inputs. The remaining tokens are 0, or random.
   """
 
   vocab_size: int = 8192  # keys 1 to V/2 - 1, values V/2 to V - 1, 0 is blank
   num_tokens: int = 64  # of a row; even
   num_pairs: int = 4  # keys, all different
   num_rewrites: int = 0  # pairs that replace a key's value
-  power: float = 0.01  # of the law of the queries' places
+  power: float = 0.01  # exponent of the law of the queries' places
   random_filler: bool = True  # tokens between queries; False leaves them 0
 
   def __post_init__(self):
     task.check_at_least(self, 1, 'num_pairs')
     task.check_at_least(self, 0, 'num_rewrites')
-    task.check(self, 'power', self.power > 0, 'above 0')
+    errors.check_field(
+      self, 'power', 0 < self.power < math.inf, 'above 0 and finite'
+    )
     num_keys, num_values = self.vocab_size // 2 - 1, self.vocab_size // 2
-    task.check(
+    errors.check_field(
       self,
       'num_pairs',
       self.num_pairs <= num_keys,
       f'at most the {num_keys} keys that vocab_size={self.vocab_size} has',
     )
-    task.check(
+    errors.check_field(
       self,
       'num_rewrites',
       self.num_writes <= num_values,
@@ -50,7 +56,7 @@ class MqarConfig:
       f'{num_values} values that vocab_size={self.vocab_size} has',
     )
     needed = 2 * (self.num_writes + self.num_pairs)
-    task.check(
+    errors.check_field(
       self,
       'num_tokens',
       self.num_tokens >= needed and self.num_tokens % 2 == 0,
@@ -60,11 +66,11 @@ class MqarConfig:
 
   @property
   def num_writes(self) -> int:
-    """Pairs that a row begins with."""
+    """Number of pairs at the start of a row."""
     return self.num_pairs + self.num_rewrites
 
   def make_row(self, rng, *, evaluating=False):
-    """See `task.Task`."""
+    """See `task.Task.make_row`."""
     del evaluating
     num_keys, half = self.num_pairs, self.vocab_size // 2
     keys = 1 + rng.choice(half - 1, num_keys, replace=False)
@@ -98,5 +104,51 @@ class MqarConfig:
     return task.Row(tokens, targets, mask)
 
   def stretched(self, factor):
-    """More slots; as many pairs and queries."""
+    """Returns the task with more slots, as many pairs and queries."""
     return dataclasses.replace(self, num_tokens=factor * self.num_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class RegressionConfig:
+  """Linear regression: points x_1, y_1, x_2, ... with y = w x, w and x normal.
+
+  A point is two tokens of `num_dims` numbers: x, then y as the first number.
+  The target at x is y. w is drawn anew for every row.
+  """
+
+  num_dims: int = 20  # of x
+  num_points: int = 41
+  noise: float = 0.0  # standard deviation of the noise added to y
+
+  def __post_init__(self):
+    task.check_at_least(self, 1, 'num_dims', 'num_points')
+    errors.check_field(
+      self, 'noise', 0 <= self.noise < math.inf, 'at least 0 and finite'
+    )
+
+  @property
+  def num_tokens(self) -> int:
+    """Length of a row, two tokens per point."""
+    return 2 * self.num_points
+
+  @property
+  def vocab_size(self) -> int:
+    """0, since the inputs are numbers and not ids."""
+    return 0
+
+  def make_row(self, rng, *, evaluating=False):
+    """See `task.Task.make_row`."""
+    del evaluating
+    weights = rng.standard_normal(self.num_dims)
+    x = rng.standard_normal((self.num_points, self.num_dims))
+    y = x @ weights + self.noise * rng.standard_normal(self.num_points)
+    tokens = np.zeros((self.num_tokens, self.num_dims), np.float32)
+    tokens[0::2] = x
+    tokens[1::2, 0] = y
+    targets = np.zeros(self.num_tokens, np.float32)
+    targets[0::2] = y
+    return task.Row(tokens, targets, np.arange(self.num_tokens) % 2 == 0)
+
+  def stretched(self, factor):
+    """Returns the task with more points."""
+    return dataclasses.replace(self, num_points=factor * self.num_points)

@@ -2,8 +2,8 @@
 
 from absl.testing import absltest
 
+from experiments import suites
 from nested_learning import tasks
-from nested_learning.tasks import suites
 
 
 class MadTest(absltest.TestCase):

@@ -7,8 +7,8 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
+from experiments.continual import intents
 from nested_learning import errors
-from nested_learning.data import intents
 
 
 class IntentsTest(parameterized.TestCase):

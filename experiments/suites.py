@@ -1,4 +1,4 @@
-"""Suites: tasks with every setting whose results are averaged.
+"""Suites of tasks, with every setting whose results are averaged.
 
 References:
   Poli et al., Mechanistic Design and Scaling of Hybrid Architectures,
@@ -6,8 +6,7 @@ References:
     the mean accuracy over them, that of the suite the mean over tasks).
 """
 
-from nested_learning.tasks import registry
-from nested_learning.tasks import stream
+from nested_learning import tasks
 
 _NUM_EXAMPLES = 12_800
 _FEWER_EXAMPLES = (6400, 3200, 1600, 800)
@@ -43,7 +42,7 @@ _MAD = {
 
 def mad(
   batch_size: int = 128, seed: int = 12345
-) -> dict[str, dict[str, stream.TaskDataConfig]]:
+) -> dict[str, dict[str, tasks.TaskDataConfig]]:
   """MAD's six tasks: the baseline and its changes, one at a time.
 
   Args:
@@ -65,10 +64,10 @@ def mad(
   return suite
 
 
-def _setting(name, batch_size, seed, **changes) -> stream.TaskDataConfig:
+def _setting(name, batch_size, seed, **changes) -> tasks.TaskDataConfig:
   most = 256 if name == 'memorization' else _NUM_EXAMPLES
   num_examples = changes.pop('num_examples', most)
-  task = registry.make_config(name, **changes)
-  return stream.TaskDataConfig(
+  task = tasks.make_config(name, **changes)
+  return tasks.TaskDataConfig(
     task, batch_size=batch_size, num_examples=num_examples, seed=seed
   )
