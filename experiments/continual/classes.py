@@ -72,7 +72,6 @@ from experiments.continual import fine_tuning
 from experiments.continual import intents
 from experiments.continual import reading
 from nested_learning import errors
-from nested_learning import evaluation
 from nested_learning import levels
 
 _LEVELS = ('fast', 'slow')
@@ -262,10 +261,10 @@ def _write(config, workdir, tasks, matrices, metrics):
   rows, summary, curves = [], {}, {}
   for name, matrix in matrices.items():
     measures = [
-      evaluation.continual_scores(scores[1:], scores[0]) for scores in matrix
+      class_tasks.continual_scores(scores[1:], scores[0]) for scores in matrix
     ]
     row = [name]
-    for field in evaluation.ContinualScores._fields:
+    for field in class_tasks.ContinualScores._fields:
       values = np.array([getattr(m, field) for m in measures])
       row.append(reading.mean_and_spread(100 * values))
       key = f'{report_files.key(name)}_{field}'
@@ -299,7 +298,7 @@ def _write(config, workdir, tasks, matrices, metrics):
       f'{len(tasks.train):,} texts to learn from and {len(tasks.test):,} to '
       f'answer; percent, mean and spread over {config.num_seeds} seeds.',
       report_files.table(
-        ('arm', *evaluation.ContinualScores._fields),
+        ('arm', *class_tasks.ContinualScores._fields),
         sorted(rows, key=lambda r: -summary[f'{report_files.key(r[0])}_final']),
       ),
       '![Accuracy on the classes so far](classes.png)',

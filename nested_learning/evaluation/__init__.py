@@ -1,4 +1,4 @@
-"""Evaluation of text, tasks and continual learning; scoring and lm-eval."""
+"""Evaluation of text and tasks; scoring and lm-eval."""
 
 from nested_learning.evaluation.accuracy import Answer
 from nested_learning.evaluation.accuracy import cross_entropy
@@ -17,8 +17,6 @@ from nested_learning.evaluation.bits_per_byte import mean_over_bins
 from nested_learning.evaluation.bits_per_byte import plot
 from nested_learning.evaluation.bits_per_byte import Totals
 from nested_learning.evaluation.bits_per_byte import write_table
-from nested_learning.evaluation.continual import continual_scores
-from nested_learning.evaluation.continual import ContinualScores
 from nested_learning.evaluation.continuation import make_write
 from nested_learning.evaluation.continuation import WriteConfig
 from nested_learning.evaluation.scoring import encode_pair
