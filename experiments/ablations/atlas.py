@@ -45,7 +45,7 @@ def get_sweep() -> sweeps.Sweep:
   # Plain steps of a window need the bounds that `models.zoo` gives OmegaNet.
   omega = models.zoo.FAMILIES['omeganet'].mixer(models.zoo.SIZES['tiny'])
   gradient = (
-    f'{mixer}.step=gradient',
+    f'{mixer}.extension.step=gradient',
     f'{mixer}.max_inner_lr={omega.max_inner_lr}',
     f'{mixer}.max_norm={omega.max_norm}',
   )
@@ -53,7 +53,9 @@ def get_sweep() -> sweeps.Sweep:
     rows=(
       sweeps.Row('atlas', printed='19.97 / 52.77'),
       sweeps.Row('no_muon', gradient, printed='19.65 / 52.56'),
-      sweeps.Row('window_1', (f'{mixer}.window=1',), printed='21.98 / 49.26'),
+      sweeps.Row(
+        'window_1', (f'{mixer}.extension.window=1',), printed='21.98 / 49.26'
+      ),
       sweeps.Row(
         'no_polynomial', (f'{mixer}.features=l2',), printed='22.14 / 50.57'
       ),

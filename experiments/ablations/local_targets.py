@@ -34,14 +34,14 @@ def get_config() -> training.ExperimentConfig:
 
 def get_sweep() -> sweeps.Sweep:
   """Errors of each map, errors of the output, and a single map."""
-  errors = 'model.mixer.errors'
+  propagated = 'model.mixer.extension=none'
   return sweeps.Sweep(
     rows=(
       sweeps.Row('local', printed='1.950'),
-      sweeps.Row('propagated', (f'{errors}=propagated',)),
+      sweeps.Row('propagated', (propagated,)),
       sweeps.Row(
         'matrix',
-        (f'{errors}=propagated', 'model.mixer.kind=matrix'),
+        (propagated, 'model.mixer.kind=matrix'),
         printed='1.955',
       ),
     ),

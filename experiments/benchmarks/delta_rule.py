@@ -15,10 +15,10 @@ References:
 import jax
 import jax.numpy as jnp
 
-from nested_learning.memory import triangular
+from nested_learning.memory import chunked
 
 
-def chunked(
+def read_tokens(
   k: jax.Array,
   v: jax.Array,
   q: jax.Array,
@@ -48,7 +48,7 @@ def chunked(
   ratio = total - jnp.swapaxes(total, -1, -2)
   decay = jnp.exp(jnp.where(lower, ratio, -jnp.inf))
   gram = jnp.einsum('...td,...sd->...ts', k, k)
-  inverse = triangular.unit_lower_inverse(inner_lr * decay * gram)
+  inverse = chunked.unit_lower_inverse(inner_lr * decay * gram)
   values = inverse @ (inner_lr * v)
   keys = inverse @ (inner_lr * jnp.exp(total) * k)
   scores = decay * jnp.einsum('...td,...sd->...ts', q, k)

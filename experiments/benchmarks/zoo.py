@@ -260,13 +260,13 @@ def _delta_rules(config):
     def engine(
       k, v, q, inner_lr, kept, mixer=mixer, network=network, initial=initial
     ):
-      feed = memory.Feed(k, v, inner_lr, kept, query=q)
-      return memory.chunk_scan(
+      feed = memory.WriteInputs(k, v, inner_lr, kept, query=q)
+      return memory.scan_chunks(
         network, mixer.rule('main'), initial, None, feed, project=None
       )[0].read
 
     alone = functools.partial(
-      delta_rule.chunked, chunk_size=mixer.rule('main').chunk_size
+      delta_rule.read_tokens, chunk_size=mixer.rule('main').chunk_size
     )
     arguments = k, v, q, inner_lr, kept
     functions = {}

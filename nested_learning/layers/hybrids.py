@@ -44,8 +44,7 @@ from nested_learning.layers import attention
 from nested_learning.layers import base
 from nested_learning.layers import memory_mixer
 from nested_learning.layers import norm
-from nested_learning.memory import pieces
-from nested_learning.memory import rows
+from nested_learning.memory import layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +99,10 @@ class MemoryAsContextConfig:
         'attends within segments of memory.chunk_size='
         f'{self.memory.chunk_size} tokens; set it to None.'
       )
-    if self.memory.window > 1:
+    if self.memory.extension is not None:
       raise errors.UserError(
-        f'memory.window={self.memory.window} has no place in MAC, which reads '
-        'a memory as it was where the segment began; set it to 1.'
+        f'memory.extension={self.memory.extension} has no place in MAC, which '
+        'reads a memory as it was where the segment began; set it to None.'
       )
     if self.memory.adaptive:
       raise errors.UserError(
@@ -265,7 +264,7 @@ def _make_memory_as_context(config, embed_dim, dtype) -> base.Layer:
     count = length if mask is None else jnp.sum(mask, 1, dtype=jnp.int32)
     offset = (state.offset + count) % size
     empty = attend.init_state(params['attention'], batch_size)
-    attention_state = rows.where(offset == 0, empty, attention_state)
+    attention_state = layout.where(offset == 0, empty, attention_state)
     state = ContextState(after.conv, titans_state, attention_state, offset)
     return state, out[:, None]
 
@@ -273,7 +272,7 @@ def _make_memory_as_context(config, embed_dim, dtype) -> base.Layer:
     """Reads all segments of inputs [b, t, e]."""
     inputs, reset, mask = tokens
     # The engine lays out tokens [b, h, t, ...]: here with one head.
-    segments, restore = pieces.lay_out(
+    segments, restore = layout.lay_out(
       size,
       state.offset,
       inputs[:, None],
@@ -284,7 +283,8 @@ def _make_memory_as_context(config, embed_dim, dtype) -> base.Layer:
     run = functools.partial(segment, params, write)
     # Recomputed in the backward pass, which keeps one state per segment.
     run = jax.checkpoint(run, prevent_cse=False)
-    state, out = jax.lax.scan(run, state, segments)
+    tokens = segments.inputs, segments.reset, segments.mask
+    state, out = jax.lax.scan(run, state, tokens)
     return restore(out)[:, 0], state
 
   def apply(params, state, inputs, info):
@@ -317,7 +317,7 @@ def _make_memory_as_context(config, embed_dim, dtype) -> base.Layer:
 def _at_segment_start(state: ContextState) -> memory_mixer.MemoryMixerState:
   """Returns the memory at the segment's start, with the reads' convolution."""
   main = state.titans.main
-  found = rows.where(main.offset == 0, main.memory, main.anchor)
+  found = layout.where(main.offset == 0, main.memory, main.anchor)
   main = main._replace(memory=found, anchor=found)
   return state.titans._replace(conv=state.reads, main=main)
 

@@ -28,7 +28,7 @@ def run(
 
   Args:
     make: `make(params, num_rows) -> (network, project)`, of
-      `memory.chunk_scan`.
+      `memory.scan_chunks`.
     params: What that needs of the layer's parameters.
     rule: How the memories are written and read.
     initial: Initial memory per map, [h, ..., out, in].
@@ -48,9 +48,9 @@ def run(
     and context_parallel.num_parts(num_tokens, multiple=rule.chunk_size) > 1
   ):
     return _run_parts(make, params, rule, initial, inputs, marks)
-  call = memory.chunk_scan
+  call = memory.scan_chunks
   if engine == 'token' or (state is not None and num_tokens == 1):
-    call = memory.token_loop
+    call = memory.scan_tokens
     if state is None:
       state = _start(rule, initial, num_rows)
   network, project = make(params, num_rows)
@@ -76,7 +76,7 @@ def _run_parts(make, params, rule, initial, inputs, marks):
     (params, initial), (inputs, reset) = shared, tokens
     network, project = make(params, jax.tree.leaves(inputs)[0].shape[0])
     with jax.named_scope('memory'):
-      result, state = memory.chunk_scan(
+      result, state = memory.scan_chunks(
         network,
         rule,
         initial,
@@ -101,6 +101,4 @@ def _run_parts(make, params, rule, initial, inputs, marks):
 
 
 def _start(rule, initial, num_rows):
-  return memory.init_state(
-    initial, num_rows, momentum=rule.momentum, window=rule.window
-  )
+  return memory.init_state(rule, initial, num_rows)

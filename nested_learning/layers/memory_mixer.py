@@ -50,6 +50,7 @@ from nested_learning.layers import base
 from nested_learning.layers import memory_engine
 from nested_learning.layers import memory_projections
 from nested_learning.layers import norm
+from nested_learning.memory import extensions
 
 RATES = ('inner_lr', 'retention')  # roles that give a number
 ROLES = (*memory_projections.ROLES, *RATES)
@@ -96,10 +97,8 @@ class MemoryMixerConfig:
   weights: Literal['as_written', 'lq_norm', 'softmax'] = 'as_written'
   max_inner_lr: float = 2.0  # bound of the inner learning rate; 2 reflects
   max_norm: float | None = 8.0  # bound on a map's distance from its start
-  window: int = 1  # tokens whose errors a step sums; Atlas
-  step: Literal['gradient', 'orthogonal'] = 'gradient'  # the second is Atlas'
-  # 'local' gives each map of an MLP an error of its own; DeltaTTT.
-  errors: Literal['propagated', 'local'] = 'propagated'
+  # Another way to write the main memory: Atlas' windows, DeltaTTT's targets.
+  extension: extensions.Omega | extensions.LocalTargets | None = None
   engine: Literal['chunk', 'token'] = 'chunk'  # the second is slow, to compare
 
   def __post_init__(self):
@@ -129,17 +128,18 @@ class MemoryMixerConfig:
       )
     for group in ('main', 'others'):
       self.rule(group)  # refuses combinations that the engine does not define
-    self._check_extensions()
+    if self.extension is None:
+      return
+    if self.adaptive:
+      raise errors.UserError(
+        f'extension={self.extension} is not defined for memories that make '
+        f'adaptive={self.adaptive}; set adaptive to ().'
+      )
+    self.extension.check_network(self.network())
 
   def _check_sizes(self) -> None:
     check = functools.partial(errors.check_field, self)
-    for name in (
-      'num_heads',
-      'head_dim',
-      'chunk_size',
-      'chunk_size_others',
-      'window',
-    ):
+    for name in ('num_heads', 'head_dim', 'chunk_size', 'chunk_size_others'):
       check(name, getattr(self, name) >= 1, 'at least 1')
     check('hidden_dim', self.hidden_dim >= 0, 'at least 1, or 0 for head_dim')
     check(
@@ -152,32 +152,6 @@ class MemoryMixerConfig:
       self.max_norm is None or self.max_norm > 0,
       'above 0, or None for no bound',
     )
-
-  def _check_extensions(self) -> None:
-    """Checks the settings of Atlas and DeltaTTT, for the main memory alone."""
-    is_set = {
-      'window': self.window > 1,
-      'step': self.step != 'gradient',
-      'errors': self.errors != 'propagated',
-    }
-    for name in [name for name in is_set if is_set[name]]:
-      if self.adaptive:
-        raise errors.UserError(
-          f'{name}={getattr(self, name)!r} is not defined for memories that '
-          f'make adaptive={self.adaptive}; set adaptive to ().'
-        )
-    if not is_set['errors']:
-      return
-    if self.kind != 'mlp':
-      raise errors.UserError(
-        f'errors={self.errors!r} are of the maps of an MLP; set '
-        f"kind={self.kind!r} to 'mlp'."
-      )
-    if self.hidden_dim not in (0, self.head_dim):
-      raise errors.UserError(
-        f'errors={self.errors!r} make the hidden layer learn the value: '
-        f'hidden_dim={self.hidden_dim} must be head_dim={self.head_dim}.'
-      )
 
   @property
   def holds_any_length(self) -> bool:
@@ -196,16 +170,21 @@ class MemoryMixerConfig:
     return make_memory_mixer(self, embed_dim=embed_dim, dtype=dtype)
 
   @property
-  def rates(self) -> tuple[str, ...]:
-    """Rates that are made for each token, by a memory or a projection."""
-    is_made = {
-      'inner_lr': self.inner_lr == 'token',
-      'retention': self.retention == 'token',
-      'momentum': self.momentum,
-      'weight': self.step == 'orthogonal',
-      'hidden_lr': self.errors != 'propagated',
-    }
-    return tuple(name for name in is_made if is_made[name])
+  def rates(self) -> Mapping[str, str]:
+    """Rates that are made for each token, by a memory or a projection.
+
+    Each has a kind: an 'inner_lr', the 'retention' or another 'fraction'.
+    """
+    rates = {}
+    if self.inner_lr == 'token':
+      rates['inner_lr'] = 'inner_lr'
+    if self.retention == 'token':
+      rates['retention'] = 'retention'
+    if self.momentum:
+      rates['momentum'] = 'fraction'
+    if self.extension is not None:
+      rates |= self.extension.inputs
+    return rates
 
   def rule(self, group: Literal['main', 'others']) -> memory.Rule:
     """Returns the engine's rule for one group of memories."""
@@ -227,9 +206,7 @@ class MemoryMixerConfig:
       target=self.target,
       normalize_target=norm.l2_normalize,
       max_norm=self.max_norm,
-      window=self.window if is_main else 1,
-      step=self.step if is_main else 'gradient',
-      errors=self.errors if is_main else 'propagated',
+      extension=self.extension if is_main else None,
       to_weights=to_weights,
     )
 
@@ -319,9 +296,7 @@ def make_memory_mixer(
   def init_state(params, batch_size):
     initial = initial_memories(params, tables, dtype)
     start = {
-      group: memory.init_state(
-        initial[group], batch_size, momentum=c.momentum, window=c.window
-      )
+      group: memory.init_state(c.rule(group), initial[group], batch_size)
       for group in groups
     }
     conv = memory_projections.init_state(params, batch_size, dtype)
@@ -355,7 +330,7 @@ def make_memory_mixer(
     feed, others = tokens.write_inputs(), None
     if c.adaptive:
       result, others = run('others', params, start.others, tokens, info)
-      feed = result.feed
+      feed = result.inputs
     bias, _ = _per_row(params, inputs.shape[0])
     feed = _set_rates(c, feed, bias['main'])
     result, main = run('main', params, start.main, feed, info)
@@ -430,7 +405,7 @@ def _make_project(
   config: MemoryMixerConfig,
   network: memory.Network,
   bias: Mapping[str, jax.Array],
-) -> Callable[[Any, memory_projections.Projected], memory.Feed]:
+) -> Callable[[Any, memory_projections.Projected], memory.WriteInputs]:
   """Makes the function by which adaptive roles make their own writes.
 
   Args:
@@ -472,6 +447,7 @@ def _set_rates(config, feed, bias):
   return memory_projections.set_rates(
     feed,
     bias,
+    kinds=config.rates,
     max_inner_lr=config.max_inner_lr,
     retention=config.retention,
   )

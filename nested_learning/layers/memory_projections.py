@@ -66,9 +66,9 @@ class Projected(NamedTuple):
   tokens: dict[str, jax.Array]
   rates: dict[str, jax.Array]
 
-  def write_inputs(self) -> memory.Feed:
+  def write_inputs(self) -> memory.WriteInputs:
     """Returns the engine's inputs, with the rates still to be set."""
-    return memory.Feed(
+    return memory.WriteInputs(
       key=self.tokens['k'],
       value=self.tokens['v'],
       query=self.tokens['q'],
@@ -204,12 +204,12 @@ def project(
 
 
 def rate_table(
-  rates: Sequence[str], *, num_heads: int, group: str
+  rates: Mapping[str, str], *, num_heads: int, group: str
 ) -> parameters.Table:
   """Returns the biases [h] of the rates of one group of memories.
 
   Args:
-    rates: Names of the rates that every token makes.
+    rates: Kind of each rate that every token makes, by name.
     num_heads: Heads h.
     group: 'main' or 'others'; they start at different rates.
 
@@ -219,35 +219,37 @@ def rate_table(
   forgotten = lambda: jnp.geomspace(*_FORGOTTEN[group], num_heads)
   inits = {
     'inner_lr': parameters.constant(_INNER_LR_BIAS[group]),
-    'hidden_lr': parameters.constant(_INNER_LR_BIAS[group]),
     # The logit of the fraction kept, 1 - forgotten.
     'retention': parameters.values(
       lambda: jnp.log1p(-forgotten()) - jnp.log(forgotten())
     ),
+    'fraction': parameters.constant(0.0),
   }
   return {
     rate: parameters.Param(
       (num_heads,),
       ('heads',),
-      inits.get(rate, parameters.constant(0.0)),
+      inits[kind],
       decay=False,
     )
-    for rate in rates
+    for rate, kind in rates.items()
   }
 
 
 def set_rates(
-  feed: memory.Feed,
+  feed: memory.WriteInputs,
   bias: Mapping[str, jax.Array],
   *,
+  kinds: Mapping[str, str],
   max_inner_lr: float,
   retention: str,
-) -> memory.Feed:
+) -> memory.WriteInputs:
   """Sets the rates at which one group of memories is written.
 
   Args:
     feed: Inputs of the engine; `extra` has each rate before bias, [b, h, t, 1].
     bias: Biases of the rates that every token makes, each [(b,) h, 1, 1].
+    kinds: Kind of each rate, see `MemoryMixerConfig.rates`.
     max_inner_lr: Upper bound of inner learning rates.
     retention: 'token', made like the other rates; 'head', RetNet's constant per
       head; or 'none', which keeps everything.
@@ -258,15 +260,17 @@ def set_rates(
   rates = {
     name: jax.nn.sigmoid(feed.extra[name] + b) for name, b in bias.items()
   }
-  for name in ('inner_lr', 'hidden_lr'):
-    if name in rates:
+  for name in rates:
+    if kinds[name] == 'inner_lr':
       rates[name] *= max_inner_lr
   one = jnp.ones((*feed.key.shape[:3], 1), feed.key.dtype)
   constants = {'inner_lr': one, 'retention': one}
   if retention == 'head':  # Sun et al., RetNet, arXiv:2307.08621, 2023, eq. 8
     kept = 1.0 - 2.0 ** (-5.0 - jnp.arange(feed.key.shape[1]))
     constants['retention'] = one * kept[:, None, None].astype(one.dtype)
-  return feed._replace(**(constants | rates))
+  fields = {n: x for n, x in rates.items() if n in feed._fields}
+  extra = dict(feed.extra) | {n: x for n, x in rates.items() if n not in fields}
+  return feed._replace(**(constants | fields), extra=extra)
 
 
 def output(params: Any, read: jax.Array, inputs: jax.Array) -> jax.Array:

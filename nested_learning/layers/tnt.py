@@ -188,10 +188,13 @@ def make_tnt(config: TntConfig, *, embed_dim: int, dtype: Any) -> base.Layer:
     return TntState(
       conv=memory_projections.init_state(params, batch_size, dtype),
       memories={
-        name: start(initial[name], momentum=c.momentum, window=c.window)
-        for name in tables
+        name: start(rule, initial[name])
+        for name, rule in config.rules().items()
       },
-      projections={str(size): start(_no_keys(c, wide)) for size in sizes},
+      projections={
+        str(size): start(_projection_rule(size), _no_keys(c, wide))
+        for size in sizes
+      },
       position=jnp.zeros((batch_size,), jnp.int32),
     )
 
@@ -239,9 +242,10 @@ def _read_memory(shared, name, params, initial, state, feed, queries):
   own = memory_projections.set_rates(
     feed,
     jax.tree.map(lambda x: x[:, None, None], params['bias'][name]),
+    kinds=c.rates,
     max_inner_lr=config.max_global_lr if is_global else c.max_inner_lr,
     retention=c.retention,
-  )._replace(extra=None)
+  )
   arguments = (
     lambda output_norm, _: (c.network(output_norm=output_norm), None),
     params.get('output_norm', {}).get(name),
@@ -274,7 +278,7 @@ def _project_queries(shared, state, feed, size):
     _projection_rule(size),
     _no_keys(c, keys.dtype),
     state,
-    memory.Feed(keys, keys, ones, ones, query=feed.query),
+    memory.WriteInputs(keys, keys, ones, ones, query=feed.query),
     size=size,
   )
   return result.read, state

@@ -1,6 +1,6 @@
-r"""The update rule of one linear map, token by token: the definition.
+r"""The update rule of a memory: its definition, settings, inputs and state.
 
-For a map W [o, i] with inputs x_t and errors delta_t at its output:
+For a linear map W [o, i] with inputs x_t and errors delta_t at its output:
 
 .. math::
    S_t &= momentum_t S_{t-1} + inner\_lr_t \, delta_t x_t^T \\
@@ -15,21 +15,150 @@ References:
   with retention); Titans, arXiv:2501.00663, 2024, eqs. 13-18 (momentum).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from nested_learning import errors
+from nested_learning.memory import layout
 from nested_learning.memory import networks
+from nested_learning.memory import objectives
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """How a memory is written and read."""
+
+  chunk_size: int  # tokens that share one anchor; 1 is the token recurrence
+  objective: objectives.Objective = objectives.l2
+  # Maps that the delta rule erases: the one that reads the 'input', those that
+  # make an 'output', 'every_map' or 'none'. The map of a matrix does both.
+  erase: Literal['none', 'input', 'output', 'every_map'] = 'input'
+  learns: Literal['every_map', 'output'] = 'every_map'  # maps that are written
+  # Weights whose output is erased: those before the token, or those after
+  # retention (Gated DeltaNet).
+  erase_from: Literal['previous', 'retained'] = 'previous'
+  retain_to: Literal['zero', 'initial'] = 'initial'  # W_ref
+  momentum: bool = False  # whether `WriteInputs` have a momentum
+  # The weights that queries read: after each token's write, the anchor, none.
+  read: Literal['token', 'chunk', 'none'] = 'token'
+  # Target of the objective: the memory's own output for the value, or the value
+  # itself.
+  target: Literal['own', 'value'] = 'own'
+  normalize_target: Callable[[jax.Array], jax.Array] | None = None  # if 'own'
+  # Bound on |W - W_init| per map at the end of a chunk, Frobenius norm.
+  max_norm: float | None = None
+  # Miras' retention map: from the weights that are written to those that are
+  # read, applied at the start of a chunk. None is the identity.
+  to_weights: Callable[[Any], Any] | None = None
+  extension: 'Extension | None' = None  # another way to write
+
+  def __post_init__(self):
+    errors.check_choices(self)
+    errors.check_field(
+      self, 'chunk_size', self.chunk_size >= 1, 'at least 1 token'
+    )
+    if self.to_weights and (self.read == 'token' or self.erase != 'none'):
+      raise errors.UserError(
+        'weights that differ from what is written are made at the start of a '
+        f"chunk; use read='chunk' instead of {self.read!r} and erase='none' "
+        f'instead of {self.erase!r}.'
+      )
+    if self.extension is not None:
+      self.extension.check(self)
+
+  def weights(self, memory: Any) -> Any:
+    """Returns the weights that are read, from those that are written."""
+    return memory if self.to_weights is None else self.to_weights(memory)
+
+  def require(self, extension: str, **settings: Any) -> None:
+    """Raises unless fields have the values that an extension needs.
+
+    Args:
+      extension: Its name and setting, for the message.
+      **settings: Required value by field.
+
+    Raises:
+      errors.UserError: If a field has another value.
+    """
+    for name, value in settings.items():
+      if getattr(self, name) != value:
+        raise errors.UserError(
+          f'{extension} is not defined with {name}={getattr(self, name)!r}; '
+          f'set it to {value!r}.'
+        )
+
+
+class WriteInputs(NamedTuple):
+  """Inputs of the tokens' writes and reads; the token axis is last but one.
+
+  Attributes:
+    key: [b, h, t, d].
+    value: [b, h, t, d].
+    inner_lr: Inner learning rate, [b, h, t, 1], >= 0.
+    retention: Fraction kept, [b, h, t, 1], in [0, 1].
+    momentum: [b, h, t, 1], in [0, 1]; None without.
+    query: [b, h, t, d]; None where nothing is read.
+    extra: More numbers per token by name, [b, h, t, ...]: those that the rule's
+      extension needs, and whatever else `project` hands on to the `Result`.
+  """
+
+  key: jax.Array
+  value: jax.Array
+  inner_lr: jax.Array | None
+  retention: jax.Array | None
+  momentum: jax.Array | None = None
+  query: jax.Array | None = None
+  extra: Mapping[str, jax.Array] | None = None
+
+
+class State(NamedTuple):
+  """A memory between two calls, one row per sequence.
+
+  Attributes:
+    memory: Weights per map, [b, h, ..., out, in].
+    anchor: The weights at the start of the current chunk.
+    trace: The momentum's buffer per map; None without momentum.
+    offset: int32 [b], tokens of the current chunk that were read.
+    extra: State of the rule's extension; None without.
+  """
+
+  memory: Any
+  anchor: Any
+  trace: Any
+  offset: jax.Array
+  extra: Any = None
+
+
+class Result(NamedTuple):
+  """Outputs of a call, per token.
+
+  Attributes:
+    read: [b, h, t, d]; None with rule.read 'none'.
+    inputs: The `WriteInputs` that `project` made, with rule.read 'none'; else
+      None.
+  """
+
+  read: jax.Array | None
+  inputs: WriteInputs | None
+
+
+# Makes the `WriteInputs` of some tokens from the anchor's weights and the
+# inputs of a self-modifying memory. None for a static memory, whose inputs are
+# its `WriteInputs`.
+Project = Callable[[Any, Any], WriteInputs] | None
 
 
 class Rates(NamedTuple):
-  """How each token writes, all [..., t, 1].
+  """Rates at which tokens write one map, all [..., t, 1].
 
   Attributes:
     inner_lr: Inner learning rate, >= 0.
     retention: Fraction kept, in [0, 1].
-    momentum: Fraction of the trace kept, in [0, 1], or None for no momentum.
+    momentum: Fraction of the trace kept, in [0, 1]; None without momentum.
     write: bool, False makes the token an exact no-op; None writes every token.
   """
 
@@ -39,7 +168,7 @@ class Rates(NamedTuple):
   write: jax.Array | None = None
 
   def masked(self) -> 'Rates':
-    """The rates with those of tokens that do not write made neutral."""
+    """Returns the rates, neutral for tokens that do not write."""
     if self.write is None:
       return self
     neutral = lambda x, value: jnp.where(self.write, x, value)
@@ -52,10 +181,128 @@ class Rates(NamedTuple):
 
 
 class Carry(NamedTuple):
-  """What a map carries: its weights, and its trace if there is momentum."""
+  """Weights [..., o, i] of a map, and its trace if there is momentum."""
 
   weights: jax.Array
   trace: jax.Array | None = None
+
+
+class Extension(Protocol):
+  """Another way to write a memory; see `nested_learning.memory.extensions`.
+
+  An extension is a frozen dataclass of its settings, set as `Rule.extension`.
+  Its memory is static: `project` is None.
+  """
+
+  @property
+  def inputs(self) -> Mapping[str, Literal['inner_lr', 'fraction']]:
+    """Numbers per token that writes need in `WriteInputs.extra`, by name.
+
+    Each is an 'inner_lr', >= 0, or a 'fraction' in [0, 1].
+    """
+
+  def check(self, rule: Rule) -> None:
+    """Raises `errors.UserError` if it is not defined for the rule."""
+
+  def check_network(self, network: networks.Network) -> None:
+    """Raises `errors.UserError` if it is not defined for the network."""
+
+  def init_state(self, initial: Any, batch_size: int) -> Any:
+    """Makes `State.extra` of a stream's start, a pytree [b, ...], or None."""
+
+  def write_token(
+    self,
+    network: networks.Network,
+    rule: Rule,
+    initial: Any,
+    state: State,
+    anchor: Any,
+    inputs: WriteInputs,
+    write: jax.Array,
+  ) -> tuple[dict[str, Carry], Any]:
+    """Writes one token: the definition.
+
+    Args:
+      network: The memory's network.
+      rule: How it is written and read.
+      initial: Initial memory per map, [h, ..., out, in].
+      state: Before the token.
+      anchor: Weights per map at the start of the chunk, [b, h, ..., out, in].
+      inputs: Of the token, [b, h, 1, ...].
+      write: bool [b, 1, 1, 1], False makes the token an exact no-op.
+
+    Returns:
+      The carry of each map and `State.extra` after the token.
+    """
+
+  def prepare(
+    self,
+    rule: Rule,
+    initial: Any,
+    state: State,
+    chunks: layout.Chunks,
+    *,
+    write: bool,
+  ) -> tuple[Any, Any]:
+    """Computes what is known of all chunks of a call before they are scanned.
+
+    Args:
+      rule: How the memory is written and read.
+      initial: Initial memory per map, [h, ..., out, in].
+      state: Before the call.
+      chunks: The tokens in chunks; `inputs` are `WriteInputs`.
+      write: Whether the tokens write.
+
+    Returns:
+      A pytree [n, ...] that becomes each chunk's `known`, and `State.extra`
+      after the call.
+    """
+
+  def solve_chunk(
+    self,
+    network: networks.Network,
+    rule: Rule,
+    initial: Any,
+    state: State,
+    anchor: Any,
+    chunk: layout.Chunks,
+  ) -> tuple[networks.Linear, dict[str, Carry]]:
+    """Writes all tokens of a chunk at once; equal to `write_token`.
+
+    Args:
+      network: The memory's network.
+      rule: How it is written and read.
+      initial: Initial memory per map and row, [b, h, ..., out, in].
+      state: Before the chunk; its `extra` is None.
+      anchor: Weights per map, [b, h, ..., out, in].
+      chunk: One chunk, without the leading axis.
+
+    Returns:
+      The `linear` that applies each token's own weights, after its write, and
+      the carry of each map after the last token.
+    """
+
+
+def init_state(rule: Rule, initial: Any, batch_size: int) -> State:
+  """Makes the state of a stream's start: every row holds the initial memory.
+
+  Args:
+    rule: How the memory is written.
+    initial: Initial memory per map, [h, ..., out, in].
+    batch_size: Rows b.
+
+  Returns:
+    A `State`.
+  """
+  memory = jax.tree.map(
+    lambda w: jnp.broadcast_to(w, (batch_size, *w.shape)), initial
+  )
+  trace = jax.tree.map(jnp.zeros_like, memory) if rule.momentum else None
+  offset = jnp.zeros((batch_size,), jnp.int32)
+  extra = None
+  if rule.extension is not None:
+    extra = rule.extension.init_state(initial, batch_size)
+  return State(memory, memory, trace, offset, extra)
 
 
 def write_token(
@@ -66,19 +313,18 @@ def write_token(
   rates: Rates,
   *,
   erase: bool,
-  erase_from: str = 'previous',
+  erase_from: Literal['previous', 'retained'] = 'previous',
 ) -> Carry:
-  """Equation (1) for one token: the definition.
+  """Writes one token, or a sum of tokens, by equation (1): the definition.
 
   Args:
     carry: Weights [..., o, i] and trace before the token.
     reference: W_ref [..., o, i], or None for zero.
-    x: [..., 1, i].
+    x: [..., 1, i]; several tokens here are summed, all with one retention.
     delta: [..., 1, o].
     rates: Each [..., 1, 1].
     erase: Whether the rule is Delta Gradient Descent.
-    erase_from: What is erased is what the 'previous' weights give for x, or
-      the 'retained' ones.
+    erase_from: As in `Rule`.
 
   Returns:
     The carry after the token.
@@ -96,5 +342,6 @@ def write_token(
   if rates.momentum is None:
     return Carry(kept - step)
   trace = rates.momentum * trace + step
+  # A token that does not write keeps the trace and must not apply it either.
   applied = trace if rates.write is None else jnp.where(rates.write, trace, 0.0)
   return Carry(kept - applied, trace)

@@ -1,10 +1,9 @@
 """The engine token by token: the definition.
 
 Time is cut into chunks of `rule.chunk_size` tokens, counted from the stream's
-start. What a token writes and the error of that write are computed from the
-memory as it stood at the start of the token's chunk (the *anchor*); a document
-border ends a chunk early. The state between two calls may lie anywhere inside a
-chunk.
+start. The inputs and the error of a token's write are computed from the memory
+as it stood at the start of the token's chunk (the *anchor*); a document border
+ends a chunk early. The state between two calls may lie anywhere inside a chunk.
 
 References:
   Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eqs. 83-90.
@@ -15,38 +14,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nested_learning.memory import interface
-from nested_learning.memory import local
+from nested_learning.memory import layout
 from nested_learning.memory import networks
-from nested_learning.memory import orthogonal
-from nested_learning.memory import rows
 from nested_learning.memory import rule as rules
-from nested_learning.memory import tails
 from nested_learning.memory import writes
 
 
-def token_loop(
+def scan_tokens(
   network: networks.Network,
-  rule: interface.Rule,
+  rule: rules.Rule,
   initial: Any,
-  state: interface.State,
+  state: rules.State,
   inputs: Any,
   *,
-  project: interface.Project,
+  project: rules.Project,
   reset: jax.Array | None = None,
   mask: jax.Array | None = None,
   write: bool = True,
-) -> tuple[interface.Result, interface.State]:
+) -> tuple[rules.Result, rules.State]:
   """Reads and writes token by token: the definition of the engine.
 
   Args:
-    network: What the memory is.
+    network: The memory's network.
     rule: How it is written and read.
     initial: Initial memory per map, [h, ..., out, in].
-    state: Where the stream stands, from `init_state` or an earlier call.
-    inputs: What `project` takes, a pytree of [b, h, t, ...].
-    project: Makes the `Feed` of the tokens from the memory itself; None where
-      the inputs are the `Feed`.
+    state: From `init_state` or an earlier call.
+    inputs: Inputs of `project`, a pytree of [b, h, t, ...].
+    project: Makes the `WriteInputs` of the tokens from the memory itself; None
+      where the inputs are the `WriteInputs`.
     reset: bool [b, t], True at a document's first token.
     mask: bool [b, t], False for tokens that are not there.
     write: False reads the memory and leaves it as it is.
@@ -55,42 +50,37 @@ def token_loop(
     The `Result`, and the state after the tokens.
   """
   num_rows, _, num_tokens = jax.tree.leaves(inputs)[0].shape[:3]
-  reset, mask = rows.default_marks(reset, mask, num_rows, num_tokens)
-  start = interface.init_state(
-    initial, num_rows, momentum=rule.momentum, window=rule.window
-  )
+  reset, mask = layout.default_info(reset, mask, num_rows, num_tokens)
+  start = rules.init_state(rule, initial, num_rows)
   start = start._replace(anchor=rule.weights(start.memory))
-  if state.tail is None:
-    state = state._replace(tail=start.tail)
+  write_token = _write_token
+  if rule.extension is not None:
+    write_token = _write_extended
 
   def body(state, token):
     inputs, reset, mask = token
-    inputs = jax.tree.map(lambda x: x[:, :, None], inputs)
+    inputs = jax.tree.map(lambda x: x[:, :, None], inputs)  # [b, h, 1, ...]
+    # A border empties the memory; chunks go on counting from the start.
     fresh = start._replace(offset=state.offset)
-    state = rows.where(reset & mask, fresh, state)
+    state = layout.where(reset & mask, fresh, state)
     starts = state.offset == 0
-    anchor = rows.where(starts, rule.weights(state.memory), state.anchor)
-    does_write = (mask & write)[:, None, None, None]
-    write_token = _write
-    if rule.errors != 'propagated':
-      write_token = _write_local
-    elif rule.window > 1 or rule.step == 'orthogonal':
-      write_token = _write_window
-    carries, feed, read, tail = write_token(
+    anchor = layout.where(starts, rule.weights(state.memory), state.anchor)
+    does_write = (mask & write)[:, None, None, None]  # [b, 1, 1, 1]
+    carries, token, read, extra = write_token(
       network, rule, initial, state, anchor, inputs, project, does_write
     )
     memory = {name: carry.weights for name, carry in carries.items()}
     trace = state.trace and {n: carry.trace for n, carry in carries.items()}
     if rule.read == 'token':
       linear = networks.linear_of(memory)
-      read = writes.read_vector(network, linear, feed.query)
+      read = writes.read_vector(network, linear, token.query)
     offset = state.offset + mask
     ends = offset == rule.chunk_size
     bounded = writes.bound(rule, initial, memory, trace)
-    memory, trace = rows.where(ends & write, bounded, (memory, trace))
+    memory, trace = layout.where(ends & write, bounded, (memory, trace))
     offset = jnp.where(ends, 0, offset)
-    state = interface.State(memory, anchor, trace, offset, tail)
-    return state, writes.result(rule, read, feed)
+    state = rules.State(memory, anchor, trace, offset, extra)
+    return state, writes.result(rule, read, token)
 
   tokens = (
     jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), inputs),
@@ -98,13 +88,16 @@ def token_loop(
     mask.T,
   )
   state, result = jax.lax.scan(body, state, tokens)
+  # [t, b, h, 1, ...] to [b, h, t, ...]
   result = jax.tree.map(lambda x: jnp.moveaxis(x[:, :, :, 0], 0, 2), result)
   return result, state
 
 
-def _write(network, rule, initial, state, anchor, inputs, project, does_write):
-  """Carries per map after a token; its feed, its anchor's read, the tail."""
-  seen = writes.evaluate(network, rule, anchor, inputs, project)
+def _write_token(
+  network, rule, initial, state, anchor, inputs, project, does_write
+):
+  """Returns carries per map after a token, its inputs, its anchor's read."""
+  errors = writes.evaluate(network, rule, anchor, inputs, project)
   carries = {}
   for name, weights in state.memory.items():
     carry = rules.Carry(weights, state.trace and state.trace[name])
@@ -114,60 +107,21 @@ def _write(network, rule, initial, state, anchor, inputs, project, does_write):
     carries[name] = rules.write_token(
       carry,
       writes.reference(rule, initial[name]),
-      seen.inputs[name],
-      seen.deltas[name],
-      writes.map_rates(rule, name, seen, does_write),
+      errors.inputs[name],
+      errors.deltas[name],
+      writes.map_rates(rule, name, errors, does_write),
       erase=writes.erases(rule, name, initial),
       erase_from=rule.erase_from,
     )
-  return carries, seen.feed, seen.read, state.tail
+  return carries, errors.token, errors.read, None
 
 
-def _write_local(
-  network, rule, initial, state, anchor, feed, project, does_write
+def _write_extended(
+  network, rule, initial, state, anchor, inputs, project, does_write
 ):
-  """The same where every map has errors of its own."""
-  del anchor, project
-  carries = local.write_token(
-    network, rule, initial, state.memory, feed, does_write
+  """Writes a token as the rule's extension does."""
+  del project  # extensions are defined for static memories
+  carries, extra = rule.extension.write_token(
+    network, rule, initial, state, anchor, inputs, does_write
   )
-  return carries, feed, None, state.tail
-
-
-def _write_window(
-  network, rule, initial, state, anchor, feed, project, does_write
-):
-  """The same where a step sums the errors of a window, or is orthogonal."""
-  del project
-  tail = state.tail
-  if tail is None:
-    tail = tails.init_tail(initial, feed.key.shape[0], 1)
-  token = tails.Tail(
-    feed.key, feed.value, writes.error_weights(rule, feed), does_write
-  )
-  window, tail = tails.append(tail, token, keep=does_write[:, 0, 0, 0])
-  seen = writes.evaluate(
-    network,
-    rule,
-    anchor,
-    interface.Feed(window.key, window.value, None, None),
-    None,
-  )
-  weight = jnp.where(window.valid, window.weight, 0.0)
-  rates = writes.feed_rates(feed, does_write)
-  carries = {}
-  for name, weights in state.memory.items():
-    carry = rules.Carry(weights, state.trace and state.trace[name])
-    reference = writes.reference(rule, initial[name])
-    inputs, deltas = seen.inputs[name], seen.deltas[name]
-    own, by = writes.per_map((rates, weight), name)
-    if rule.step == 'orthogonal':
-      carries[name] = orthogonal.write_token(
-        carry, reference, inputs, deltas, by, own
-      )
-    else:
-      own = own._replace(inner_lr=by)
-      carries[name] = rules.write_token(
-        carry, reference, inputs, deltas, own, erase=False
-      )
-  return carries, feed, None, tail if rule.window > 1 else None
+  return carries, inputs, None, extra

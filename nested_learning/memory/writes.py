@@ -1,62 +1,70 @@
-"""What a token writes: its feed, its errors, and each map's rates.
+"""The errors of tokens and the rates of maps, for both engines.
 
 The token loop and the chunk scan share everything in this file; they differ
 only in how they solve the update rule.
 """
 
 from collections.abc import Iterable
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nested_learning.memory import interface
+from nested_learning import sharding
+from nested_learning.memory import layout
 from nested_learning.memory import networks
 from nested_learning.memory import rule as rules
 
-# Added to the square of a hidden input's norm, of which there may be nothing.
-_SMALL_SQUARE = 1e-2
+# Added to the square of a hidden input's norm under a quotient: hidden inputs
+# may be zero.
+SMALL_SQUARE = 1e-2
+_SMALL_NORM = 1e-12  # keeps the inverse root of a zero departure finite
 
 
-class Seen(NamedTuple):
-  """Tokens as an anchor sees them."""
+class Errors(NamedTuple):
+  """Tokens evaluated with an anchor's weights.
 
-  feed: interface.Feed
-  inputs: dict[str, jax.Array]  # of each map, for the key
-  outputs: dict[str, jax.Array]  # of each map, for the key
-  deltas: dict[str, jax.Array]  # error at each map's output
-  read: jax.Array | None  # from the anchor, with rule.read 'chunk'
+  Attributes:
+    token: Their `WriteInputs`.
+    inputs: Input of each map for the key, [b, h, (r,) t, i].
+    outputs: Output of each map for the key, [b, h, (r,) t, o].
+    deltas: Error at the output of each map.
+    read: What the anchor reads, [b, h, t, d], with rule.read 'chunk'.
+  """
+
+  token: rules.WriteInputs
+  inputs: dict[str, jax.Array]
+  outputs: dict[str, jax.Array]
+  deltas: dict[str, jax.Array]
+  read: jax.Array | None
 
 
 def evaluate(
   network: networks.Network,
-  rule: interface.Rule,
+  rule: rules.Rule,
   anchor: Any,
   inputs: Any,
-  project: interface.Project,
-) -> Seen:
-  """What the tokens write and read, and the errors, seen from the anchor.
+  project: rules.Project = None,
+) -> Errors:
+  """Evaluates tokens with an anchor: their writes, reads and errors.
 
   Args:
-    network: What the memory is.
+    network: The memory's network.
     rule: How it is written and read.
     anchor: Weights per map, [b, h, ..., out, in] or without b.
-    inputs: What `project` takes, a pytree of [b, h, t, ...].
-    project: Makes the `Feed` of the tokens, or None where the inputs are it.
+    inputs: Inputs of `project`, a pytree of [b, h, t, ...].
+    project: Makes the `WriteInputs`; None where the inputs are them.
 
   Returns:
-    The `Seen`; its deltas are the objective's gradient at each map's output.
+    The `Errors`; deltas are the objective's gradient at each map's output.
   """
   linear = networks.linear_of(anchor)
-  feed = inputs if project is None else project(anchor, inputs)
-  target = feed.value[:, :, None], feed.value[:, :, None, :, :0]
-  if rule.target == 'own':
-    vectors, scalars = network.apply(linear, feed.value)
-    if rule.normalize_target is not None:
-      vectors = rule.normalize_target(vectors)
-    target = vectors, scalars
-  target = networks.Outputs(*target)
+  token = inputs if project is None else project(anchor, inputs)
+  target = _targets(network, rule, linear, token.value)
 
+  # The gradient with respect to zeros added to a map's output is the gradient
+  # at that output.
   def loss(bumps):
     maps = {}
 
@@ -65,7 +73,7 @@ def evaluate(
       maps[name] = x, y
       return y if bumps is None else y + bumps[name]
 
-    prediction = network.apply(bumped, feed.key)
+    prediction = network.apply(bumped, token.key)
     total = sum(
       jnp.sum(rule.objective(p, t))
       for p, t in zip(prediction, target, strict=True)
@@ -80,45 +88,105 @@ def evaluate(
   map_outputs = {name: y for name, (_, y) in maps.items()}
   read = None
   if rule.read == 'chunk':
-    read = read_vector(network, linear, feed.query)
-  return Seen(feed, map_inputs, map_outputs, deltas, read)
+    read = read_vector(network, linear, token.query)
+  return Errors(token, map_inputs, map_outputs, deltas, read)
+
+
+def _targets(network, rule, linear, value):
+  """Returns the objective's targets, `networks.Outputs`."""
+  if rule.target == 'value':  # one vector role, no scalar
+    return networks.Outputs(value[:, :, None], value[:, :, None, :, :0])
+  vectors, scalars = network.apply(linear, value)
+  if rule.normalize_target is not None:
+    vectors = rule.normalize_target(vectors)
+  return networks.Outputs(vectors, scalars)
+
+
+def evaluate_documents(
+  network: networks.Network,
+  rule: rules.Rule,
+  anchor: Any,
+  initial: Any,
+  inputs: Any,
+  project: rules.Project,
+  fresh: jax.Array | None,
+  has_border: jax.Array | None,
+) -> Errors:
+  """Evaluates a chunk; after a border the initial memory is the anchor.
+
+  Args:
+    network: The memory's network.
+    rule: How it is written and read.
+    anchor: Weights per map, [b, h, ..., out, in].
+    initial: Initial memory per map and row, [b, h, ..., out, in].
+    inputs: Inputs of `project`, a pytree of [b, h, t, ...].
+    project: As in `evaluate`.
+    fresh: bool [b, t], tokens after a border of this chunk; None without.
+    has_border: bool, whether any row has a border; None without.
+
+  Returns:
+    The `Errors`.
+  """
+  errors = evaluate(network, rule, anchor, inputs, project)
+  if fresh is None:
+    return errors
+
+  # A branch must also fill what the other branch saves for the backward pass;
+  # recomputed, it saves nothing.
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def evaluate_again():
+    initially = evaluate(network, rule, rule.weights(initial), inputs, project)
+    return layout.where_tokens(fresh[:, None, :, None], initially, errors)
+
+  # Branches lose the shardings of their results, so pin them on both sides.
+  pin = sharding.pin_heads
+  return pin(
+    jax.lax.cond(has_border, lambda: pin(evaluate_again()), lambda: pin(errors))
+  )
 
 
 def read_vector(
   network: networks.Network, linear: networks.Linear, query: jax.Array
 ) -> jax.Array:
-  """The vector [b, h, t, d] that a one-vector network gives for a query."""
+  """Reads the vector [b, h, t, d] of a network of one vector role."""
   return network.apply(linear, query).vectors[:, :, 0]
 
 
-def feed_rates(feed: interface.Feed, write: jax.Array | None) -> rules.Rates:
-  """The rates at which tokens write the map that reads the key."""
-  return rules.Rates(feed.inner_lr, feed.retention, feed.momentum, write)
+def token_rates(
+  inputs: rules.WriteInputs, write: jax.Array | None
+) -> rules.Rates:
+  """Returns the rates of the map that reads the key."""
+  return rules.Rates(inputs.inner_lr, inputs.retention, inputs.momentum, write)
 
 
 def map_rates(
-  rule: interface.Rule, name: str, seen: Seen, write: jax.Array | None
+  rule: rules.Rule, name: str, errors: Errors, write: jax.Array | None
 ) -> rules.Rates:
-  """The rates of one map: inner_lr is the share that the delta rule erases.
+  """Returns the rates of one map; inner_lr is the fraction that is erased.
 
-  Keys have norm one; hidden inputs have any, and are taken as if they had been
-  normalised, as NL eq. 57 has them.
+  Keys have norm one. Hidden inputs have any norm, and inner_lr is divided by
+  its square, as if they had been normalised (NL eq. 57).
   """
-  rates = per_map(feed_rates(seen.feed, write), name)
-  if name == 'in' or not erases(rule, name, seen.inputs):
+  rates = per_map(token_rates(errors.token, write), name)
+  if name == 'in' or not erases(rule, name, errors.inputs):
     return rates
-  square = jnp.sum(jnp.square(seen.inputs[name]), axis=-1, keepdims=True)
-  return rates._replace(inner_lr=rates.inner_lr / (square + _SMALL_SQUARE))
+  return normalized(rates, errors.inputs[name])
+
+
+def normalized(rates: rules.Rates, x: jax.Array) -> rules.Rates:
+  """Divides inner_lr by the squared norm of a map's inputs [..., t, i]."""
+  square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return rates._replace(inner_lr=rates.inner_lr / (square + SMALL_SQUARE))
 
 
 def per_map(tree: Any, name: str) -> Any:
-  """Adds the role axis that hidden maps have: [b, h, ...] -> [b, h, 1, ...]."""
+  """Adds the role axis of hidden maps: [b, h, ...] to [b, h, 1, ...]."""
   if name == 'in':
     return tree
   return jax.tree.map(lambda x: x[:, :, None], tree)
 
 
-def erases(rule: interface.Rule, name: str, maps: Iterable[str]) -> bool:
+def erases(rule: rules.Rule, name: str, maps: Iterable[str]) -> bool:
   """Whether the delta rule acts on one of a memory's maps."""
   erased = {
     'none': False,
@@ -129,7 +197,7 @@ def erases(rule: interface.Rule, name: str, maps: Iterable[str]) -> bool:
   return erased and learns(rule, name, maps)
 
 
-def learns(rule: interface.Rule, name: str, maps: Iterable[str]) -> bool:
+def learns(rule: rules.Rule, name: str, maps: Iterable[str]) -> bool:
   """Whether tokens write one of a memory's maps."""
   return rule.learns == 'every_map' or _makes_output(name, maps)
 
@@ -138,28 +206,23 @@ def _makes_output(name: str, maps: Iterable[str]) -> bool:
   return name != 'in' or not {'vector', 'scalar'}.intersection(maps)
 
 
-def error_weights(rule: interface.Rule, feed: interface.Feed) -> jax.Array:
-  """What tokens' errors are weighted with in steps that sum several."""
-  return feed.weight if rule.step == 'orthogonal' else feed.inner_lr
-
-
-def reference(rule: interface.Rule, initial: jax.Array) -> jax.Array | None:
-  """What retention decays a map towards; None is zero."""
+def reference(rule: rules.Rule, initial: jax.Array) -> jax.Array | None:
+  """Returns W_ref of a map, [..., out, in]; None is zero."""
   return initial if rule.retain_to == 'initial' else None
 
 
 def bound(
-  rule: interface.Rule, initial: Any, memory: Any, trace: Any
+  rule: rules.Rule, initial: Any, memory: Any, trace: Any
 ) -> tuple[Any, Any]:
-  """Scales back what left the initial memory farther than max_norm.
+  """Scales weights back to within `max_norm` of the initial memory.
 
-  The trace is scaled with it: it would carry the memory out again.
+  The trace is scaled with them: it would carry the memory out again.
 
   Args:
-    rule: Of the memory.
+    rule: How the memory is written.
     initial: Initial memory per map, [(b,) h, ..., out, in].
-    memory: Its weights.
-    trace: Its momentum's buffer, or None.
+    memory: Weights per map, [b, h, ..., out, in].
+    trace: The momentum's buffer per map, or None.
 
   Returns:
     Memory and trace.
@@ -169,7 +232,7 @@ def bound(
 
   def factor(start, weights):
     square = jnp.sum(jnp.square(weights - start), axis=(-1, -2), keepdims=True)
-    return jnp.minimum(1.0, rule.max_norm * jax.lax.rsqrt(square + 1e-12))
+    return jnp.minimum(1.0, rule.max_norm * jax.lax.rsqrt(square + _SMALL_NORM))
 
   factors = jax.tree.map(factor, initial, memory)
   memory = jax.tree.map(
@@ -179,7 +242,7 @@ def bound(
 
 
 def result(
-  rule: interface.Rule, read: jax.Array | None, feed: interface.Feed
-) -> interface.Result:
-  """What the tokens give: their read, or their feed where nothing is read."""
-  return interface.Result(read, feed if rule.read == 'none' else None)
+  rule: rules.Rule, read: jax.Array | None, inputs: rules.WriteInputs
+) -> rules.Result:
+  """Returns the tokens' reads, or their inputs where nothing is read."""
+  return rules.Result(read, inputs if rule.read == 'none' else None)

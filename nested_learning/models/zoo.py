@@ -22,6 +22,7 @@ from nested_learning.layers import cms
 from nested_learning.layers import hybrids
 from nested_learning.layers import memory_mixer
 from nested_learning.layers import tnt
+from nested_learning.memory import extensions
 from nested_learning.models import trunk
 
 
@@ -162,12 +163,7 @@ def _tnt(size: Size) -> tnt.TntConfig:
 # Atlas: windows of tokens, and keys that are polynomials. The paper leaves the
 # length of a window open.
 _WINDOW = 8  # tokens
-_OMEGA = {
-  **_DESCENT,
-  'window': _WINDOW,
-  'features': 'polynomial',
-  'chunk_size': 16,
-}
+_OMEGA = {**_DESCENT, 'features': 'polynomial', 'chunk_size': 16}
 # OmegaNet's plain steps sum the errors of a window, so that every error is
 # written once per token of the window. The paper bounds neither the sum of a
 # window's weights nor the state, and normalises the memory's layer at the end
@@ -177,6 +173,7 @@ _OMEGA = {
 # have a size of their own and need neither.
 _OMEGA_NET = {
   **_OMEGA,
+  'extension': extensions.Omega(_WINDOW),
   'max_inner_lr': _DESCENT['max_inner_lr'] / _WINDOW,
   'max_norm': _MAX_NORM,
 }
@@ -214,13 +211,19 @@ FAMILIES = {
   'memora': Family(_memory(**_MIRAS, **_WIDE, weights='softmax'), _mlp),
   'omeganet': Family(_memory(**_OMEGA_NET, **_WIDE), _mlp),
   'atlas': Family(
-    _memory(**_OMEGA, **_WIDE, momentum=True, step='orthogonal'), _mlp
+    _memory(
+      **_OMEGA,
+      **_WIDE,
+      momentum=True,
+      extension=extensions.Omega(_WINDOW, step='orthogonal'),
+    ),
+    _mlp,
   ),
   'deltattt': Family(
     _memory(
       **_STATIC,
       erase='every_map',
-      errors='local',
+      extension=extensions.LocalTargets(),
       output='map',
       retention='none',
     ),

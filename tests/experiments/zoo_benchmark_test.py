@@ -33,9 +33,11 @@ class ZooBenchmarkTest(absltest.TestCase):
 
     @compiling.jit
     def run(k, v, q, inner_lr, retention):
-      alone = delta_rule.chunked(k, v, q, inner_lr, retention, chunk_size=64)
-      feed = memory.Feed(k, v, inner_lr, retention, query=q)
-      result, _ = memory.chunk_scan(
+      alone = delta_rule.read_tokens(
+        k, v, q, inner_lr, retention, chunk_size=64
+      )
+      feed = memory.WriteInputs(k, v, inner_lr, retention, query=q)
+      result, _ = memory.scan_chunks(
         network,
         mixer.rule('main'),
         {'in': jnp.zeros((2, 5, 5))},

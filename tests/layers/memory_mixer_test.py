@@ -12,6 +12,7 @@ from nested_learning import errors
 from nested_learning import layers
 from nested_learning import parameters
 from nested_learning.layers import memory_mixer
+from nested_learning.memory import extensions
 from tests import compiling
 
 _BATCH, _LENGTH, _EMBED = 2, 21, 6
@@ -23,7 +24,7 @@ _LOCAL = {
   'adaptive': (),
   'target': 'value',
   'erase': 'every_map',
-  'errors': 'local',
+  'extension': extensions.LocalTargets(),
   'hidden_dim': 0,
 }
 _CONFIGS = {
@@ -220,15 +221,18 @@ class TitansTest(parameterized.TestCase):
     ({'head_dim': 0}, 'head_dim=0 must be at least 1'),
     ({'head_dim': -1}, 'head_dim=-1 must be at least 1'),
     ({'hidden_dim': -1}, 'hidden_dim=-1 must be at least 1, or 0'),
-    ({'window': 0}, 'window=0 must be at least 1'),
     ({'max_norm': 0.0}, 'max_norm=0.0 must be above 0'),
     ({'max_inner_lr': -0.5}, 'max_inner_lr=-0.5 must be a finite'),
     ({'max_inner_lr': float('inf')}, 'max_inner_lr=inf must be a finite'),
     (
-      {'window': 4, 'erase': 'none', 'learns': 'every_map'},
-      'window=4 .* set adaptive to',
+      {
+        'extension': extensions.Omega(4),
+        'erase': 'none',
+        'learns': 'every_map',
+      },
+      'Omega.window=4.* set adaptive to',
     ),
-    (_LOCAL | {'kind': 'matrix'}, "errors='local' .* kind='matrix'"),
+    (_LOCAL | {'kind': 'matrix'}, "LocalTargets .* kind='mlp'"),
     (_LOCAL | {'hidden_dim': 6}, 'hidden_dim=6 must be head_dim=4'),
     ({'features': 'cubic'}, "features='cubic' must be one of 'l2', 'elu'"),
   )

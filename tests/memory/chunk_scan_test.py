@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 import itertools
 import random
-import sys
 from typing import Any
 from unittest import mock
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 from nested_learning import memory
+from nested_learning.memory import chunk_scan
 from tests import compiling
 from tests.memory import problems
 
@@ -40,8 +40,7 @@ class _Comparison(parameterized.TestCase):
     super().setUp()
     self.enterContext(jax.enable_x64(True))
     # Streams of more chunks than this have their backward pass in two levels.
-    module = sys.modules[memory.chunk_scan.__module__]
-    self.enterContext(mock.patch.object(module, '_KEPT_CHUNKS', 16))
+    self.enterContext(mock.patch.object(chunk_scan, '_KEPT_CHUNKS', 16))
 
   def check_equals_token_loop(self, settings: Mapping[str, Any]):
     kind, momentum = settings['kind'], settings['momentum']
@@ -63,8 +62,8 @@ class _Comparison(parameterized.TestCase):
       project = problem.project
       if settings['feed'] == 'given':  # as the initial memory would make it
         inputs, project = project(initial, inputs), None
-      state = memory.init_state(initial, problems.BATCH, momentum=momentum)
-      if engine is memory.chunk_scan and 'mask' not in marks:
+      state = memory.init_state(rule, initial, problems.BATCH)
+      if engine is memory.scan_chunks and 'mask' not in marks:
         state = None
       result, state = engine(
         problem.network,
@@ -86,8 +85,8 @@ class _Comparison(parameterized.TestCase):
     def run(values, marks):
       grad = jax.grad(loss, has_aux=True)
       return (
-        grad(values, memory.token_loop, marks),
-        grad(values, memory.chunk_scan, marks),
+        grad(values, memory.scan_tokens, marks),
+        grad(values, memory.scan_chunks, marks),
       )
 
     (expected_grads, expected), (grads, actual) = run(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nested_learning import errors
 from nested_learning import memory
 from nested_learning.layers import norm
 from tests import compiling
@@ -16,7 +17,7 @@ from tests.memory import problems
 def run(problem, rule, initial=None, inputs=None, **changes):
   """Reads and last memory of a problem, parts of it replaced."""
   problem = problem._replace(**changes)
-  result, state = memory.chunk_scan(
+  result, state = memory.scan_chunks(
     problem.network,
     rule,
     problem.initial if initial is None else initial,
@@ -150,14 +151,20 @@ class FunctionsTest(parameterized.TestCase):
     self.assertLess(max(jnp.max(n) for n in norms(bounded)), 0.3 + 1e-9)
 
   @parameterized.parameters(
-    ({'chunk_size': 0}, 'chunk_size=0'),
-    ({'chunk_size': 4, 'erase': 'all'}, "erase='all' must be one of none"),
+    ({'chunk_size': 0}, '^chunk_size=0 must be at least 1 token'),
+    ({'chunk_size': 4, 'erase': 'all'}, "erase='all' must be one of 'none'"),
+    ({'chunk_size': 4, 'learns': 'all'}, "learns='all' must be one of"),
+    ({'chunk_size': 4, 'erase_from': 'no'}, "erase_from='no' must be one of"),
     ({'chunk_size': 4, 'retain_to': 'one'}, "retain_to='one' must be one of"),
-    ({'chunk_size': 4, 'read': 'never'}, "read='never' must be one of token"),
-    ({'chunk_size': 4, 'target': 'key'}, "target='key' must be one of own"),
+    ({'chunk_size': 4, 'read': 'never'}, "read='never' must be one of 'token'"),
+    ({'chunk_size': 4, 'target': 'key'}, "target='key' must be one of 'own'"),
+    (
+      {'chunk_size': 4, 'to_weights': abs},
+      "use read='chunk' instead of 'token' and erase='none'",
+    ),
   )
   def test_bad_rules_name_the_value(self, settings, message):
-    with self.assertRaisesRegex(ValueError, message):
+    with self.assertRaisesRegex(errors.UserError, message):
       memory.Rule(**settings)
 
   def test_objectives(self):
@@ -196,7 +203,7 @@ class _LongStream(parameterized.TestCase):
       full = lambda rates: jnp.broadcast_to(
         rates[:, None, None], (*inputs['x'].shape[:3], 1)
       )
-      return memory.Feed(
+      return memory.WriteInputs(
         key=norm.l2_normalize(made.vectors[:, :, 0]),
         value=norm.l2_normalize(made.vectors[:, :, 1]),
         inner_lr=full(jnp.full((4,), inner_lr)),
@@ -210,7 +217,7 @@ class _LongStream(parameterized.TestCase):
       def body(state, key):
         x = jax.random.normal(key, (2, 4, chunk_size * 16, problems.DIM))
         x = x.at[0].set(jnp.ones(problems.DIM))
-        result, state = memory.chunk_scan(
+        result, state = memory.scan_chunks(
           network, rule, initial, state, {'x': x}, project=project
         )
         return state, (
@@ -218,7 +225,7 @@ class _LongStream(parameterized.TestCase):
           jnp.all(jnp.isfinite(result.read)),
         )
 
-      start = memory.init_state(initial, 2, momentum=True)
+      start = memory.init_state(rule, initial, 2)
       return jax.lax.scan(body, start, keys)
 
     keys = jax.random.split(jax.random.key(0), num_tokens // chunk_size // 16)

@@ -37,7 +37,7 @@ class Stream:
     self.problem = problems.make_problem(kind, momentum=settings['momentum'])
     self.rule = problems.make_rule(kind, settings)
     self.start = memory.init_state(
-      self.problem.initial, problems.BATCH, momentum=settings['momentum']
+      self.rule, self.problem.initial, problems.BATCH
     )
 
     @compiling.jit_static('write', 'engine')
@@ -66,7 +66,7 @@ class Stream:
     mask=None,
     reset=None,
     write=True,
-    engine=memory.chunk_scan,
+    engine=memory.scan_chunks,
   ):
     """Reads the problem's tokens from start to end."""
     part = lambda x, axis: np.take(x, range(start, end), axis)
@@ -117,7 +117,7 @@ class StreamTest(parameterized.TestCase):
       read, state = stream(stream.start, 0, 10)
       pieces = [read]
       for t in range(10, num_tokens):
-        read, state = stream(state, t, t + 1, engine=memory.token_loop)
+        read, state = stream(state, t, t + 1, engine=memory.scan_tokens)
         pieces.append(read)
       assert_close(np.concatenate(pieces, axis=2), whole)
       assert_close(problems.comparable(state), last)
@@ -158,8 +158,15 @@ class StreamTest(parameterized.TestCase):
       none = np.zeros((2, num_tokens), bool)
       _, after = stream(state, 0, num_tokens, mask=none)
       assert_close(after._replace(anchor=None), state._replace(anchor=None), 0)
-      for engine in (memory.chunk_scan, memory.token_loop):
+      for engine in (memory.scan_chunks, memory.scan_tokens):
         _, after = stream(state, 3, 4, mask=none, engine=engine)
+        assert_close(after, state, 0.0)
+
+    with self.subTest('a call without tokens changes no bit'):
+      _, state = stream(stream.start, 0, 10)
+      for engine in (memory.scan_chunks, memory.scan_tokens):
+        read, after = stream(state, 10, 10, engine=engine)
+        self.assertEqual(read.shape, (*whole.shape[:2], 0, whole.shape[3]))
         assert_close(after, state, 0.0)
 
     with self.subTest('writes off: reads, and changes no bit'):
@@ -181,7 +188,7 @@ class StreamTest(parameterized.TestCase):
       _, state = stream(stream.start, 0, 10)
       both = [
         stream(state, 10, num_tokens, write=False, engine=engine)
-        for engine in (memory.chunk_scan, memory.token_loop)
+        for engine in (memory.scan_chunks, memory.scan_tokens)
       ]
       (read, after), (expected, end) = both
       assert_close(read, expected)
@@ -193,9 +200,7 @@ class StreamTest(parameterized.TestCase):
       settings['kind'], momentum=settings['momentum'], num_tokens=32
     )
     rule = problems.make_rule(settings['kind'], settings)
-    start = memory.init_state(
-      problem.initial, problems.BATCH, momentum=settings['momentum']
-    )
+    start = memory.init_state(rule, problem.initial, problems.BATCH)
 
     @compiling.jit
     def run(inputs):
@@ -203,7 +208,7 @@ class StreamTest(parameterized.TestCase):
       if feed == 'given':
         inputs, project = project(problem.initial, inputs), None
       return [
-        memory.chunk_scan(
+        memory.scan_chunks(
           problem.network,
           rule,
           problem.initial,
@@ -229,7 +234,7 @@ class StreamTest(parameterized.TestCase):
     reset = jnp.zeros(problem.reset.shape, bool).at[:, border].set(True)
 
     def reads(inputs):
-      result, state = memory.chunk_scan(
+      result, state = memory.scan_chunks(
         problem.network,
         rule,
         problem.initial,

@@ -67,11 +67,11 @@ class TokenLoopTest(parameterized.TestCase):
 
     @compiling.jit
     def run(initial, inputs, reset, mask):
-      result, state = memory.token_loop(
+      result, state = memory.scan_tokens(
         problem.network,
         rule,
         initial,
-        memory.init_state(initial, problems.BATCH, momentum=momentum),
+        memory.init_state(rule, initial, problems.BATCH),
         inputs,
         project=problem.project,
         reset=reset,

@@ -270,18 +270,17 @@ class PublishedRulesTest(parameterized.TestCase):
         retention = jnp.ones_like(retention)
       if config.retention == 'head':
         retention = jnp.full_like(retention, 31 / 32)
-      feed = memory.Feed(
+      feed = memory.WriteInputs(
         key=tokens['k'],
         value=tokens['v'],
         query=tokens['q'],
         inner_lr=inner_lr,
         retention=retention,
         momentum=tokens['momentum'] if config.momentum else None,
-        weight=tokens['weight'] if config.step == 'orthogonal' else None,
-        hidden_lr=tokens['hidden_lr'] if config.errors == 'local' else None,
+        extra={'weight': tokens['weight'], 'hidden_lr': tokens['hidden_lr']},
       )
       feed = jax.tree.map(lambda x: x[None, None], feed)
-      result, _ = memory.chunk_scan(
+      result, _ = memory.scan_chunks(
         network, config.rule('main'), initial, None, feed, project=None
       )
       return jnp.sum(weights * result.read[0, 0]), result.read[0, 0]

@@ -1,4 +1,4 @@
-"""Rules that newer papers add: chunks, tokens and streams give the same."""
+"""Extensions: whole calls, any split and single tokens give the same."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -6,63 +6,56 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nested_learning import errors
 from nested_learning import memory
+from nested_learning.memory import extensions
 from tests import compiling
 
 _BATCH, _HEADS, _DIM, _TOKENS = 2, 2, 4, 23
 
-# A rule's settings, and which more the feed has.
+_PLAIN = {'erase': 'none'}
+_TRACE = {'erase': 'none', 'momentum': True}
 _RULES = {
-  'window': ({'erase': 'none', 'window': 4}, ()),
-  'window_with_momentum': (
-    {'erase': 'none', 'window': 9, 'momentum': True, 'chunk_size': 5},
-    ('momentum',),
-  ),
+  'window': (extensions.Omega(4), _PLAIN),
+  'window_with_momentum': (extensions.Omega(9), _TRACE | {'chunk_size': 5}),
+  'window_of_one': (extensions.Omega(1), _PLAIN),
   'orthogonal': (
-    {
-      'erase': 'none',
-      'window': 3,
-      'momentum': True,
-      'step': 'orthogonal',
-      'max_norm': 0.5,
-    },
-    ('momentum', 'weight'),
+    extensions.Omega(3, step='orthogonal'),
+    _TRACE | {'max_norm': 0.5},
   ),
-  'orthogonal_alone': (
-    {'erase': 'none', 'momentum': True, 'step': 'orthogonal'},
-    ('momentum', 'weight'),
-  ),
-  'local': ({'erase': 'every_map', 'errors': 'local'}, ('hidden_lr',)),
+  'orthogonal_alone': (extensions.Omega(1, step='orthogonal'), _TRACE),
+  'local': (extensions.LocalTargets(), {'erase': 'every_map'}),
 }
 
 
-def make_feed(extra):
-  """A feed of random tokens."""
+def make_inputs(rule):
+  """Draws random `WriteInputs` with all that the rule needs."""
   rng = np.random.default_rng(0)
   shape = (_BATCH, _HEADS, _TOKENS)
   k, v, q = (rng.normal(size=(*shape, _DIM)) for _ in range(3))
-  rates = {name: rng.uniform(size=(*shape, 1)) for name in extra}
-  feed = memory.Feed(
+  rate = lambda: rng.uniform(size=(*shape, 1))
+  inputs = memory.WriteInputs(
     key=k / np.linalg.norm(k, axis=-1, keepdims=True),
     value=v,
     query=q,
     inner_lr=0.3 * rng.uniform(size=(*shape, 1)),
     retention=rng.uniform(0.9, 1.0, size=(*shape, 1)),
-    **rates,
+    momentum=rate() if rule.momentum else None,
+    extra={name: rate() for name in rule.extension.inputs},
   )
-  return jax.tree.map(jnp.asarray, feed)
+  return jax.tree.map(jnp.asarray, inputs)
 
 
-class OptionsTest(parameterized.TestCase):
+class ExtensionsTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.enterContext(jax.enable_x64(True))
 
   @parameterized.parameters(*_RULES)
   def test_streams(self, name):
-    settings, extra = _RULES[name]
+    extension, settings = _RULES[name]
     rule = memory.Rule(
-      **{'chunk_size': 8, 'target': 'value', **settings},
+      **{'chunk_size': 8, 'target': 'value', **settings}, extension=extension
     )
     network = memory.make_mlp(
       num_heads=_HEADS,
@@ -77,10 +70,8 @@ class OptionsTest(parameterized.TestCase):
       for name, param in network.table.items()
     }
     reset = jnp.asarray(rng.uniform(size=(_BATCH, _TOKENS)) < 0.1)
-    feed = make_feed(extra)
-    start = memory.init_state(
-      initial, _BATCH, momentum=rule.momentum, window=rule.window
-    )
+    inputs = make_inputs(rule)
+    start = memory.init_state(rule, initial, _BATCH)
 
     def call(engine, state, mask=None):
       result, state = engine(
@@ -88,7 +79,7 @@ class OptionsTest(parameterized.TestCase):
         rule,
         initial,
         state,
-        feed,
+        inputs,
         project=None,
         reset=reset,
         mask=mask,
@@ -98,12 +89,12 @@ class OptionsTest(parameterized.TestCase):
     @compiling.jit
     def run():
       return [
-        call(memory.token_loop, start),
-        call(memory.chunk_scan, None),
+        call(memory.scan_tokens, start),
+        call(memory.scan_chunks, None),
       ]
 
     part = compiling.jit(
-      lambda state, mask: call(memory.chunk_scan, state, mask)
+      lambda state, mask: call(memory.scan_chunks, state, mask)
     )
     (expected, last), (read, after) = run()
     close = lambda a, b: np.testing.assert_allclose(a, b, 1e-9, 1e-9)
@@ -131,34 +122,46 @@ class OptionsTest(parameterized.TestCase):
 
   def comparable(self, state):
     """The state without what nothing reads again."""
-    tail = state.tail
+    tail = state.extra
     if tail is not None:
       hide = lambda x: jnp.where(tail.valid, x, 0.0)
       tail = tail._replace(
         key=hide(tail.key), value=hide(tail.value), weight=hide(tail.weight)
       )
-    return state._replace(anchor=None, tail=tail)
+    return state._replace(anchor=None, extra=tail)
 
   @parameterized.parameters(
-    ({'window': 0}, 'window=0 must be at least 1'),
+    (lambda: extensions.Omega(0), 'window=0 must be at least 1'),
+    (lambda: extensions.Omega(step='newton'), "step='newton' must be one of"),
     (
-      {'window': 2, 'erase': 'input'},
-      "window=2 .* erase='input'; set .*'none'",
+      lambda: memory.Rule(4, extension=extensions.Omega(2)),
+      "Omega.window=2.* erase='input'; set it to 'none'",
     ),
-    ({'step': 'newton'}, "step='newton' must be one of gradient, orthogonal"),
     (
-      {'step': 'orthogonal', 'erase': 'none'},
-      "step='orthogonal' .* momentum=False; set it to True",
+      lambda: memory.Rule(
+        4, erase='none', extension=extensions.Omega(step='orthogonal')
+      ),
+      "step='orthogonal'.* momentum=False; set it to True",
     ),
-    ({'errors': 'mine'}, "errors='mine' must be one of propagated"),
     (
-      {'errors': 'local', 'erase': 'every_map'},
-      "errors='local' .* target='own'; set it to 'value'",
+      lambda: memory.Rule(
+        4, erase='every_map', extension=extensions.LocalTargets()
+      ),
+      "LocalTargets .* target='own'; set it to 'value'",
     ),
   )
-  def test_bad_rules_name_the_value(self, settings, message):
-    with self.assertRaisesRegex(ValueError, message):
-      memory.Rule(chunk_size=4, **settings)
+  def test_settings_that_do_not_fit_name_the_way_out(self, make, message):
+    with self.assertRaisesRegex(errors.UserError, message):
+      make()
+
+  def test_local_targets_need_an_mlp_as_wide_as_its_values(self):
+    size = {'num_heads': 1, 'dim': 4, 'num_vectors': 1}
+    check = extensions.LocalTargets().check_network
+    with self.assertRaisesRegex(errors.UserError, "use kind='mlp'"):
+      check(memory.make_matrix(**size))
+    wide = memory.make_mlp(**size, hidden_dim=6, activation=jax.nn.silu)
+    with self.assertRaisesRegex(errors.UserError, 'hidden_dim=6 must be .*=4'):
+      check(wide)
 
 
 if __name__ == '__main__':

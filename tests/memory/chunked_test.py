@@ -1,4 +1,4 @@
-"""The triangular inverse against numpy, and where keys repeat."""
+"""The triangular inverse of a chunk against numpy, and where keys repeat."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_learning.memory import triangular
+from nested_learning.memory import chunked
 from tests import compiling
 
 
@@ -20,7 +20,7 @@ def repeated_keys(size, inner_lr):
   return inner_lr * np.tril(np.ones((size, size)), -1)
 
 
-class TriangularTest(parameterized.TestCase):
+class UnitLowerInverseTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.enterContext(jax.enable_x64(True))
@@ -29,7 +29,7 @@ class TriangularTest(parameterized.TestCase):
     sizes = (1, 2, 3, 7, 8, 9, 16, 31, 33, 64)
     matrices = [draw(3, size) for size in sizes]
     inverses = compiling.jit(
-      lambda xs: [triangular.unit_lower_inverse(x) for x in xs]
+      lambda xs: [chunked.unit_lower_inverse(x) for x in xs]
     )(matrices)
     for matrix, inverse in zip(matrices, inverses, strict=True):
       expected = np.linalg.inv(np.eye(matrix.shape[-1]) + matrix)
@@ -38,13 +38,13 @@ class TriangularTest(parameterized.TestCase):
   def test_reads_below_the_diagonal_alone(self):
     matrix = draw(17)
     dirty = matrix + np.triu(np.full((17, 17), np.nan))
-    invert = compiling.jit(triangular.unit_lower_inverse)
+    invert = compiling.jit(chunked.unit_lower_inverse)
     np.testing.assert_array_equal(invert(dirty), invert(matrix))
 
   @parameterized.parameters(0.5, 1.0, 2.0)
   def test_repeated_keys_in_float32(self, inner_lr):
     matrix = repeated_keys(64, inner_lr)
-    invert = compiling.jit(triangular.unit_lower_inverse)
+    invert = compiling.jit(chunked.unit_lower_inverse)
     inverse = invert(jnp.asarray(matrix, jnp.float32))
     # The entries are those of (1 - inner_lr)^n, at most 2 in size.
     expected = np.linalg.inv(np.eye(64) + matrix)
@@ -59,7 +59,7 @@ class TriangularTest(parameterized.TestCase):
     @compiling.jit
     def value_and_grad(x):
       return jax.value_and_grad(
-        lambda x: jnp.sum(weights * triangular.unit_lower_inverse(x))
+        lambda x: jnp.sum(weights * chunked.unit_lower_inverse(x))
       )(x)
 
     _, grad = value_and_grad(matrix)

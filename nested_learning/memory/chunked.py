@@ -1,0 +1,500 @@
+r"""The update rule of one linear map for a chunk of tokens, in matmuls.
+
+Once the errors of a whole chunk are known, equation (1) of `rule.py` is linear
+in W. Let g_t be the product of retentions up to t, G[t, s] = g_t / g_s for
+s <= t, c_t and w the same of the momentum, and K = X X^T. The contributions
+u_s of the tokens solve a unit lower triangular system, and the weights after
+any token are
+
+.. math::
+   W_t = g_t W_0 + (1 - g_t) W_{ref} + \sum_{s \le t} G_{ts} u_s x_s^T
+         - c_t S_0 - \sum_{r \le t} w_{tr} inner\_lr_r delta_r x_r^T        (2)
+
+Every array has its token axis last but one; rates are [..., t, 1].
+
+References:
+  Yang et al., arXiv:2412.06464, 2024 (the chunked gated delta rule).
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nested_learning.memory import networks
+from nested_learning.memory import rule as rules
+
+# Lower bound of rates in logarithms: the logarithm of zero is minus infinity,
+# and the difference of two of them is not a number.
+_SMALLEST = 1e-12
+# Up to this size multiplying whole matrices is cheaper than cutting them up.
+_SMALL = 16
+
+
+class Decays(NamedTuple):
+  """Products of a chunk's rates, shared by all maps; see (2).
+
+  Attributes:
+    kept: g_t, [..., t, 1].
+    kept_before: g_{t-1}, [..., t, 1]; g_t where the retained is erased.
+    between: G, [..., t, t], lower triangular.
+    between_before: G one token earlier, strictly lower triangular.
+    fresh: bool [..., t, 1], True from the chunk's first document border on, or
+      None without borders.
+    trace: Products of the momentum, or None.
+  """
+
+  kept: jax.Array
+  kept_before: jax.Array
+  between: jax.Array
+  between_before: jax.Array
+  fresh: jax.Array | None
+  trace: 'TraceDecays | None'
+
+
+class TraceDecays(NamedTuple):
+  """Products of momentum and retention; see (2).
+
+  Attributes:
+    start: c_t, weight of the first trace in W_t, [..., t, 1].
+    start_before: c_{t-1}.
+    between: w, weight of a token's step in a later W_t, [..., t, t].
+    between_before: w one token earlier.
+    last: Weight of each token's step in the last trace, [..., t, 1].
+    last_start: Weight of the first trace in the last one, [..., 1, 1].
+  """
+
+  start: jax.Array
+  start_before: jax.Array
+  between: jax.Array
+  between_before: jax.Array
+  last: jax.Array
+  last_start: jax.Array
+
+
+def make_decays(
+  rates: rules.Rates,
+  reset: jax.Array | None = None,
+  *,
+  erase_from: str = 'previous',
+) -> Decays:
+  """Computes a chunk's `Decays` from its rates.
+
+  Args:
+    rates: Each [..., t, 1].
+    reset: bool [..., t, 1], True at a document's first token, or None.
+    erase_from: As in `Rule`; with 'retained', what is erased has been through
+      one retention more.
+
+  Returns:
+    The `Decays`. A token of one document has no weight in another.
+  """
+  rates = rates.masked()
+  fresh, same = _documents(reset, rates.retention.shape[-2])
+  kept, kept_before, between = _products(rates.retention, reset, same)
+  before = _one_token_earlier(between, reset, same)
+  decays = Decays(kept, kept_before, between, before, fresh, None)
+  if rates.momentum is not None:
+    trace = _make_trace_decays(rates, reset, decays, same)
+    decays = decays._replace(trace=trace)
+  if erase_from == 'previous':
+    return decays
+  trace = decays.trace
+  if trace is not None:
+    trace = trace._replace(
+      start_before=rates.retention * trace.start_before,
+      between_before=rates.retention * trace.between_before,
+    )
+  return decays._replace(
+    kept_before=kept, between_before=jnp.tril(between, -1), trace=trace
+  )
+
+
+def trace_decays(
+  momentum: jax.Array, reset: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+  """Computes the weights of steps in the trace itself.
+
+  Args:
+    momentum: [..., t, 1], neutral where nothing is written.
+    reset: bool [..., t, 1], True at a document's first token, or None.
+
+  Returns:
+    Weight of a token's step in a later trace, [..., t, t], and of the trace
+    before the chunk, [..., t, 1].
+  """
+  fresh, same = _documents(reset, momentum.shape[-2])
+  start, _, passed = _products(momentum, reset, same)
+  return passed, start if fresh is None else jnp.where(fresh, 0.0, start)
+
+
+def _make_trace_decays(rates, reset, decays, same):
+  """Computes the `TraceDecays` of a chunk whose other decays are known."""
+  start, _, passed = _products(rates.momentum, reset, same)
+  if decays.fresh is not None:  # a new document starts with an empty trace
+    start = jnp.where(decays.fresh, 0.0, start)
+  applied = decays.between
+  if rates.write is not None:  # tokens that do not write apply no trace
+    applied = applied * jnp.swapaxes(rates.write, -1, -2)
+  in_weights = jnp.matmul(applied, passed)  # w, [..., t, t]
+  from_start = jnp.matmul(applied, start)  # c_t, [..., t, 1]
+  start_before = _shift_down(from_start)
+  if decays.fresh is not None:
+    start_before = jnp.where(decays.fresh, 0.0, start_before)
+  return TraceDecays(
+    start=from_start,
+    start_before=start_before,
+    between=in_weights,
+    between_before=_one_token_earlier(in_weights, reset, same),
+    last=jnp.swapaxes(passed[..., -1:, :], -1, -2),
+    last_start=start[..., -1:, :],
+  )
+
+
+def _one_token_earlier(between, reset, same):
+  """Returns weights [..., t, t] before the token's own write."""
+  before = _shift_down(between)
+  # The row above a document's first token belongs to another document.
+  return before if reset is None else jnp.where(same, before, 0.0)
+
+
+class Keys(NamedTuple):
+  """The part of (2) that depends on a chunk's inputs and rates alone.
+
+  Attributes:
+    x: [..., t, i].
+    decays: Products of the chunk's rates, broadcastable to x.
+    inverse: Inverse of the unit lower triangular system, [..., t, t]; None
+      without erase.
+    gram: K, [..., t, t]; None where no momentum needs it.
+  """
+
+  x: jax.Array
+  decays: Decays
+  inverse: jax.Array | None
+  gram: jax.Array | None
+
+
+def make_keys(
+  x: jax.Array, rates: rules.Rates, decays: Decays, *, erase: bool
+) -> Keys:
+  """Computes a chunk's `Keys`.
+
+  Args:
+    x: Inputs of the map, [..., t, i].
+    rates: Each [..., t, 1].
+    decays: From the same rates, broadcastable to x.
+    erase: Whether the rule is Delta Gradient Descent.
+
+  Returns:
+    The `Keys`.
+  """
+  if not erase:
+    return Keys(x, decays, None, None)
+  # The inverse amplifies the rounding of its matrix, so that no digit may be
+  # lost to a fast matmul.
+  gram = jnp.einsum(
+    '...ti,...si->...ts', x, x, precision=jax.lax.Precision.HIGHEST
+  )  # K, [..., t, t]
+  inner_lr = rates.masked().inner_lr
+  inverse = unit_lower_inverse(inner_lr * decays.between_before * gram)
+  return Keys(x, decays, inverse, None if decays.trace is None else gram)
+
+
+class Solved(NamedTuple):
+  """A map's chunk, solved; `read_chunk` and `end_chunk` evaluate (2).
+
+  Attributes:
+    carry: Weights and trace before the chunk.
+    reference: W_ref, or None for zero.
+    initial: Weights after a document border.
+    keys: The chunk's `Keys`.
+    written: [..., t, o], rows weighted by G.
+    step: inner_lr delta, [..., t, o], rows weighted by w; None without trace.
+  """
+
+  carry: rules.Carry
+  reference: jax.Array | None
+  initial: jax.Array | None
+  keys: Keys
+  written: jax.Array
+  step: jax.Array | None
+
+
+def solve_chunk(
+  carry: rules.Carry,
+  reference: jax.Array | None,
+  initial: jax.Array | None,
+  keys: Keys,
+  delta: jax.Array,
+  rates: rules.Rates,
+  *,
+  read: jax.Array | None = None,
+) -> Solved:
+  """Solves equation (1) for all tokens of a chunk at once.
+
+  Args:
+    carry: Weights [..., o, i] and trace before the chunk.
+    reference: W_ref, or None for zero.
+    initial: Weights after a document border; may be None where
+      `decays.fresh` is None.
+    keys: From `make_keys` with the same rates. With an inverse the rule is
+      Delta Gradient Descent.
+    delta: [..., t, o].
+    rates: Each [..., t, 1].
+    read: Output of the weights before the chunk (initial after a border) for
+      each input, [..., t, o], if it is known already.
+
+  Returns:
+    A `Solved`.
+  """
+  rates = rates.masked()
+  trace = keys.decays.trace
+  step = rates.inner_lr * delta
+  chunk = Solved(carry, reference, initial, keys, -step, None)
+  if keys.inverse is None:
+    if trace is None:
+      return chunk
+    return chunk._replace(written=jnp.zeros_like(step), step=step)
+  if read is None:
+    read = _carried_read(chunk, keys.x)
+  before = _carried(chunk, keys.x, keys.decays.kept_before, read)
+  # Without a trace, erased and written together: u_t - inner_lr_t delta_t.
+  right = rates.inner_lr * before + step
+  if trace is not None:
+    before = before - trace.start_before * networks.apply_map(
+      carry.trace, keys.x
+    )
+    before = before - jnp.matmul(trace.between_before * keys.gram, step)
+    right = rates.inner_lr * before
+  # Entries of the inverse cancel where keys repeat.
+  written = -jnp.matmul(
+    keys.inverse, right, precision=jax.lax.Precision.HIGHEST
+  )
+  return chunk._replace(written=written, step=None if trace is None else step)
+
+
+def make_scores(keys: Keys, q: jax.Array) -> jax.Array:
+  """Computes G o Q K^T, the weight of each token's write in a later read.
+
+  Args:
+    keys: From `make_keys`.
+    q: [..., t, i].
+
+  Returns:
+    [..., t, t], without the momentum's share.
+  """
+  return keys.decays.between * jnp.einsum('...ti,...si->...ts', q, keys.x)
+
+
+def read_chunk(
+  chunk: Solved, q: jax.Array, scores: jax.Array | None = None
+) -> jax.Array:
+  """Computes W_t q_t for every token t, after the token's own write.
+
+  Args:
+    chunk: From `solve_chunk`.
+    q: [..., t, i].
+    scores: From `make_scores`, if known already.
+
+  Returns:
+    [..., t, o].
+  """
+  decays = chunk.keys.decays
+  read = _carried(chunk, q, decays.kept, _carried_read(chunk, q))
+  if scores is None:
+    scores = make_scores(chunk.keys, q)
+  read = read + jnp.matmul(scores, chunk.written)
+  if decays.trace is None:
+    return read
+  seen = jnp.einsum('...ti,...si->...ts', q, chunk.keys.x)
+  trace = decays.trace
+  read = read - trace.start * networks.apply_map(chunk.carry.trace, q)
+  return read - jnp.matmul(trace.between * seen, chunk.step)
+
+
+def read_before(chunk: Solved, q: jax.Array) -> jax.Array:
+  """Computes W_{t-1} q_t for every token t of a chunk without momentum.
+
+  Args:
+    chunk: From `solve_chunk`, with erase_from 'previous'.
+    q: [..., t, i].
+
+  Returns:
+    [..., t, o].
+  """
+  decays = chunk.keys.decays
+  read = _carried(chunk, q, decays.kept_before, _carried_read(chunk, q))
+  seen = jnp.einsum('...ti,...si->...ts', q, chunk.keys.x)
+  return read + jnp.matmul(decays.between_before * seen, chunk.written)
+
+
+def end_chunk(chunk: Solved) -> rules.Carry:
+  """Returns weights and trace after the last token of a solved chunk."""
+  decays = chunk.keys.decays
+  kept = decays.kept[..., -1:, :]
+  weights = chunk.carry.weights
+  if decays.fresh is not None:
+    weights = jnp.where(decays.fresh[..., -1:, :], chunk.initial, weights)
+  weights = kept * weights
+  if chunk.reference is not None:
+    weights = weights + (1.0 - kept) * chunk.reference
+  outer = lambda y: jnp.einsum('...to,...ti->...oi', y, chunk.keys.x)
+  last = lambda matrix: jnp.swapaxes(matrix[..., -1:, :], -1, -2)
+  rows = last(decays.between) * chunk.written
+  if decays.trace is None:
+    return rules.Carry(weights + outer(rows))
+  trace, step = decays.trace, chunk.step
+  rows = rows - last(trace.between) * step
+  weights = weights - trace.start[..., -1:, :] * chunk.carry.trace
+  return rules.Carry(
+    weights + outer(rows),
+    trace.last_start * chunk.carry.trace + outer(trace.last * step),
+  )
+
+
+def make_linear(
+  solved: Mapping[str, Solved | rules.Carry], scores: jax.Array | None = None
+) -> networks.Linear:
+  """Makes the `linear` that applies each token's own weights.
+
+  Args:
+    solved: A solved chunk per map, or a `Carry` where no token writes it.
+    scores: From `make_scores` of the map 'in', if known already.
+
+  Returns:
+    `linear(name, q)` for the chunk's tokens.
+  """
+
+  def linear(name, q):
+    chunk = solved[name]
+    if isinstance(chunk, rules.Carry):
+      return networks.apply_map(chunk.weights, q)
+    return read_chunk(chunk, q, scores if name == 'in' else None)
+
+  return linear
+
+
+def end_chunks(
+  solved: Mapping[str, Solved | rules.Carry],
+) -> dict[str, rules.Carry]:
+  """Returns weights and trace per map after the last token of a chunk."""
+  return {
+    name: chunk if isinstance(chunk, rules.Carry) else end_chunk(chunk)
+    for name, chunk in solved.items()
+  }
+
+
+@jax.custom_jvp
+def unit_lower_inverse(strictly_lower: jax.Array) -> jax.Array:
+  r"""Inverts I + N for strictly lower triangular N, by matmuls alone.
+
+  Halves are inverted and joined. No power of N is formed: products of powers
+  overflow when keys repeat.
+
+  .. math::
+     \begin{pmatrix} A & 0 \\ B & D \end{pmatrix}^{-1} =
+     \begin{pmatrix} A^{-1} & 0 \\ -D^{-1} B A^{-1} & D^{-1} \end{pmatrix}
+
+  Args:
+    strictly_lower: N, [..., c, c]; entries on or above the diagonal are not
+      read.
+
+  Returns:
+    [..., c, c], unit lower triangular.
+  """
+  size = strictly_lower.shape[-1]
+  if size <= _SMALL:
+    return _ladder(strictly_lower)
+  half = (size + 1) // 2
+  first = strictly_lower[..., :half, :half]
+  second = strictly_lower[..., half:, half:]
+  if size % 2:  # a last row of zeros makes the halves equal
+    pad = [(0, 0)] * (strictly_lower.ndim - 2) + [(0, 1), (0, 1)]
+    second = jnp.pad(second, pad)
+  both = unit_lower_inverse(jnp.stack([first, second]))
+  first, second = both[0], both[1][..., : size - half, : size - half]
+  below = -_matmul(second, _matmul(strictly_lower[..., half:, :half], first))
+  above = jnp.zeros((*below.shape[:-2], half, size - half), below.dtype)
+  return jnp.concatenate(
+    [
+      jnp.concatenate([first, above], axis=-1),
+      jnp.concatenate([below, second], axis=-1),
+    ],
+    axis=-2,
+  )
+
+
+@unit_lower_inverse.defjvp
+def _unit_lower_inverse_jvp(primals, tangents):
+  (strictly_lower,), (tangent,) = primals, tangents
+  inverse = unit_lower_inverse(strictly_lower)
+  change = _matmul(inverse, _matmul(jnp.tril(tangent, -1), inverse))
+  return inverse, -change
+
+
+def _ladder(strictly_lower: jax.Array) -> jax.Array:
+  """Inverts small matrices: all pairs of blocks of a size at once."""
+  size = strictly_lower.shape[-1]
+  index = jnp.arange(size)
+  inverse = jnp.eye(size, dtype=strictly_lower.dtype)
+  width = 1
+  while width < size:
+    block = index // width
+    is_below = (block[:, None] == block + 1) & (block % 2 == 0)
+    below = jnp.where(is_below, strictly_lower, 0.0)
+    inverse = inverse - _matmul(inverse, _matmul(below, inverse))
+    width *= 2
+  return jnp.broadcast_to(inverse, strictly_lower.shape)  # for a size of one
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+  # Entries of the inverse cancel where keys repeat.
+  return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _carried_read(chunk: Solved, q: jax.Array) -> jax.Array:
+  """Applies the weights before the chunk, or after a border, to q."""
+  read = networks.apply_map(chunk.carry.weights, q)
+  fresh = chunk.keys.decays.fresh
+  if fresh is None:
+    return read
+  return jnp.where(fresh, networks.apply_map(chunk.initial, q), read)
+
+
+def _carried(
+  chunk: Solved, q: jax.Array, kept: jax.Array, read: jax.Array
+) -> jax.Array:
+  """Moves such a read by the retention up to each token."""
+  if chunk.reference is None:
+    return kept * read
+  return kept * read + (1.0 - kept) * networks.apply_map(chunk.reference, q)
+
+
+def _documents(reset, size):
+  """Returns which tokens follow a border, and pairs of one document."""
+  lower = jnp.tril(jnp.ones((size, size), bool))
+  if reset is None:
+    return None, lower
+  document = jnp.cumsum(reset, axis=-2)
+  return document > 0, lower & (document == jnp.swapaxes(document, -1, -2))
+
+
+def _products(rates, reset, same):
+  """Returns products up to t, up to t - 1, and from s + 1 to t if `same`."""
+  log = jnp.log(jnp.maximum(rates, _SMALLEST))
+  if reset is None:
+    total = jnp.cumsum(log, axis=-2)
+  else:  # sums within a document, so that no bit of another one enters
+    total = jnp.matmul(
+      same.astype(log.dtype), log, precision=jax.lax.Precision.HIGHEST
+    )
+  ratio = jnp.where(same, total - jnp.swapaxes(total, -1, -2), -jnp.inf)
+  return jnp.exp(total), jnp.exp(total - log), jnp.exp(ratio)
+
+
+def _shift_down(rows: jax.Array) -> jax.Array:
+  """Moves every row one token later; the first becomes zero."""
+  pad = [(0, 0)] * (rows.ndim - 2) + [(1, 0), (0, 0)]
+  return jnp.pad(rows[..., :-1, :], pad)
