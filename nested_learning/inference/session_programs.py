@@ -1,4 +1,8 @@
-"""The compiled programs of sessions, and the layout of what they are fed."""
+"""The compiled programs of sessions, and how a call is cut into them.
+
+`Snapshot` is everything that a session remembers; `read` and `forget` take one
+and return the next.
+"""
 
 from collections.abc import Callable, Iterator
 import functools
@@ -30,11 +34,30 @@ class SessionState(NamedTuple):
   logits: jax.Array
 
 
+class Snapshot(NamedTuple):
+  """Everything that a session remembers.
+
+  Attributes:
+    state: The arrays on the devices.
+    clock: int64 [b], tokens that were read.
+    age: int64 [b], tokens that the mixers hold.
+  """
+
+  state: SessionState
+  clock: np.ndarray
+  age: np.ndarray
+
+  def take_rows(self, rows: slice) -> 'Snapshot':
+    """Returns some of the rows."""
+    return jax.tree.map(lambda x: x[rows], self)
+
+
 class Programs(NamedTuple):
   """Compiled functions that all sessions on one model share.
 
   Attributes:
     segment_size: Tokens of a segment.
+    max_stream: Most tokens that the mixers hold; None for any number.
     prepare: `prepare(params)` gives the parameters that the others take.
     init: `init(params, num_rows) -> SessionState`.
     shapes: The shapes and types of `init`, without any array.
@@ -51,6 +74,7 @@ class Programs(NamedTuple):
   """
 
   segment_size: int
+  max_stream: int | None
   prepare: Callable[[Any], Any]
   init: Callable[..., SessionState]
   shapes: Callable[..., SessionState]
@@ -159,6 +183,70 @@ def pieces(mask: np.ndarray, offset: np.ndarray, size: int) -> Iterator[Piece]:
     done, offset = done + count, (offset + count) % size
 
 
+def begin(programs: Programs, params: Any, num_rows: int) -> Snapshot:
+  """Returns the snapshot of a session that has read nothing."""
+  zeros = np.zeros(num_rows, np.int64)
+  return Snapshot(programs.init(params, num_rows), zeros, zeros)
+
+
+def read(
+  programs: Programs, params: Any, now: Snapshot, inputs: Inputs
+) -> tuple[np.ndarray, Snapshot]:
+  """Reads tokens and learns from them.
+
+  Args:
+    programs: The compiled functions.
+    params: Parameters from `programs.prepare`.
+    now: The session before.
+    inputs: From `check_inputs`.
+
+  Returns:
+    The loss of each token in nats, float32 [b, t], NaN where it has none, and
+    the session after.
+  """
+  losses = np.full(inputs.tokens.shape, np.nan, np.float32)
+  size = programs.segment_size
+  for piece in pieces(inputs.mask, now.clock % size, size):
+    state, clock, age = _make_room(programs, params, now)
+    take = lambda x, p=piece: np.take_along_axis(x, p.index, axis=1)
+    tokens, reset = take(inputs.tokens), take(inputs.reset) & piece.mask
+    has_loss = piece.mask & ~reset
+    has_loss[:, 0] &= clock > 0
+    count = piece.mask.sum(axis=1)
+    if (count == size).all():  # and so from one border to the next
+      found, state = programs.segment(params, state, tokens, reset)
+    else:
+      found, state = programs.piece(params, state, tokens, reset, piece.mask)
+      ended = ((clock + count) % size == 0) & (count > 0)
+      if ended.any():
+        state = programs.end_segments(params, state, ended)
+    now = Snapshot(state, clock + count, age + count)
+    rows, places = np.nonzero(has_loss)
+    losses[rows, piece.index[rows, places]] = np.asarray(found)[rows, places]
+  return losses, now
+
+
+def forget(
+  programs: Programs, params: Any, now: Snapshot, num_tokens: int
+) -> Snapshot:
+  """Begins new streams where the mixers have no room for `num_tokens` more.
+
+  Levels keep what they learned; the open segment is dropped.
+  """
+  limit = programs.max_stream
+  if limit is None or now.age.max() + num_tokens <= limit:
+    return now
+  everywhere = np.ones(len(now.clock), bool)
+  state = programs.restart(params, now.state, everywhere)
+  segment = state.stream.segment
+  segment = segment._replace(count=jnp.zeros_like(segment.count))
+  state = state._replace(stream=state.stream._replace(segment=segment))
+  # Rounds up to a border; a clock that has begun must not return to zero.
+  size = programs.segment_size
+  clock = now.clock // size * size + size * (now.clock > 0)
+  return Snapshot(state, clock, np.zeros_like(now.age))
+
+
 def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
   """Makes the programs of sessions on a model.
 
@@ -255,6 +343,7 @@ def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
 
   return Programs(
     reader.segment_size,
+    models.max_stream_length(model.config),
     jax.jit(reader.prepare),
     jax.jit(init, static_argnums=1),
     shapes,
@@ -264,6 +353,18 @@ def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
     restart,
     make_draw,
   )
+
+
+def _make_room(programs, params, now: Snapshot) -> Snapshot:
+  """Begins new streams in rows at a border whose next segment will not fit."""
+  if programs.max_stream is None:
+    return now
+  size = programs.segment_size
+  full = (now.clock % size == 0) & (now.age + size > programs.max_stream)
+  if not full.any():
+    return now
+  state = programs.restart(params, now.state, full)
+  return Snapshot(state, now.clock, np.where(full, 0, now.age))
 
 
 def _array(name, x):

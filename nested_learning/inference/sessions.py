@@ -74,8 +74,6 @@ class Session:
     model: The model.
     params: Its parameters; no method changes them.
     inner: How levels learn.
-    state: A `session_programs.SessionState`.
-    clock: int64 [b], tokens read.
   """
 
   def __init__(
@@ -105,7 +103,6 @@ class Session:
     self.inner = inner or default_inner(model.config)
     self._tokenizer = tokenizer_fingerprint
     self._programs = session_programs.make_programs(model, self.inner)
-    self._limit = models.max_stream_length(model.config)
     size = self._programs.segment_size
     longest = model.config.max_length
     if size > longest:
@@ -116,13 +113,11 @@ class Session:
       )
     # Splits off the blocks that learn once, not in every call; forks share it.
     self._prepared = self._programs.prepare(params)
-    self.state = self._programs.init(self._prepared, num_rows)
-    self.clock = np.zeros(num_rows, np.int64)
-    self._age = np.zeros(num_rows, np.int64)  # tokens that the mixers hold
+    self._now = session_programs.begin(self._programs, self._prepared, num_rows)
     self._model_fingerprint = functools.cache(
       lambda: session_files.fingerprint(model, params)
     )
-    # Checksums of the files that this session was read from or generated to.
+    # Checksums of the files that this session was read from or written to.
     self._checksums = types.MappingProxyType({})
     self.mark()
 
@@ -135,6 +130,16 @@ class Session:
   def num_rows(self) -> int:
     """Streams that are fed together."""
     return len(self.clock)
+
+  @property
+  def state(self) -> session_programs.SessionState:
+    """The model's memories and the levels, on the devices."""
+    return self._now.state
+
+  @property
+  def clock(self) -> np.ndarray:
+    """int64 [b], tokens that were read."""
+    return self._now.clock
 
   def feed(
     self, tokens: Any, *, reset: Any = None, mask: Any = None
@@ -154,38 +159,7 @@ class Session:
       errors.UserError: If there are no tokens, or the model does not have one;
         nothing was read.
     """
-    tokens, reset, mask = session_programs.check_inputs(
-      tokens,
-      reset,
-      mask,
-      num_rows=self.num_rows,
-      vocab_size=self.model.config.vocab_size,
-    )
-    losses = np.full(tokens.shape, np.nan, np.float32)
-    state, clock, age = self.state, self.clock.copy(), self._age.copy()
-    size = self._programs.segment_size
-    for piece in session_programs.pieces(mask, clock % size, size):
-      state, age = self._make_room(state, clock, age)
-      take = lambda x, p=piece: np.take_along_axis(x, p.index, axis=1)
-      inputs = take(tokens), take(reset) & piece.mask
-      known = piece.mask & ~inputs[1]
-      known[:, 0] &= clock > 0
-      count = piece.mask.sum(axis=1)
-      is_segment = (count == size).all()  # and so begins at a border
-      if is_segment:
-        found, state = self._programs.segment(self._prepared, state, *inputs)
-      else:
-        found, state = self._programs.piece(
-          self._prepared, state, *inputs, piece.mask
-        )
-      clock, age = clock + count, age + count
-      if not is_segment:
-        ended = (clock % size == 0) & (count > 0)
-        if ended.any():
-          state = self._programs.end_segments(self._prepared, state, ended)
-      rows, places = np.nonzero(known)
-      losses[rows, piece.index[rows, places]] = np.asarray(found)[rows, places]
-    self.state, self.clock, self._age = state, clock, age
+    losses, self._now = self._read(self._now, tokens, reset, mask)
     return losses
 
   def loss(self, tokens: Any, *, reset: Any = None, mask: Any = None) -> float:
@@ -199,7 +173,7 @@ class Session:
     Returns:
       The mean over tokens that have a loss; NaN if there are none.
     """
-    losses = self.fork().feed(tokens, reset=reset, mask=mask)
+    losses, _ = self._read(self._now, tokens, reset, mask)
     known = losses[np.isfinite(losses)]
     return float(known.mean(dtype=np.float64)) if known.size else float('nan')
 
@@ -246,34 +220,32 @@ class Session:
       num_tokens, temperature, top_k, top_p, stop_token, vocab_size
     )
     sampling.check_draw(config, self.model.config.vocab_size)
-    reader = self.fork()
-    length = 0 if prompt is None else np.shape(prompt)[-1]
+    now = self._now
     if not keep:
-      reader._forget_for(length + num_tokens)
+      length = 0 if prompt is None else np.shape(prompt)[-1]
+      now = session_programs.forget(
+        self._programs, self._prepared, now, length + num_tokens
+      )
     if prompt is not None:
-      reader.feed(prompt, reset=reset)
-    if not reader.clock.all():
+      _, now = self._read(now, prompt, reset, None)
+    if not now.clock.all():
       raise errors.UserError(
         'nothing was read yet that could be continued; give a prompt.'
       )
-    age = int(reader._age.max())
-    if self._limit is not None and age + num_tokens > self._limit:
+    limit, age = self._programs.max_stream, int(now.age.max())
+    if limit is not None and age + num_tokens > limit:
       raise errors.UserError(
         f'{num_tokens} tokens after the {age} that attention holds are more '
-        f'than model.max_length={self._limit}; ask for fewer.'
+        f'than model.max_length={limit}; ask for fewer.'
       )
     key = jax.random.key(0) if key is None else key
     draw = self._programs.make_draw(config)
-    generated = draw(self._prepared, reader.state, key)
+    generated = draw(self._prepared, now.state, key)
     if keep:
       mask = np.arange(num_tokens) < np.asarray(generated.lengths)[:, None]
       if mask.any():
-        reader.feed(np.asarray(generated.tokens), mask=mask)
-      self.state, self.clock, self._age = (
-        reader.state,
-        reader.clock,
-        reader._age,
-      )
+        _, now = self._read(now, np.asarray(generated.tokens), None, mask)
+      self._now = now
     return generated
 
   def fork(self) -> 'Session':
@@ -285,11 +257,11 @@ class Session:
 
   def mark(self) -> None:
     """Makes `rollback` return to the present."""
-    self._marked = self.state, self.clock, self._age
+    self._marked = self._now
 
   def rollback(self) -> None:
     """Returns to the last `mark`, `save`, `load`, `fork` or the beginning."""
-    self.state, self.clock, self._age = self._marked
+    self._now = self._marked
 
   def health(self) -> dict[str, levels.Health]:
     """Returns updates and drift of the levels; see `levels.health`."""
@@ -297,7 +269,8 @@ class Session:
 
   def split(self) -> list['Session']:
     """Returns one session per row."""
-    return [self._rows(slice(i, i + 1)) for i in range(self.num_rows)]
+    rows = (slice(i, i + 1) for i in range(self.num_rows))
+    return [self._with(self._now.take_rows(row)) for row in rows]
 
   def save(self, path: str | os.PathLike, *, lock: bool = True) -> None:
     """Writes the session to a file and marks it.
@@ -316,8 +289,8 @@ class Session:
       'tokenizer': self._tokenizer,
       'inner': session_files.write_inner(self.inner),
     }
-    clocks = {'clock': self.clock, 'age': self._age}
-    content = session_files.pack(metadata, clocks, self.state)
+    clocks = {'clock': self._now.clock, 'age': self._now.age}
+    content = session_files.pack(metadata, clocks, self._now.state)
     held = session_files.lock(path) if lock else contextlib.nullcontext()
     with held:
       self._check_unchanged(path)
@@ -375,11 +348,20 @@ class Session:
     session.mark()
     return session
 
-  def _rows(self, rows) -> 'Session':
+  def _read(self, now, tokens, reset, mask):
+    inputs = session_programs.check_inputs(
+      tokens,
+      reset,
+      mask,
+      num_rows=self.num_rows,
+      vocab_size=self.model.config.vocab_size,
+    )
+    return session_programs.read(self._programs, self._prepared, now, inputs)
+
+  def _with(self, now: session_programs.Snapshot) -> 'Session':
+    """Returns a session with other rows, which is in no file yet."""
     other = self.fork()
-    other._checksums = types.MappingProxyType({})  # the file has more rows
-    other.state = jax.tree.map(lambda x: x[rows], self.state)
-    other.clock, other._age = self.clock[rows], self._age[rows]
+    other._now, other._checksums = now, types.MappingProxyType({})
     other.mark()
     return other
 
@@ -410,7 +392,7 @@ class Session:
         f'the session {path} has clocks or tokens that no session of this '
         'model can have; use another path.'
       )
-    self.state, self.clock, self._age = state, clock.copy(), age.copy()
+    self._now = session_programs.Snapshot(state, clock.copy(), age.copy())
 
   def _remember(self, path, checksum) -> None:
     file = str(session_files.resolve(path))
@@ -435,30 +417,6 @@ class Session:
       'load it again, or save to another path.'
     )
 
-  def _make_room(self, state, clock, age):
-    """New streams for rows at a border whose next segment would not fit."""
-    size = self._programs.segment_size
-    if self._limit is None:
-      return state, age
-    full = (clock % size == 0) & (age + size > self._limit)
-    if full.any():
-      state = self._programs.restart(self._prepared, state, full)
-    return state, np.where(full, 0, age)
-
-  def _forget_for(self, num_tokens):
-    """New streams, if attention has no room; the open segment is dropped."""
-    if self._limit is None or self._age.max() + num_tokens <= self._limit:
-      return
-    everywhere = np.ones(self.num_rows, bool)
-    state = self._programs.restart(self._prepared, self.state, everywhere)
-    segment = state.stream.segment
-    segment = segment._replace(count=jnp.zeros_like(segment.count))
-    self.state = state._replace(stream=state.stream._replace(segment=segment))
-    # Rounds up to a border; a clock that has begun must not return to zero.
-    size = self._programs.segment_size
-    self.clock = self.clock // size * size + size * (self.clock > 0)
-    self._age = np.zeros_like(self._age)
-
 
 def join(sessions: Sequence[Session]) -> Session:
   """Returns one session with the rows of several sessions on one model.
@@ -478,12 +436,10 @@ def join(sessions: Sequence[Session]) -> Session:
       raise errors.UserError(
         'sessions of different checkpoints or levels cannot be joined.'
       )
-  joined = first.fork()
-  joined._checksums = types.MappingProxyType({})
-  joined.state = jax.tree.map(
-    lambda *x: jnp.concatenate(x), *(session.state for session in sessions)
+  snapshots = [session._now for session in sessions]
+  state = jax.tree.map(
+    lambda *x: jnp.concatenate(x), *(now.state for now in snapshots)
   )
-  joined.clock = np.concatenate([session.clock for session in sessions])
-  joined._age = np.concatenate([session._age for session in sessions])
-  joined.mark()
-  return joined
+  clock = np.concatenate([now.clock for now in snapshots])
+  age = np.concatenate([now.age for now in snapshots])
+  return first._with(session_programs.Snapshot(state, clock, age))
