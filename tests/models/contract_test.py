@@ -243,10 +243,10 @@ def make_streams(num_tokens):
   return np.stack(rows).astype(np.int32)
 
 
-class LongStreamTest(parameterized.TestCase):
+class _LongStream(parameterized.TestCase):
   """Untrained models stay finite on rows of many chunks.
 
-  Weights times 4 and 16 stand for what training may lead to.
+  Weights times 4 and 16 stand for weights that training may lead to.
   """
 
   def check(self, family, num_tokens, dtype):
@@ -276,11 +276,16 @@ class LongStreamTest(parameterized.TestCase):
         np.concatenate(finite).tolist(), [True] * 4, f'weights times {scale}'
       )
 
+
+class LongStreamTest(_LongStream):
   @parameterized.parameters(*models.zoo.FAMILIES)
   def test_finite(self, family):
     self.check(family, 320, 'float32')
 
-  @pytest.mark.slow
+
+# A mark of a parameterised test is lost; that of a class is not.
+@pytest.mark.slow
+class VeryLongStreamTest(_LongStream):
   @parameterized.product(
     family=tuple(models.zoo.FAMILIES), dtype=('float32', 'bfloat16')
   )
