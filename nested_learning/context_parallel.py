@@ -1,13 +1,13 @@
-"""A row's tokens over the devices of the mesh axis 'context'.
+"""Shares the tokens of a row among the devices of the mesh axis 'context'.
 
-Device i of n has the i-th part of a row, t / n tokens. What looks at one token
-at a time needs nothing for that. What mixes tokens needs what came before its
-part: a convolution and a window the tokens before (`halo`), attention to all
-the keys of every device (`ring_attention.py`), and a memory the state at the
-end of the part before (`hand_over`).
+Device i of n holds the i-th part of a row, t / n tokens. Operations on single
+tokens need no communication. A convolution or a window needs the tokens before
+its part (`halo`), full attention the keys of every device
+(`layers/ring_attention.py`), and a memory its state at the end of the previous
+part (`hand_over`).
 
-Functions here run under `jax.set_mesh`. Inside of them 'context' alone is in
-the hands of the function; rows and heads stay with the compiler.
+The functions run under `jax.set_mesh`. They shard 'context' by hand, and leave
+the sharding of rows and heads to the compiler.
 """
 
 from collections.abc import Callable
@@ -25,15 +25,15 @@ AXIS = 'context'
 
 
 def num_parts(num_tokens: int, *, multiple: int = 1) -> int:
-  """Into how many parts the mesh divides a call's tokens.
+  """Returns the number of parts into which the mesh divides the tokens.
 
   Args:
-    num_tokens: Of a row, t.
-    multiple: Of how many tokens a part has to be a multiple.
+    num_tokens: Tokens of a row, t.
+    multiple: Number of tokens that a part must be a multiple of.
 
   Returns:
-    The size of 'context'; 1, which is for all tokens on every device, where no
-    mesh has that axis, or it does not divide the tokens.
+    The size of 'context', or 1 (every device has all tokens) if the mesh has no
+    such axis or the axis does not divide the tokens.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or AXIS in mesh.manual_axes:
@@ -43,16 +43,16 @@ def num_parts(num_tokens: int, *, multiple: int = 1) -> int:
 
 
 def over_parts(function: Callable[..., Any], in_axes: Any, out_axes: Any):
-  """Makes `function` one of the parts that the devices along 'context' have.
+  """Maps a function over the parts of the devices along 'context'.
 
   Args:
-    function: Of arrays, each of a device's own part.
-    in_axes: Per argument the axis of its arrays that is divided, or None.
-    out_axes: Of its results likewise.
+    function: Function of one device's parts.
+    in_axes: For each argument, the axis of its arrays that is divided, or None.
+    out_axes: The same for each result.
 
   Returns:
-    A function of whole arrays. What `function` needs a gradient of has to be
-    an argument: it closes over nothing that has one.
+    A function of whole arrays. Gradients reach arguments only, not arrays that
+    `function` closes over.
   """
   as_spec = lambda axis: jsharding.PartitionSpec(
     *([] if axis is None else [None] * axis + [AXIS])
@@ -68,21 +68,21 @@ def over_parts(function: Callable[..., Any], in_axes: Any, out_axes: Any):
 
 
 def index() -> jax.Array:
-  """Which part this device has, inside `over_parts`."""
+  """Returns the index of this device's part, inside `over_parts`."""
   return jax.lax.axis_index(AXIS)
 
 
 def shift(x: Any, by: int, *, wrap: bool = False) -> Any:
-  """A pytree of the device `by` parts before, inside `over_parts`.
+  """Receives a pytree from the device `by` parts before, inside `over_parts`.
 
   Args:
-    x: Of this device.
-    by: How many parts before; below zero, after.
-    wrap: Whether the first device follows the last. Otherwise devices without
-      one before them get zeros.
+    x: Pytree of this device.
+    by: Distance in parts; negative for devices after this one.
+    wrap: Whether the first device follows the last. Otherwise the first `by`
+      devices receive zeros.
 
   Returns:
-    The same of that device.
+    The other device's pytree.
   """
   size = jax.lax.axis_size(AXIS)
   pairs = [(i, (i + by) % size) for i in range(size)]
@@ -92,11 +92,11 @@ def shift(x: Any, by: int, *, wrap: bool = False) -> Any:
 
 
 def halo(x: Any, num_tokens: int) -> Any:
-  """The tokens before this device's part, inside `over_parts`.
+  """Returns the tokens before this device's part, inside `over_parts`.
 
   Args:
-    x: A pytree of this device's [b, t, ...].
-    num_tokens: How many to take, w.
+    x: Pytree of this device's tokens, [b, t, ...].
+    num_tokens: Number of tokens to receive, w.
 
   Returns:
     A pytree of [b, w, ...], zeros before a row's start.
@@ -126,22 +126,22 @@ def hand_over(
   in_axes: Any,
   out_axes: Any,
 ) -> tuple[Any, Any]:
-  """Scans a row's parts one after the other, each on the device that has it.
+  """Scans the parts of a row one after the other, each on its own device.
 
-  Device i waits for the state that device i - 1 ends with, so that this is
-  exact. Rows of a device are handed over one by one: with r of them, device i
-  works on one while device i + 1 works on the one before, r + n - 1 turns in
-  all instead of r n. In the backward pass a part is scanned again, so that what
-  a device keeps is the states at its own parts' starts.
+  Device i starts from the final state of device i - 1, so that the result is
+  exact. The rows of a device form a pipeline: device i reads one row while
+  device i + 1 reads the row before it, in r + n - 1 turns for r rows instead of
+  r n. The backward pass scans every part again, and a device saves only the
+  states at the starts of its own parts.
 
   Args:
-    scan: `scan(params, state, tokens) -> (result, state)`, of any number of
+    scan: `scan(params, state, tokens) -> (result, state)`, for any number of
       rows [b, ...].
-    params: What all rows share.
+    params: Arguments that all rows share.
     start: Pytree of [b, ...], the state before the first token.
     tokens: Pytree of [b, ..., t, ...].
-    in_axes: For each array of the tokens, which axis is t (a prefix of them).
-    out_axes: Of the result likewise.
+    in_axes: The axis t of each array of the tokens, a prefix of their tree.
+    out_axes: The same for the result.
 
   Returns:
     The result, and the state after the last token.
@@ -190,7 +190,7 @@ def hand_over(
 
 
 def _num_groups(num_rows: int) -> int:
-  """Rows of one device, which it works on one after the other."""
+  """Returns the number of rows per device, the stages of the pipeline."""
   mesh = jax.sharding.get_abstract_mesh()
   sizes = [mesh.shape.get(axis, 1) for axis in sharding.ROWS]
   rows, rest = divmod(num_rows, math.prod(sizes))
@@ -198,10 +198,10 @@ def _num_groups(num_rows: int) -> int:
 
 
 def _split(num_groups: int, x: jax.Array) -> jax.Array:
-  """Rows [b, ...] as groups [g, b / g, ...]; no row changes its device."""
+  """Splits rows [b, ...] into groups [g, b / g, ...], each on its device."""
   return jnp.swapaxes(x.reshape(-1, num_groups, *x.shape[1:]), 0, 1)
 
 
 def _join(x: jax.Array) -> jax.Array:
-  """Groups [g, b / g, ...] as rows [b, ...]."""
+  """Joins groups [g, b / g, ...] to rows [b, ...]."""
   return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])

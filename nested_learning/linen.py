@@ -1,13 +1,13 @@
-"""One bridge that makes any layer or model of the package a Linen module.
+"""A bridge that makes any layer or model of the package a Linen module.
 
     module = linen.Bridge(layer)             # or linen.Bridge(model)
     variables = module.init(key, inputs)     # {'params': ...}
     outputs = module.apply(variables, inputs)
 
-Parameters live in 'params'. A stream is carried in the collection 'memory':
+Parameters live in 'params'. The collection 'memory' carries a stream:
 `apply(..., mutable=['memory'])` returns the state after the tokens, and a call
-with that state continues the stream. Without the collection every call starts
-one. From here Flax's own `nnx.bridge.ToNNX` leads to NNX.
+with that state continues the stream. A call without the collection starts a
+stream. Flax's `nnx.bridge.ToNNX` makes an NNX module of it.
 """
 
 from typing import Any
@@ -27,10 +27,10 @@ class Bridge(nn.Module):
   """A layer or a model as a Linen module.
 
   Attributes:
-    source: A `base.Layer`, applied to [b, t, e], or a `models.Model`, applied
+    source: A `layers.Layer`, applied to [b, t, e], or a `models.Model`, applied
       to tokens [b, t].
-    partitioned: Whether parameters are boxed with the names of their logical
-      axes, see `flax.linen.with_logical_partitioning`.
+    partitioned: Whether to box parameters with the names of their logical axes;
+      see `flax.linen.with_logical_partitioning`.
   """
 
   source: base.Layer | models.Model
@@ -45,18 +45,18 @@ class Bridge(nn.Module):
     mask: jax.Array | None = None,
     write: bool = True,
   ) -> jax.Array:
-    """Applies the source, continuing the stream in 'memory' if there is one.
+    """Applies the source; continues the stream in 'memory' if there is one.
 
     Args:
       inputs: [b, t, e] for a layer, int [b, t] for a model.
       reset: bool [b, t], True at a document's first token.
       mask: bool [b, t], False for padding.
-      write: False reads memories as they stand.
+      write: Whether memories are written; False only reads them.
 
     Returns:
       [b, t, e], or logits [b, t, v].
     """
-    # Flax freezes the dicts of attributes; the package's are plain ones.
+    # Flax freezes dicts in attributes, and the package's functions take dicts.
     params = core.unfreeze(
       {
         name: self.param(name, self._init, entry)
@@ -71,14 +71,14 @@ class Bridge(nn.Module):
         params, state, inputs, reset=reset, mask=mask, write=write
       )
     else:
-      marks = base.TokenInfo(reset, mask, write)
-      outputs, state = self.source.apply(params, state, inputs, marks)
+      info = base.TokenInfo(reset, mask, write)
+      outputs, state = self.source.apply(params, state, inputs, info)
     if not self.is_initializing() and self.is_mutable_collection(_COLLECTION):
       self.put_variable(_COLLECTION, 'state', state)
     return outputs
 
   def _init(self, key: jax.Array, entry: Any) -> Any:
-    """Initial values of one entry of the table, a parameter or a subtree."""
+    """Draws the initial values of one entry of the table."""
     values = parameters.init(key, entry)
     if not self.partitioned:
       return values

@@ -1,8 +1,8 @@
-"""One table declares every parameter: its shape, its logical axes, its init.
+"""Declarations of parameters: shape, logical axes, init and weight decay.
 
 A table is a nested dict whose leaves are `Param`. Initial values, counts,
-abstract shapes and shardings all derive from it, so that none of them can
-disagree with another.
+abstract shapes, shardings and the mask of weight decay derive from the table,
+so that they cannot disagree.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,10 +23,10 @@ class Param:
   """Declaration of one parameter.
 
   Attributes:
-    shape: Its shape.
-    axes: The logical name of each axis ('embed', 'heads', 'mlp', 'vocab', ...)
-      or None for an axis that is never sharded.
-    init: `init(key, shape, dtype)` gives the initial value.
+    shape: Shape of the array.
+    axes: Logical name of each axis ('embed', 'heads', 'mlp', 'vocab', ...), or
+      None for an axis that is never sharded.
+    init: `init(key, shape, dtype)` returns the initial value.
     decay: Whether weight decay pulls it to zero. True for the matrices that
       project activations; False for scales, biases, filters, embeddings and
       initial memories, whose size is part of what they say.
@@ -46,29 +46,36 @@ class Param:
 
 
 def normal(stddev: float) -> Initializer:
-  """An initializer that draws from a normal distribution."""
+  """Returns an initializer that draws from a normal distribution."""
   return jax.nn.initializers.normal(stddev)
 
 
 def fan_in(size: int, scale: float = 1.0) -> Initializer:
-  """Normal with standard deviation scale / sqrt(size), `size` inputs summed."""
+  """Returns a normal initializer with deviation scale / sqrt(size).
+
+  Sums over `size` inputs with entries of size one have size `scale`.
+  """
   return normal(scale / math.sqrt(size))
 
 
 def constant(value: float) -> Initializer:
-  """An initializer that fills with one value."""
+  """Returns an initializer that fills with one value."""
   return jax.nn.initializers.constant(value)
 
 
 def values(make: Callable[[], Any]) -> Initializer:
-  """An initializer that broadcasts given values, for instance one per head."""
+  """Returns an initializer that broadcasts given values, such as one per head.
+
+  Args:
+    make: Makes the values; called when the parameters are initialised.
+  """
   return lambda key, shape, dtype: jnp.broadcast_to(
     jnp.asarray(make(), dtype), shape
   )
 
 
 def stack(table: Table, num_layers: int) -> Table:
-  """The table of `num_layers` equal layers, stacked along a leading axis."""
+  """Returns the table of equal layers, stacked along a leading axis."""
 
   def stacked(param: Param) -> Param:
     def init(key, shape, dtype):
@@ -86,14 +93,14 @@ def stack(table: Table, num_layers: int) -> Table:
 
 
 def init(key: jax.Array, table: Table, dtype=jnp.float32) -> Any:
-  """Initial values of a table.
+  """Draws the initial values of a table.
 
-  Each parameter's key is derived from its path, so that adding or removing one
-  leaves the others as they were.
+  Each parameter's key is derived from its path, so that adding or removing a
+  parameter leaves the others unchanged.
 
   Args:
     key: A key from `jax.random.key`.
-    table: The parameters.
+    table: Declarations of the parameters.
     dtype: Type of every parameter.
 
   Returns:
@@ -108,19 +115,19 @@ def init(key: jax.Array, table: Table, dtype=jnp.float32) -> Any:
 
 
 def path_name(path) -> str:
-  """A tree path as text, for instance 'blocks/mixer/gate'."""
+  """Writes the path of a tree as text, such as 'blocks/mixer/gate'."""
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def abstract(table: Table, dtype=jnp.float32) -> Any:
-  """The table as `jax.ShapeDtypeStruct`s: nothing is allocated."""
+  """Returns the table as `jax.ShapeDtypeStruct`s, without allocating arrays."""
   return jax.tree.map(
     lambda p: jax.ShapeDtypeStruct(p.shape, dtype), table, is_leaf=_is_param
   )
 
 
 def count(table: Table) -> int:
-  """Number of parameters in a table."""
+  """Returns the number of weights in a table."""
   leaves = jax.tree.leaves(table, is_leaf=_is_param)
   return sum(math.prod(p.shape) for p in leaves)
 

@@ -1,13 +1,12 @@
-"""The mesh, and the one map from logical axes to mesh axes.
+"""The device mesh, and the map from logical axes to mesh axes.
 
-Rows of a batch lie over 'data' and 'fsdp' together. Along 'data' every device
-has the same parameters; along 'fsdp' each keeps a part of every matrix, and of
-what the optimiser knows of it, and a layer's matrices are put together where
-the layer is computed (`gather`). Along 'context' each has a part of a row's
-tokens, where rows are too long for one (`context_parallel.py`). 'model'
-divides the computation itself: heads, columns of MLPs, vocabulary. Slices that
-are joined by a slow network differ along 'data' alone, so that only gradients
-cross it.
+Rows of a batch are divided over 'data' and 'fsdp' together. Along 'data' every
+device has the same parameters. Along 'fsdp' each device keeps a part of every
+matrix and of its optimiser state; a layer gathers its matrices where it is
+computed (`gather`). Along 'context' each device has a part of a row's tokens,
+for rows too long for one device (`context_parallel.py`). 'model' divides the
+computation: heads, columns of MLPs, vocabulary. Slices joined by a slow network
+differ along 'data' alone, so that only gradients cross it.
 """
 
 import collections
@@ -26,9 +25,9 @@ from nested_learning import errors
 from nested_learning import parameters
 
 AXES = ('data', 'fsdp', 'context', 'model')
-ROWS = ('data', 'fsdp')  # what rows of a batch lie over
+ROWS = ('data', 'fsdp')  # mesh axes that divide the rows of a batch
 
-# Every other logical axis is whole on each device, or lies along 'fsdp'.
+# All other logical axes are replicated, or divided along 'fsdp'.
 RULES: Mapping[str, str] = {
   'heads': 'model',
   'mlp': 'model',
@@ -38,7 +37,7 @@ RULES: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """How many devices each mesh axis takes."""
+  """Number of devices along each mesh axis."""
 
   data: int = -1  # groups of rows; -1 takes as many as rows divide over
   model: int = 1  # devices that share the heads, MLPs and vocabulary of a row
@@ -63,16 +62,16 @@ def mesh_shape(
   num_processes: int = 1,
   num_rows: int | None = None,
 ) -> tuple[int, int, int, int]:
-  """The sizes of the axes ('data', 'fsdp', 'context', 'model').
+  """Returns the sizes of the axes ('data', 'fsdp', 'context', 'model').
 
-  With mesh.data=-1 the axis 'data' is the largest that `num_rows` divide over,
-  the same number of devices in every process; devices that are left are idle.
+  With mesh.data=-1 the axis 'data' is the largest that divides `num_rows` with
+  the same number of devices in every process; remaining devices are idle.
 
   Args:
     config: Size of each axis.
     num_devices: Devices of all processes together.
     num_processes: Processes, each with the same number of devices.
-    num_rows: Rows of a batch that are worked on together; None for any number.
+    num_rows: Rows of a batch computed together; None for any number.
 
   Returns:
     The four sizes.
@@ -116,9 +115,9 @@ def mesh_shape(
 def _num_groups(
   num_groups: int, fsdp: int, num_processes: int, num_rows: int | None
 ) -> int:
-  """Most groups that rows divide over, as many in each process; 0 for none."""
+  """Returns the largest number of groups that divides the rows; 0 for none."""
   if num_rows is None or num_groups % num_processes:
-    return num_groups  # a group spans processes, so that none may be idle
+    return num_groups  # groups span processes, and none may be idle
   for per_process in range(num_groups // num_processes, 0, -1):
     groups = per_process * num_processes
     if num_rows % groups == 0 and groups % fsdp == 0:
@@ -132,17 +131,17 @@ def make_mesh(
   num_rows: int | None = None,
   devices=None,
 ):
-  """Makes the mesh with the axes of `AXES`; all 1 on one device.
+  """Makes the mesh with the axes `AXES`, of size 1 each on one device.
 
-  Along 'data' and 'fsdp' the devices of a process lie side by side, so that it
-  makes consecutive rows of a batch (`process_slice`), and slices follow one
+  The devices of a process are neighbours along 'data' and 'fsdp', so that a
+  process makes consecutive rows of a batch (`process_slice`). Slices follow one
   another along 'data'.
 
   Args:
     config: Size of each axis.
-    num_rows: Rows of a batch that are worked on together; see `mesh_shape`.
-    devices: The devices to use, also of a topology that is not there; all of
-      them by default.
+    num_rows: Rows of a batch computed together; see `mesh_shape`.
+    devices: Devices to use, also those of a topology that is only compiled for;
+      `jax.devices()` by default.
 
   Returns:
     A `jax.sharding.Mesh`.
@@ -177,7 +176,7 @@ def make_mesh(
 
 
 def _place(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
-  """Which device is where in the mesh: neighbours in it are neighbours."""
+  """Arranges devices in the mesh so that neighbours are linked directly."""
   slices = len({getattr(device, 'slice_index', 0) for device in devices})
   if shape[0] % slices:
     raise errors.UserError(
@@ -202,19 +201,19 @@ def _place(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
 
 
 def num_row_groups(mesh) -> int:
-  """Into how many parts rows of a batch are divided."""
+  """Returns the number of parts into which the rows of a batch are divided."""
   return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def process_slice(mesh) -> tuple[int, int]:
-  """Which consecutive slice of the rows of a batch this process makes.
+  """Returns the consecutive slice of a batch's rows that this process makes.
 
   Args:
-    mesh: From `make_mesh`.
+    mesh: Mesh of `make_mesh`.
 
   Returns:
-    Its index and the number of slices. Processes that share their rows ('model'
-    or 'context' spans them) have the same index.
+    The index of the slice and the number of slices. Processes that 'model' or
+    'context' spans share their rows and have the same index.
   """
   here = jax.process_index()
   groups = mesh.devices.reshape(num_row_groups(mesh), -1)
@@ -227,17 +226,17 @@ def process_slice(mesh) -> tuple[int, int]:
 
 
 def param_spec(param: parameters.Param, mesh) -> jsharding.PartitionSpec:
-  """Which axis of a parameter lies along which axis of a mesh.
+  """Returns the mesh axis of each axis of a parameter.
 
-  By `RULES`; of what is left, a matrix has its longest axis along 'fsdp', if
-  that divides it. Vectors, which are small, are whole on each device.
+  `RULES` come first. Of the remaining axes of a matrix, the longest that
+  'fsdp' divides lies along 'fsdp'. Vectors are small and stay replicated.
 
   Args:
-    param: A row of a table.
+    param: Declaration of the parameter.
     mesh: A mesh, or an abstract one.
 
   Raises:
-    errors.UserError: A sharded axis is not a multiple of its mesh axis.
+    errors.UserError: If a sharded axis is not a multiple of its mesh axis.
   """
   spec = [RULES.get(axis) for axis in param.axes]
   for size, axis, mesh_axis in zip(param.shape, param.axes, spec, strict=True):
@@ -257,10 +256,10 @@ def param_spec(param: parameters.Param, mesh) -> jsharding.PartitionSpec:
 
 
 def param_shardings(table: parameters.Table, mesh) -> Any:
-  """The sharding of each parameter of a table, by `param_spec`.
+  """Returns the sharding of each parameter of a table; see `param_spec`.
 
   Raises:
-    errors.UserError: A sharded axis is not a multiple of its mesh axis.
+    errors.UserError: If a sharded axis is not a multiple of its mesh axis.
   """
   return parameters.map_params(
     lambda param: jsharding.NamedSharding(mesh, param_spec(param, mesh)), table
@@ -268,14 +267,14 @@ def param_shardings(table: parameters.Table, mesh) -> Any:
 
 
 def gather(params: Any, table: parameters.Table) -> Any:
-  """Parameters as a layer computes with them: whole along 'fsdp'.
+  """Gathers the parameters of a layer along 'fsdp'.
 
-  Their gradients go back to where the parameters are kept, summed on the way.
+  Their gradients are summed and scattered back to the parts that are kept.
 
   Args:
-    params: Parameters of `table`, under `jax.set_mesh`; where no mesh is set,
-      or none with an axis 'fsdp', they stay as they are.
-    table: What they are; a layer's own, without the axis of layers.
+    params: Parameters of `table`, under `jax.set_mesh`. Without a mesh, or with
+      'fsdp' of size 1, they are returned as they are.
+    table: Declarations of the layer, without the axis of layers.
 
   Returns:
     The same values.
@@ -310,7 +309,7 @@ def _gather_forward(kept, whole, x):
 
 
 def _gather_backward(kept, whole, _, gradient):
-  del whole  # summed where it is kept: a reduce-scatter
+  del whole  # the constraint makes the sum a reduce-scatter
   return (jax.lax.with_sharding_constraint(gradient, kept),)
 
 
@@ -318,10 +317,11 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def keep_rows(x: jax.Array) -> jax.Array:
-  """Keeps the rows of x [b, t, ...] where batches have them, the rest whole.
+  """Constrains x [b, t, ...] to the sharding of batches.
 
-  Tokens lie along 'context', if that divides them. Under no mesh, or where the
-  rows do not divide over it, x stays as it is.
+  Rows are divided over 'data' and 'fsdp', tokens over 'context' if it divides
+  them, and other axes are replicated. Without a mesh, or if the rows do not
+  divide, x is returned as it is.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not set(ROWS) <= set(mesh.shape):
@@ -335,12 +335,12 @@ def keep_rows(x: jax.Array) -> jax.Array:
 
 
 def pin_heads(tree: Any) -> Any:
-  """Keeps arrays [b, h, ...] where batches have rows and parameters heads.
+  """Constrains arrays [b, h, ...] to the sharding of batches and of heads.
 
-  What lies along their other axes is left to the compiler, as is everything
-  under no mesh, and an axis that its mesh axes do not divide. For what a loop
-  or the branches of a `cond` take and give: where nothing says how these lie,
-  the compiler may gather them anew every time.
+  Other axes are left to the compiler, and so is every axis that its mesh axes
+  do not divide. Use it for the inputs and outputs of a loop or of the branches
+  of a `cond`: without a constraint the compiler may gather them in every
+  iteration.
 
   Args:
     tree: A pytree of arrays.
@@ -367,21 +367,21 @@ def pin_heads(tree: Any) -> Any:
 
 
 def batch_sharding(mesh) -> jsharding.NamedSharding:
-  """The sharding of arrays [b, ...]: rows over 'data' and 'fsdp'.
+  """Returns the sharding of arrays [b, ...]: rows over 'data' and 'fsdp'.
 
-  Tokens, which are small, are whole along 'context': what is computed of them
-  is not (`keep_rows`).
+  Token ids are small and replicated along 'context'; activations are divided
+  (`keep_rows`).
   """
   return jsharding.NamedSharding(mesh, jsharding.PartitionSpec(ROWS))
 
 
 def replicated(mesh) -> jsharding.NamedSharding:
-  """The sharding of a value that every device holds whole."""
+  """Returns the sharding of a value that every device holds whole."""
   return jsharding.NamedSharding(mesh, jsharding.PartitionSpec())
 
 
 def bytes_per_device(shapes: Any, shardings: Any) -> int:
-  """Bytes that one device holds of a tree of shapes under given shardings."""
+  """Returns the bytes that one device holds of a tree of sharded arrays."""
   sizes = jax.tree.map(
     lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize,
     shapes,

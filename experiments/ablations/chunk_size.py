@@ -5,10 +5,11 @@ Command:
     --workdir=runs/chunk_size --seeds=3
 
 Hardware: two CPU cores, a few minutes for each of the 24 runs.
-Result: not run to its end yet.
+Result: not finished yet.
 
-The main memory's chunks times those of the others (keys, values, rates). The
-paper's token recurrence is 1, and it prints no chunk size for any of its runs.
+Chunks of the main memory are crossed with those of the other memories (keys,
+values, rates). The paper's token recurrence has chunks of 1; the paper gives no
+chunk size for its runs.
 """
 
 from experiments.ablations import small
@@ -17,12 +18,12 @@ from nested_learning import training
 
 
 def get_config() -> training.ExperimentConfig:
-  """The experiment."""
+  """Returns the experiment."""
   return small.make_config('chunk_size')
 
 
 def get_sweep() -> sweeps.Sweep:
-  """Chunks of the main memory by chunks of the others."""
+  """Returns the sweep over both chunk sizes."""
   return sweeps.Sweep(
     grid=(
       'model.mixer.chunk_size=4,16,64,256',

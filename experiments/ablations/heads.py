@@ -1,15 +1,15 @@
-"""The same width in one head or in eight.
+"""Number of heads at constant width.
 
 Command:
   python launch/sweep.py --config=experiments/ablations/heads.py \
     --workdir=runs/heads --seeds=3
 
 Hardware: two CPU cores, a few minutes for each of the 12 runs.
-Result: not run to its end yet.
+Result: not finished yet.
 
-A memory acts within its head: the state of a layer is in proportion to
-num_heads * head_dim**2, so that more heads are a smaller state. The paper's
-equations have one head, and it says nothing of more.
+A memory acts within its head. The state of a layer is proportional to
+num_heads * head_dim**2: at constant width, more heads make a smaller state. The
+paper's equations have one head, and it does not mention more.
 """
 
 from experiments.ablations import small
@@ -18,12 +18,12 @@ from nested_learning import training
 
 
 def get_config() -> training.ExperimentConfig:
-  """The experiment."""
+  """Returns the experiment."""
   return small.make_config('heads')
 
 
 def get_sweep() -> sweeps.Sweep:
-  """Heads at constant width."""
+  """Returns the sweep over the number of heads."""
   return sweeps.Sweep(
     rows=tuple(
       sweeps.Row(

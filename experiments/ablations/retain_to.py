@@ -1,4 +1,4 @@
-"""What a memory decays to: what it was learned to start from, or zero.
+"""Decay of a memory to its learned initial memory, or to zero.
 
 Command:
   python launch/sweep.py --config=experiments/ablations/retain_to.py \
@@ -6,12 +6,12 @@ Command:
 
 Hardware: two CPU cores, a minute for each of the 6 runs.
 Result, one seed, 200 steps of text (experiments/results/ablations/retain_to):
-2.815 bits per byte with the learned start, 2.884 with zero; writes are worth
-0.46 and 0.25 bits of a byte late in a row. Rates of that page are of runs that
+2.815 bits per byte with the initial memory, 2.884 with zero. Writes save 0.46
+and 0.25 bits of a byte late in a row. The speeds on that page are of runs that
 shared the machine.
 
-Read literally, the paper's retention decays to zero, and with it all that was
-learned about the start.
+Read literally, the paper's retention decays to zero, which erases the learned
+initial memory.
 """
 
 from experiments.ablations import small
@@ -20,12 +20,12 @@ from nested_learning import training
 
 
 def get_config() -> training.ExperimentConfig:
-  """The experiment."""
+  """Returns the experiment."""
   return small.make_config('retain_to')
 
 
 def get_sweep() -> sweeps.Sweep:
-  """Both references of the retention."""
+  """Returns the sweep over both limits."""
   return sweeps.Sweep(
     grid=('model.mixer.retain_to=initial,zero',),
     metrics=small.METRICS,

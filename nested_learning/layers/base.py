@@ -1,4 +1,4 @@
-"""The type of a layer, of its inputs' marks, and of a mixer's config."""
+"""Types of layers: parameters, state and two pure functions."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -9,15 +9,16 @@ from nested_learning import parameters
 
 
 class TokenInfo(NamedTuple):
-  """What is marked on the tokens of a call; None where nothing is.
+  """Facts about the tokens of a call.
 
   Attributes:
-    reset: bool [b, t], True at the first token of a document: everything that
-      came before in its row is forgotten.
-    mask: bool [b, t], False for padding: an exact no-op on every state.
-    write: Whether memories write. With False they are read as they stand.
-    lesson: A `layers.cms.Lesson` where the levels of a chain say on the way how
-      they would learn from it; only trunks look at it.
+    reset: bool [b, t], True at the first token of a document, which forgets
+      everything before it in its row; None for no document borders.
+    mask: bool [b, t], False for padding, which changes no state; None for no
+      padding.
+    write: Whether memories are written; False only reads them.
+    lesson: A `layers.cms.Lesson` whose gradients the levels of the chain
+      return, or None. Only trunks read it.
   """
 
   reset: jax.Array | None = None
@@ -27,17 +28,20 @@ class TokenInfo(NamedTuple):
 
 
 def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-  """Makes the backward pass compute elementwise work again, not keep it.
+  """Recomputes a function in the backward pass, which saves its inputs only.
 
-  Of such work the arguments alone are kept, which are there anyway or a few
-  among many; a product of matrices that it ends in is not computed again.
+  Use it around elementwise operations, which cost less than the memory of their
+  results. A matrix product at the end is not recomputed: its gradient needs its
+  inputs alone.
 
   Args:
-    function: Of arrays.
+    function: A function of arrays.
 
   Returns:
     The same function.
   """
+  # Blocks run in a scan, in which XLA cannot merge the recomputation with the
+  # forward pass: the barriers that prevent this would only cost time.
   return jax.checkpoint(function, prevent_cse=False)
 
 
@@ -45,11 +49,11 @@ class Layer(NamedTuple):
   """A layer as a table of parameters and two pure functions.
 
   Attributes:
-    table: Its parameters, see `nested_learning.parameters`.
+    table: Declarations of the parameters, see `nested_learning.parameters`.
     init_state: `init_state(params, batch_size) -> state` at a stream's start.
-    apply: `apply(params, state, inputs, marks) -> (outputs, state)` with inputs
-      and outputs [b, t, e]. `state=None` means a stream's start, and spares the
-      bookkeeping that a call in the middle of a stream needs.
+    apply: `apply(params, state, inputs, info) -> (outputs, state)` with inputs
+      and outputs [b, t, e] and a `TokenInfo`. `state=None` means a stream's
+      start, which is faster than a call with the state of `init_state`.
   """
 
   table: parameters.Table
@@ -62,12 +66,12 @@ def make_layer(
   init_state: Callable[[Any, int], Any],
   apply: Callable[[Any, Any, jax.Array, TokenInfo], tuple[jax.Array, Any]],
 ) -> Layer:
-  """Makes a layer; a call without tokens leaves its state as it is.
+  """Makes a layer whose calls without tokens leave the state unchanged.
 
   Args:
     table: See `Layer`.
     init_state: See `Layer`.
-    apply: See `Layer`; it is called with at least one token.
+    apply: See `Layer`; called with at least one token.
 
   Returns:
     A `Layer`.
@@ -84,22 +88,22 @@ def make_layer(
 
 
 class MixerConfig(Protocol):
-  """The config of a layer that mixes tokens."""
+  """Config of a layer that mixes tokens."""
 
   @property
   def holds_any_length(self) -> bool:
-    """Whether a stream may have any length; False if the state can fill up."""
+    """Whether a stream may have any length; False if its state can be full."""
 
   @property
   def granularity(self) -> int:
-    """Tokens that devices must not divide when they share a row."""
+    """Tokens per device must be a multiple of it if devices share a row."""
 
   def make(self, *, embed_dim: int, max_length: int, dtype: Any) -> Layer:
     """Makes the layer.
 
     Args:
       embed_dim: Width e of inputs and outputs.
-      max_length: Tokens a stream may have, if `holds_any_length` is False.
+      max_length: Longest stream in tokens, if `holds_any_length` is False.
       dtype: Type of the projections.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The engine that a layer's memories take, and the devices they are on."""
+"""Runs the memories of a layer: chunk by chunk, for one token, or in parts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,25 +17,25 @@ def run(
   initial: Any,
   state: memory.State | None,
   inputs: Any,
-  marks: base.TokenInfo,
+  info: base.TokenInfo,
   *,
   engine: str = 'chunk',
 ) -> tuple[memory.Result, memory.State]:
   """Reads and writes memories, chunk by chunk or a single token.
 
-  Where devices share the tokens of rows, in whole chunks, each waits for the
-  memories as the one before it leaves them: see `context_parallel.hand_over`.
+  If devices share the tokens of rows, in whole chunks, each device waits for
+  the memories of the device before it; see `context_parallel.hand_over`.
 
   Args:
-    make: `make(params, num_rows) -> (network, project)`, of
+    make: `make(params, num_rows) -> (network, project)`, the arguments of
       `memory.scan_chunks`.
-    params: What that needs of the layer's parameters.
+    params: Parameters that `make` needs; gradients flow through them.
     rule: How the memories are written and read.
     initial: Initial memory per map, [h, ..., out, in].
-    state: Where the stream stands; None is its start.
-    inputs: What `project` takes, a pytree of [b, h, t, ...].
-    marks: Of the tokens.
-    engine: 'token' for the definition, which is slow.
+    state: State of the stream; None at its start.
+    inputs: Argument of `project`, a pytree of [b, h, t, ...].
+    info: Borders and padding among the tokens, and whether to write.
+    engine: 'chunk', or 'token' for the definition, which is slow.
 
   Returns:
     The `Result`, and the state after the tokens.
@@ -44,15 +44,15 @@ def run(
   if (
     engine == 'chunk'
     and state is None
-    and marks.mask is None
+    and info.mask is None
     and context_parallel.num_parts(num_tokens, multiple=rule.chunk_size) > 1
   ):
-    return _run_parts(make, params, rule, initial, inputs, marks)
+    return _run_parts(make, params, rule, initial, inputs, info)
   call = memory.scan_chunks
   if engine == 'token' or (state is not None and num_tokens == 1):
     call = memory.scan_tokens
     if state is None:
-      state = _start(rule, initial, num_rows)
+      state = memory.init_state(rule, initial, num_rows)
   network, project = make(params, num_rows)
   with jax.named_scope('memory'):  # in profiles and compiled programs
     return call(
@@ -62,14 +62,14 @@ def run(
       state,
       inputs,
       project=project,
-      reset=marks.reset,
-      mask=marks.mask,
-      write=marks.write,
+      reset=info.reset,
+      mask=info.mask,
+      write=info.write,
     )
 
 
-def _run_parts(make, params, rule, initial, inputs, marks):
-  """A stream's start, over the devices."""
+def _run_parts(make, params, rule, initial, inputs, info):
+  """Runs a stream's start over devices that share its tokens."""
   num_rows = jax.tree.leaves(inputs)[0].shape[0]
 
   def scan(shared, state, tokens):
@@ -84,7 +84,7 @@ def _run_parts(make, params, rule, initial, inputs, marks):
         inputs,
         project=project,
         reset=reset,
-        write=marks.write,
+        write=info.write,
         starts_chunk=True,
       )
     return result, state._replace(anchor=None)
@@ -92,13 +92,9 @@ def _run_parts(make, params, rule, initial, inputs, marks):
   result, state = context_parallel.hand_over(
     scan,
     (params, initial),
-    _start(rule, initial, num_rows)._replace(anchor=None),
-    (inputs, marks.reset),
+    memory.init_state(rule, initial, num_rows)._replace(anchor=None),
+    (inputs, info.reset),
     in_axes=(2, 1),
     out_axes=2,
   )
   return result, state._replace(anchor=state.memory)
-
-
-def _start(rule, initial, num_rows):
-  return memory.init_state(rule, initial, num_rows)
