@@ -32,7 +32,7 @@ from absl import flags  # noqa: E402
 from launch import programs  # noqa: E402
 from launch import targets  # noqa: E402
 from launch import workdirs  # noqa: E402
-from launch.targets import accelerators  # noqa: E402
+from nested_learning import accelerators  # noqa: E402
 from nested_learning import configs  # noqa: E402
 from nested_learning import distributed  # noqa: E402
 from nested_learning import errors  # noqa: E402
@@ -192,14 +192,10 @@ def _compile(workdir: pathlib.Path) -> int:
       f'--config={_CONFIG.value} has its own run() and no training step to '
       'compile; name an experiment of the trainer.'
     )
-  from nested_learning import compilation
-  from nested_learning.training import ahead_of_time
+  from nested_learning import planning
 
-  pod = compilation.Pod(
-    topology.generation.name, topology.shape, topology.num_slices
-  )
-  summary = ahead_of_time.run(
-    experiment.config, pod, workdir, suggest=_SUGGEST.value
+  summary = planning.run(
+    experiment.config, topology, workdir, suggest=_SUGGEST.value
   )
   return 0 if summary['fits'] else 1
 

@@ -19,6 +19,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 # A room may import its own tier and those above it in this list.
 _TIERS = (
   (
+    'accelerators',
     'errors',
     'files',
     'markdown',
@@ -27,7 +28,6 @@ _TIERS = (
     'parameters',
     'sharding',
     'context_parallel',
-    'costs',
     'compilation',
     'configs',
     'data',
@@ -37,7 +37,7 @@ _TIERS = (
   ),
   ('memory', 'layers', 'levels'),
   ('models', 'linen'),
-  ('training', 'inference', 'evaluation'),
+  ('training', 'planning', 'inference', 'evaluation'),
 )
 
 

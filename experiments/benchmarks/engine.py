@@ -42,7 +42,7 @@ import tqdm
 
 from experiments import report_files
 from experiments.benchmarks import timing
-from nested_learning import costs
+from nested_learning import compilation
 from nested_learning import data
 from nested_learning import errors
 from nested_learning import models
@@ -178,7 +178,9 @@ def _training_steps(config: BenchmarkConfig, rate: float) -> dict[str, float]:
       'reset': jnp.zeros(tokens.shape, bool),
     }
     functions[name] = jax.jit(step), state, batch
-    flops[name] = costs.matmul_flops(_gradient(model), state.params, tokens)
+    flops[name] = compilation.matmul_flops(
+      _gradient(model), state.params, tokens
+    )
     counts[name] = parameters.count(model.table)
   seconds = timing.fastest(functions, config.step_repeats)
   return {

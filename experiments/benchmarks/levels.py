@@ -38,7 +38,7 @@ import optax
 import tqdm
 
 from experiments import report_files
-from nested_learning import costs
+from nested_learning import compilation
 from nested_learning import errors
 from nested_learning import inference
 from nested_learning import levels
@@ -192,7 +192,7 @@ def _bound(session: inference.Session) -> float:
   reader = models.make_model(model.config, session.inner).reader
   tokens = jax.ShapeDtypeStruct((1, session.segment_size), np.int32)
   params = jax.eval_shape(reader.prepare, session.params)
-  count = lambda function, init: costs.matmul_flops(
+  count = lambda function, init: compilation.matmul_flops(
     function, params, jax.eval_shape(lambda p: init(p, 1), params), tokens
   )
   return count(model.forward, model.init_state) / count(

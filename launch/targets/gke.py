@@ -8,8 +8,8 @@ without one, folders are not renamed atomically, as checkpoints require.
 from typing import Any
 
 from launch import scripts
-from launch.targets import accelerators
 from launch.targets import jobs
+from nested_learning import accelerators
 from nested_learning import errors
 
 _IMAGE = 'REGION-docker.pkg.dev/PROJECT/REPOSITORY/nested-learning:latest'
@@ -130,8 +130,9 @@ def _pod(
 ) -> dict[str, Any]:
   """Returns the pod of one machine; GKE adds TPU_WORKER_* and MEGASCALE_*."""
   bucket = jobs.bucket_of('gke', job)
+  accelerator = topology.generation.cloud.gke_accelerator
   selector = {
-    'cloud.google.com/gke-tpu-accelerator': topology.generation.gke_accelerator,
+    'cloud.google.com/gke-tpu-accelerator': accelerator,
     'cloud.google.com/gke-tpu-topology': 'x'.join(map(str, topology.shape)),
   }
   if job.spot:

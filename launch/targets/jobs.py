@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from absl import flags
 
-from launch.targets import accelerators
 from launch.targets import xla_flags
+from nested_learning import accelerators
 from nested_learning import errors
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

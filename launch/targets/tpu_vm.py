@@ -136,7 +136,7 @@ def plan(job: jobs.Job) -> jobs.Plan:
   """Plans a run on slices of TPU VMs, as in --topology=v5e:16x16."""
   topology = jobs.needs('tpu-vm', job, 'tpu')
   generation = topology.generation
-  if generation.tpu_vm is None:
+  if generation.cloud.tpu_vm is None:
     raise errors.UserError(
       f'--target=tpu-vm has no {generation.name}, since the TPU API does not '
       'offer it; use --target=gke.'
@@ -153,10 +153,10 @@ def plan(job: jobs.Job) -> jobs.Plan:
     command=scripts.join(command),
     ours=scripts.quote(ours),
   )
-  number = topology.chips_per_slice * generation.cores_per_chip
+  number = topology.chips_per_slice * generation.cloud.cores_per_chip
   request = [
-    f'--accelerator-type={generation.tpu_vm}-{number}',
-    f'--runtime-version={generation.runtime}',
+    f'--accelerator-type={generation.cloud.tpu_vm}-{number}',
+    f'--runtime-version={generation.cloud.runtime}',
   ]
   nodes = [job.name]
   if topology.num_slices > 1:

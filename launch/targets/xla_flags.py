@@ -6,7 +6,7 @@ against the compilers. `--env=LIBTPU_INIT_ARGS=...` or `--env=XLA_FLAGS=...`
 adds flags after these, and the last one wins.
 """
 
-from launch.targets import accelerators
+from nested_learning import accelerators
 
 _TPUS = ('v4', 'v5e', 'v5p', 'v6e', 'tpu7x')
 _GPUS = ('a100', 'h100', 'h200', 'b200')

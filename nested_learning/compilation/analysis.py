@@ -6,10 +6,10 @@ import math
 import re
 from typing import NamedTuple
 
+from nested_learning import accelerators
 from nested_learning.compilation import collectives as collectives_lib
-from nested_learning.compilation import hardware
+from nested_learning.compilation import flops as flops_lib
 from nested_learning.compilation import hlo
-from nested_learning.compilation import matmuls
 from nested_learning.compilation import memory_traffic
 
 ASSUMPTIONS = (
@@ -104,9 +104,9 @@ def analyze(text: str, mesh_shape: Mapping[str, int]) -> Analysis:
       for name in instruction.operands
       if name in computation and computation[name].shapes
     ]
-    found = executed.times * matmuls.flops(instruction, operands)
+    found = executed.times * flops_lib.instruction_flops(instruction, operands)
     if found:
-      flops[matmuls.precision(instruction, operands)] += found
+      flops[flops_lib.precision(instruction, operands)] += found
       memory_flops += found * is_of_memory(instruction.op_name)
   in_memory = lambda instruction: is_of_memory(instruction.op_name)
   share = lambda count: count(program, in_memory) / max(count(program), 1.0)
@@ -121,28 +121,26 @@ def analyze(text: str, mesh_shape: Mapping[str, int]) -> Analysis:
 
 
 def estimate_seconds(
-  analysis: Analysis, chip: hardware.Chip, *, num_per_node: int | None = None
+  analysis: Analysis, topology: accelerators.Topology
 ) -> dict[str, float]:
-  """How long one run takes, under `ASSUMPTIONS`.
+  """Estimates how long one run takes at least, under `ASSUMPTIONS`.
 
   Args:
     analysis: The costs.
-    chip: What the device is; several devices of a chip share it evenly.
-    num_per_node: Devices that are joined by links; beyond them, and between
-      slices, is the network. None where all of a slice are.
+    topology: The hardware. Devices of one chip share it evenly.
 
   Returns:
-    Seconds by what takes them, and of the step.
+    Seconds by cause, and of the step.
   """
-  share = 1 / chip.devices_per_chip
+  chip = topology.generation.chip
+  share = 1 / topology.generation.devices_per_chip
   passes = {'native': 1, **chip.float32_passes}
   matmul = sum(n * passes[kind] for kind, n in analysis.flops.items())
   linked = networked = 0.0
   for collective in analysis.collectives:
     size = collective.num_bytes * collective.times
-    if collective.kind == 'send' or collective.spans > (
-      num_per_node or math.inf
-    ):
+    linked_devices = topology.linked_devices or math.inf
+    if collective.kind == 'send' or collective.spans > linked_devices:
       networked += size
     else:
       linked += size

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nested_learning import accelerators
 from nested_learning.compilation import analysis
 from nested_learning.compilation import collectives
-from nested_learning.compilation import hardware
 from nested_learning.compilation import hlo
 
 _MESH = {'data': 2, 'fsdp': 2, 'model': 2}
@@ -199,8 +199,9 @@ class CollectivesTest(parameterized.TestCase):
   def test_seconds_of_what_is_sent(self):
     text = _TPU.format(groups='replica_groups=[4,2]<=[8]')
     found = analysis.analyze(text, _MESH)
-    chip = hardware.CHIPS['v5e']
-    seconds = analysis.estimate_seconds(found, chip)
+    topology = accelerators.find('v5e:2x4')
+    chip = topology.generation.chip
+    seconds = analysis.estimate_seconds(found, topology)
     self.assertAlmostEqual(
       seconds['link_seconds'], 2 * _BYTES / chip.link_bandwidth
     )
@@ -213,7 +214,8 @@ class CollectivesTest(parameterized.TestCase):
       on_chip + seconds['link_seconds'] + seconds['network_seconds'],
     )
     # Nodes of one GPU are joined by the network alone.
-    far = analysis.estimate_seconds(found, chip, num_per_node=1)
+    nodes = accelerators.find('h100:8x1')
+    far = analysis.estimate_seconds(found, nodes)
     self.assertEqual(far['link_seconds'], 0.0)
 
 

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_learning import costs
+from nested_learning import compilation
 from nested_learning.compilation import analysis
+from nested_learning.compilation import flops
 from nested_learning.compilation import hlo
-from nested_learning.compilation import matmuls
 from nested_learning.compilation import memory_traffic
 
 # As libtpu writes a scan: its length is a constant of the condition.
@@ -92,8 +92,8 @@ class HloTest(parameterized.TestCase):
     main = program.computations['main']
     operands = [main[name].shapes[0] for name in ('a', 'b')]
     expected = 2 * 4 * 64 * 256 * 770
-    self.assertEqual(matmuls.flops(main['c'], operands), expected)
-    self.assertEqual(matmuls.precision(main['c'], operands), 'highest')
+    self.assertEqual(flops.instruction_flops(main['c'], operands), expected)
+    self.assertEqual(flops.precision(main['c'], operands), 'highest')
 
   def test_refuses_what_is_no_program(self):
     with self.assertRaisesRegex(ValueError, 'no compiled program'):
@@ -119,7 +119,9 @@ class HloTest(parameterized.TestCase):
     a = jax.ShapeDtypeStruct((2, 32, 64), np.float32)
     b = jax.ShapeDtypeStruct((64, 64), np.float32)
     found = _compile(function, a, b)
-    self.assertEqual(found.total_flops, costs.matmul_flops(function, a, b))
+    self.assertEqual(
+      found.total_flops, compilation.matmul_flops(function, a, b)
+    )
 
   def test_a_slice_of_a_stack_is_all_that_a_step_reads(self):
     def total(stack):

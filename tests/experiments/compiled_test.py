@@ -10,7 +10,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from experiments import compiled
-from launch.targets import accelerators
+from nested_learning import accelerators
 from nested_learning import configs
 from nested_learning import errors
 from nested_learning import sharding

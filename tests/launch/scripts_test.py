@@ -21,8 +21,8 @@ import yaml
 from launch import scripts
 from launch import sweeps
 from launch import targets
-from launch.targets import accelerators
 from launch.targets import jobs
+from nested_learning import accelerators
 from nested_learning import errors
 
 # Each leaves a file if a shell runs a part of it.

@@ -24,10 +24,10 @@ from absl.testing import parameterized
 import yaml
 
 from launch import targets
-from launch.targets import accelerators
 from launch.targets import jobs
 from launch.targets import local_procs
 from launch.targets import xla_flags
+from nested_learning import accelerators
 from nested_learning import errors
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]

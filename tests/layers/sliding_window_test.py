@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_learning import costs
+from nested_learning import compilation
 from nested_learning import layers
 from nested_learning import parameters
 from nested_learning.layers import attention
@@ -168,7 +168,7 @@ class SlidingWindowTest(parameterized.TestCase):
     def flops(num_tokens):
       x = jax.ShapeDtypeStruct((1, num_tokens, _EMBED), jnp.float64)
       run = lambda x: layer.apply(params, None, x, layers.TokenInfo())
-      return costs.matmul_flops(run, x)
+      return compilation.matmul_flops(run, x)
 
     per_block = flops(512) - flops(504)
     self.assertEqual(flops(4096) - flops(512), per_block * (4096 - 512) // 8)

@@ -15,22 +15,22 @@ from absl.testing import parameterized
 import jax
 import pytest
 
+from nested_learning import accelerators
 from nested_learning import compilation
-from nested_learning import costs
 from nested_learning import data
 from nested_learning import errors
 from nested_learning import levels
 from nested_learning import models
 from nested_learning import sharding
 from nested_learning import training
-from nested_learning.training import ahead_of_time
-from nested_learning.training import compiled_tables
-from nested_learning.training import suggestions
+from nested_learning.planning import ahead_of_time
+from nested_learning.planning import suggestions
+from nested_learning.planning import tables
 from tests import compiling
 from tests.training import tiny
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
-_POD = compilation.Pod('v5e', (2, 4))
+_TOPOLOGY = accelerators.find('v5e:2x4')
 _BATCH = data.DataConfig(
   source='none',  # nothing is read
   tokenizer='none.model',
@@ -58,7 +58,7 @@ class AheadOfTimeTest(parameterized.TestCase):
   def test_what_a_summary_says(self):
     config = _config(data=2, fsdp=2, model=2)
     with compiling.quickly():
-      summary = ahead_of_time.compile_for(config, _POD, jax.devices())
+      summary = ahead_of_time.compile_for(config, _TOPOLOGY, jax.devices())
     self.assertTrue(summary['fits'])
     self.assertEqual(
       summary['mesh'], {'data': 2, 'fsdp': 2, 'context': 1, 'model': 2}
@@ -89,7 +89,7 @@ class AheadOfTimeTest(parameterized.TestCase):
     self.assertAlmostEqual(summary['argument_bytes'], kept + batch, delta=2048)
     whole = 3 * 4 * summary['parameters']  # Adam has two moments
     self.assertLess(summary['argument_bytes'], whole / 3)
-    text = compiled_tables.describe(config, summary)
+    text = tables.describe(config, summary)
     self.assertIn('| all_gather_fsdp', text)
     self.assertIn('| blocks/mixer/out', text)
     self.assertIn('heads: model, embed: fsdp', text)
@@ -111,8 +111,8 @@ class AheadOfTimeTest(parameterized.TestCase):
     function = lambda a, b: jax.numpy.tanh(a @ b) @ b
     x = jax.ShapeDtypeStruct((8, 8), 'float32')
     self.assertEqual(
-      costs.jaxpr_flops(jax.jit(function).trace(x, x).jaxpr),
-      costs.matmul_flops(function, x, x),
+      compilation.jaxpr_flops(jax.jit(function).trace(x, x).jaxpr),
+      compilation.matmul_flops(function, x, x),
     )
 
   @parameterized.parameters(
@@ -127,14 +127,14 @@ class AheadOfTimeTest(parameterized.TestCase):
     )
     with mock.patch.object(compilation, 'compile') as compiles:
       with self.assertRaisesRegex(errors.UserError, message):
-        ahead_of_time.compile_for(config, _POD, jax.devices())
+        ahead_of_time.compile_for(config, _TOPOLOGY, jax.devices())
     compiles.assert_not_called()
 
   def test_refuses_a_folder_that_holds_a_run(self):
     folder = self.create_tempdir()
     folder.create_file('config.json')
     with self.assertRaisesRegex(errors.UserError, 'holds a run'):
-      ahead_of_time.run(_config(), _POD, pathlib.Path(folder.full_path))
+      ahead_of_time.run(_config(), _TOPOLOGY, pathlib.Path(folder.full_path))
 
   @parameterized.parameters(('v5e', 'libtpu'), ('h100', 'plugin for CUDA'))
   def test_says_what_the_compiler_needs(self, name, missing):
@@ -143,8 +143,9 @@ class AheadOfTimeTest(parameterized.TestCase):
       mock.patch.dict(os.environ),
     ):
       os.environ.pop('TPU_LIBRARY_PATH', None)
+      topology = accelerators.find(f'{name}:2x2')
       with self.assertRaisesRegex(errors.UserError, f'{missing}.*pip install'):
-        compilation.find_devices(name, (2, 2))
+        compilation.find_devices(topology)
 
 
 class SuggestionsTest(parameterized.TestCase):
@@ -157,7 +158,7 @@ class SuggestionsTest(parameterized.TestCase):
       return None if fits(config) else 'Used 20G of 15.75G hbm'
 
     with mock.patch.object(suggestions, '_try', try_one):
-      return suggestions.find(_config(), _POD, jax.devices()), seen
+      return suggestions.find(_config(), _TOPOLOGY, jax.devices()), seen
 
   def test_takes_the_first_that_fits(self):
     (config, tried), seen = self.find(lambda config: True)
@@ -172,7 +173,7 @@ class SuggestionsTest(parameterized.TestCase):
     self.assertLen(seen, 2)
     kept = lambda c: c.micro_batch_size * c.mesh.model
     self.assertLess(kept(seen[1]), kept(seen[0]))
-    text = compiled_tables.describe_tried(tried)
+    text = tables.describe_tried(tried)
     self.assertIn('15.75G', text)
     self.assertIn('--set=mesh.model=1 --set=mesh.fsdp=8', text)
 
@@ -185,7 +186,7 @@ class SuggestionsTest(parameterized.TestCase):
       _config(), data=dataclasses.replace(_BATCH, batch_size=3)
     )
     with self.assertRaisesRegex(errors.UserError, '3 rows'):
-      suggestions.find(config, _POD, jax.devices())
+      suggestions.find(config, _TOPOLOGY, jax.devices())
 
 
 class CompilerTest(parameterized.TestCase):
@@ -212,7 +213,7 @@ class CompilerTest(parameterized.TestCase):
         ['model.num_layers=1', 'data.sequence_length=256',
          'data.batch_size=16'],
       )""",
-      "compilation.Pod('h100', (1, 8))",
+      'h100:1x8',
     )
     self.assertEqual(summary['collectives_in_memory_scans'], 0)
     self.assertGreater(summary['flops_in_memories'], 0)
@@ -225,7 +226,7 @@ class CompilerTest(parameterized.TestCase):
       self.skipTest("libtpu is not installed: pip install '.[tpu]'")
     summary, printed = self.compile(
       f'ahead_of_time_test._config({name!r}, data=2, fsdp=2)',
-      "compilation.Pod('v5e', (2, 2))",
+      'v5e:2x2',
     )
     self.assertTrue(summary['fits'])
     self.assertAlmostEqual(summary['flops_ratio'], 1.0, delta=0.02)
@@ -233,17 +234,18 @@ class CompilerTest(parameterized.TestCase):
     self.assertBetween(summary['mfu_estimate'], 0.0, summary['mfu_bound'])
     self.assertIn(f'# {name} on v5e:2x2', printed)
 
-  def compile(self, config, pod):
+  def compile(self, config, topology):
     """Summary and what is printed, of a process that libtpu may end."""
     code = f"""
 import pathlib
-from nested_learning import compilation
+from nested_learning import accelerators
 from nested_learning import configs
-from nested_learning.training import ahead_of_time
-from tests.training import ahead_of_time_test
+from nested_learning import planning
+from tests.planning import ahead_of_time_test
 
 config = {textwrap.dedent(config)}
-ahead_of_time.run(config, {pod}, pathlib.Path('.'))
+topology = accelerators.find({topology!r})
+planning.run(config, topology, pathlib.Path('.'))
 """
     folder = self.create_tempdir().full_path
     path = [str(_ROOT), os.environ.get('PYTHONPATH', '')]

@@ -1,20 +1,90 @@
-"""The matmul FLOPs of a compiled program, as its instructions say them."""
+"""Counts the FLOPs of matmuls, in a jaxpr and in a compiled program."""
 
+from collections.abc import Callable
 import math
 import re
+from typing import Any
+
+import jax
 
 from nested_learning.compilation import hlo
 
 _WINDOW_FIELDS = ('size', 'stride', 'pad', 'lhs_dilate', 'rhs_dilate')
 
 
-def flops(instruction: hlo.Instruction, operands: list[hlo.Shape]) -> int:
-  """FLOPs of one product, multiply and add apart; 0 of anything else.
+def matmul_flops(function: Callable[..., Any], *args: Any) -> int:
+  """Counts the FLOPs of the matmuls of one call, of all devices together.
+
+  The body of a scan counts as often as it runs, recomputation by
+  `jax.checkpoint` counts, the most expensive branch of a `cond` counts, and a
+  `while` loop, whose length is not known, counts as one pass.
 
   Args:
-    instruction: A dot, a convolution (which is what a TPU makes of dots), or a
-      call of a GPU's library.
-    operands: Shapes of what it multiplies.
+    function: Function that JAX can trace.
+    *args: Arrays or `jax.ShapeDtypeStruct`s.
+
+  Returns:
+    FLOPs; a multiplication and an addition are two.
+  """
+  return jaxpr_flops(jax.make_jaxpr(function)(*args))
+
+
+def jaxpr_flops(jaxpr: Any) -> int:
+  """Counts as `matmul_flops` does, from a jaxpr."""
+  return _count(_open(jaxpr))
+
+
+def _count(jaxpr) -> int:
+  total = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      total += _dot_flops(equation)
+      continue
+    counts = [_count(_open(sub)) for sub in _subjaxprs(equation.params)]
+    if equation.primitive.name == 'cond':
+      total += max(counts)
+    else:
+      total += _times(equation) * sum(counts)
+  return total
+
+
+def _times(equation) -> int:
+  """Returns how often an equation runs its own jaxpr."""
+  params = equation.params
+  if equation.primitive.name == 'shard_map':  # its jaxpr is that of one device
+    return math.prod(
+      params['mesh'].shape[axis] for axis in params['newly_manual_axes']
+    )
+  return params.get('length', 1)
+
+
+def _dot_flops(equation) -> int:
+  (contracted, _), _ = equation.params['dimension_numbers']
+  lhs = equation.invars[0].aval.shape
+  inner = math.prod(lhs[axis] for axis in contracted)
+  return 2 * inner * math.prod(equation.outvars[0].aval.shape)
+
+
+def _subjaxprs(params):
+  for value in params.values():
+    for item in value if isinstance(value, (tuple, list)) else (value,):
+      if hasattr(item, 'eqns') or hasattr(item, 'jaxpr'):
+        yield item
+
+
+def _open(jaxpr):
+  return getattr(jaxpr, 'jaxpr', jaxpr)
+
+
+def instruction_flops(
+  instruction: hlo.Instruction, operands: list[hlo.Shape]
+) -> int:
+  """Returns the FLOPs of a product; 0 for any other instruction.
+
+  Args:
+    instruction: A dot, a convolution (TPUs turn dots into them), or a call of a
+      GPU's library.
+    operands: Shapes of its operands.
   """
   match instruction.opcode:
     case 'dot':
@@ -31,7 +101,7 @@ def flops(instruction: hlo.Instruction, operands: list[hlo.Shape]) -> int:
 
 
 def precision(instruction: hlo.Instruction, operands: list[hlo.Shape]) -> str:
-  """'default', 'high' or 'highest' of float32; 'native' of smaller types."""
+  """Returns 'default', 'high' or 'highest'; 'native' below float32."""
   if operands[0].dtype != 'f32':
     return 'native'
   found = re.search(r'operand_precision=\{(\w+)', instruction.rest)
@@ -44,13 +114,13 @@ def _dot(instruction, operands, contracted):
 
 
 def _convolution(instruction, operands):
-  """Products of pairs that meet; padding and gaps meet nothing."""
+  """Counts pairs of a kernel's and an input's entry; padding has none."""
   labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.rest)
   lhs, rhs, out = labels.groups()
   left, right = operands[0].dims, operands[1].dims
   result = instruction.shapes[0].dims
   groups = re.search(r'batch_group_count=(\d+)', instruction.rest)
-  # Of the kernel, 'i' is already divided by the groups of features.
+  # The kernel's 'i' is already divided by the groups of features.
   total = result[out.index('b')] * result[out.index('f')]
   total *= right[rhs.index('i')]
   window = _window(instruction.rest)
@@ -66,7 +136,7 @@ def _convolution(instruction, operands):
 
 
 def _num_pairs(num_in: int, num_kernel: int, num_out: int, window) -> int:
-  """Pairs of a kernel's place and an output that read an input."""
+  """Counts pairs of a kernel's place and an output that read an input."""
   stride, low = int(window['stride']), int(window['pad'].split('_')[0])
   spread, gap = int(window['lhs_dilate']), int(window['rhs_dilate'])
   total = 0

@@ -1,14 +1,16 @@
-"""What compiling an experiment ahead of time came to, as tables."""
+"""Renders the summary of a compiled experiment as Markdown."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
+from nested_learning import markdown
 from nested_learning.training import config as config_lib
 from nested_learning.training import description
 
 _SENT = 'collective_bytes_'
+# Label, key in the summary, and format, see `_cell`.
 _ROWS = (
   ('fits', 'fits', None),
   ('needs, GiB per device', 'peak_bytes', 'gib'),
@@ -45,11 +47,11 @@ _ROWS = (
 def describe(
   config: config_lib.ExperimentConfig, summary: Mapping[str, Any]
 ) -> str:
-  """A summary as Markdown tables.
+  """Renders a summary as Markdown tables.
 
   Args:
     config: The experiment.
-    summary: From `ahead_of_time.compile_for`.
+    summary: The result of `ahead_of_time.compile_for`.
 
   Returns:
     The text.
@@ -65,7 +67,7 @@ def describe(
     f'{summary["parameters"]:,} parameters; {summary["batch_tokens"]:,} tokens '
     f'per step, micro-batches: {summary["accumulate"]}; mesh {mesh} of devices '
     f'with {summary["hbm_bytes"] / 2**30:.1f} GiB.',
-    description.table(('', *programs), rows),
+    markdown.table(('', *programs), rows),
   ]
   sent = [
     (program, name.removeprefix(_SENT), f'{size / 2**20:,.1f}')
@@ -75,7 +77,7 @@ def describe(
   ]
   if sent:
     header = 'program', 'collective, mesh axes', 'MiB sent per device'
-    sections.append(description.table(header, sent))
+    sections.append(markdown.table(header, sent))
   axes = tuple(summary['mesh'])
   sizes = tuple(summary['mesh'].values())
   abstract = jax.sharding.AbstractMesh(sizes, axes)
@@ -89,7 +91,7 @@ def describe(
 
 
 def describe_tried(tried: Sequence[Mapping[str, Any]]) -> str:
-  """What `suggestions.find` tried, as a Markdown table."""
+  """Renders the attempts of `suggestions.find` as a Markdown table."""
   rows = [
     (
       ' '.join(f'--set=mesh.{axis}={n}' for axis, n in one['mesh'].items())
@@ -98,10 +100,11 @@ def describe_tried(tried: Sequence[Mapping[str, Any]]) -> str:
     )
     for one in tried
   ]
-  return description.table(('mesh', 'fits'), rows)
+  return markdown.table(('mesh', 'fits'), rows)
 
 
 def _cell(value: Any, form: str | None) -> str:
+  """Formats a number: GiB, milliseconds, significant digits, or as it is."""
   if value is None:
     return ''
   match form:

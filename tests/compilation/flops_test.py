@@ -4,7 +4,7 @@ from absl.testing import absltest
 import jax
 import jax.numpy as jnp
 
-from nested_learning import costs
+from nested_learning import compilation
 
 _A = jax.ShapeDtypeStruct((3, 4), jnp.float32)
 _B = jax.ShapeDtypeStruct((4, 5), jnp.float32)
@@ -16,21 +16,21 @@ class CostsTest(absltest.TestCase):
     def loss(a, b):
       return jnp.sum(jnp.square(a @ b))
 
-    self.assertEqual(costs.matmul_flops(loss, _A, _B), _PRODUCT)
+    self.assertEqual(compilation.matmul_flops(loss, _A, _B), _PRODUCT)
     both = jax.grad(loss, argnums=(0, 1))
-    self.assertEqual(costs.matmul_flops(both, _A, _B), 3 * _PRODUCT)
+    self.assertEqual(compilation.matmul_flops(both, _A, _B), 3 * _PRODUCT)
 
   def test_counts_batches(self):
     a = jax.ShapeDtypeStruct((7, 3, 4), jnp.float32)
     b = jax.ShapeDtypeStruct((7, 4, 5), jnp.float32)
-    self.assertEqual(costs.matmul_flops(jnp.matmul, a, b), 7 * _PRODUCT)
+    self.assertEqual(compilation.matmul_flops(jnp.matmul, a, b), 7 * _PRODUCT)
 
   def test_counts_a_scan_as_often_as_it_runs(self):
     def scanned(a, b):
       body = lambda carry, _: (carry + jnp.sum(jax.jit(jnp.matmul)(a, b)), None)
       return jax.lax.scan(body, 0.0, length=6)[0]
 
-    self.assertEqual(costs.matmul_flops(scanned, _A, _B), 6 * _PRODUCT)
+    self.assertEqual(compilation.matmul_flops(scanned, _A, _B), 6 * _PRODUCT)
 
   def test_counts_what_every_device_does(self):
     auto = (jax.sharding.AxisType.Auto,)
@@ -41,7 +41,7 @@ class CostsTest(absltest.TestCase):
       jnp.matmul, mesh=mesh, in_specs=(rows, whole), out_specs=rows
     )
     a = jax.ShapeDtypeStruct((12, 4), jnp.float32)
-    self.assertEqual(costs.matmul_flops(product, a, _B), 4 * _PRODUCT)
+    self.assertEqual(compilation.matmul_flops(product, a, _B), 4 * _PRODUCT)
 
   def test_counts_the_dearer_branch(self):
     def either(a, b):
@@ -49,14 +49,14 @@ class CostsTest(absltest.TestCase):
         jnp.sum(a) > 0, lambda: jnp.sum(a @ b), lambda: jnp.sum(a)
       )
 
-    self.assertEqual(costs.matmul_flops(either, _A, _B), _PRODUCT)
+    self.assertEqual(compilation.matmul_flops(either, _A, _B), _PRODUCT)
 
   def test_counts_what_is_computed_again(self):
     def loss(a, b):
       return jnp.sum(jax.checkpoint(lambda a, b: jnp.sin(a @ b))(a, b))
 
     gradient = jax.grad(loss, argnums=(0, 1))
-    self.assertEqual(costs.matmul_flops(gradient, _A, _B), 4 * _PRODUCT)
+    self.assertEqual(compilation.matmul_flops(gradient, _A, _B), 4 * _PRODUCT)
 
 
 if __name__ == '__main__':

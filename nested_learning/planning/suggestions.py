@@ -1,4 +1,4 @@
-"""Looks for a mesh and a number of micro-batches that fit a pod."""
+"""Searches for a mesh and a number of micro-batches that fit a topology."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from nested_learning import accelerators
 from nested_learning import compilation
 from nested_learning import errors
 from nested_learning import models
@@ -17,44 +18,57 @@ from nested_learning.training import step as step_lib
 from nested_learning.training import subjects
 
 _MOST_TRIED = 4  # compilations, of minutes each
-_COPIES = 5  # float32 copies of a parameter in a step: Adam has two moments
+# Float32 arrays of a parameter's size in a step: the parameter, its gradient,
+# the sum of gradients, and Adam's two moments.
+_COPIES = 5
 
 
 class _Candidate(NamedTuple):
+  """An experiment with another mesh.
+
+  Attributes:
+    config: The experiment.
+    seconds: Estimated time that a step spends on sending.
+    kept_bytes: Bytes of parameters, optimiser and gradients on one device.
+    rows: Rows of a micro-batch per device along the axes of rows.
+    model: Size of the mesh along 'model'.
+  """
+
   config: config_lib.ExperimentConfig
-  seconds: float  # that devices spend on sending, about
-  kept_bytes: float  # of parameters, optimiser and gradients
-  rows: float  # of a micro-batch, per device that works on rows
+  seconds: float
+  kept_bytes: float
+  rows: float
   model: int
 
 
 def find(
   config: config_lib.ExperimentConfig,
-  pod: compilation.Pod,
+  topology: accelerators.Topology,
   devices: list[Any],
 ) -> tuple[config_lib.ExperimentConfig, list[dict[str, Any]]]:
-  """Compiles for one mesh after the other until one fits, the fastest first.
+  """Compiles for mesh after mesh, the fastest first, until one fits.
 
-  After one that does not fit, only those that keep less are tried.
+  After one that does not fit, it skips those that need as much memory.
 
   Args:
     config: The experiment; its mesh and train.accumulate are replaced.
-    pod: What the devices are.
-    devices: From `compilation.find_devices`.
+    topology: The accelerators.
+    devices: Their devices, from `compilation.find_devices`.
 
   Returns:
-    The experiment with a mesh that fits, and what was tried.
+    The experiment with a mesh that fits, and one entry per attempt: 'mesh',
+    'accumulate', 'fits', and 'compiler' (its words).
 
   Raises:
     errors.UserError: None fits, or none divides the model and the batch.
   """
   table = models.make_model(config.model, config.inner, head=config.head).table
   candidates = sorted(
-    _candidates(config, pod, table, len(devices)), key=lambda c: c.seconds
+    _candidates(config, topology, table, len(devices)), key=lambda c: c.seconds
   )
   if not candidates:
     raise errors.UserError(
-      f'--topology={pod}: no mesh of {len(devices)} devices divides the '
+      f'--topology={topology}: no mesh of {len(devices)} devices divides the '
       f'{config.data.batch_size} rows of data.batch_size and the model; change '
       'data.batch_size, or choose another slice.'
     )
@@ -80,13 +94,13 @@ def find(
     f'{one["mesh"]}, train.accumulate={one["accumulate"]}' for one in tried
   )
   raise errors.UserError(
-    f'--topology={pod}: nothing fits of {listed}; choose a larger slice, '
+    f'--topology={topology}: nothing fits of {listed}; choose a larger slice, '
     "model.remat='layer' or shorter rows."
   )
 
 
 def _try(config, devices) -> str | None:
-  """What the compiler says of a step that is too large, or None."""
+  """Compiles a step; returns the compiler's words if it does not fit."""
   mesh = sharding.make_mesh(
     config.mesh, num_rows=config.micro_batch_size, devices=devices
   )
@@ -112,20 +126,20 @@ def _keeps_less(candidate: _Candidate, failed: _Candidate) -> bool:
   )
 
 
-def _candidates(config, pod, table, num_devices) -> Iterator[_Candidate]:
-  """Meshes that divide model and batch, and that could fit."""
+def _candidates(config, topology, table, num_devices) -> Iterator[_Candidate]:
+  """Yields meshes that divide model and batch, and that could fit."""
   powers = [2**i for i in range(num_devices.bit_length())]
   for model in powers:
     for fsdp in powers:
-      context = config.mesh.context  # what rows need, not what fits
+      context = config.mesh.context  # chosen for the length of rows
       data, rest = divmod(num_devices, model * fsdp * context)
       mesh = {'data': data, 'fsdp': fsdp, 'context': context, 'model': model}
-      if rest or not data or data % pod.num_slices:
+      if rest or not data or data % topology.num_slices:
         continue
       if not _divides(table, mesh):
         continue
       kept = _COPIES * _kept_bytes(table, mesh)
-      if kept > pod.hbm_bytes:
+      if kept > topology.hbm_bytes:
         continue
       for accumulate in (1, 2, 4, 8, 16):
         if config.data.batch_size % (accumulate * data * fsdp):
@@ -137,7 +151,7 @@ def _candidates(config, pod, table, num_devices) -> Iterator[_Candidate]:
         )
         yield _Candidate(
           changed,
-          _sending_seconds(changed, pod, table, mesh),
+          _sending_seconds(changed, topology, table, mesh),
           kept,
           changed.micro_batch_size / (data * fsdp),
           model,
@@ -160,30 +174,31 @@ def _shardings(table, mesh):
 
 
 def _kept_bytes(table, mesh) -> int:
-  """Bytes of the parameters on one device."""
+  """Returns the bytes of the parameters on one device."""
   return sharding.bytes_per_device(
     parameters.abstract(table), _shardings(table, mesh)
   )
 
 
-def _sending_seconds(config, pod, table, mesh) -> float:
-  """What a step spends on collectives, about.
+def _sending_seconds(config, topology, table, mesh) -> float:
+  """Estimates the time that a step spends on collectives.
 
-  Parameters are gathered in the forward and in the backward pass and their
-  gradients summed, once per micro-batch; along 'data' gradients are summed;
-  along 'model' every block sums its outputs and their gradients.
+  Along 'fsdp', parameters are gathered in the forward and in the backward pass
+  and their gradients summed, once per micro-batch. Along 'data' and 'context',
+  gradients are summed. Along 'model', every block sums its outputs and their
+  gradients.
   """
   data, fsdp, context, model = (mesh[axis] for axis in sharding.AXES)
   size = parameters.count(table) / model
   gathered = 3 * 2 * size * (fsdp - 1) / fsdp
-  copies = data * context  # of the parameters, whose gradients are summed
+  copies = data * context  # copies of the parameters, each with gradients
   summed = 2 * 4 * size / fsdp * (copies - 1) / copies
   tokens = config.batch_tokens / (data * fsdp * context)
   outputs = config.model.num_layers * (1 + len(config.model.levels))
   exchanged = 3 * 2 * outputs * tokens * config.model.embed_dim * 2
   exchanged *= (model - 1) / model
   accumulate = config.train.accumulate
-  chip = pod.chip
-  network = summed / chip.network_bandwidth if pod.num_slices > 1 else 0.0
+  chip = topology.generation.chip
+  network = summed / chip.network_bandwidth if topology.num_slices > 1 else 0.0
   sent = accumulate * (gathered + summed) + exchanged
   return sent / chip.link_bandwidth + network

@@ -1,8 +1,8 @@
-"""Compiles an experiment for a pod that is not there, and says what comes out.
+"""Compiles an experiment ahead of time, for accelerators that are not here.
 
-What is compiled is what `trainer` would run, by the compiler that would compile
-it there: how much memory it takes is its answer. Times are estimates from
-operation counts, `compilation.ASSUMPTIONS`.
+The program is the one that the trainer would run, and the compiler is that of
+the accelerator, so that the memory it reports is what a run needs. Times are
+estimates from operation counts, under `compilation.ASSUMPTIONS`.
 """
 
 import json
@@ -12,43 +12,43 @@ from typing import Any
 
 import jax
 
+from nested_learning import accelerators
 from nested_learning import compilation
-from nested_learning import costs
 from nested_learning import errors
+from nested_learning import files
 from nested_learning import parameters
 from nested_learning import sharding
-from nested_learning.training import compiled_tables
+from nested_learning.planning import suggestions
+from nested_learning.planning import tables
 from nested_learning.training import config as config_lib
 from nested_learning.training import optimizer as optimizer_lib
 from nested_learning.training import step as step_lib
 from nested_learning.training import subjects
-from nested_learning.training import suggestions
-
-_SUMMARY = 'summary.json'
-_TABLE = 'compiled.md'
 
 
 def run(
   config: config_lib.ExperimentConfig,
-  pod: compilation.Pod,
+  topology: accelerators.Topology,
   workdir: pathlib.Path,
   *,
   suggest: bool = False,
 ) -> dict[str, Any]:
-  """Compiles the training step and the decoding step, prints and writes.
+  """Compiles the training and the decoding step; prints and writes a summary.
 
   Args:
     config: The experiment.
-    pod: What to compile for.
-    workdir: Gets summary.json and compiled.md.
-    suggest: Look for a mesh and a number of micro-batches that fit, instead of
-      those of the config.
+    topology: The accelerators to compile for.
+    workdir: Folder for summary.json and compiled.md.
+    suggest: Whether to search for a mesh and a number of micro-batches that
+      fit, in place of those of the config.
 
   Returns:
     The summary.
 
   Raises:
-    errors.UserError: Something the user can mend is wrong, or nothing fits.
+    errors.UserError: The compiler is not installed, the config does not divide
+      over the devices, the folder holds a run or cannot be written, or nothing
+      fits.
   """
   # Devices of this machine are not needed, and may be in use.
   jax.config.update('jax_platforms', 'cpu')
@@ -57,41 +57,36 @@ def run(
       f'--workdir={workdir} holds a run, whose summary.json this would '
       'replace; use another --workdir.'
     )
-  devices = compilation.find_devices(*pod)
+  devices = compilation.find_devices(topology)
   tried = None
   if suggest:
-    config, tried = suggestions.find(config, pod, devices)
-  summary = compile_for(config, pod, devices)
+    config, tried = suggestions.find(config, topology, devices)
+  summary = compile_for(config, topology, devices)
   if tried is not None:
     summary['tried'] = tried
-  text = compiled_tables.describe(config, summary)
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / _TABLE).write_text(text + '\n', encoding='utf-8')
-    (workdir / _SUMMARY).write_text(
-      json.dumps(summary, indent=2) + '\n', encoding='utf-8'
-    )
-  except OSError as error:
-    raise errors.UserError(
-      f'Cannot write to --workdir={workdir}: {error.strerror}.'
-    ) from error
+  text = tables.describe(config, summary)
+  files.write_whole(workdir / 'compiled.md', text + '\n')
+  numbers = json.dumps(summary, indent=2) + '\n'
+  files.write_whole(workdir / 'summary.json', numbers)
   print(text)
   return summary
 
 
 def compile_for(
-  config: config_lib.ExperimentConfig, pod: compilation.Pod, devices: list[Any]
+  config: config_lib.ExperimentConfig,
+  topology: accelerators.Topology,
+  devices: list[Any],
 ) -> dict[str, Any]:
-  """Compiles an experiment for a pod.
+  """Compiles an experiment for devices.
 
   Args:
     config: The experiment.
-    pod: What the devices are.
-    devices: From `compilation.find_devices`.
+    topology: The accelerators.
+    devices: Their devices, from `compilation.find_devices`.
 
   Returns:
-    What is in summary.json: of the training step, and under 'decode' of the
-    step that reads one token per row.
+    The numbers of summary.json: those of the training step, and under 'decode'
+    those of the step that reads one token per row.
 
   Raises:
     errors.UserError: The mesh does not fit the devices, the heads or the batch.
@@ -101,10 +96,10 @@ def compile_for(
   )
   if mesh.size < len(devices):
     raise errors.UserError(
-      f'--topology={pod}: {config.micro_batch_size} rows (data.batch_size over '
-      f'train.accumulate) divide over {mesh.size} of {len(devices)} devices, '
-      'and the others would be idle; raise mesh.model or data.batch_size, or '
-      'choose a smaller slice.'
+      f'--topology={topology}: {config.micro_batch_size} rows (data.batch_size '
+      f'over train.accumulate) divide over {mesh.size} of {len(devices)} '
+      'devices, and the others would be idle; raise mesh.model or '
+      'data.batch_size, or choose a smaller slice.'
     )
   computed = subjects.make_computed(config)
   optimizer = optimizer_lib.make_optimizer(config, computed.model.table)
@@ -120,17 +115,17 @@ def compile_for(
   model_flops = 3 * _forward_flops(config, computed)  # forward and backward
   return {
     'name': config.name,
-    'topology': str(pod),
+    'topology': str(topology),
     'num_devices': len(devices),
     'mesh': dict(mesh.shape),
     'accumulate': config.train.accumulate,
     'parameters': parameters.count(computed.model.table),
     'batch_tokens': config.batch_tokens,
-    'hbm_bytes': int(pod.hbm_bytes),
-    **_compile(traced, pod, mesh, model_flops, config.batch_tokens),
+    'hbm_bytes': int(topology.hbm_bytes),
+    **_compile(traced, topology, mesh, model_flops, config.batch_tokens),
     'decode': _compile(
       _trace_decode(config, computed.model, state.params, mesh),
-      pod,
+      topology,
       mesh,
       _decode_flops(config, computed.model, state.params),
       config.micro_batch_size,
@@ -141,16 +136,27 @@ def compile_for(
 
 def _compile(
   traced: Any,
-  pod: compilation.Pod,
-  mesh: Any,
+  topology: accelerators.Topology,
+  mesh: jax.sharding.Mesh,
   model_flops: int,
   num_tokens: int,
 ) -> dict[str, Any]:
-  """Numbers of one program."""
+  """Compiles one program and returns its numbers.
+
+  Args:
+    traced: The traced program.
+    topology: The accelerators.
+    mesh: Their mesh.
+    model_flops: FLOPs of the model alone, without recomputation.
+    num_tokens: Tokens of one run of the program.
+
+  Returns:
+    Numbers by name; if it does not fit, only those known without compiling.
+  """
   start, start_cpu = time.perf_counter(), time.process_time()
   compiled, too_much = compilation.compile(traced)
   numbers = {
-    'flops': costs.jaxpr_flops(traced.jaxpr),
+    'flops': compilation.jaxpr_flops(traced.jaxpr),
     'model_flops': model_flops,
     'compile_seconds': time.perf_counter() - start,
     'compile_cpu_seconds': time.process_time() - start_cpu,
@@ -158,14 +164,12 @@ def _compile(
   if compiled is None:
     return {'fits': False, 'compiler': too_much, **numbers}
   analysis = compilation.analyze(compiled.as_text(), mesh.shape)
-  seconds = compilation.estimate_seconds(
-    analysis, pod.chip, num_per_node=pod.num_per_node
-  )
-  peak = pod.chip.flops / pod.chip.devices_per_chip * mesh.size
+  seconds = compilation.estimate_seconds(analysis, topology)
+  peak = topology.flops * mesh.size
   sent = analysis.sent_bytes
   memory = _memory(compiled)
   return {
-    'fits': memory['peak_bytes'] <= pod.hbm_bytes,
+    'fits': memory['peak_bytes'] <= topology.hbm_bytes,
     **memory,
     **numbers,
     'flops_per_device': analysis.total_flops,
@@ -193,7 +197,7 @@ def _compile(
 
 
 def _memory(compiled: Any) -> dict[str, int]:
-  """Bytes on one device, by the compiler."""
+  """Returns the bytes on one device that the compiler reports."""
   stats = compiled.memory_analysis()
   arguments, temporaries = (
     stats.argument_size_in_bytes,
@@ -203,7 +207,7 @@ def _memory(compiled: Any) -> dict[str, int]:
   code = stats.generated_code_size_in_bytes
   return {
     'argument_bytes': arguments,
-    'output_bytes': outputs,  # beside those that take an argument's place
+    'output_bytes': outputs,  # without those that reuse an argument's memory
     'temporary_bytes': temporaries,
     'code_bytes': code,
     'peak_bytes': arguments + outputs + temporaries + code,
@@ -211,14 +215,14 @@ def _memory(compiled: Any) -> dict[str, int]:
 
 
 def _forward_flops(config, computed) -> int:
-  """FLOPs of the forward pass of a step's tokens, by operation count."""
+  """Counts the FLOPs of the forward pass over the tokens of a step."""
   model = computed.model
   params = parameters.abstract(model.table)
   shape, dtype = computed.row['tokens']
   rows = config.micro_batch_size
   tokens = jax.ShapeDtypeStruct((rows, *shape), dtype)
   reset = jax.ShapeDtypeStruct((rows, *computed.row['reset'][0]), bool)
-  flops = costs.matmul_flops(
+  flops = compilation.matmul_flops(
     lambda params, tokens, reset: model.forward(
       params, None, tokens, reset=reset
     ),
@@ -241,14 +245,14 @@ def _decode_arguments(config, model, params, mesh):
 def _decode_flops(config, model, params) -> int:
   sizes = (1,) * len(sharding.AXES)
   one = jax.sharding.AbstractMesh(sizes, sharding.AXES)
-  return costs.matmul_flops(
+  return compilation.matmul_flops(
     model.decode,
     *_decode_arguments(config, model, params, one),
   )
 
 
 def _trace_decode(config, model, params, mesh) -> Any:
-  """One token of each row of a micro-batch, its state in place."""
+  """Traces the step that reads one token per row and updates the state."""
   arguments = _decode_arguments(config, model, params, mesh)
   shardings = jax.tree.map(lambda x: x.sharding, arguments)
   decode = jax.jit(
