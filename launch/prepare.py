@@ -1,4 +1,4 @@
-"""Prepares text for training: learns a tokenizer, or makes tokens once.
+"""Prepares text for training: learns a tokenizer, or tokenises text once.
 
     python launch/prepare.py --source='web/*.jsonl' --vocab_size=32000 \
       --output=data/tokenizer.model
@@ -8,9 +8,9 @@
       --set=data.tokenizer=data/tokenizer.model
 
 An --output that ends in .model is a tokenizer; any other is a folder of
-ArrayRecord shards. A source is anything that data.source names, and also
-seqio:NAME, a task or mixture of seqio. The tasks fineweb_edu and c4 and their
-mixture web read what is published, from --data_dir; others come from --module:
+ArrayRecord shards. A source is anything that data.source names, or seqio:NAME,
+a task or mixture of seqio. The tasks fineweb_edu and c4 and their mixture web
+read the published files in --data_dir; others come from --module:
 
     python launch/prepare.py --source=seqio:fineweb_edu --data_dir=/data \
       --tokenizer=data/tokenizer.model --output=data/fineweb_edu
@@ -38,22 +38,22 @@ from launch import programs  # noqa: E402
 from nested_learning import errors  # noqa: E402
 
 _SOURCE = flags.DEFINE_string(
-  'source', None, 'What to read: as data.source, or seqio:NAME.'
+  'source', None, 'The text, as data.source, or seqio:NAME.'
 )
 _OUTPUT = flags.DEFINE_string(
   'output', None, 'A .model to learn, or a folder of tokens to make.'
 )
 _TOKENIZER = flags.DEFINE_string(
-  'tokenizer', 'bytes', 'What makes tokens: as data.tokenizer.'
+  'tokenizer', 'bytes', 'The tokenizer, as data.tokenizer.'
 )
 _TEXT_FIELD = flags.DEFINE_string(
-  'text_field', 'text', 'As data.text_field: where records hold the text.'
+  'text_field', 'text', 'Field of records that holds the text.'
 )
 _VOCAB_SIZE = flags.DEFINE_integer(
   'vocab_size', 32000, 'Pieces of a tokenizer to learn.', lower_bound=260
 )
 _KIND = flags.DEFINE_enum(
-  'kind', 'bpe', ['bpe', 'unigram'], 'How a tokenizer is learned.'
+  'kind', 'bpe', ['bpe', 'unigram'], 'Algorithm that learns a tokenizer.'
 )
 _NUM_CHARACTERS = flags.DEFINE_integer(
   'num_characters',
@@ -61,7 +61,9 @@ _NUM_CHARACTERS = flags.DEFINE_integer(
   'Text to learn a tokenizer from, in characters.',
   lower_bound=1,
 )
-_SPLIT = flags.DEFINE_string('split', 'train', 'Of a seqio task or mixture.')
+_SPLIT = flags.DEFINE_string(
+  'split', 'train', 'Split of a seqio task or mixture.'
+)
 _DATA_DIR = flags.DEFINE_string(
   'data_dir', None, 'Folder with fineweb_edu/ and c4/en/, for seqio.'
 )
@@ -84,7 +86,7 @@ def _main() -> None:
 
 
 def _run(source: str, output: pathlib.Path) -> str:
-  """Makes the output; returns what is to be said of it."""
+  """Makes the output; returns a line to print."""
   from nested_learning.data import token_files
   from nested_learning.data import tokenizer_training
   from nested_learning.data import tokenizers
@@ -123,16 +125,17 @@ def _run(source: str, output: pathlib.Path) -> str:
 
 
 def _read(source: str) -> Iterator[tuple[str, str]]:
-  """Names and texts of a source."""
+  """Yields the names and texts of a source."""
   from nested_learning.data import documents
 
   found = documents.open_documents(source, text_field=_TEXT_FIELD.value)
   for i, text in enumerate(found):
     yield found.name(i), text
+  found.check_unchanged()
 
 
 def _read_seqio(name: str, tokenizer: Any) -> Iterator[tuple[str, Any]]:
-  """Numbers and ids of the documents of a task or mixture."""
+  """Yields the numbers and ids of the documents of a task or mixture."""
   from nested_learning.data import seqio_tasks
 
   if _DATA_DIR.value:

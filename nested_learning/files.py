@@ -20,6 +20,12 @@ except ImportError:  # Windows has no such locks
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
+def shown(path: str | os.PathLike) -> str:
+  """Returns a path as it stands in a message: one line, printable."""
+  text = os.fspath(path)
+  return text if text.isprintable() else ascii(text)
+
+
 def write_whole(
   path: str | os.PathLike, content: bytes | str, *, mode: int = 0o644
 ) -> None:

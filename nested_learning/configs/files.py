@@ -1,6 +1,7 @@
 """Experiment files: Python files with `get_config`, loaded by path."""
 
 import importlib.util
+import os
 import pathlib
 import sys
 import traceback
@@ -8,6 +9,7 @@ import types
 from typing import Any
 
 from nested_learning import errors
+from nested_learning import files
 
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 _CHECKOUT = _PACKAGE.parent  # if the package is not installed without one
@@ -103,12 +105,12 @@ def load(path: pathlib.Path) -> types.ModuleType:
   Raises:
     errors.UserError: If there is no such file, or it raises.
   """
-  resolved = path.resolve()
+  resolved = pathlib.Path(os.path.realpath(path))
   name = _module_name(resolved)
   loaded = sys.modules.get(name)
   if getattr(loaded, '__file__', None) == str(resolved):
     return loaded
-  if not resolved.is_file():
+  if not os.path.isfile(resolved):
     raise errors.UserError(_missing(path))
   spec = importlib.util.spec_from_file_location(name, resolved)
   module = importlib.util.module_from_spec(spec)
@@ -135,11 +137,16 @@ def _module_name(path: pathlib.Path) -> str:
 
 def _missing(path: pathlib.Path) -> str:
   """Says that there is no such file, and which files are there."""
-  folder = path.parent
-  there = sorted(p.name for p in folder.glob('*.py')) if folder.is_dir() else []
+  folder, shown = path.parent, files.shown
+  there = []
+  if os.path.isdir(folder):
+    there = sorted(p.name for p in folder.glob('*.py'))
   if not there:
-    return f'There is no file {path}, and no Python file in {folder}.'
-  return f'There is no file {path}; {folder} has: {", ".join(there)}.'
+    return (
+      f'There is no file {shown(path)}, and no Python file in {shown(folder)}.'
+    )
+  names = ', '.join(there)
+  return f'There is no file {shown(path)}; {shown(folder)} has: {names}.'
 
 
 def is_bug(error: Exception) -> bool:
@@ -172,7 +179,7 @@ def _refuse(error: Exception, path: pathlib.Path) -> None:
   Returns only if the exception is a bug: of the package, or of another module
   that raised something other than ValueError. A bug keeps its traceback.
   """
-  resolved = str(path.resolve())
+  resolved = os.path.realpath(path)
   frames = [
     frame
     for frame in traceback.extract_tb(error.__traceback__)

@@ -98,7 +98,7 @@ def decode(text: str) -> dict[str, Any]:
   """Parses JSON that must be an object."""
   try:
     data = json.loads(text)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise errors.UserError(
       f'not a config, or cut short ({error}). Use another --workdir, or the '
       'experiment file that it was made from.'
@@ -140,8 +140,8 @@ def _from_json(value: Any, kind: Any, path: str) -> Any:
         below = fields.join(path, name)
         values[name] = _from_json(item, kinds[name], below)
       elif name != TYPE_KEY:
-        nearest = difflib.get_close_matches(name, kinds, 1, 0)[0]
-        raise errors.UserError(fields.unknown(cls, name, path, nearest))
+        nearest = difflib.get_close_matches(name, kinds, 1, 0) or ['none']
+        raise errors.UserError(fields.unknown(cls, name, path, nearest[0]))
     return fields.make(cls, values, path)
   for option in fields.options(kind):
     if fields.is_tuple(option) and isinstance(value, list):

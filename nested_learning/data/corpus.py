@@ -19,7 +19,6 @@ import numpy as np
 from nested_learning import errors
 from nested_learning import files
 from nested_learning.data import documents as documents_lib
-from nested_learning.data import sources
 from nested_learning.data import tokenizers
 
 # Part of a cache's name: what another version wrote is not read.
@@ -89,7 +88,7 @@ def load_corpus(
       _write(folder, documents, tokenizer)
   except OSError as error:
     raise errors.UserError(
-      f'The token cache {sources.shown(folder)} cannot be written '
+      f'The token cache {files.shown(folder)} cannot be written '
       f'({error.strerror}). Set data.cache_dir to a folder with room that you '
       'may write to.'
     ) from error
@@ -97,14 +96,14 @@ def load_corpus(
     return _read(folder, tokenizer)
   except PermissionError as error:
     raise errors.UserError(
-      f'The token cache {sources.shown(folder)} cannot be read '
+      f'The token cache {files.shown(folder)} cannot be read '
       f'({error.strerror}). Set data.cache_dir to a folder of your own.'
     ) from error
   except MemoryError:
     raise
   except Exception as error:  # NumPy's readers raise exceptions of many types
     raise errors.UserError(
-      f'The token cache {sources.shown(folder)} is damaged '
+      f'The token cache {files.shown(folder)} is damaged '
       f'({errors.first_line(error)}). Delete that folder; it is made again '
       'from the text.'
     ) from error

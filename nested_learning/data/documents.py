@@ -25,6 +25,7 @@ from typing import Any, IO
 import zlib
 
 from nested_learning import errors
+from nested_learning import files
 from nested_learning.data import sources
 from nested_learning.data import tokenizers
 
@@ -199,7 +200,7 @@ class _Rows(Documents):
   def _damaged(self, file: int, what: str, row: int | None = None):
     where = '' if row is None else f', row {row}'
     return errors.UserError(
-      f'{sources.shown(self._files[file].path)}{where}: {what}. Correct it, '
+      f'{files.shown(self._files[file].path)}{where}: {what}. Correct it, '
       'leave it out with a glob pattern, or name the field of the text in '
       'data.text_field.'
     )

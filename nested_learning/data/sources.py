@@ -14,6 +14,7 @@ import sysconfig
 from typing import NamedTuple
 
 from nested_learning import errors
+from nested_learning import files
 
 # Below the standard library: other people's code, tests (some of which are
 # badly encoded on purpose), and the two packages that are generated tables.
@@ -61,7 +62,7 @@ def find_files(source: str) -> list[TextFile]:
     paths = [p for p in _walk(root, skip=_NOT_IN_STDLIB) if p.suffix == '.py']
   else:
     root, paths = _resolve(source)
-  files = []
+  found = []
   for path in _without_repeats(root, paths):
     try:
       stat = path.stat()
@@ -69,14 +70,14 @@ def find_files(source: str) -> list[TextFile]:
       raise unreadable(path, error) from error
     if stat.st_size:
       name = path.relative_to(root).as_posix()
-      files.append(TextFile(name, path, stat.st_size, stat.st_mtime_ns))
-  if not files:
+      found.append(TextFile(name, path, stat.st_size, stat.st_mtime_ns))
+  if not found:
     raise errors.UserError(
       f'data.source={source!r} holds no text: none of the {len(paths)} files '
-      f'found under {shown(root)} has any content. Give a folder or a glob '
-      'pattern of text files.'
+      f'found under {files.shown(root)} has any content. Give a folder or a '
+      'glob pattern of text files.'
     )
-  return sorted(files)
+  return sorted(found)
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -98,34 +99,28 @@ def read_text(path: str | os.PathLike) -> str:
   way_out = 'Convert it to UTF-8, or leave it out.'
   if b'\0' in content:
     raise errors.UserError(
-      f'{shown(path)} is a binary file (NUL bytes). {way_out}'
+      f'{files.shown(path)} is a binary file (NUL bytes). {way_out}'
     )
   try:
     return content.decode('utf-8')
   except UnicodeDecodeError as error:
     raise errors.UserError(
-      f'{shown(path)} is not UTF-8 text (byte {error.start}). {way_out}'
+      f'{files.shown(path)} is not UTF-8 text (byte {error.start}). {way_out}'
     ) from error
 
 
-def check_unchanged(files: Sequence[TextFile]) -> None:
+def check_unchanged(listed: Sequence[TextFile]) -> None:
   """Raises `errors.UserError` if a file has changed since it was listed."""
-  for file in files:
+  for file in listed:
     try:
       stat = file.path.stat()
     except OSError as error:
       raise unreadable(file.path, error) from error
     if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime):
       raise errors.UserError(
-        f'{shown(file.path)} changed while it was read. Start again when '
+        f'{files.shown(file.path)} changed while it was read. Start again when '
         'nobody writes to it.'
       )
-
-
-def shown(path: str | os.PathLike) -> str:
-  """Returns a path as it stands in a message: one line, printable."""
-  text = os.fspath(path)
-  return text if text.isprintable() else ascii(text)
 
 
 def unreadable(
@@ -134,8 +129,8 @@ def unreadable(
   """Returns the error for a file or folder that the system refuses."""
   reason = getattr(error, 'strerror', None) or error
   return errors.UserError(
-    f'{shown(path)} cannot be read ({reason}). Correct its permissions or its '
-    'link, or leave it out with a glob pattern in data.source.'
+    f'{files.shown(path)} cannot be read ({reason}). Correct its permissions '
+    'or its link, or leave it out with a glob pattern in data.source.'
   )
 
 

@@ -25,7 +25,6 @@ from nested_learning import errors
 from nested_learning import files
 from nested_learning.data import corpus as corpus_lib
 from nested_learning.data import documents as documents_lib
-from nested_learning.data import sources
 from nested_learning.data import tokenizers
 
 _FORMAT = 'nested_learning tokens 2'
@@ -79,7 +78,7 @@ def write(
     with contextlib.suppress(FileNotFoundError):
       os.lstat(folder)  # also refuses a name that is too long
       raise errors.UserError(
-        f'{sources.shown(folder)} exists; name another folder.'
+        f'{files.shown(folder)} exists; name another folder.'
       )
     with files.whole_folder(folder) as draft:
       index = corpus_lib.IndexBuilder(tokenizer)
@@ -122,7 +121,7 @@ def write(
     if isinstance(error, ValueError) and 'null byte' not in str(error):
       raise
     raise errors.UserError(
-      f'{sources.shown(folder)} cannot be written ({_reason(error)}); name a '
+      f'{files.shown(folder)} cannot be written ({_reason(error)}); name a '
       'folder with room that you may write to.'
     ) from error
   return summary

@@ -1,12 +1,15 @@
-"""A SentencePiece model learned from any source of documents."""
+"""Learning a SentencePiece model from any source of documents."""
 
 from collections.abc import Iterable, Iterator
+import contextlib
 import io
+import os
 import pathlib
 
 from nested_learning import errors
+from nested_learning import files
 
-# SentencePiece leaves out longer lines, so that documents are cut into these.
+# SentencePiece skips longer lines, so documents are cut into shorter ones.
 _LONGEST = 4000  # characters
 
 
@@ -20,23 +23,34 @@ def train_sentencepiece(
 ) -> None:
   """Learns a vocabulary and writes it, ready for data.tokenizer.
 
-  Nothing is lost in it: white space is kept as it is, text is not normalised,
-  and what has no piece becomes bytes. <s> stands before each document.
+  The tokenizer loses nothing: white space is kept, text is not normalised, and
+  characters without a piece become bytes. <s> stands before each document.
 
   Args:
     documents: Texts, read until there is enough.
     path: The .model to write; must not exist.
-    vocab_size: Number of pieces, 259 of which are taken (bytes and marks).
+    vocab_size: Number of pieces; 259 of them are bytes and marks.
     kind: 'bpe' or 'unigram'.
-    num_characters: Of the text to learn from.
+    num_characters: Length of the text to learn from.
 
   Raises:
     errors.UserError: The path is taken or no .model, the package is not
       installed, or the text does not give so many pieces.
   """
-  if path.suffix != '.model' or path.exists():
+  try:
+    taken = os.path.lexists(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+      os.lstat(path)  # refuses a name that is too long
+  except OSError as error:
     raise errors.UserError(
-      f'{path} must end in .model and not exist; name another file.'
+      f'{files.shown(path)} cannot be written ({error.strerror}); name another '
+      'file.'
+    ) from error
+  if path.suffix != '.model' or taken:
+    raise errors.UserError(
+      f'{files.shown(path)} must end in .model and not exist; name another '
+      'file.'
     )
   try:
     import sentencepiece
@@ -45,10 +59,18 @@ def train_sentencepiece(
       'Learning a tokenizer needs the package sentencepiece. Install it with '
       '`pip install "nested-learning[tokenizers]"`.'
     ) from error
-  model = io.BytesIO()
+  model, failures = io.BytesIO(), []
+
+  def lines():  # SentencePiece replaces the exceptions of its iterator
+    try:
+      yield from _pieces(documents, num_characters)
+    except Exception as error:
+      failures.append(error)
+      raise
+
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=_pieces(documents, num_characters),
+      sentence_iterator=lines(),
       model_writer=model,
       vocab_size=vocab_size,
       model_type=kind,
@@ -61,20 +83,21 @@ def train_sentencepiece(
       max_sentence_length=4 * _LONGEST + 4,  # bytes
       minloglevel=2,
     )
-  except (RuntimeError, OSError) as error:
+  except Exception as error:  # RuntimeError for most
+    if failures:
+      raise failures[0] from None
+    if not isinstance(error, RuntimeError | OSError):
+      raise
     reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
     raise errors.UserError(
       f'No vocabulary of {vocab_size} pieces was learned ({reason[:200]}); '
       'choose another size, or give more text.'
     ) from error
-  path.parent.mkdir(parents=True, exist_ok=True)
-  draft = path.with_suffix('.draft')  # whole, or not at all
-  draft.write_bytes(model.getvalue())
-  draft.replace(path)
+  files.write_whole(path, model.getvalue())
 
 
 def _pieces(documents: Iterable[str], num_characters: int) -> Iterator[str]:
-  """Lines of the documents, cut where they are too long."""
+  """Yields the lines of the documents, cut where they are too long."""
   for text in documents:
     # NUL is SentencePiece's own mark; lines keep their ends.
     for line in text.replace('\0', '').splitlines(keepends=True):

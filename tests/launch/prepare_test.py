@@ -98,6 +98,12 @@ class PrepareTest(parameterized.TestCase):
     (['--source=none', '--output=a'], "'none' does not exist"),
     (['--source=seqio:c4', '--output=a.model'], 'is made of tokens'),
     (['--source=text', '--output=a', '--split'], 'split'),
+    (['--source=text', '--output=text/a.jsonl/b.model'], 'cannot be written'),
+    (['--source=text', '--output=text/a.jsonl/b'], 'cannot be written'),
+    (
+      ['--source=jsonl:text', '--text_field=x', '--output=a.model'],
+      "no field 'x' among text",
+    ),
     (
       ['--source=text/a.jsonl', '--output=a.model', '--vocab_size=9000'],
       'No vocabulary of 9000 pieces',
@@ -106,7 +112,7 @@ class PrepareTest(parameterized.TestCase):
   def test_bad_call(self, args, message):
     result = self.call(*args, code=2)
     self.assertLen(result.stderr.splitlines(), 1)
-    self.assertIn(message, result.stderr)
+    self.assertIn(message.lower(), result.stderr.lower())
     self.assertEqual([p.name for p in self.root.iterdir()], ['text'])
 
   def test_makes_tokens_of_seqio(self):
