@@ -1,6 +1,11 @@
-"""Where the numbers of a run go: progress bar, JSON lines, TensorBoard."""
+"""Reports the numbers of a run: progress bar, JSON lines, TensorBoard.
 
-from collections.abc import Mapping
+Metrics never stop a run: a file that cannot be written is reported once, and
+the run goes on without it.
+"""
+
+from collections.abc import Callable, Mapping
+import contextlib
 import json
 import math
 import os
@@ -10,9 +15,13 @@ import time
 from typing import Any
 
 import jax
-import tensorboardX
+from tensorboardX import event_file_writer
+from tensorboardX import summary as summary_lib
+from tensorboardX.proto import event_pb2
 import tqdm
 
+from nested_learning import errors
+from nested_learning import files
 from nested_learning.training import config as config_lib
 from nested_learning.training import optimizer
 from nested_learning.training import subject as subject_lib
@@ -26,7 +35,7 @@ class RunLog:
 
   Attributes:
     train_seconds: Time in training steps, without compilation, evaluation and
-      checkpoints; runs that were resumed count from their first step.
+      checkpoints; a resumed run counts from its first step.
   """
 
   def __init__(
@@ -45,13 +54,6 @@ class RunLog:
     self._window = (start, train_seconds)  # step and time of the last line
     self._step = start
     self._writes = jax.process_index() == 0
-    if self._writes:
-      path = workdir / 'metrics.jsonl'
-      _drop_lines_after(path, start)
-      self._lines = path.open('a', encoding='utf-8')
-      self._board = tensorboardX.SummaryWriter(
-        str(workdir / 'tensorboard'), purge_step=start + 1
-      )
     self._bar = tqdm.tqdm(
       total=config.train.num_steps,
       initial=start,
@@ -61,34 +63,56 @@ class RunLog:
       mininterval=0.2 if sys.stderr.isatty() else 10,
       dynamic_ncols=True,
     )
+    self._writers: dict[str, _Lines | _Board] = {}
+    if self._writes:
+      for name, writer in (('metrics.jsonl', _Lines), ('tensorboard', _Board)):
+        with self._dropping(name):
+          self._writers[name] = writer(workdir / name, start)
 
   def __enter__(self) -> 'RunLog':
     return self
 
   def __exit__(self, *_):
     self._bar.close()
-    if self._writes:
-      self._lines.close()
-      self._board.close()
+    self._each(lambda writer: writer.close())
+
+  def _each(self, act: Callable[['_Lines | _Board'], None]) -> None:
+    """Does something with every writer that still works."""
+    for name, writer in list(self._writers.items()):
+      with self._dropping(name):
+        act(writer)
+
+  @contextlib.contextmanager
+  def _dropping(self, name: str):
+    """Reports an error of a writer, and drops it."""
+    try:
+      yield
+    except (OSError, errors.UserError) as error:
+      self._writers.pop(name, None)
+      reason = getattr(error, 'strerror', None) or error
+      self.say(f'WARNING: {name} is no longer written: {reason}.')
 
   def defer(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-    """Takes the numbers of a step that was just started; reports the last."""
+    """Takes the numbers of a step that was just started; reports those before.
+
+    Args:
+      step: The step, from 1.
+      metrics: Its numbers, float32 scalars that may not be there yet.
+    """
     self._report_deferred()
     self._deferred = step, metrics
 
   def flush(self) -> None:
     """Waits for the numbers of the step last deferred, and reports them.
 
-    What was written until now stays, whatever happens to the process: a bucket
-    that is mounted keeps a file only when it is asked to.
+    All lines written so far survive the process.
 
     Raises:
-      FloatingPointError: It was left out, and so were as many before it as may
-        be (train.max_skipped).
+      FloatingPointError: The step was skipped, and so were train.max_skipped
+        steps before it.
     """
     self._report_deferred()
-    if self._writes:
-      os.fsync(self._lines.fileno())
+    self._each(lambda writer: writer.flush())
 
   def _report_deferred(self) -> None:
     if self._deferred is not None:
@@ -100,22 +124,17 @@ class RunLog:
       self._report(step, metrics)
 
   def resume_clock(self) -> None:
-    """Leaves out of the time in training whatever happened since `flush`."""
+    """Leaves the time since `flush` out of the time in training."""
     self._tick = time.perf_counter()
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     """Writes one line of metrics."""
-    if self._writes:
-      line = {'step': step, **{k: _finite(v) for k, v in metrics.items()}}
-      self._lines.write(json.dumps(line) + '\n')
-      self._lines.flush()
-      for name, value in metrics.items():
-        self._board.add_scalar(name, value, step)
+    self._each(lambda writer: writer.write(step, metrics))
 
   def write_evaluation(
     self, step: int, evaluated: subject_lib.Evaluated
   ) -> None:
-    """Writes and shows what the validation split gave."""
+    """Writes and shows the numbers of an evaluation."""
     numbers = evaluated.numbers
     self.write(step, {f'validation/{k}': v for k, v in numbers.items()})
     self.say(f'step {step}: {evaluated.sentence}')
@@ -123,7 +142,8 @@ class RunLog:
   def say(self, text: str) -> None:
     """Prints a line above the progress bar."""
     if self._writes:
-      self._bar.write(text, file=sys.stderr)
+      with contextlib.suppress(OSError):  # a terminal that was closed
+        self._bar.write(text, file=sys.stderr)
 
   def _rate(self, since: tuple[int, float]) -> float:
     steps, seconds = self._step - since[0], self.train_seconds - since[1]
@@ -140,7 +160,7 @@ class RunLog:
     if step % train.log_every == 0 or step == train.num_steps:
       rate = self._rate(self._window)
       self._window = step, self.train_seconds
-      # Those that were left out have not moved the schedule.
+      # Skipped steps do not move the schedule.
       num_taken = step - int(metrics['skipped'])
       learning_rate = float(self._schedule(max(num_taken - 1, 0)))
       self.write(
@@ -148,16 +168,16 @@ class RunLog:
         {**metrics, 'learning_rate': learning_rate, 'tokens_per_second': rate},
       )
       skipped = int(metrics['skipped'])
-      left_out = f', {skipped} left out' if skipped else ''
+      skips = f', {skipped} skipped' if skipped else ''
       self._bar.set_postfix_str(
-        f'loss {metrics["loss"]:.3f}, {rate:,.0f} tokens/s{left_out}',
+        f'loss {metrics["loss"]:.3f}, {rate:,.0f} tokens/s{skips}',
         refresh=False,
       )
 
   def _report_skipped(
     self, step: int, metrics: Mapping[str, float], in_a_row: int
   ) -> None:
-    """Says why a step was left out; raises if it was one too many."""
+    """Reports why a step was skipped; raises if it was one too many."""
     train = self._config.train
     for name in ('loss', 'gradient_norm'):
       if not math.isfinite(metrics[name]):
@@ -171,33 +191,81 @@ class RunLog:
     if in_a_row > train.max_skipped:
       if train.max_skipped:
         reason += (
-          f', and {train.max_skipped} steps before it were left out '
+          f', and {train.max_skipped} steps before it were skipped '
           '(train.max_skipped)'
         )
       raise FloatingPointError(reason)
-    self.say(f'{reason}: left out ({in_a_row} in a row).')
+    self.say(f'{reason}: skipped ({in_a_row} in a row).')
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The lines of a metrics.jsonl, without one that was cut off."""
+  """Reads a metrics.jsonl.
+
+  Args:
+    path: The file; it may be missing.
+
+  Returns:
+    Its lines. A line that is no object with a step is left out, such as the
+    last one of a process that died while it was writing.
+  """
   lines = []
   if path.exists():
-    for line in path.read_text(encoding='utf-8').splitlines():
+    text = path.read_text(encoding='utf-8', errors='replace')
+    for line in text.splitlines():
       try:
-        lines.append(json.loads(line))
-      except json.JSONDecodeError:
-        continue  # the process died while it was writing this line
+        value = json.loads(line)
+      except (ValueError, RecursionError):
+        continue
+      if isinstance(value, dict) and isinstance(value.get('step'), int):
+        lines.append(value)
   return lines
 
 
-def _drop_lines_after(path: pathlib.Path, step: int) -> None:
-  """Drops what a run that was cut off wrote after its last checkpoint."""
-  if path.exists():
-    lines = [line for line in read_metrics(path) if line['step'] <= step]
-    kept = path.with_suffix('.tmp')  # whole, whenever the process is killed
-    kept.write_text(''.join(json.dumps(line) + '\n' for line in lines))
-    kept.replace(path)
+class _Lines:
+  """Appends lines to a metrics.jsonl."""
+
+  def __init__(self, path: pathlib.Path, start: int):
+    """Opens the file; drops the lines that come after the step `start`."""
+    if path.exists():
+      kept = [line for line in read_metrics(path) if line['step'] <= start]
+      files.write_whole(path, ''.join(json.dumps(x) + '\n' for x in kept))
+    self._file = path.open('a', encoding='utf-8')
+
+  def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    numbers = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+    self._file.write(json.dumps({'step': step, **numbers}) + '\n')
+    self._file.flush()
+
+  def flush(self) -> None:
+    os.fsync(self._file.fileno())  # a mounted bucket keeps a file only then
+
+  def close(self) -> None:
+    self._file.close()
 
 
-def _finite(value: float) -> float | None:
-  return value if math.isfinite(value) else None
+class _Board:
+  """Writes scalars for TensorBoard.
+
+  Not with tensorboardX's SummaryWriter: its thread ends at the first error, and
+  then `add_scalar` waits for it for ever.
+  """
+
+  def __init__(self, path: pathlib.Path, start: int):
+    path.mkdir(parents=True, exist_ok=True)
+    self._file = event_file_writer.EventsWriter(str(path / 'events'))
+    # TensorBoard drops what an earlier process wrote from this step on.
+    begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._event(step=start + 1, session_log=begin)
+
+  def _event(self, **fields) -> None:
+    self._file.write_event(event_pb2.Event(wall_time=time.time(), **fields))
+
+  def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    for name, value in metrics.items():
+      self._event(step=step, summary=summary_lib.scalar(name, value))
+
+  def flush(self) -> None:
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()

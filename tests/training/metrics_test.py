@@ -1,8 +1,11 @@
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import pathlib
+import time
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -51,7 +54,64 @@ class MetricsTest(parameterized.TestCase):
       log.write(5, {'loss': float('nan')})
     self.assertEqual(self.lines(), [*written[:2], {'step': 5, 'loss': None}])
 
-  def test_steps_left_out_are_said_and_counted(self):
+  @parameterized.parameters(
+    b'5', b'[1]', b'{"step": "x"}', b'\xff\xfe', b'null'
+  )
+  def test_a_line_that_is_none_is_dropped(self, line):
+    path = self.root / 'metrics.jsonl'
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    self.assertEqual(self.lines(), [{'step': 1}, {'step': 2}])
+    with metrics.RunLog(self.root, self.config, start=2) as log:
+      log.write(3, {'loss': 1.0})
+    self.assertLen(path.read_text().splitlines(), 3)
+
+  @parameterized.parameters('metrics.jsonl', 'tensorboard')
+  def test_a_file_that_cannot_be_written_is_reported_once(self, name):
+    output = io.StringIO()
+    writer = metrics._Lines if name == 'metrics.jsonl' else metrics._Board
+    error = OSError(errno.ENOSPC, 'No space left on device')
+    with (
+      contextlib.redirect_stderr(output),
+      metrics.RunLog(self.root, self.config) as log,
+      mock.patch.object(writer, 'write', side_effect=error) as write,
+    ):
+      for step in range(1, 41):
+        self.report(log, step)
+      log.flush()
+    self.assertEqual(write.call_count, 1)
+    said = output.getvalue()
+    self.assertEqual(said.count('WARNING'), 1)
+    self.assertIn(
+      f'WARNING: {name} is no longer written: No space left on device.', said
+    )
+    if name == 'tensorboard':
+      self.assertLen(self.lines(), 20)
+
+  @parameterized.parameters('metrics.jsonl', 'tensorboard')
+  def test_a_file_that_cannot_be_opened_is_reported(self, name):
+    if name == 'tensorboard':
+      (self.root / name).write_text('')
+    else:
+      (self.root / name).mkdir()
+    output = io.StringIO()
+    with (
+      contextlib.redirect_stderr(output),
+      metrics.RunLog(self.root, self.config) as log,
+    ):
+      log.write(2, {'loss': 1.0})
+    self.assertIn(f'WARNING: {name} is no longer written: ', output.getvalue())
+
+  def test_tensorboard_is_written_without_waiting(self):
+    with metrics.RunLog(self.root, self.config) as log:
+      with mock.patch.object(time, 'time', lambda: 0.0):  # a clock set back
+        for step in range(100):
+          log.write(step, {'loss': float(step)})
+    (path,) = (self.root / 'tensorboard').iterdir()
+    content = path.read_bytes()
+    self.assertIn(b'brain.Event:2', content)
+    self.assertEqual(content.count(b'loss'), 100)
+
+  def test_skipped_steps_are_reported_and_counted(self):
     output = io.StringIO()
     with (
       contextlib.redirect_stderr(output),
@@ -61,9 +121,9 @@ class MetricsTest(parameterized.TestCase):
       self.report(log, 2, norm=8.0, skipped=2, in_a_row=2)
       log.flush()
     for line in (
-      'loss is inf at step 1: left out (1 in a row).\n',
+      'loss is inf at step 1: skipped (1 in a row).\n',
       'gradient_norm is 8 at step 2, above train.spike_factor=None times the '
-      'usual: left out (2 in a row).\n',
+      'usual: skipped (2 in a row).\n',
     ):
       self.assertIn(line, output.getvalue())
     (line,) = self.lines()
@@ -73,7 +133,7 @@ class MetricsTest(parameterized.TestCase):
 
   @parameterized.parameters(
     (0, 1, 'loss is nan at step 7$'),
-    (2, 3, 'loss is nan at step 7, and 2 steps before it were left out'),
+    (2, 3, 'loss is nan at step 7, and 2 steps before it were skipped'),
   )
   def test_one_too_many_is_raised(self, max_skipped, in_a_row, message):
     train = dataclasses.replace(self.config.train, max_skipped=max_skipped)
