@@ -1,6 +1,7 @@
 """The config of an experiment: one object says everything about a run."""
 
 import dataclasses
+import math
 from typing import Any
 
 from nested_learning import data as data_lib
@@ -31,10 +32,11 @@ class TrainConfig:
   final_fraction: float = 0.1  # of the peak, where the cosine ends
   weight_decay: float = 0.1  # of matrices, times the learning rate, per update
   clip_norm: float = 1.0  # longest gradient, over all parameters
-  # A step is left out whose loss or gradient is not finite, or whose gradient
-  # is longer than spike_factor times the usual; None: any length will do.
+  # Steps with a loss or gradient that is not finite are skipped, and so are
+  # gradients longer than spike_factor times their running mean; None: of any
+  # length.
   spike_factor: float | None = None
-  max_skipped: int = 10  # steps left out in a row; one more ends the run
+  max_skipped: int = 10  # steps skipped in a row; one more ends the run
   accumulate: int = 1  # micro-batches that a batch is cut into, one at a time
   log_every: int = 10  # steps between two lines of metrics
   evaluate_every: int = 200  # steps between two looks at the validation split
@@ -52,10 +54,13 @@ class TrainConfig:
     ):
       _check(self, name, getattr(self, name) >= 1, 'at least 1')
     for name in ('learning_rate', 'clip_norm'):
-      _check(self, name, getattr(self, name) > 0, 'above 0')
+      value = getattr(self, name)
+      _check(self, name, 0 < value < math.inf, 'above 0 and finite')
+    finite = math.isfinite(self.weight_decay)
+    _check(self, 'weight_decay', finite, 'at least 0 and finite')
     for name in ('warmup_steps', 'weight_decay', 'max_skipped'):
       _check(self, name, getattr(self, name) >= 0, 'at least 0')
-    above_one = self.spike_factor is None or self.spike_factor > 1
+    above_one = self.spike_factor is None or 1 < self.spike_factor < math.inf
     _check(self, 'spike_factor', above_one, 'above 1, or none')
     in_unit = 0 <= self.final_fraction <= 1
     _check(self, 'final_fraction', in_unit, 'between 0 and 1')
@@ -80,6 +85,10 @@ class ExperimentConfig:
   seed: int = 0  # of the initial parameters
 
   def __post_init__(self):
+    # Keys are made of 32 bits; JAX drops others in silence.
+    errors.check_field(
+      self, 'seed', 0 <= self.seed < 2**32, 'at least 0 and below 2^32'
+    )
     num_tokens, max_length = self.data.sequence_length, self.model.max_length
     if num_tokens > max_length:
       raise errors.UserError(
@@ -142,6 +151,11 @@ class ExperimentConfig:
       case tasks.CompressionConfig():
         return models.CompressionHead()
     return models.LanguageHead()
+
+  @property
+  def has_validation(self) -> bool:
+    """Whether any data is held out to evaluate on."""
+    return getattr(self.data, 'validation_fraction', 1) > 0
 
   @property
   def carries_state(self) -> bool:

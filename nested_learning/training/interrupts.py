@@ -1,12 +1,12 @@
-"""SIGTERM and Ctrl-C, kept until the trainer has saved."""
+"""Defers SIGTERM, Ctrl-C, SIGHUP and SIGQUIT until the trainer has saved."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import os
 import signal
 import sys
 import threading
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -15,22 +15,26 @@ from nested_learning import distributed
 
 T = TypeVar('T')
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Signals that ask a run to end. SSH and Slurm send SIGHUP; Windows lacks some.
+SIGNALS = tuple(
+  getattr(signal, name)
+  for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGQUIT')
+  if hasattr(signal, name)
+)
 
 
 class Interrupted(Exception):
-  """It is time to stop."""
+  """Raised by `until` when it is time to stop."""
 
 
 class Stop:
-  """Whether to stop; processes that train together agree on when.
+  """Tells whether to stop; processes that train together agree on when.
 
   Every process asks at the same points of the program. A signal to any of them
-  makes all of them stop at one and the same of these points, the next that none
-  has passed.
+  makes all of them stop at the same point, the next that none has passed.
 
   Attributes:
-    signal: The signal that arrived; SIGTERM where another process got it.
+    signal: The signal that arrived; SIGTERM if another process got it.
   """
 
   def __init__(self):
@@ -45,7 +49,7 @@ class Stop:
   def requested(self) -> bool:
     """Returns whether to stop here. Once true, always true.
 
-    To ask is to say that the process is alive (`distributed.progress`).
+    Asking also reports that the process is alive (`distributed.progress`).
     """
     distributed.progress()
     if not self._received and jax.distributed.is_initialized():
@@ -58,47 +62,33 @@ class Stop:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Stop]:
-  """Keeps SIGTERM and SIGINT for `Stop` instead of ending the process.
+  """Keeps `SIGNALS` for `Stop` instead of ending the process.
 
   A second signal does what it does by default, so that a process that hangs can
-  still be ended. Where processes train together, JAX has taken SIGTERM and
-  tells all of them; SIGINT becomes SIGTERM here. Outside the main thread
-  Python allows no handlers, and nothing is kept.
+  still be ended. If processes train together, JAX has taken SIGTERM and tells
+  all of them; the other signals become SIGTERM here.
 
   Yields:
-    Whether to stop.
+    A `Stop`.
   """
   stop = Stop()
-  if threading.current_thread() is not threading.main_thread():
-    yield stop
-    return
-  together = jax.distributed.is_initialized()
-  defaults = {
-    signal.SIGTERM: signal.SIG_DFL,
-    signal.SIGINT: signal.default_int_handler,
-  }
 
   def note(number, _):
-    for name in previous:
-      signal.signal(name, defaults[name])
+    for name in SIGNALS:
+      if _is_heard(name):
+        signal.signal(name, _default(name))
     stop.receive(number)
 
   def pass_on(number, _):
-    signal.signal(number, defaults[number])
+    signal.signal(number, _default(number))
     os.kill(os.getpid(), signal.SIGTERM)
 
-  handlers = (
-    {signal.SIGINT: pass_on} if together else dict.fromkeys(_SIGNALS, note)
-  )
-  previous = {
-    number: signal.signal(number, handler)
-    for number, handler in handlers.items()
-  }
-  try:
+  if jax.distributed.is_initialized():
+    numbers, handler = [n for n in SIGNALS if n != signal.SIGTERM], pass_on
+  else:
+    numbers, handler = SIGNALS, note
+  with _handling(numbers, handler):
     yield stop
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
 
 
 def until(stop: Stop, items: Iterable[T]) -> Iterator[T]:
@@ -111,29 +101,52 @@ def until(stop: Stop, items: Iterable[T]) -> Iterator[T]:
 
 @contextlib.contextmanager
 def ending(message: str) -> Iterator[None]:
-  """Ends the process on SIGTERM and SIGINT with a line, not a traceback.
+  """Ends the process at one of `SIGNALS` with a line, not a traceback.
 
-  For what comes after the last save, where nothing can be lost.
+  For the work after the last save, where nothing can be lost.
 
   Args:
     message: What is saved and how to go on. Process 0 prints it.
+
+  Yields:
+    Nothing.
   """
-  if threading.current_thread() is not threading.main_thread():
+  with _handling(SIGNALS, lambda number, _: end(number, message)):
     yield
-    return
-  previous = {
-    number: signal.signal(number, lambda number, _: end(number, message))
-    for number in _SIGNALS
-  }
-  try:
-    yield
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
 
 
 def end(number: int, message: str) -> None:
   """Raises SystemExit with the code of a signal, after a line by process 0."""
   if jax.process_index() == 0:
-    print(f'{signal.Signals(number).name}: {message}', file=sys.stderr)
+    with contextlib.suppress(OSError):  # a terminal that was closed
+      print(f'{signal.Signals(number).name}: {message}', file=sys.stderr)
   raise SystemExit(128 + number)
+
+
+@contextlib.contextmanager
+def _handling(
+  numbers: Iterable[signal.Signals], handler: Callable[[int, Any], None]
+) -> Iterator[None]:
+  """Handles signals, except those that the process ignores, as under nohup."""
+  if threading.current_thread() is not threading.main_thread():
+    yield  # Python allows no handlers here
+    return
+  previous = {
+    number: signal.signal(number, handler)
+    for number in numbers
+    if _is_heard(number)
+  }
+  try:
+    yield
+  finally:
+    for number, before in previous.items():
+      signal.signal(number, before)
+
+
+def _is_heard(number: signal.Signals) -> bool:
+  return signal.getsignal(number) is not signal.SIG_IGN
+
+
+def _default(number: signal.Signals) -> Any:
+  is_interrupt = number == signal.SIGINT
+  return signal.default_int_handler if is_interrupt else signal.SIG_DFL

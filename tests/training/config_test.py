@@ -14,6 +14,10 @@ class ConfigTest(parameterized.TestCase):
     ({'num_steps': 0}, 'train.num_steps=0 must be at least 1'),
     ({'accumulate': 0}, 'train.accumulate=0 must be at least 1'),
     ({'learning_rate': 0.0}, 'train.learning_rate=0.0 must be above 0'),
+    ({'learning_rate': float('inf')}, 'train.learning_rate=inf must be above'),
+    ({'learning_rate': float('nan')}, 'train.learning_rate=nan must be above'),
+    ({'weight_decay': float('inf')}, 'train.weight_decay=inf must be'),
+    ({'spike_factor': float('inf')}, 'train.spike_factor=inf must be above 1'),
     ({'weight_decay': -1.0}, 'train.weight_decay=-1.0 must be at least 0'),
     ({'final_fraction': 2.0}, 'train.final_fraction=2.0 must be between'),
   )
@@ -47,6 +51,12 @@ class ConfigTest(parameterized.TestCase):
     root = pathlib.Path(self.create_tempdir().full_path)
     with self.assertRaisesRegex(errors.UserError, message):
       tiny.experiment(root, **changes)
+
+  @parameterized.parameters(-1, 2**32, 10**20)
+  def test_refuses_a_seed_that_makes_no_key(self, seed):
+    root = pathlib.Path(self.create_tempdir().full_path)
+    with self.assertRaisesRegex(errors.UserError, f'seed={seed} must be at le'):
+      tiny.experiment(root, seed=seed)
 
   def test_a_level_at_every_step_fits_any_batch(self):
     root = pathlib.Path(self.create_tempdir().full_path)

@@ -17,7 +17,7 @@ from nested_learning.training import interrupts
 from nested_learning.training import report
 from tests.training import tiny
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 class InterruptsTest(parameterized.TestCase):
@@ -52,6 +52,14 @@ class InterruptsTest(parameterized.TestCase):
     self.assertEqual(end.exception.code, 128 + number)
     self.assertEqual(output.getvalue(), f'{number.name}: all is saved.\n')
     self.assertEqual(signal.getsignal(number), before)
+
+  def test_a_signal_that_is_ignored_stays_ignored(self):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    self.addCleanup(signal.signal, signal.SIGHUP, before)
+    with interrupts.deferred() as stop, interrupts.ending(''):
+      signal.raise_signal(signal.SIGHUP)
+      self.assertFalse(stop.requested())
+    self.assertIs(signal.getsignal(signal.SIGHUP), signal.SIG_IGN)
 
   def test_other_threads_keep_nothing(self):
     before, seen = signal.getsignal(signal.SIGTERM), []
