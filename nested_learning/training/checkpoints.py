@@ -1,16 +1,20 @@
-"""Checkpoints: the whole training state, the data's position, a manifest.
+"""Saves and restores the training state, the data's position and a manifest.
 
-Orbax writes them in the background, each in a folder that gets its name only
-when it is complete: a process killed in the middle of a save leaves the one
+Orbax writes a checkpoint in the background, into a folder that gets its name
+when it is complete: a process that is killed during a save leaves the one
 before. The manifest holds shape, type and checksum of every array, since
-neither Orbax nor a file system notices all damage. Where the latest checkpoint
-is damaged, the one before is read.
+neither Orbax nor a file system notices all damage. If the latest checkpoint is
+damaged, the one before is restored.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import errno
 import functools
 import importlib.metadata
+import json
+import math
+import os
 import pathlib
 import subprocess
 import time
@@ -18,6 +22,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 import jax
+import numpy as np
 from orbax import checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -25,78 +30,125 @@ import nested_learning
 from nested_learning import configs
 from nested_learning import distributed
 from nested_learning import errors
+from nested_learning import files
 from nested_learning import parameters
 from nested_learning.training import checkpoint_files
-from nested_learning.training import checksums
 from nested_learning.training import config as config_lib
 
 # Settings of the model that change neither its parameters nor its numbers.
 _FREE = frozenset({'max_length', 'remat'})
+_SCORES = 'scores.json'  # beside the checkpoints: from step to score
+# Errors that the user can mend where the files are.
+_DISK = (
+  errno.EACCES,
+  errno.EDQUOT,
+  errno.EIO,
+  errno.ENOENT,
+  errno.ENOSPC,
+  errno.ENOTDIR,
+  errno.EPERM,
+  errno.EROFS,
+  errno.ESTALE,
+)
 
 
 class Restored(NamedTuple):
-  """What a checkpoint held."""
+  """The contents of a checkpoint.
+
+  Attributes:
+    step: Optimiser steps done.
+    state: The items asked for, by name.
+    data: State of the data iterator.
+    manifest: The fields of its manifest.
+  """
 
   step: int
   state: Any
-  data: Mapping[str, Any]  # state of the data iterator
+  data: Mapping[str, Any]
   manifest: Mapping[str, Any]
 
 
+@contextlib.contextmanager
 def open_manager(
   workdir: pathlib.Path, *, keep: int = 1, read_only: bool = False
-) -> contextlib.AbstractContextManager[ocp.CheckpointManager]:
+) -> Iterator['Manager']:
   """Opens the checkpoints of a run; leaving waits for the last save.
 
   Args:
     workdir: The run's folder; checkpoints are in `checkpoints` inside.
-    keep: Latest checkpoints to keep, beside the best by its score.
+    keep: Number of latest checkpoints to keep, beside the one with the best
+      score.
     read_only: Whether the run's folder stays as it is.
 
-  Returns:
-    A context manager that gives an Orbax manager.
+  Yields:
+    An Orbax manager that also keeps scores.
+
+  Raises:
+    errors.UserError: Checkpoints cannot be kept there.
   """
+  folder = checkpoint_files.home(workdir)
+  scores = {} if read_only else read_scores(workdir)
   policy = checkpoint_managers.AnyPreservationPolicy(
-    [
-      checkpoint_managers.LatestN(keep),
-      checkpoint_managers.BestN(
-        get_metric_fn=lambda metrics: metrics['score'],
-        reverse=True,
-        n=1,
-        keep_checkpoints_without_metrics=False,
-      ),
-    ]
+    [checkpoint_managers.LatestN(keep), _Best(scores)]
   )
-  folder = pathlib.Path(workdir).absolute() / 'checkpoints'
   with checkpoint_files.quiet():
     options = ocp.CheckpointManagerOptions(
       preservation_policy=policy,
       cleanup_tmp_directories=not read_only,
       read_only=read_only,
     )
-    manager = _Manager(folder, options=options)
-  return contextlib.closing(manager)
+    with explain_failure(workdir, 'Cannot open the checkpoints'):
+      manager = Manager(folder, options=options)
+    manager.scores = scores
+    try:
+      yield manager
+      wait(manager)
+    finally:
+      # After an error the last save may fail in the same way once more.
+      with contextlib.suppress(Exception):
+        manager.close()
 
 
-class _Manager(ocp.CheckpointManager):
-  """A manager that leaves it to the trainer to ask whether to stop.
+class Manager(ocp.CheckpointManager):
+  """An Orbax manager that leaves it to the trainer to ask whether to stop.
 
-  Orbax's would ask for its statistics, with numbers of its own and from its own
+  Orbax would ask for its statistics, with numbers of its own and from its own
   thread. JAX takes the last number for the place where a process is, and might
-  settle on one that another process has passed.
+  agree on one that another process has passed.
+
+  Attributes:
+    scores: Scores of the steps that were evaluated, lower is better.
   """
+
+  scores: dict[int, float]
 
   @property
   def is_read_only(self) -> bool:
+    """Whether the run's folder stays as it is."""
     return self._options.read_only
 
   def reached_preemption(self, step: int) -> bool:
+    """Returns False: the trainer asks by itself."""
     del step
     return False
 
 
+class _Best(checkpoint_managers.PreservationPolicy):
+  """Keeps the checkpoint with the lowest score, if any has one."""
+
+  def __init__(self, scores: Mapping[int, float]):
+    self._scores = scores
+
+  def should_preserve(self, checkpoints, *, context):
+    del context
+    steps = [info.step for info in checkpoints]
+    scored = [step for step in steps if step in self._scores]
+    best = min(scored, key=self._scores.__getitem__, default=None)
+    return [step == best for step in steps]
+
+
 def save(
-  manager: ocp.CheckpointManager,
+  manager: Manager,
   step: int,
   state: Mapping[str, Any],
   *,
@@ -104,27 +156,26 @@ def save(
   config: config_lib.ExperimentConfig,
   tokenizer_fingerprint: str,
   train_seconds: float = 0.0,
-  score: float | None = None,
 ) -> None:
   """Starts a save, and returns while it is being written.
 
   Args:
-    manager: From `open_manager`.
+    manager: A manager from `open_manager`.
     step: Optimiser steps done.
     state: Items by name; each a tree of arrays with at least one leaf.
     data: State of the data iterator, JSON-able.
     config: The experiment, for the manifest.
-    tokenizer_fingerprint: Of what the tokens stand for that it was trained on.
+    tokenizer_fingerprint: Fingerprint of the tokens that it was trained on.
     train_seconds: Time spent training so far.
-    score: On the validation split at this step, if it was measured; the least
-      is the best.
 
   Raises:
     FloatingPointError: A number in the state is not finite; nothing is written.
+    errors.UserError: The disk is full, read-only or gone; so it may have been
+      for the save before, which was written until now.
   """
   if manager.latest_step() == step:
     return
-  found = checksums.inspect(state)
+  found = checkpoint_files.tree_checksums(state)
   bad = [name for name, (_, is_finite) in found.items() if not is_finite]
   if bad:
     raise FloatingPointError(f'{bad[0]} is not finite after step {step}')
@@ -134,52 +185,113 @@ def save(
     'config': configs.to_json(config),
     'tokenizer_fingerprint': tokenizer_fingerprint,
     'train_seconds': train_seconds,
-    'score': score,
     'time': time.strftime('%Y-%m-%d %H:%M:%S'),
     **_software(),
     'checksums': {name: checksum for name, (checksum, _) in found.items()},
     'arrays': _arrays(state),
-    'data_checksum': checksums.of_json(data),
+    'data_checksum': checkpoint_files.json_checksum(data),
   }
-  manifest['manifest_checksum'] = checksums.of_json(manifest)
+  manifest['manifest_checksum'] = checkpoint_files.json_checksum(manifest)
   items = {name: ocp.args.StandardSave(tree) for name, tree in state.items()}
-  metrics = None
-  if score is not None:
-    metrics = {'score': score}
-  manager.save(
-    step,
-    metrics=metrics,
-    force=True,
-    args=ocp.args.Composite(
-      data=ocp.args.JsonSave(data),
-      manifest=ocp.args.JsonSave(manifest),
-      **items,
-    ),
+  arguments = ocp.args.Composite(
+    data=ocp.args.JsonSave(data),
+    manifest=ocp.args.JsonSave(manifest),
+    **items,
   )
+  with explain_failure(manager.directory.parent, f'Cannot save step {step}'):
+    manager.save(step, force=True, args=arguments)
+
+
+def wait(manager: Manager) -> None:
+  """Waits until the last save is written.
+
+  Raises:
+    errors.UserError: The disk is full, read-only or gone.
+  """
+  folder = manager.directory.parent
+  with explain_failure(folder, f'Cannot save step {manager.latest_step()}'):
+    manager.wait_until_finished()
+
+
+def record_score(manager: Manager, step: int, score: float) -> None:
+  """Records the score of a step, so that the best checkpoint is kept.
+
+  Args:
+    manager: A manager from `open_manager`.
+    step: Optimiser steps done.
+    score: Score on the validation split, lower is better.
+
+  Raises:
+    errors.UserError: It cannot be written.
+  """
+  manager.scores[step] = score
+  kept = {*manager.all_steps(), step}
+  text = json.dumps({s: x for s, x in manager.scores.items() if s in kept})
+  if jax.process_index() == 0:
+    files.write_whole(manager.directory / _SCORES, text)
+
+
+def read_scores(workdir: pathlib.Path) -> dict[int, float]:
+  """Reads the scores of a run's checkpoints; the same in all processes.
+
+  Args:
+    workdir: The run's folder.
+
+  Returns:
+    A mapping from step to score, lower is better.
+  """
+
+  def read() -> str:
+    path = checkpoint_files.home(workdir) / _SCORES
+    if not path.exists():  # manifests held them before
+      return json.dumps(_manifests_scores(workdir))
+    try:
+      found = json.loads(path.read_text(encoding='utf-8'))
+      scores = {int(step): float(score) for step, score in found.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+      scores = {}  # they are measured again at the next evaluation
+    return json.dumps({s: x for s, x in scores.items() if math.isfinite(x)})
+
+  with explain_failure(workdir, 'Cannot read the checkpoints'):
+    text = distributed.first_does('scores', read)
+  return {int(step): score for step, score in json.loads(text or '{}').items()}
+
+
+def _manifests_scores(workdir: pathlib.Path) -> dict[int, float]:
+  scores = {}
+  for step in checkpoint_files.steps(workdir):
+    folder = checkpoint_files.home(workdir) / str(step)
+    with contextlib.suppress(checkpoint_files.Damaged, errors.UserError):
+      score = checkpoint_files.read_manifest(folder).get('score')
+      if isinstance(score, float):
+        scores[step] = score
+  return scores
 
 
 def restore(
-  manager: ocp.CheckpointManager,
+  manager: Manager,
   abstract: Mapping[str, Any],
   *,
   config: config_lib.ExperimentConfig,
   tokenizer_fingerprint: str,
   step: int | None = None,
 ) -> Restored:
-  """Reads a checkpoint; of a run's, the latest that is not damaged.
+  """Restores a checkpoint: the latest of a run that is not damaged.
 
-  A damaged one is passed over with a warning. Where the manager may write, it
-  is moved to `checkpoints_damaged`, so that its step can be saved again.
+  A damaged one is passed over with a warning. If the manager may write, it is
+  moved to `checkpoints_damaged`, so that its step can be saved again. Errors
+  that are no damage (permissions, memory, the network) are raised as they are,
+  and the checkpoint stays where it is.
 
   Args:
-    manager: From `open_manager`.
+    manager: A manager from `open_manager`.
     abstract: The items to read, `jax.ShapeDtypeStruct`s with shardings.
     config: The experiment that goes on from it.
-    tokenizer_fingerprint: Of what the tokens in use stand for.
-    step: Which one, and no other; None is the latest.
+    tokenizer_fingerprint: Fingerprint of the tokens in use.
+    step: The only step to try; None tries all, the latest first.
 
   Returns:
-    The items and the rest.
+    The contents of the checkpoint.
 
   Raises:
     errors.UserError: There is none, all are damaged, the arrays in it are not
@@ -195,61 +307,111 @@ def restore(
   for candidate in steps:
     folder = manager.directory / str(candidate)
     try:
-      manifest = checkpoint_files.read_manifest(folder)
-      _check_files(folder, manifest, abstract)
-      _check_origin(manifest, config, tokenizer_fingerprint, folder)
-      _check_arrays(manifest, abstract, folder)
-      restored = _read(manager, candidate, manifest, abstract)
+      look = functools.partial(_look, folder, abstract)
+      with explain_failure(manager.directory.parent, f'Cannot read {folder}'):
+        manifest, data = _look_together(look)
+        _check_origin(manifest, config, tokenizer_fingerprint, folder)
+        _check_arrays(manifest, abstract, folder)
+        state = _read(manager, candidate, manifest, abstract)
     except checkpoint_files.Damaged as damage:
       damaged[candidate] = str(damage)
       continue
     if damaged:
       _set_aside(manager, damaged, candidate)
-    return restored
-  raise errors.UserError(f'{damaged[steps[0]]}; {_way_out(manager, step)}')
+    return Restored(candidate, state, data, manifest)
+  raise errors.UserError(f'{damaged[steps[0]]}; {_way_out(steps, step)}')
 
 
-def _check_files(folder, manifest, abstract) -> None:
-  """Raises `Damaged` in all processes if one of them finds damage.
+def _look(folder, abstract) -> tuple[dict[str, Any], Any]:
+  """Reads manifest and data; raises `Damaged` if they or arrays are damaged.
 
-  Processes that read together must agree before, since one that fails would
-  leave the others waiting for it. Each reads some of the arrays for that. A
-  single process notices while it restores.
+  Processes that read together must agree on the damage before they restore,
+  since one that fails would leave the others waiting for it. So each reads a
+  share of the arrays here. A single process compares them when it restores.
+  """
+  manifest = checkpoint_files.read_manifest(folder)
+  data = checkpoint_files.read_data(folder, manifest)
+  if distributed.is_together():
+    names = _names(manifest, abstract)
+    mine = names[jax.process_index() :: jax.process_count()]
+    for damage in checkpoint_files.find_damages(
+      folder, manifest, mine
+    ).values():
+      raise checkpoint_files.Damaged(damage)
+  return manifest, data
+
+
+def _look_together(look: Callable[[], Any]) -> Any:
+  """Calls `look` in all processes; what one of them raises, all raise.
+
+  An error that is no damage comes before damage, so that no process sets a
+  checkpoint aside that another could not read.
   """
   if not distributed.is_together():
-    return
-  names = [
-    name for name in manifest['checksums'] if name.split('/')[0] in abstract
-  ]
-  mine = names[jax.process_index() :: jax.process_count()]
-  damages = checkpoint_files.find_damages(folder, manifest, mine)
-  found = distributed.gather('damage', next(iter(damages.values()), ''))
-  for damage in filter(None, found):
-    raise checkpoint_files.Damaged(damage)
+    return look()
+  result, error = None, None
+  try:
+    result = look()
+  except Exception as caught:  # to be raised again below
+    error = caught
+  is_damage = isinstance(error, checkpoint_files.Damaged)
+  text = (
+    '' if error is None else f'{"damage" if is_damage else "error"}:{error}'
+  )
+  said = distributed.gather('checkpoint', text)
+  for kind in ('error:', 'damage:'):
+    for index, other in enumerate(said):
+      if not other.startswith(kind):
+        continue
+      if text.startswith(kind):
+        raise error
+      other = other.removeprefix(kind)
+      if kind == 'damage:':
+        raise checkpoint_files.Damaged(other)
+      raise RuntimeError(f'process {index} cannot read a checkpoint: {other}')
+  return result
 
 
-def _read(manager, step, manifest, abstract) -> Restored:
-  """Reads data and items, and compares the items' checksums."""
+def _names(manifest, abstract) -> list[str]:
+  """Returns the paths of the arrays that are asked for."""
+  return [n for n in manifest['checksums'] if n.partition('/')[0] in abstract]
+
+
+def _read(manager, step, manifest, abstract) -> dict[str, Any]:
+  """Reads items and compares them with their checksums."""
   folder = manager.directory / str(step)
   items = {
     name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()
   }
-  arguments = ocp.args.Composite(data=ocp.args.JsonRestore(), **items)
   try:
-    with checkpoint_files.quiet():
-      restored = manager.restore(step, args=arguments)
-  except Exception as error:
-    raise checkpoint_files.unreadable(folder, error) from error
-  checkpoint_files.check_data(folder, manifest, restored['data'])
+    restored = manager.restore(step, args=ocp.args.Composite(**items))
+  except Exception:  # many types, of several packages
+    # Either an array is damaged, or one of the files that Orbax alone reads,
+    # or it was no damage: then this fails in the same way.
+    return _read_on_host(folder, manifest, abstract)
   state = {name: restored[name] for name in abstract}
-  for name, (checksum, _) in checksums.inspect(state).items():
+  for name, (checksum, _) in checkpoint_files.tree_checksums(state).items():
     if manifest['checksums'][name] != checksum:
       raise checkpoint_files.changed(folder, name)
-  return Restored(step, state, restored['data'], manifest)
+  return state
+
+
+def _read_on_host(folder, manifest, abstract) -> dict[str, Any]:
+  """Reads items without Orbax, each array whole in every process."""
+  leaves = []
+  for path, like in jax.tree.leaves_with_path(abstract):
+    name = parameters.path_name(path)
+    ((_, array),) = checkpoint_files.read_arrays(folder, [name])
+    damage = checkpoint_files.find_damage(folder, manifest, name, array)
+    if damage:
+      raise damage
+    part = lambda index, array=array: np.asarray(array[index])
+    leaves.append(jax.make_array_from_callback(like.shape, like.sharding, part))
+  return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
 def _set_aside(manager, damaged: Mapping[int, str], good: int) -> None:
-  """Says what is damaged, and moves it out of the way of later saves."""
+  """Warns of damaged checkpoints and moves them out of the way."""
 
   def move():
     for step, damage in damaged.items():
@@ -260,11 +422,59 @@ def _set_aside(manager, damaged: Mapping[int, str], good: int) -> None:
       logging.warning('%s%s. Going on from step %d.', damage, moved, good)
 
   distributed.first_does('damaged', move)
+  for step in damaged:
+    manager.scores.pop(step, None)
   manager.reload()
 
 
 @contextlib.contextmanager
-def explain_divergence(manager: ocp.CheckpointManager) -> Iterator[None]:
+def explain_failure(workdir: Any, what: str) -> Iterator[None]:
+  """Turns errors of the disk into UserErrors; others pass unchanged.
+
+  Args:
+    workdir: The run's folder.
+    what: The beginning of the message, as in 'Cannot save step 3'.
+
+  Yields:
+    Nothing.
+  """
+  try:
+    yield
+  except (errors.UserError, checkpoint_files.Damaged, FloatingPointError):
+    raise
+  except Exception as error:  # of several packages, which wrap the system's
+    reason = _disk_reason(error)
+    if reason is None:
+      raise
+    try:
+      steps = checkpoint_files.steps(workdir)
+    except (OSError, errors.UserError):
+      steps = []
+    left = f'checkpoints stay of {steps}' if steps else 'no checkpoint is there'
+    raise errors.UserError(
+      f'{what} in {workdir}/checkpoints: {reason}; {left}. Mend that and run '
+      'the same command again.'
+    ) from error
+
+
+def _disk_reason(error: BaseException | None) -> str | None:
+  """Returns the disk's reason in an error or one that it came from, or None."""
+  seen = set()
+  while error is not None and id(error) not in seen:
+    seen.add(id(error))
+    if isinstance(error, OSError) and error.errno in _DISK:
+      return os.strerror(error.errno)
+    if str(error).startswith('NOT_FOUND'):  # TensorStore's
+      return os.strerror(errno.ENOENT)
+    for number in _DISK:
+      if os.strerror(number) in str(error):
+        return os.strerror(number)
+    error = error.__cause__ or error.__context__
+  return None
+
+
+@contextlib.contextmanager
+def explain_divergence(manager: Manager) -> Iterator[None]:
   """Turns a FloatingPointError into a UserError with the way out."""
   try:
     yield
@@ -280,7 +490,7 @@ def explain_divergence(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 
 def _check_origin(manifest, config, tokenizer_fingerprint, folder):
-  """Refuses a checkpoint of other tokens or another model."""
+  """Raises a UserError if tokens or model are others."""
   if manifest['tokenizer_fingerprint'] != tokenizer_fingerprint:
     raise errors.UserError(
       f'{folder} was trained on other tokens (fingerprint '
@@ -289,6 +499,11 @@ def _check_origin(manifest, config, tokenizer_fingerprint, folder):
       'the run, or use another --workdir.'
     )
   theirs = configs.from_json(manifest['config'])
+  if not isinstance(theirs, config_lib.ExperimentConfig):
+    raise errors.UserError(
+      f'{folder} is of a {type(theirs).__name__}, not of an ExperimentConfig; '
+      'use another --workdir.'
+    )
   differing = {
     path: pair
     for path, pair in configs.differences(config.model, theirs.model).items()
@@ -302,7 +517,7 @@ def _check_origin(manifest, config, tokenizer_fingerprint, folder):
 
 
 def _check_arrays(manifest, abstract, folder):
-  """Refuses a checkpoint whose arrays are not those asked for."""
+  """Raises a UserError if the arrays are not those asked for."""
   saved = {
     name: manifest.get('arrays', {}).get(name) for name in manifest['checksums']
   }
@@ -330,7 +545,7 @@ def _check_arrays(manifest, abstract, folder):
 
 
 def _arrays(tree: Any) -> dict[str, dict[str, Any]]:
-  """Shape and type of every array of a tree, by path."""
+  """Returns shape and type of every array of a tree, by path."""
   return {
     parameters.path_name(path): {
       'shape': list(x.shape),
@@ -342,7 +557,7 @@ def _arrays(tree: Any) -> dict[str, dict[str, Any]]:
 
 @functools.cache
 def _software() -> dict[str, str | None]:
-  """The versions that a checkpoint is written by, and the code's commit."""
+  """Returns the versions of the software and the commit of the code."""
   root = pathlib.Path(nested_learning.__file__).parents[1]
   commit = None
   if (root / '.git').exists():
@@ -362,9 +577,12 @@ def _software() -> dict[str, str | None]:
   }
 
 
-def _way_out(manager, step: int | None) -> str:
+def _way_out(steps, step: int | None) -> str:
   if step is not None:
     return 'read another step.'
-  others = len(manager.all_steps()) - 1
-  also = f', and so are the {others} before it' if others else ''
-  return f'there is no earlier one{also}: start again in another --workdir.'
+  if len(steps) > 1:
+    return (
+      f'all {len(steps)} checkpoints are damaged: start again in another '
+      '--workdir.'
+    )
+  return 'there is no other checkpoint: start again in another --workdir.'

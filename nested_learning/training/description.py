@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jax import sharding as jsharding
 
+from nested_learning import markdown
 from nested_learning import models
 from nested_learning import parameters
 from nested_learning import sharding
@@ -50,14 +51,14 @@ def describe(config: config_lib.ExperimentConfig) -> str:
       f'# {config.name}',
       f'{num_params:,} parameters in {config.model.num_layers} layers; '
       f'{config.batch_tokens:,} tokens per step.',
-      table(('parameters', 'number', 'share'), _groups(model)),
-      table(
+      markdown.table(('parameters', 'number', 'share'), _groups(model)),
+      markdown.table(
         ('level', 'tokens per update', 'steps', 'parameters', 'updates'),
         _levels(config, state.params),
       ),
       layout(config, mesh),
       f'Memory per device on the mesh ({sizes}), without activations:',
-      table(
+      markdown.table(
         ('', 'MiB per device'),
         [(name, f'{size / 2**20:,.1f}') for name, size in memory],
       ),
@@ -94,7 +95,9 @@ def layout(config: config_lib.ExperimentConfig, mesh: Any) -> str:
         f'{4 * math.prod(shape) / 2**20:,.2f}',
       )
     )
-  return table(('parameter', 'shape', 'lies along', 'MiB per device'), rows)
+  return markdown.table(
+    ('parameter', 'shape', 'lies along', 'MiB per device'), rows
+  )
 
 
 def _mesh(config: config_lib.ExperimentConfig) -> Any:
@@ -159,22 +162,3 @@ def _bytes(tree: Any) -> int:
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     for x in jax.tree.leaves(tree)
   )
-
-
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-  """A Markdown table, its columns aligned so that it reads as plain text.
-
-  Args:
-    header: Names of the columns.
-    rows: Their cells.
-  """
-  lines = [header, *rows]
-  widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-  text = [
-    '| '
-    + ' | '.join(c.ljust(w) for c, w in zip(line, widths, strict=True))
-    + ' |'
-    for line in lines
-  ]
-  rule = '|' + '|'.join('-' * (width + 2) for width in widths) + '|'
-  return '\n'.join([text[0], rule, *text[1:]])

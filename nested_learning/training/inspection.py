@@ -1,4 +1,4 @@
-"""What is in the checkpoints of a run, for a person to read.
+"""Inspects the checkpoints of a run and describes them for a person.
 
 Every array is read and compared with its checksum, one at a time on the host.
 """
@@ -10,16 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nested_learning import errors
+from nested_learning import markdown
 from nested_learning.training import checkpoint_files
-from nested_learning.training import description
+from nested_learning.training import checkpoints
 
 
 class Inspection(NamedTuple):
-  """What a look at a run's checkpoints found.
+  """The state of a run's checkpoints.
 
   Attributes:
-    text: For a person.
-    damaged: From the step of each checkpoint that cannot be used to why.
+    text: A description for a person.
+    damaged: The damage of each checkpoint that cannot be used, by step.
   """
 
   text: str
@@ -27,7 +28,9 @@ class Inspection(NamedTuple):
 
 
 def inspect(workdir: pathlib.Path) -> Inspection:
-  """Reads all checkpoints of a run and says what is in them.
+  """Reads all checkpoints of a run and describes them.
+
+  A checkpoint is damaged here if and only if training passes over it.
 
   Args:
     workdir: The run's folder.
@@ -37,33 +40,34 @@ def inspect(workdir: pathlib.Path) -> Inspection:
     clocks and the parameters.
 
   Raises:
-    errors.UserError: There is no checkpoint.
+    errors.UserError: There is no checkpoint, or it cannot be read.
   """
-  steps = checkpoint_files.steps(workdir)
-  if not steps:
-    raise errors.UserError(
-      f'{workdir} holds no checkpoint; give the --workdir of a run that has '
-      'one.'
-    )
-  looks = {step: _look(pathlib.Path(workdir), step) for step in steps}
+  workdir = pathlib.Path(workdir)
+  with checkpoints.explain_failure(workdir, 'Cannot read the checkpoints'):
+    steps = checkpoint_files.steps(workdir)
+    if not steps:
+      raise errors.UserError(
+        f'{workdir} holds no checkpoint; give the --workdir of a run that has '
+        'one.'
+      )
+    looks = {step: _look(workdir, step) for step in steps}
+    scores = checkpoints.read_scores(workdir)
   rows = [
     (
       f'{step:,}',
-      look.manifest.get('time', ''),
+      str(look.manifest.get('time', '')),
       f'{look.disk_bytes / 2**20:,.1f}',
       'good' if not look.damages else f'DAMAGED: {look.damages[0]}',
     )
     for step, look in looks.items()
   ]
   header = ('step', 'written', 'MiB on disk', 'state')
-  parts = [
-    f'# Checkpoints in {workdir}',
-    description.table(header, rows),
-  ]
+  parts = [f'# Checkpoints in {workdir}', markdown.table(header, rows)]
   damaged = {s: look.damages[0] for s, look in looks.items() if look.damages}
   good = [step for step in steps if step not in damaged]
   if good:
-    parts += _describe(good[-1], looks[good[-1]])
+    newest = good[-1]
+    parts += _describe(newest, looks[newest], scores.get(newest))
   else:
     parts.append('None of them is good: start again in another --workdir.')
   return Inspection('\n\n'.join(parts), damaged)
@@ -87,12 +91,12 @@ class _Array(NamedTuple):
 
 
 def _look(workdir: pathlib.Path, step: int) -> _Look:
-  """Reads a checkpoint whole; keeps of each array what is said of it."""
-  folder = workdir.absolute() / 'checkpoints' / str(step)
+  """Reads a whole checkpoint; keeps a summary of each array."""
+  folder = checkpoint_files.home(workdir) / str(step)
   disk_bytes = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())
   try:
     manifest = checkpoint_files.read_manifest(folder)
-    _check_data(folder, manifest)
+    checkpoint_files.read_data(folder, manifest)
   except (checkpoint_files.Damaged, errors.UserError) as error:
     return _Look({}, {}, {}, [str(error)], disk_bytes)
   arrays, scalars, damages = {}, {}, []
@@ -103,6 +107,7 @@ def _look(workdir: pathlib.Path, step: int) -> _Look:
     if damage:
       damages.append(str(damage))
       continue
+    # float64: the norm of many small numbers loses digits in their own type.
     norm = float(np.linalg.norm(array.astype(np.float64).ravel()))
     arrays[name] = _Array(array.shape, str(array.dtype), array.nbytes, norm)
     if array.ndim == 0:
@@ -110,17 +115,8 @@ def _look(workdir: pathlib.Path, step: int) -> _Look:
   return _Look(manifest, arrays, scalars, damages, disk_bytes)
 
 
-def _check_data(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
-  path = folder / 'data' / 'metadata'
-  try:
-    data = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError) as error:
-    raise checkpoint_files.unreadable(folder, error) from error
-  checkpoint_files.check_data(folder, manifest, data)
-
-
-def _describe(step: int, look: _Look) -> list[str]:
-  """The manifest, the levels' clocks and the parameters of a checkpoint."""
+def _describe(step: int, look: _Look, score: float | None) -> list[str]:
+  """Describes the manifest, the levels' clocks and the parameters."""
   manifest = look.manifest
   config = json.loads(manifest['config'])
   said = [
@@ -128,19 +124,19 @@ def _describe(step: int, look: _Look) -> list[str]:
     ('written by', _written_by(manifest)),
     ('tokens', manifest['tokenizer_fingerprint']),
     ('seconds of training', f'{manifest["train_seconds"]:,.1f}'),
-    ('score', manifest.get('score')),
-    ('steps left out', f'{look.scalars.get("guard/num_skipped", 0):,.0f}'),
+    ('score', score),
+    ('steps skipped', f'{look.scalars.get("guard/num_skipped", 0):,.0f}'),
   ]
   parts = [
     f'## Step {step:,}, the newest good one',
-    description.table(
+    markdown.table(
       ('', ''), [(key, str(value)) for key, value in said if value is not None]
     ),
   ]
   clocks = _clocks(look)
   if clocks:
     header = ('level', 'updates', 'steps since', 'norm of its gradient then')
-    parts.append(description.table(header, clocks))
+    parts.append(markdown.table(header, clocks))
   items: dict[str, list[_Array]] = {}
   for name, array in look.arrays.items():
     items.setdefault(name.split('/')[0], []).append(array)
@@ -148,7 +144,7 @@ def _describe(step: int, look: _Look) -> list[str]:
     (item, f'{len(arrays):,}', f'{sum(a.num_bytes for a in arrays):,}')
     for item, arrays in items.items()
   ]
-  parts.append(description.table(('item', 'arrays', 'bytes'), rows))
+  parts.append(markdown.table(('item', 'arrays', 'bytes'), rows))
   rows = [
     (
       name.removeprefix('params/'),
@@ -161,7 +157,7 @@ def _describe(step: int, look: _Look) -> list[str]:
     if name.startswith('params/')
   ]
   header = ('parameter', 'shape', 'dtype', 'norm', 'bytes')
-  return [*parts, description.table(header, rows)]
+  return [*parts, markdown.table(header, rows)]
 
 
 def _written_by(manifest: dict[str, Any]) -> str:
@@ -169,18 +165,21 @@ def _written_by(manifest: dict[str, Any]) -> str:
   software = [f'nested_learning {version}']
   if manifest.get('commit'):
     software.append(f'commit {manifest["commit"]}')
-  software.append(f'JAX {manifest["jax"]}')
+  if manifest.get('jax'):
+    software.append(f'JAX {manifest["jax"]}')
   return ', '.join(software)
 
 
 def _clocks(look: _Look) -> list[tuple[str, ...]]:
-  """One line for every level: how often it has learned, and when last."""
+  """Returns a row for every level: how often it has learned, and when last."""
   ending = '/num_updates'
   rows = []
   for name, num_updates in look.scalars.items():
     level = name.removesuffix(ending)
     if name.startswith('optimizer/') and name.endswith(ending):
-      get = lambda field, level=level: look.scalars[f'{level}/{field}']
+      get = lambda field, level=level: look.scalars.get(
+        f'{level}/{field}', float('nan')
+      )
       rows.append(
         (
           level.rsplit('/', 1)[-1],

@@ -1,18 +1,26 @@
 """What a run can do: train, evaluate, generate, hold a session, describe."""
 
+from collections.abc import Iterator
+import contextlib
+import errno
 import json
+import os
 import pathlib
+import sys
 import time
 from typing import Any, Literal
 
 import jax
 
 from nested_learning import configs
+from nested_learning import distributed
 from nested_learning import errors
+from nested_learning import files
 from nested_learning import models
 from nested_learning import parameters
 from nested_learning import sharding
 from nested_learning import tasks
+from nested_learning.training import checkpoint_files
 from nested_learning.training import checkpoints
 from nested_learning.training import config as config_lib
 from nested_learning.training import description
@@ -64,7 +72,9 @@ def run(
     raise errors.UserError(
       f'{mode=} must be one of {", ".join([*modes, "describe"])}.'
     )
-  modes[mode](config, workdir, subjects.make_subject(config))
+  with _explain_disk(workdir):
+    checkpoint_files.home(workdir)  # refuses a name that cannot be used
+    modes[mode](config, workdir, subjects.make_subject(config))
 
 
 def restore_params(
@@ -95,32 +105,63 @@ def restore_params(
   return restored.state['params'], restored.step
 
 
+@contextlib.contextmanager
+def _explain_disk(workdir: pathlib.Path) -> Iterator[None]:
+  """Turns errors of the files below a folder into UserErrors."""
+  try:
+    yield
+  except OSError as error:
+    name = error.filename
+    if not isinstance(name, str | os.PathLike):
+      if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        raise
+      name = workdir
+    elif not pathlib.Path(os.path.abspath(name)).is_relative_to(
+      os.path.abspath(workdir)
+    ):
+      raise
+    raise errors.UserError(
+      f'{name}: {error.strerror}. Mend that and run the same command again; '
+      'its checkpoints stay as they are.'
+    ) from error
+
+
 def _train(config, workdir, subject):
   workdir.mkdir(parents=True, exist_ok=True)
-  config_path = workdir / 'config.json'
-  if jax.process_index() == 0 and not config_path.exists():
-    _write(config_path, configs.to_json(config))
-  begin = time.perf_counter()
-  outcome = trainer.train(config, workdir)
-  with interrupts.ending(trainer.trained_message(config, workdir)):
-    _finish(config, workdir, subject, outcome, begin)
+  with contextlib.ExitStack() as stack:
+
+    def lock():
+      path = workdir / '.training.lock'
+      stack.enter_context(files.lock(path, f'--workdir={workdir}'))
+
+    distributed.first_does('lock', lock)
+    config_path = workdir / 'config.json'
+    if jax.process_index() == 0 and not config_path.exists():
+      files.write_whole(config_path, configs.to_json(config))
+    begin = time.perf_counter()
+    outcome = trainer.train(config, workdir, subject)
+    with interrupts.ending(trainer.trained_message(config, workdir)):
+      _finish(config, workdir, subject, outcome, begin)
 
 
 def _finish(config, workdir, subject, outcome, begin):
   """Evaluates, samples and reports; the summary is written last of all."""
   mesh = trainer.make_mesh(config)
-  numbers = subject.conclude(outcome.params, workdir, mesh, outcome.evaluation)
+  numbers = _conclude(
+    subject, outcome.params, workdir, mesh, outcome.evaluation
+  )
   sample = subject.sample(outcome.params, mesh)
   if jax.process_index() != 0:
     return
   num_tokens = config.train.num_steps * config.batch_tokens
   lines = metrics_lib.read_metrics(workdir / 'metrics.jsonl')
+  losses = [x['loss'] for x in lines if isinstance(x.get('loss'), float)]
   summary = {
     'name': config.name,
     'steps': config.train.num_steps,
     'tokens': num_tokens,
     'num_parameters': parameters.count(subject.model.table),
-    'loss': [line['loss'] for line in lines if 'loss' in line][-1],
+    **({'loss': losses[-1]} if losses else {}),
     **numbers,
     'tokens_per_second': num_tokens / outcome.train_seconds,
     'train_seconds': outcome.train_seconds,
@@ -131,31 +172,60 @@ def _finish(config, workdir, subject, outcome, begin):
     'num_processes': jax.process_count(),
     'dtype': config.model.dtype,
   }
-  (workdir / report.SAMPLE).write_text(sample, encoding='utf-8')
+  files.write_whole(workdir / report.SAMPLE, sample)
   report.write_report(workdir, config, subject, summary)
   _write_json(workdir / 'summary.json', summary)
   print(subject.verdict(summary))
 
 
+def _conclude(subject, params, workdir, mesh, evaluated) -> dict[str, Any]:
+  try:
+    return subject.conclude(params, workdir, mesh, evaluated)
+  except FloatingPointError as error:
+    raise errors.UserError(
+      f'{error}: the model in {workdir} has diverged. Lower '
+      'train.learning_rate in another --workdir.'
+    ) from error
+
+
 def _evaluate(config, workdir, subject):
   params, step = restore_params(config, workdir, subject.fingerprint)
   mesh = trainer.make_mesh(config)
-  numbers = subject.conclude(params, workdir, mesh, None)
+  numbers = _conclude(subject, params, workdir, mesh, None)
   if jax.process_index() == 0:
     _write_json(workdir / 'evaluation.json', {'steps': step, **numbers})
     summary_path = workdir / 'summary.json'
-    if summary_path.exists():  # without one, the run is not finished
-      summary = json.loads(summary_path.read_text(encoding='utf-8')) | numbers
+    summary = _read_summary(summary_path)
+    if summary is not None:
+      summary |= numbers
       report.write_report(workdir, config, subject, summary)
       _write_json(summary_path, summary)
     print(subject.verdict(numbers))
+
+
+def _read_summary(path: pathlib.Path) -> dict[str, Any] | None:
+  """Reads a summary; None if the run is not finished or it is damaged."""
+  if not path.exists():
+    return None
+  try:
+    summary = json.loads(path.read_text(encoding='utf-8'))
+  except (ValueError, RecursionError):
+    summary = None
+  if not isinstance(summary, dict):
+    print(
+      f'{path} cannot be read and stays as it is; run --mode=train again for a '
+      'new one.',
+      file=sys.stderr,
+    )
+    return None
+  return summary
 
 
 def _generate(config, workdir, subject):
   params, _ = restore_params(config, workdir, subject.fingerprint)
   text = subject.sample(params, trainer.make_mesh(config))
   if jax.process_index() == 0:
-    (workdir / report.SAMPLE).write_text(text, encoding='utf-8')
+    files.write_whole(workdir / report.SAMPLE, text)
     print(text)
 
 
@@ -175,10 +245,4 @@ def _session(config, workdir, subject):
 
 
 def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
-  _write(path, json.dumps(values, indent=2) + '\n')
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-  temporary = path.with_suffix('.tmp')  # whole, or not at all
-  temporary.write_text(text, encoding='utf-8')
-  temporary.replace(path)
+  files.write_whole(path, json.dumps(values, indent=2) + '\n')

@@ -47,12 +47,19 @@ def make_subject(config: config_lib.ExperimentConfig) -> subject_lib.Subject:
     )
 
   def conclude(params, workdir, mesh, evaluated):
+    if not config.has_validation:
+      return {}
     batches = lambda: feeding.validation_batches(
       subject, config.evaluation.num_batches, mesh
     )
     with jax.set_mesh(mesh):
       writes_on = evaluated or subject.evaluate(params, batches())
       writes_off = make_evaluate(False)(params, batches())
+    for name, evaluation_of in (('on', writes_on), ('off', writes_off)):
+      if not math.isfinite(evaluation_of.loss):  # a plot of it fails as well
+        raise FloatingPointError(
+          f'the validation loss with writes {name} is {evaluation_of.loss}'
+        )
     if jax.process_index() == 0:
       for path, write in (
         (_POSITION_TABLE, evaluation.write_table),
@@ -75,7 +82,7 @@ def make_subject(config: config_lib.ExperimentConfig) -> subject_lib.Subject:
     conclude=conclude,
     sample=sample,
     verdict=verdict,
-    sections=lambda summary: [_BY_POSITION],
+    sections=lambda summary: [_BY_POSITION] if config.has_validation else [],
     watched=('bits_per_byte', 'bits per byte'),
   )
   return subject
@@ -149,7 +156,9 @@ def generate_text(
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
-  """One sentence on what the memory's writes are worth."""
+  """Returns one sentence on what the memory's writes gain."""
+  if 'bits_per_byte' not in summary:
+    return 'Not evaluated: data.validation_fraction=0 holds no text out.'
   on, off = summary['bits_per_byte'], summary['bits_per_byte_writes_off']
   if on == off:
     return (

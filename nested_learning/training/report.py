@@ -8,6 +8,8 @@ from typing import Any
 from matplotlib import figure as mpl_figure
 
 from nested_learning import configs
+from nested_learning import files
+from nested_learning import markdown
 from nested_learning.training import config as config_lib
 from nested_learning.training import metrics as metrics_lib
 from nested_learning.training import subject as subject_lib
@@ -36,18 +38,20 @@ def write_report(
   sections = [
     f'# {config.name}',
     subject.verdict(summary),
-    _table(('', ''), [(k, _text(v)) for k, v in summary.items()]),
+    markdown.table(('', ''), [(k, _text(v)) for k, v in summary.items()]),
     f'## Loss\n\n![Training and validation loss]({LOSS_PLOT})',
     *subject.sections(summary),
     '## Levels\n\n' + _levels(config, lines),
   ]
   sample = workdir / SAMPLE
   if sample.exists():
-    text = sample.read_text(encoding='utf-8')
-    sections.append(f'## Sample\n\n{_fenced(text)}')
-  sections.append(f'## Config\n\n{_fenced(configs.to_json(config), "json")}')
+    text = sample.read_text(encoding='utf-8', errors='replace')
+    sections.append(f'## Sample\n\n{markdown.fenced(text)}')
+  sections.append(
+    f'## Config\n\n{markdown.fenced(configs.to_json(config), "json")}'
+  )
   report = '\n\n'.join(sections) + '\n'
-  (workdir / 'report.md').write_text(report, encoding='utf-8')
+  files.write_whole(workdir / 'report.md', report)
 
 
 def _plot_loss(
@@ -65,7 +69,8 @@ def _plot_loss(
     points = [
       (line['step'], line[name]) for line in lines if line.get(name) is not None
     ]
-    axes.plot(*zip(*points, strict=True), '.-' if axes is below else '-')
+    if points:
+      axes.plot(*zip(*points, strict=True), '.-' if axes is below else '-')
     axes.set_ylabel(label)
   below.set_xlabel('step')
   figure.savefig(path, dpi=120)
@@ -100,24 +105,10 @@ def _levels(
     'gradient norm',
     'update / weights',
   )
-  return _table(header, rows)
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-  rule = ('---',) * len(header)
-  lines = (header, rule, *rows)
-  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+  return markdown.table(header, rows)
 
 
 def _text(value: Any) -> str:
   if isinstance(value, float) and math.isfinite(value):
     return f'{value:,.4f}'
   return f'{value:,}' if isinstance(value, int) else str(value)
-
-
-def _fenced(text: str, language: str = '') -> str:
-  """A code block, whatever backticks the text has."""
-  fence = '```'
-  while fence in text:
-    fence += '`'
-  return f'{fence}{language}\n{text.rstrip()}\n{fence}'

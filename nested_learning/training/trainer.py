@@ -1,5 +1,7 @@
-"""The trainer, from the first batch to the last checkpoint."""
+"""Trains a model, from the first batch to the last checkpoint."""
 
+from collections.abc import Callable
+import math
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -20,160 +22,212 @@ from nested_learning.training import subjects
 
 
 class Outcome(NamedTuple):
-  """What training leaves behind.
+  """The result of training.
 
   Attributes:
     params: The trained parameters.
-    evaluation: Of the last step, with memory writes on.
-    train_seconds: In steps, over all processes that worked on the run.
-    compile_seconds: Tracing and compiling the step.
+    evaluation: Evaluation after the last step, with memory writes on; None
+      without validation data.
+    train_seconds: Time in steps, over all processes that worked on the run.
+    compile_seconds: Time to trace and compile the step.
   """
 
   params: Any
-  evaluation: subject_lib.Evaluated
+  evaluation: subject_lib.Evaluated | None
   train_seconds: float
   compile_seconds: float
 
 
 def train(
-  config: config_lib.ExperimentConfig, workdir: pathlib.Path
+  config: config_lib.ExperimentConfig,
+  workdir: pathlib.Path,
+  subject: subject_lib.Subject | None = None,
 ) -> Outcome:
   """Trains from the latest checkpoint in `workdir`, or from the start.
 
-  The run that was interrupted and resumed is the run that was not, bit for bit,
-  on the same devices. A checkpoint is written every checkpoint_every steps, at
-  every evaluation, at the end, and on SIGTERM and Ctrl-C.
+  A run that is interrupted and resumed equals the uninterrupted run bit for
+  bit, on the same devices. A checkpoint is written every checkpoint_every
+  steps, before every evaluation, at the end, and when a signal arrives.
 
   Args:
     config: The experiment.
-    workdir: Where checkpoints and metrics go.
+    workdir: Folder for checkpoints and metrics.
+    subject: The experiment's, if it is there already.
 
   Returns:
-    The trained parameters and how it went.
+    The trained parameters, their evaluation and times.
 
   Raises:
     errors.UserError: More steps in a row than train.max_skipped had a loss or a
-      gradient that is not finite or a spike; the state is not finite; or the
-      checkpoint is of another model, tokenizer or text, or all are damaged. The
-      last good one stays.
-    SystemExit: After SIGTERM (code 143) or Ctrl-C (130), once all is saved.
+      gradient that is not finite or a spike; the state or the validation loss
+      is not finite; the checkpoint is of another model, tokenizer or text, or
+      all are damaged; or the disk is full. The last good checkpoint stays.
+    SystemExit: After a signal, with 128 plus its number, once all is saved.
   """
-  num_steps = config.train.num_steps
-  num_batches = config.evaluation.num_batches
-  subject = subjects.make_subject(config)
-  model = subject.model
-  optimizer = optimizer_lib.make_optimizer(config, model.table)
+  subject = subject or subjects.make_subject(config)
   mesh = make_mesh(config)
+  optimizer = optimizer_lib.make_optimizer(config, subject.model.table)
   batches = feeding.make_batches(subject, 'train', mesh)
+  evaluate = _make_evaluate(config, subject, mesh)
   with (
     interrupts.deferred() as stop,
     jax.set_mesh(mesh),
     checkpoints.open_manager(
       workdir, keep=config.train.keep_checkpoints
     ) as manager,
+    checkpoints.explain_divergence(manager),
   ):
-    abstract = step_lib.abstract_state(config, model, optimizer, mesh)
-    if manager.latest_step() is None:
-      start, train_seconds = 0, 0.0
-      state = _init(config, model, optimizer, abstract)
-    else:
-      restored = checkpoints.restore(
-        manager,
-        _items(abstract),
-        config=config,
-        tokenizer_fingerprint=subject.fingerprint,
-      )
-      start, train_seconds = restored.step, restored.manifest['train_seconds']
-      state = step_lib.TrainState(**{'stream': None, **restored.state})
-      batches.set_state(restored.data)
-    if start > num_steps:
-      raise errors.UserError(
-        f'{workdir} holds a checkpoint of step {start}, past train.num_steps='
-        f'{num_steps}; raise it or use another --workdir.'
-      )
-    compile_start = time.perf_counter()
-    train_step = (  # an executable, which no later call can recompile
-      step_lib.trace_step(
-        config,
-        model,
-        optimizer,
-        mesh,
-        row=subject.row,
-        token_loss=subject.token_loss,
-      )
-      .lower()
-      .compile()
+    abstract = step_lib.abstract_state(config, subject.model, optimizer, mesh)
+    start, state, train_seconds = _restore_or_init(
+      config, subject, optimizer, abstract, manager, batches
     )
-    compile_seconds = time.perf_counter() - compile_start
-
-    evaluated = None  # the evaluation of the state as it stands
-    with (
-      checkpoints.explain_divergence(manager),
-      metrics_lib.RunLog(
-        workdir, config, start=start, train_seconds=train_seconds
-      ) as log,
-    ):
-      if start:
-        log.say(f'Going on from step {start} in {workdir}.')
-      if mesh.size < jax.device_count():
-        log.say(
-          f'Using {mesh.size} of {jax.device_count()} devices: '
-          f'{config.micro_batch_size} rows (data.batch_size over '
-          'train.accumulate) divide over no more.'
-        )
-      for step in range(start + 1, num_steps + 1):
-        state, metrics = train_step(state, feeding.put(next(batches), mesh))
-        log.defer(step, metrics)
-        evaluated = None
-        stopping = stop.requested()
-        evaluating = (
-          step == num_steps or step % config.train.evaluate_every == 0
-        )
-        saving = evaluating or step % config.train.checkpoint_every == 0
-        if not (stopping or saving):
-          continue
-
-        log.flush()
-        if evaluating and not stopping:
+    train_step, compile_seconds = _compile(config, subject, optimizer, mesh)
+    with metrics_lib.RunLog(
+      workdir, config, start=start, train_seconds=train_seconds
+    ) as log:
+      _say_start(log, config, workdir, start, mesh)
+      evaluated = None  # the evaluation of the state as it stands
+      for step in range(start, config.train.num_steps + 1):
+        stopping = False
+        if step > start:
+          state, metrics = train_step(state, feeding.put(next(batches), mesh))
+          log.defer(step, metrics)
+          evaluated = None
+          stopping = stop.requested()
+          if not (stopping or _saves(config.train, step)):
+            continue
+          log.flush()
+          # Before the evaluation, which may fail or be interrupted.
+          checkpoints.save(
+            manager,
+            step,
+            _items(state),
+            data=batches.get_state(),
+            config=config,
+            tokenizer_fingerprint=subject.fingerprint,
+            train_seconds=log.train_seconds,
+          )
+        # An evaluation that was interrupted at `start` is done now.
+        if (
+          evaluate is not None
+          and not stopping
+          and _evaluates(config.train, step)
+          and not (step == start and step in manager.scores)
+        ):
           try:
-            looks = feeding.validation_batches(subject, num_batches, mesh)
-            evaluated = subject.evaluate(
-              state.params, interrupts.until(stop, looks)
-            )
+            evaluated = evaluate(state.params, step, stop)
             log.write_evaluation(step, evaluated)
+            checkpoints.record_score(manager, step, evaluated.score)
           except interrupts.Interrupted:
             stopping = True
-        checkpoints.save(
-          manager,
-          step,
-          _items(state),
-          data=batches.get_state(),
-          config=config,
-          tokenizer_fingerprint=subject.fingerprint,
-          train_seconds=log.train_seconds,
-          score=evaluated.score if evaluated else None,
-        )
         if stopping:
-          manager.wait_until_finished()
+          checkpoints.wait(manager)
           log.say(
             f'{stop.signal.name}: saved step {step} in {workdir}; run the same '
             'command again to go on from there.'
           )
           raise SystemExit(128 + stop.signal)
         log.resume_clock()
-    if evaluated is None:  # there was no step left to take
+    if evaluated is None and evaluate is not None:  # no step was left to take
       with interrupts.ending(trained_message(config, workdir)):
-        looks = feeding.validation_batches(subject, num_batches, mesh)
-        evaluated = subject.evaluate(state.params, looks)
+        evaluated = evaluate(state.params, config.train.num_steps, None)
   if stop.requested():
     interrupts.end(stop.signal, trained_message(config, workdir))
   return Outcome(state.params, evaluated, log.train_seconds, compile_seconds)
 
 
+def _evaluates(train: config_lib.TrainConfig, step: int) -> bool:
+  if step == 0:
+    return False
+  return step == train.num_steps or step % train.evaluate_every == 0
+
+
+def _saves(train: config_lib.TrainConfig, step: int) -> bool:
+  return _evaluates(train, step) or step % train.checkpoint_every == 0
+
+
+def _make_evaluate(config, subject, mesh) -> Callable[..., Any] | None:
+  """Makes `evaluate(params, step, stop)`; None without validation data.
+
+  The first batch is made here, so that a fault of the data is found before the
+  first step.
+  """
+  if not config.has_validation:
+    return None
+  next(iter(feeding.make_batches(subject, 'validation', mesh)))
+
+  def evaluate(params, step, stop):
+    batches = feeding.validation_batches(
+      subject, config.evaluation.num_batches, mesh
+    )
+    if stop is not None:
+      batches = interrupts.until(stop, batches)
+    evaluated = subject.evaluate(params, batches)
+    for name in (subject.watched[0], 'loss'):
+      value = evaluated.numbers.get(name, 0.0)
+      if not math.isfinite(value):
+        raise FloatingPointError(f'validation/{name} is {value} at step {step}')
+    return evaluated
+
+  return evaluate
+
+
+def _restore_or_init(config, subject, optimizer, abstract, manager, batches):
+  """Returns the steps done, the state and the seconds of training so far."""
+  if manager.latest_step() is None:
+    init = step_lib.make_init(config, subject.model, optimizer)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    # Under jit every part is made where it will stay.
+    init = jax.jit(init, out_shardings=shardings)
+    return 0, init(jax.random.key(config.seed)), 0.0
+  restored = checkpoints.restore(
+    manager,
+    _items(abstract),
+    config=config,
+    tokenizer_fingerprint=subject.fingerprint,
+  )
+  if restored.step > config.train.num_steps:
+    raise errors.UserError(
+      f'{manager.directory} holds a checkpoint of step {restored.step}, past '
+      f'train.num_steps={config.train.num_steps}; raise it or use another '
+      '--workdir.'
+    )
+  batches.set_state(restored.data)
+  state = step_lib.TrainState(**{'stream': None, **restored.state})
+  return restored.step, state, restored.manifest['train_seconds']
+
+
+def _compile(config, subject, optimizer, mesh) -> tuple[Any, float]:
+  """Compiles the step; returns an executable, which cannot recompile."""
+  begin = time.perf_counter()
+  traced = step_lib.trace_step(
+    config,
+    subject.model,
+    optimizer,
+    mesh,
+    row=subject.row,
+    token_loss=subject.token_loss,
+  )
+  return traced.lower().compile(), time.perf_counter() - begin
+
+
+def _say_start(log, config, workdir, start, mesh) -> None:
+  if start:
+    log.say(f'Going on from step {start} in {workdir}.')
+  if not config.has_validation:
+    log.say('No validation data (data.validation_fraction=0): no evaluations.')
+  if mesh.size < jax.device_count():
+    log.say(
+      f'Using {mesh.size} of {jax.device_count()} devices: '
+      f'{config.micro_batch_size} rows (data.batch_size over '
+      'train.accumulate) divide over no more.'
+    )
+
+
 def trained_message(
   config: config_lib.ExperimentConfig, workdir: pathlib.Path
 ) -> str:
-  """What a run says that is ended after its last step."""
+  """Returns the message of a run that is ended after its last step."""
   return (
     f'the last step, {config.train.num_steps}, is saved in {workdir}; run the '
     'same command again for the evaluation and the report.'
@@ -181,17 +235,10 @@ def trained_message(
 
 
 def make_mesh(config: config_lib.ExperimentConfig) -> Any:
-  """The mesh of an experiment on the devices there are."""
+  """Makes the mesh of an experiment on the devices that there are."""
   return sharding.make_mesh(config.mesh, num_rows=config.micro_batch_size)
 
 
-def _init(config, model, optimizer, abstract):
-  """The state at step 0, every part made where it will stay."""
-  init = step_lib.make_init(config, model, optimizer)
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
-
-
 def _items(state: step_lib.TrainState) -> dict[str, Any]:
-  """The parts of a state that a checkpoint keeps under their own names."""
+  """Returns the parts of a state that a checkpoint keeps, by name."""
   return {k: v for k, v in state._asdict().items() if v is not None}

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import pathlib
 import shutil
@@ -9,14 +10,16 @@ from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore
 
 import nested_learning
 from nested_learning import configs
+from nested_learning import distributed
 from nested_learning import errors
 from nested_learning import sharding
+from nested_learning import training
 from nested_learning.training import checkpoint_files
 from nested_learning.training import checkpoints
-from nested_learning.training import checksums
 from tests.training import tiny
 
 
@@ -98,7 +101,6 @@ class CheckpointsTest(parameterized.TestCase):
     ('cut', 'params/**/d/*'),
     ('flip', 'params/**/d/*'),
     ('delete', 'params/**/d/*'),
-    ('cut', 'params/_METADATA'),
     ('flip', 'manifest/metadata'),
     ('delete', 'manifest/metadata'),
     ('flip', 'data/metadata'),
@@ -111,6 +113,7 @@ class CheckpointsTest(parameterized.TestCase):
       restored = self.restore()
     self.assertEqual(restored.step, 3)
     jax.tree.map(np.testing.assert_array_equal, self.state, restored.state)
+    self.assertLen(logs.output, 1, logs.output)
     (line,) = logs.output
     self.assertRegex(line, r'checkpoints/6 (is|cannot be).*on from step 3\.')
     self.assertTrue((self.root / 'checkpoints' / '6').exists())  # read only
@@ -147,7 +150,8 @@ class CheckpointsTest(parameterized.TestCase):
   def test_all_are_damaged(self):
     self.save_changed(3, 6)
     with self.assertRaisesRegex(
-      errors.UserError, 'checkpoints/6 is damaged.*so are the 1 before it'
+      errors.UserError,
+      'checkpoints/6 is damaged.*all 2 checkpoints are damaged',
     ):
       self.restore()
     with self.assertRaisesRegex(errors.UserError, '/3 is.*read another step'):
@@ -167,11 +171,197 @@ class CheckpointsTest(parameterized.TestCase):
 
   def save_changed(self, *steps):
     """Saves w with a manifest of other values, as after bit rot."""
-    found = checksums.inspect(self.state)
+    found = checkpoint_files.tree_checksums(self.state)
     checksum, finite = found['params/w']
     found['params/w'] = checksum ^ 1, finite
-    with mock.patch.object(checksums, 'inspect', lambda _: found):
+    with mock.patch.object(checkpoint_files, 'tree_checksums', lambda _: found):
       self.save(*steps)
+
+  @parameterized.parameters('_METADATA', '_sharding', 'array_metadatas/*')
+  def test_files_without_values_may_be_damaged(self, pattern):
+    self.save(6)
+    for path in self.files(6, f'params/{pattern}'):
+      damage(path, 'cut')
+    restored = self.restore()
+    jax.tree.map(np.testing.assert_array_equal, self.state, restored.state)
+    self.assertEqual(training.inspect(self.root).damaged, {})
+
+  @parameterized.parameters(
+    (MemoryError('out of memory'), MemoryError),
+    (ValueError('UNAVAILABLE: the network is down'), ValueError),
+    (ValueError('PERMISSION_DENIED: no'), errors.UserError),
+    (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED'), RuntimeError),
+  )
+  def test_an_error_that_is_no_damage_is_raised(self, error, expected):
+    self.save(3, 6)
+    with (
+      checkpoints.open_manager(self.root, keep=9) as manager,
+      mock.patch.object(manager, 'restore', side_effect=error),
+      mock.patch.object(tensorstore, 'open', side_effect=error),
+      self.assertRaises(expected),
+    ):
+      checkpoints.restore(
+        manager,
+        self.abstract,
+        config=self.config,
+        tokenizer_fingerprint='bytes-1',
+      )
+    self.assertTrue((self.root / 'checkpoints' / '6').exists())
+    self.assertEqual(self.restore().step, 6)
+
+  @parameterized.parameters(
+    (['', 'damage:it is cut'], checkpoint_files.Damaged, 'it is cut'),
+    (['', 'damage:cut', 'error:no'], RuntimeError, 'process 2 cannot .*: no'),
+  )
+  def test_processes_decide_alike(self, said, kind, message):
+    self.save(3)
+    with (
+      mock.patch.object(distributed, 'is_together', lambda: True),
+      mock.patch.object(distributed, 'gather', lambda *_: said),
+      self.assertRaisesRegex(kind, message),
+    ):
+      checkpoints._look_together(lambda: 'fine')
+
+  def test_a_folder_under_another_number_is_damaged(self):
+    self.save(3, 6)
+    folder = self.root / 'checkpoints'
+    shutil.copytree(folder / '6', folder / '9')
+    damaged = training.inspect(self.root).damaged
+    self.assertEqual(list(damaged), [9])
+    self.assertRegex(damaged[9], '/9 is damaged: .* checkpoint of step 6')
+    with self.assertLogs(level='WARNING'):
+      self.assertEqual(self.restore().step, 6)
+    shutil.rmtree(folder / '9')
+    for name, other in (('3', 'x'), ('6', '3'), ('x', '6')):
+      (folder / name).rename(folder / other)
+    with self.assertRaisesRegex(errors.UserError, 'all 2 checkpoints are'):
+      self.restore()
+
+  def edit_manifest(self, step, change, *, sign):
+    path = self.root / 'checkpoints' / str(step) / 'manifest' / 'metadata'
+    manifest = json.loads(path.read_text())
+    del manifest['manifest_checksum']
+    checksum = checkpoint_files.json_checksum(manifest)
+    manifest |= change
+    if sign:
+      checksum = checkpoint_files.json_checksum(manifest)
+    path.write_text(json.dumps({**manifest, 'manifest_checksum': checksum}))
+
+  @parameterized.parameters('nested_learning 1', 'nested_learning 2', 7)
+  def test_a_changed_format_is_damage(self, value):
+    self.save(3, 6)
+    self.edit_manifest(6, {'format': value}, sign=False)
+    self.assertEqual(list(training.inspect(self.root).damaged), [6])
+    with self.assertLogs(level='WARNING'):
+      self.assertEqual(self.restore().step, 3)
+
+  def test_a_later_format_is_refused(self):
+    self.save(3)
+    self.edit_manifest(3, {'format': 'nested_learning 9'}, sign=True)
+    with self.assertRaisesRegex(errors.UserError, "'nested_learning 9'.*reads"):
+      self.restore()
+
+  @parameterized.parameters(
+    {'step': '3'},
+    {'config': '{"cut'},
+    {'config': '[]'},
+    {'config': None},
+    {'tokenizer_fingerprint': 5},
+    {'train_seconds': float('nan')},
+    {'train_seconds': True},
+    {'checksums': []},
+    {'checksums': {'params/b': 'x'}},
+    {'arrays': 3},
+    {'arrays': {'params/b': 3}},
+  )
+  def test_a_forged_manifest_is_damage(self, **change):
+    self.save(3)
+    self.edit_manifest(3, change, sign=True)
+    self.assertEqual(list(training.inspect(self.root).damaged), [3])
+    with self.assertRaisesRegex(errors.UserError, '/3 is damaged.*manifest'):
+      self.restore()
+
+  @parameterized.parameters('', '[]', '5', 'null', '{}', '[' * 9999, '{"a"')
+  def test_a_manifest_that_is_none(self, text):
+    self.save(3)
+    (path,) = self.files(3, 'manifest/metadata')
+    path.write_text(text)
+    self.assertEqual(list(training.inspect(self.root).damaged), [3])
+    with self.assertRaisesRegex(errors.UserError, 'no other checkpoint'):
+      self.restore()
+
+  def test_passes_over_stray_files_and_folders(self):
+    self.save(3)
+    folder = self.root / 'checkpoints'
+    for name in ('²', '0028', '+7', '-1', 'x', '1_0'):
+      (folder / name).mkdir()
+    (folder / '12').write_text('no folder')
+    self.assertEqual(checkpoint_files.steps(self.root), [3])
+    self.assertEqual(training.inspect(self.root).damaged, {})
+    self.assertEqual(self.restore().step, 3)
+
+  def test_a_file_where_a_folder_should_be(self):
+    (self.root / 'checkpoints').write_text('')
+    for act in (self.save, self.restore, lambda: training.inspect(self.root)):
+      with self.assertRaisesRegex(errors.UserError, 'is not a folder; move'):
+        act()
+    (self.root / 'checkpoints').unlink()
+    self.save(3)
+    self.save_changed(6)
+    (self.root / 'checkpoints_damaged').write_text('')
+    with (
+      checkpoints.open_manager(self.root) as manager,
+      self.assertRaisesRegex(errors.UserError, '/6 is damaged and cannot be'),
+    ):
+      checkpoints.restore(
+        manager,
+        self.abstract,
+        config=self.config,
+        tokenizer_fingerprint='bytes-1',
+      )
+
+  @parameterized.parameters('lr[3e-3]', 'a*', 'b?', '[', 'a\\b', '\udce9')
+  def test_refuses_names_that_cannot_be_kept(self, name):
+    self.root = self.root / name
+    for act in (self.save, self.restore, lambda: training.inspect(self.root)):
+      with self.assertRaisesRegex(
+        errors.UserError, 'below a path with .; ch|not UTF-8; ch'
+      ):
+        act()
+    self.assertFalse(self.root.exists())
+
+  def test_takes_other_odd_names(self):
+    self.root = self.root / ' -a%20"\'\n{c},$d;&é漢#~]' / '-'
+    self.save(3)
+    jax.tree.map(
+      np.testing.assert_array_equal, self.state, self.restore().state
+    )
+    self.assertEqual(training.inspect(self.root).damaged, {})
+
+  def test_keeps_the_best_by_its_score(self):
+    scores = self.root / 'checkpoints' / 'scores.json'
+    for step, score in ((1, 2.0), (2, 1.0), (3, 3.0), (4, None)):
+      with checkpoints.open_manager(self.root) as manager:
+        arguments = {'config': self.config, 'tokenizer_fingerprint': 'b'}
+        checkpoints.save(manager, step, self.state, data={}, **arguments)
+        if score is not None:
+          checkpoints.record_score(manager, step, score)
+    self.assertEqual(checkpoint_files.steps(self.root), [2, 4])
+    self.assertEqual(checkpoints.read_scores(self.root)[2], 1.0)
+    for text in ('[1]', '{"2": "x"}', '{"2"', '{"2": NaN}'):
+      scores.write_text(text)
+      self.assertEqual(checkpoints.read_scores(self.root), {})
+
+  def test_a_disk_that_fails(self):
+    message = 'Cannot save step . in .*: No space left .* of .3'
+    self.save(3)
+    for failing in ('save', 'wait_until_finished'):
+      error = ValueError('RESOURCE_EXHAUSTED: No space left on device')
+      with (
+        mock.patch.object(checkpoints.Manager, failing, side_effect=error),
+        self.assertRaisesRegex(errors.UserError, message),
+      ):
+        self.save(4)
 
   @parameterized.parameters(
     ((16, 9), 'float32', r'needs float32\[16, 9\]'),
@@ -268,11 +458,11 @@ class ChecksumTest(parameterized.TestCase):
   @parameterized.parameters('float32', 'bfloat16', 'int32', 'uint8', 'bool')
   def test_any_changed_element_changes_it(self, dtype):
     x = jax.random.bernoulli(jax.random.key(0), shape=(7, 5)).astype(dtype)
-    expected = checksums.inspect({'x': x})['x'][0]
+    expected = checkpoint_files.tree_checksums({'x': x})['x'][0]
     changed = {
-      checksums.inspect({'x': x.at[i, j].set((x[i, j] == 0).astype(x.dtype))})[
-        'x'
-      ][0]
+      checkpoint_files.tree_checksums(
+        {'x': x.at[i, j].set((x[i, j] == 0).astype(x.dtype))}
+      )['x'][0]
       for i in range(7)
       for j in range(5)
     }
@@ -286,14 +476,16 @@ class ChecksumTest(parameterized.TestCase):
   def test_is_the_same_in_numpy(self, dtype, shape):
     x = (10 * jax.random.normal(jax.random.key(1), shape)).astype(dtype)
     self.assertEqual(
-      checksums.of_numpy(np.asarray(x)), checksums.inspect({'x': x})['x'][0]
+      checkpoint_files.array_checksum(np.asarray(x)),
+      checkpoint_files.tree_checksums({'x': x})['x'][0],
     )
 
   def test_is_the_same_on_any_mesh(self):
     x = jax.random.normal(jax.random.key(0), (16, 8))
     sharded = jax.device_put(x, sharding.batch_sharding(sharding.make_mesh()))
     self.assertEqual(
-      checksums.inspect({'x': x}), checksums.inspect({'x': sharded})
+      checkpoint_files.tree_checksums({'x': x}),
+      checkpoint_files.tree_checksums({'x': sharded}),
     )
 
 

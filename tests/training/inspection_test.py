@@ -44,7 +44,7 @@ class InspectionTest(absltest.TestCase):
       '## Step 1,000, the newest good one',
       r'\| experiment +\| tiny +\|',
       r'\| written by +\| nested_learning .*JAX \d',
-      r'\| steps left out +\| 3 +\|',
+      r'\| steps skipped +\| 3 +\|',
       r'\| slow +\| 3 +\| 3 +\| 3 +\|',  # updates, steps since, norm
       # 260 x 16 numbers of 4 bytes, each of them 3
       r'\| embed\w* +\| 260x16 +\| float32 +\| 193.494 +\| 16,640 +\|',

@@ -5,11 +5,15 @@ import dataclasses
 import io
 import json
 import pathlib
+from unittest import mock
 
 from absl.testing import absltest
+from absl.testing import parameterized
 
 from nested_learning import configs
 from nested_learning import errors
+from nested_learning import evaluation
+from nested_learning import files
 from nested_learning import layers
 from nested_learning import sharding
 from nested_learning import training
@@ -20,7 +24,7 @@ _TITANS = layers.MemoryMixerConfig(
 )
 
 
-class ModesTest(absltest.TestCase):
+class ModesTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     tiny.share_executables(self)
@@ -54,10 +58,10 @@ class ModesTest(absltest.TestCase):
     for text in (
       verdict.strip(),
       '![Loss by position, writes on and off](loss_by_position.png)',
-      '| slow | 512 | 3 |',
       (self.workdir / 'sample.txt').read_text().strip(),
     ):
       self.assertIn(text, report)
+    self.assertRegex(report, r'\| slow +\| 512 +\| 3 +\|')
     for plot in ('loss.png', 'loss_by_position.png'):
       self.assertEqual((self.workdir / plot).read_bytes()[1:4], b'PNG')
     table = (self.workdir / 'loss_by_position.csv').read_text().splitlines()
@@ -82,6 +86,50 @@ class ModesTest(absltest.TestCase):
       with self.assertRaisesRegex(errors.UserError, 'holds no checkpoint'):
         self.run_mode(mode)
       self.assertFalse(self.workdir.exists())
+
+  def test_without_validation_data(self):
+    config = tiny.experiment(
+      self.root, data={'validation_fraction': 0.0}, train={'num_steps': 1}
+    )
+    verdict = self.run_mode('train', config)
+    self.assertStartsWith(verdict, 'Not evaluated: data.validation_fraction=0')
+    self.assertIn(verdict.strip(), (self.workdir / 'report.md').read_text())
+    self.assertNotIn('bits_per_byte', self.read('summary.json'))
+
+  def test_damaged_files_of_a_run_are_one_line(self):
+    config = tiny.experiment(self.root, train={'num_steps': 1})
+    self.run_mode('train', config)
+    path = self.workdir / 'summary.json'
+    for text in ('{"cut', '[1]', ''):
+      path.write_text(text)
+      output = io.StringIO()
+      with contextlib.redirect_stderr(output):
+        self.run_mode('eval', config)
+      self.assertIn('summary.json cannot be read', output.getvalue())
+      self.assertEqual(path.read_text(), text)
+
+  def test_a_model_that_has_diverged_is_one_line(self):
+    config = tiny.experiment(self.root, train={'num_steps': 1})
+    self.run_mode('train', config)
+    with (
+      mock.patch.object(evaluation.Evaluation, 'loss', float('nan')),
+      self.assertRaisesRegex(errors.UserError, 'loss .* is nan: .* diverged'),
+    ):
+      self.run_mode('eval', config)
+
+  @parameterized.parameters('train', 'eval', 'generate')
+  def test_a_name_that_no_disk_takes(self, mode):
+    self.workdir = self.root / ('x' * 300)
+    with self.assertRaisesRegex(errors.UserError, 'xxx.*: File name too long'):
+      self.run_mode(mode)
+
+  def test_two_runs_in_one_folder(self):
+    self.workdir.mkdir()
+    with (
+      files.lock(self.workdir / '.training.lock', 'a'),
+      self.assertRaisesRegex(errors.UserError, 'workdir.* in use by process'),
+    ):
+      self.run_mode('train')
 
   def test_a_prompt_that_is_too_long_is_refused_before_training(self):
     config = tiny.experiment(self.root, generate={'num_tokens': 124})

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 from nested_learning import errors
 from nested_learning import evaluation
 from nested_learning import training
+from nested_learning.training import checkpoint_files
 from nested_learning.training import checkpoints
 from nested_learning.training import feeding
 from nested_learning.training import metrics
@@ -46,8 +48,7 @@ class TrainerTest(parameterized.TestCase):
     return {line['step']: line['loss'] for line in lines if 'loss' in line}
 
   def steps(self, name):
-    with checkpoints.open_manager(self.root / name) as manager:
-      return list(manager.all_steps())
+    return checkpoint_files.steps(self.root / name)
 
   def checksums(self, name):
     """Of every array of the last checkpoint: parameters, optimiser, stream."""
@@ -91,29 +92,98 @@ class TrainerTest(parameterized.TestCase):
     )
 
   def test_keeps_the_last_checkpoints_and_the_best(self):
-    bits = iter((5.0, 3.0, 4.0, 4.5, 4.2, 4.1))
-    kind = evaluation.Evaluation
+    scores = iter((5.0, 3.0, 4.0, 4.5, 4.2, 4.1))
     with mock.patch.object(
-      kind, 'bits_per_byte', property(lambda _: next(bits))
+      evaluation.Evaluation, 'score', property(lambda _: next(scores))
     ):
-      with mock.patch.object(metrics.RunLog, 'write_evaluation'):
-        self.train('w', train={'evaluate_every': 1, 'keep_checkpoints': 2})
+      self.train('w', train={'evaluate_every': 1, 'keep_checkpoints': 2})
     self.assertEqual(self.steps('w'), [2, 5, 6])
 
-  def test_a_signal_during_an_evaluation_is_heard(self):
-    batches = feeding.validation_batches
+  def evaluations(self, name):
+    lines = metrics.read_metrics(self.root / name / 'metrics.jsonl')
+    name = 'validation/loss'
+    return [(line['step'], line[name]) for line in lines if name in line]
+
+  @parameterized.parameters(3, 6)  # in the middle, at the end
+  def test_an_evaluation_that_was_interrupted_is_done_at_the_next_start(
+    self, step
+  ):
+    train = {'evaluate_every': 3}
+    self.train('straight', train=train)
+    batches, calls = feeding.validation_batches, []
 
     def signalling(*args):
+      calls.append(args)
       for batch in batches(*args):
-        signal.raise_signal(signal.SIGTERM)
+        if len(calls) == step // 3:
+          signal.raise_signal(signal.SIGTERM)
         yield batch
 
     with mock.patch.object(feeding, 'validation_batches', signalling):
       with self.assertRaises(SystemExit):
+        self.train('w', train=train)
+    self.assertEqual(max(self.steps('w')), step)
+    self.assertLen(self.evaluations('w'), step // 3 - 1)
+    self.train('w', train=train)
+    self.assertEqual(self.evaluations('w'), self.evaluations('straight'))
+    scores = [checkpoints.read_scores(self.root / n) for n in ('straight', 'w')]
+    self.assertEqual(*scores)
+
+  def test_a_checkpoint_is_there_before_an_evaluation_fails(self):
+    for _ in range(2):  # the same at the next start
+      with (
+        mock.patch.object(evaluation.Evaluation, 'loss', float('nan')),
+        self.assertRaisesRegex(
+          errors.UserError, 'validation/loss is nan at step 3; .*of step 3 stay'
+        ),
+      ):
         self.train('w', train={'evaluate_every': 3})
-    self.assertEqual(self.steps('w'), [3])
-    lines = metrics.read_metrics(self.root / 'w' / 'metrics.jsonl')
-    self.assertFalse(any('validation/loss' in line for line in lines))
+      self.assertEqual(self.steps('w'), [3])
+
+  def test_without_validation_data(self):
+    outcome = self.train('w', data={'validation_fraction': 0.0})
+    self.assertIsNone(outcome.evaluation)
+    self.assertEqual(self.steps('w'), [6])
+    self.assertEmpty(self.evaluations('w'))
+
+  def test_finds_before_the_first_step_that_it_cannot_evaluate(self):
+    make = feeding.make_batches
+
+    def broken(subject, split, mesh):
+      if split == 'validation':
+        raise errors.UserError('no text for validation')
+      return make(subject, split, mesh)
+
+    with (
+      mock.patch.object(feeding, 'make_batches', broken),
+      self.assertRaisesRegex(errors.UserError, 'no text for validation'),
+    ):
+      self.train('w')
+    self.assertFalse((self.root / 'w' / 'metrics.jsonl').exists())
+
+  @parameterized.parameters('replaced', 'removed')
+  def test_a_folder_that_goes_during_the_run_is_one_line(self, how):
+    put, folder, calls = feeding.put, self.root / 'w' / 'checkpoints', []
+
+    def put_and_break(*args):
+      calls.append(args)
+      if len(calls) == 5:
+        shutil.move(folder, self.root / 'away')
+        if how == 'replaced':
+          folder.write_text('')
+      return put(*args)
+
+    with (
+      mock.patch.object(feeding, 'put', put_and_break),
+      self.assertRaisesRegex(errors.UserError, 'Cannot save step 6 in .*: N'),
+    ):
+      self.train('w', train={'checkpoint_every': 3})
+    if how == 'replaced':
+      folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.move(self.root / 'away', folder)
+    self.train('w', train={'checkpoint_every': 3})
+    self.assertLen(self.losses('w'), 6)
 
   @contextlib.contextmanager
   def poison(self, *calls):
@@ -153,7 +223,7 @@ class TrainerTest(parameterized.TestCase):
 
   @parameterized.parameters(
     (0, 'loss is nan at step 4; the checkpoint of step 3 stays in .* Lower'),
-    (1, r'step 5, and 1 steps before it were left out \(train.max_skipped\); '),
+    (1, r'step 5, and 1 steps before it were skipped \(train.max_skipped\); '),
   )
   def test_too_many_bad_steps_end_the_run(self, max_skipped, message):
     train = {'max_skipped': max_skipped}
