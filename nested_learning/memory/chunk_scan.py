@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from nested_learning import sharding
 from nested_learning.memory import chunked
+from nested_learning.memory import decays as decays_lib
 from nested_learning.memory import layout
 from nested_learning.memory import networks
 from nested_learning.memory import rule as rules
@@ -144,7 +145,7 @@ class _Keys(NamedTuple):
 def _make_keys(rule, token, chunk, maps):
   reset, does_write = chunk.columns()
   rates = writes.token_rates(token, does_write)
-  decays = chunked.make_decays(rates, reset, erase_from=rule.erase_from)
+  decays = decays_lib.make_decays(rates, reset, erase_from=rule.erase_from)
   erase = writes.erases(rule, 'in', maps)
   keys = chunked.make_keys(token.key, rates, decays, erase=erase)
   scores = None

@@ -1,14 +1,15 @@
-"""The networks that serve as memories: a matrix, and a residual MLP.
+"""The networks that serve as memories: a matrix and a residual MLP.
 
 A network is written once, as a function of `linear(name, x)`, which applies its
-linear map `name` to x. Reading a memory, back-propagating an error to each map,
-and reading every token's own state inside a chunk are then the same function
-with another `linear`.
+linear map `name` to x. Another `linear` makes the same function read a memory,
+back-propagate an error to each map, or read each token's own state inside a
+chunk.
 
-Several memories that are written with the same keys (the roles k, v, inner_lr
-and retention of self-modifying Titans) make one network: their input-side maps
-are stacked along the output axis. `num_vectors` roles give d numbers each, with
-a residual connection in the MLP; `num_scalars` give one, with a linear skip.
+Memories that are written with the same keys (the roles k, v, inner_lr and
+retention of self-modifying Titans) form one network: their input maps are
+stacked along the output axis. Each of `num_vectors` roles outputs d numbers,
+with a residual connection in the MLP; each of `num_scalars` outputs one, with a
+linear skip connection.
 
 Axes: b batch, h head, r role, t token, d head dim, f hidden. The token axis is
 always the last but one.
@@ -25,24 +26,27 @@ from nested_learning.memory import objectives
 
 Linear = Callable[[str, jax.Array], jax.Array]
 
+# Initial size of W1 h for hidden entries of size one: small, so that a memory
+# starts near its residual connection.
+_OUT_SCALE = 0.1
+
 
 class Outputs(NamedTuple):
-  """What a network gives: vectors [b, h, r, t, d], scalars [b, h, r, t, 1]."""
+  """Outputs of a network: vectors [b, h, r, t, d], scalars [b, h, r, t, 1]."""
 
   vectors: jax.Array
   scalars: jax.Array
 
 
 class Network(NamedTuple):
-  """A network as a table and functions.
+  """A network as a table of parameters and two functions.
 
-  The map 'in' reads the network's own input and no other map does; every other
-  map has a role axis.
+  Only the map 'in' reads the network's input; every other map has a role axis.
 
   Attributes:
-    table: The initial memory per map, [h, ..., out, in].
+    table: Initial memory per map, [h, ..., out, in].
     apply: `apply(linear, x) -> Outputs` for x [b, h, t, d].
-    read: `read(memory, x, vectors, scalars) -> Outputs` of some roles alone, at
+    read: `read(memory, x, vectors, scalars) -> Outputs` of a range of roles, at
       the cost of these roles; vectors and scalars are pairs (first, last + 1).
   """
 
@@ -52,7 +56,7 @@ class Network(NamedTuple):
 
 
 # Makes the output [b, h, r, t, d] of vector roles from the network's input,
-# [b, h, 1, t, d], and what the last map gives for it.
+# [b, h, 1, t, d], and the output of the last map.
 Finish = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -65,15 +69,15 @@ def make_matrix(
   finish: Finish = lambda x, y: y,
   init: parameters.Initializer | None = None,
 ) -> Network:
-  """M(x) = W x; a vector role is initially the identity, a scalar one zero.
+  """Makes M(x) = W x; vector roles start as the identity, scalars at zero.
 
   Args:
     num_heads: Independent memories h.
     dim: Width d of inputs and vector outputs.
     num_vectors: Roles with d outputs.
     num_scalars: Roles with one output.
-    finish: Makes a vector role's output of x and W x.
-    init: Another initial value, of all roles.
+    finish: Makes a vector role's output from x and W x.
+    init: Another initializer, for all roles.
 
   Returns:
     A `Network` with the map 'in' [h, num_vectors d + num_scalars, d].
@@ -124,10 +128,8 @@ def make_mlp(
   num_scalars: int = 0,
   activation: objectives.Activation,
   finish: Finish = jnp.add,
-  in_scale: float = 1.0,
-  out_scale: float = 0.1,
 ) -> Network:
-  """M(x) = x + W1 activation(W2 x); scalar roles: skip x + W1 activation(W2 x).
+  """Makes M(x) = x + W1 activation(W2 x); scalar roles have skip x for x.
 
   Args:
     num_heads: Independent memories h.
@@ -136,15 +138,12 @@ def make_mlp(
     num_vectors: Roles with d outputs.
     num_scalars: Roles with one output.
     activation: Elementwise function.
-    finish: Makes a vector role's output of x and W1 activation(W2 x).
-    in_scale: Initial size of W2 x for an x of norm one.
-    out_scale: Initial size of W1 h, relative to a hidden h of entries of size
-      one; skip starts at zero.
+    finish: Makes a vector role's output from x and W1 activation(W2 x).
 
   Returns:
     A `Network` with the maps 'in' [h, (num_vectors + num_scalars) f +
     num_scalars, d], 'vector' [h, num_vectors, d, f] and 'scalar' [h,
-    num_scalars, 1, f], those without a role left out.
+    num_scalars, 1, f]. Maps without a role are left out.
 
   References:
     Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eqs. 89, 91.
@@ -152,15 +151,16 @@ def make_mlp(
   num_hidden = (num_vectors + num_scalars) * hidden_dim
 
   def init_in(key, shape, dtype):
-    weights = parameters.normal(in_scale)(key, shape, dtype)
+    # Entries of W2 x have size one for a key of norm one.
+    weights = parameters.normal(1.0)(key, shape, dtype)
     is_hidden = jnp.arange(shape[1])[:, None] < num_hidden
-    return jnp.where(is_hidden, weights, 0.0)
+    return jnp.where(is_hidden, weights, 0.0)  # skips start at zero
 
   def out_param(num_roles, out_dim):
     return parameters.Param(
       (num_heads, num_roles, out_dim, hidden_dim),
       ('heads', None, None, None),
-      parameters.fan_in(hidden_dim * out_dim, out_scale),
+      parameters.fan_in(hidden_dim * out_dim, _OUT_SCALE),
       decay=False,
     )
 
@@ -214,17 +214,17 @@ def make_mlp(
 
 
 def linear_of(memory: Any) -> Linear:
-  """The `linear` of a memory as it stands: y = W x for every token alike."""
+  """Makes the `linear` that applies one memory to all tokens: y = W x."""
   return lambda name, x: apply_map(memory[name], x)
 
 
 def apply_map(weights: jax.Array, x: jax.Array) -> jax.Array:
-  """W x for weights [..., o, i] and x [..., t, i], giving [..., t, o]."""
+  """Computes W x for weights [..., o, i] and x [..., t, i]: [..., t, o]."""
   return jnp.einsum('...oi,...ti->...to', weights, x)
 
 
 def _rows(weights: jax.Array, cuts: Sequence[tuple[int, int]]) -> jax.Array:
-  """Some of the outputs of a map [..., o, i]; neighbouring cuts are one."""
+  """Selects outputs of a map [..., o, i]; joins cuts that touch."""
   merged = []
   for start, stop in [cut for cut in cuts if cut[1] > cut[0]]:
     if merged and merged[-1][1] == start:
@@ -235,11 +235,11 @@ def _rows(weights: jax.Array, cuts: Sequence[tuple[int, int]]) -> jax.Array:
 
 
 def _split_roles(x: jax.Array, num_roles: int) -> jax.Array:
-  """[b, h, t, r d] -> [b, h, r, t, d]."""
+  """Reshapes [b, h, t, r d] to [b, h, r, t, d]."""
   split = x.reshape(*x.shape[:-1], num_roles, -1 if num_roles else 0)
   return jnp.moveaxis(split, -2, -3)
 
 
 def _scalar_roles(x: jax.Array) -> jax.Array:
-  """[b, h, t, r] -> [b, h, r, t, 1]."""
+  """Reshapes [b, h, t, r] to [b, h, r, t, 1]."""
   return jnp.moveaxis(x, -1, -2)[..., None]

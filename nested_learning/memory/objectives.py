@@ -1,9 +1,8 @@
-"""What a memory minimises, its functions, and the names configs use for them.
+"""Objectives, activations and retention maps of memories, and their names.
 
-An objective is `objective(prediction, target) -> value` over the last axis; its
-gradient with respect to the prediction is the error that is written. Any such
-function can be passed to the engine; `OBJECTIVES` and `ACTIVATIONS` only look
-up the ones that configs name.
+An objective is `objective(prediction, target) -> value` over the last axis. Its
+gradient with respect to the prediction is the error that is written. The engine
+takes any such function; the tables look up those that configs name.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,11 +13,12 @@ import jax.numpy as jnp
 Objective = Callable[[jax.Array, jax.Array], jax.Array]
 Activation = Callable[[jax.Array], jax.Array]
 
-_SMOOTH = 1e-6  # under square roots
+# Added under square roots, whose gradient is infinite at zero.
+_SMOOTH = 1e-6
 
 
 def l2(prediction: jax.Array, target: jax.Array) -> jax.Array:
-  """Half the squared distance; its error is prediction - target.
+  """Computes half the squared distance; its error is prediction - target.
 
   References:
     Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 93 (with 1/2).
@@ -27,7 +27,7 @@ def l2(prediction: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def dot(prediction: jax.Array, target: jax.Array) -> jax.Array:
-  """Negative inner product; its error is -target.
+  """Computes the negative inner product; its error is -target.
 
   References:
     Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 92 (printed
@@ -37,11 +37,17 @@ def dot(prediction: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def make_huber(threshold: float) -> Objective:
-  """Half the squared distance; beyond `threshold`, absolute differences.
+  """Makes half the squared distance, with absolute differences far away.
+
+  Args:
+    threshold: Distance beyond which differences are absolute, one for all
+      tokens.
+
+  Returns:
+    An objective.
 
   References:
-    Behrouz et al., Miras, arXiv:2504.13173, 2025 (Yaad), with one threshold for
-    all tokens.
+    Behrouz et al., Miras, arXiv:2504.13173, 2025 (Yaad).
   """
 
   def huber(prediction, target):
@@ -54,7 +60,13 @@ def make_huber(threshold: float) -> Objective:
 
 
 def make_lp(power: float) -> Objective:
-  """The sum of |prediction - target|^power, smooth at zero.
+  """Makes the sum of |prediction - target|^power, smooth at zero.
+
+  Args:
+    power: Exponent, above 1.
+
+  Returns:
+    An objective.
 
   References:
     Behrouz et al., Miras, arXiv:2504.13173, 2025 (Moneta).
@@ -76,7 +88,7 @@ OBJECTIVES: Mapping[str, Objective] = {
 
 
 def lq_norm(memory: jax.Array) -> jax.Array:
-  """A / |A|_4^2 over each map [..., out, in].
+  """Computes A / |A|_4^2 for each map A [..., out, in].
 
   References:
     Behrouz et al., Miras, arXiv:2504.13173, 2025 (Moneta, q = 4).
@@ -87,7 +99,7 @@ def lq_norm(memory: jax.Array) -> jax.Array:
 
 
 def softmax(memory: jax.Array) -> jax.Array:
-  """Each output's weights as a distribution over its inputs, [..., out, in].
+  """Turns the weights of each output [..., out, in] into a distribution.
 
   References:
     Behrouz et al., Miras, arXiv:2504.13173, 2025 (Memora).
@@ -95,7 +107,7 @@ def softmax(memory: jax.Array) -> jax.Array:
   return jax.nn.softmax(memory, axis=-1)
 
 
-# From what is written to what is read.
+# From the weights that are written to the weights that are read.
 RETENTION_MAPS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
   'lq_norm': lq_norm,
   'softmax': softmax,

@@ -20,6 +20,7 @@ import dataclasses
 
 from nested_learning import errors
 from nested_learning.memory import chunked
+from nested_learning.memory import decays as decays_lib
 from nested_learning.memory import networks
 from nested_learning.memory import rule as rules
 from nested_learning.memory import writes
@@ -92,7 +93,7 @@ class LocalTargets:
     reset, does_write = chunks.columns()
     inputs = chunks.inputs
     rates = writes.token_rates(inputs, does_write)
-    decays = chunked.make_decays(rates, reset)
+    decays = decays_lib.make_decays(rates, reset)
     keys = chunked.make_keys(inputs.key, rates, decays, erase=True)
     return (keys, chunked.make_scores(keys, inputs.query)), None
 

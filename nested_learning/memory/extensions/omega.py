@@ -45,6 +45,7 @@ import jax.numpy as jnp
 from nested_learning import errors
 from nested_learning import newton_schulz
 from nested_learning.memory import chunked
+from nested_learning.memory import decays as decays_lib
 from nested_learning.memory import layout
 from nested_learning.memory import networks
 from nested_learning.memory import rule as rules
@@ -174,7 +175,7 @@ class Omega:
     reset, does_write = chunks.columns()
     inputs = chunks.inputs
     rates = writes.token_rates(inputs, does_write)
-    decays = _sum_windows(chunked.make_decays(rates, reset), window.band)
+    decays = _sum_windows(decays_lib.make_decays(rates, reset), window.band)
     keys = chunked.make_keys(window.key, rates, decays, erase=False)
     return keys, chunked.make_scores(keys, inputs.query)
 
@@ -319,7 +320,9 @@ def _join_tail(tail, tokens, offset):
   return jax.tree.map(join, tail, tokens)
 
 
-def _sum_windows(decays: chunked.Decays, band: jax.Array) -> chunked.Decays:
+def _sum_windows(
+  decays: decays_lib.Decays, band: jax.Array
+) -> decays_lib.Decays:
   """Turns weights of t steps into weights of the p errors that they sum."""
   trace = decays.trace
   if trace is not None:
@@ -358,8 +361,8 @@ def _solve_orthogonal(rule, initial, state, evaluated, chunk):
   """Solves steps along the orthogonalised trace, one matrix per token."""
   reset, does_write = chunk.columns()
   rates = writes.token_rates(chunk.inputs, does_write).masked()
-  decays = chunked.make_decays(rates._replace(momentum=None), reset)
-  passed, start = chunked.trace_decays(rates.momentum, reset)
+  decays = decays_lib.make_decays(rates._replace(momentum=None), reset)
+  passed, start = decays_lib.trace_decays(rates.momentum, reset)
   window = chunk.known.window
   mix = jnp.matmul(passed, window.band)  # [b, 1, t, p]
   per_token = lambda x: x[..., None, :, :]
