@@ -1,4 +1,4 @@
-r"""Tasks of EleutherAI's lm-evaluation-harness on the checkpoint of a run.
+r"""Evaluates the checkpoint of a run with EleutherAI's lm-evaluation-harness.
 
 Command (needs the harness: make harness):
   make demo
@@ -6,13 +6,13 @@ Command (needs the harness: make harness):
     --workdir=runs/lm_eval --mode=eval
 
 `--set=checkpoint=runs/NAME` names another run, and `--set='tasks=("piqa",)'`
-other tasks: names that the harness knows, or folders of task files, beside
-which their data lie. The default is experiments/lm_eval_tasks, three small
+other tasks: names that the harness knows, or folders of task files with their
+data. The default is experiments/lm_eval_tasks, three small
 tasks about Python that need no network.
 
 `--config=experiments/lm_eval.py:commonsense` is the suite of the papers' tables
-of language models. Its data come from the network, or from where an earlier run
-with a network left them.
+of language models. Its data come from the network, or from the cache of an
+earlier run.
 
 Hardware: two CPU cores; half a minute to a minute, mostly compilation.
 Result, one seed each:
@@ -57,7 +57,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class LmEvalConfig:
-  """Which checkpoint is asked what."""
+  """A checkpoint, and the tasks to evaluate it on."""
 
   checkpoint: str = 'runs/quickstart'  # folder of a run; its last checkpoint
   tasks: tuple[str, ...] = ('experiments/lm_eval_tasks',)  # names or folders
@@ -65,7 +65,7 @@ class LmEvalConfig:
   num_fewshot: int | None = None  # examples in a prompt; None is the task's own
   batch_size: int = 8  # texts that are read together
   max_length: int | None = None  # tokens of a call; None is model.max_length
-  seed: int = 0  # of what is drawn where a task samples
+  seed: int = 0  # for tasks that sample
   mesh: sharding.MeshConfig = sharding.MeshConfig()
 
   def __post_init__(self):
@@ -80,7 +80,7 @@ class LmEvalConfig:
 
 
 def get_config(arg: str | None = None) -> LmEvalConfig:
-  """The experiment; `arg` is 'commonsense' for the papers' suite."""
+  """Returns the experiment; `arg` is 'commonsense' for the papers' suite."""
   if arg is None:
     return LmEvalConfig()
   if arg == 'commonsense':
@@ -127,8 +127,8 @@ def load_tasks(package: Any, specs: Sequence[str]) -> list[Any]:
     The harness' tasks.
 
   Raises:
-    errors.UserError: There is no such task or folder, or a task's data cannot
-      be had.
+    errors.UserError: If there is no such task or folder, or the data of a task
+      cannot be loaded.
   """
   manager = None
   loaded = []
@@ -159,7 +159,7 @@ def load_tasks(package: Any, specs: Sequence[str]) -> list[Any]:
 
 
 def _load(manager: Any, name: str) -> Any:
-  """A task, a group, or the tasks of a tag, with the data."""
+  """Loads a task, a group, or the tasks of a tag, with their data."""
   try:
     found = manager.load([name])
   except Exception as error:  # Loading a data set raises anything.
@@ -173,7 +173,7 @@ def _load(manager: Any, name: str) -> Any:
 
 
 def _find_folder(spec: str) -> pathlib.Path | None:
-  """The folder that a spec names, below here or below the repository."""
+  """Returns the folder of a spec, here or in the repository, if any."""
   for folder in (pathlib.Path(spec).expanduser(), _ROOT / spec):
     if folder.is_dir():
       return folder.resolve()
@@ -181,12 +181,12 @@ def _find_folder(spec: str) -> pathlib.Path | None:
 
 
 def _read_run(config: LmEvalConfig) -> training.ExperimentConfig:
-  """The config of the run, on this evaluation's mesh."""
+  """Returns the config of the run, on the mesh of this evaluation."""
   folder = pathlib.Path(config.checkpoint).expanduser()
   for name in ('config.json', 'checkpoints'):
     if not (folder / name).exists():
       raise errors.UserError(
-        f'checkpoint={config.checkpoint!r} is no trained run: it has no '
+        f'checkpoint={config.checkpoint!r} is not a trained run: it has no '
         f'{name}. Name the folder of one, --set=checkpoint=runs/NAME, or train '
         'the quickstart with `make demo`.'
       )
@@ -208,7 +208,7 @@ def _read_run(config: LmEvalConfig) -> training.ExperimentConfig:
 def _make_lm(
   config: LmEvalConfig, experiment: training.ExperimentConfig
 ) -> tuple[Any, dict[str, Any]]:
-  """The harness' model of a run's last checkpoint, and what it is."""
+  """Returns the last checkpoint as a model of lm-eval, and facts about it."""
   folder = pathlib.Path(config.checkpoint).expanduser()
   tokenizer = data_lib.make_tokenizer(experiment.data.tokenizer)
   params, step = modes.restore_params(experiment, folder, tokenizer.fingerprint)
@@ -232,7 +232,7 @@ def _make_lm(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Silences what the packages say of tasks and of lost connections."""
+  """Silences the warnings of the packages about tasks and connections."""
   import datasets
 
   loggers = [logging.getLogger(name) for name in ('lm_eval', 'huggingface_hub')]

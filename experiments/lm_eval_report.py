@@ -1,4 +1,4 @@
-"""The tables of an evaluation by lm-evaluation-harness."""
+"""Reports of an evaluation by lm-evaluation-harness."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -36,13 +36,13 @@ def write(
   about: dict[str, Any],
   found: dict[str, Any],
 ) -> None:
-  """Writes what a run leaves, and prints the table.
+  """Writes the files of a run, and prints the table.
 
   Args:
     config: The experiment's config.
     workdir: The run's folder.
     about: The checkpoint: name, checkpoint, step, num_parameters, seconds.
-    found: What `lm_eval.simple_evaluate` returned.
+    found: Return value of `lm_eval.simple_evaluate`.
   """
   lines = list(_lines(found))
   summary = about | {
@@ -93,7 +93,7 @@ def write(
 
 
 def _lines(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
-  """One mapping per task, metric and filter."""
+  """Yields one mapping per task, metric and filter."""
   counts = found['n-samples']
   for task, values in found['results'].items():
     for key, value in values.items():
@@ -112,7 +112,7 @@ def _lines(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _commonsense_row(name: str, summary: dict[str, Any]) -> list[Any] | None:
-  """Perplexity and percentages as in the papers' table, the mean at the end."""
+  """Returns a row of the papers' table: perplexity, percentages, mean."""
   keys = [f'{task}_{metric}' for task, metric in COMMONSENSE.items()]
   if not all(key in summary for key in keys):
     return None
@@ -132,7 +132,7 @@ def _commonsense_section(ours: list[Any]) -> str:
 
 
 def _answers(found: dict[str, Any], num_shown: int = 5) -> Iterator[str]:
-  """What the model wrote, for the tasks in which it writes."""
+  """Yields generated texts as sections, for the tasks with generation."""
   for task, samples in found.get('samples', {}).items():
     if found['configs'][task]['output_type'] != 'generate_until':
       continue
@@ -152,5 +152,5 @@ def _answers(found: dict[str, Any], num_shown: int = 5) -> Iterator[str]:
 
 
 def _code(text: str) -> str:
-  """A text as a cell of a table."""
+  """Formats a text as a cell of a table."""
   return '`' + repr(text).replace('`', "'").replace('|', '\\|') + '`'

@@ -261,7 +261,7 @@ def make_count(
   return count
 
 
-def write_answers(
+def generate_answers(
   model: models.Model,
   params: Any,
   task: tasks.TextTask,

@@ -195,7 +195,7 @@ def gain_by_position(
   return writes_off.loss_by_position - writes_on.loss_by_position
 
 
-def write_table(
+def write_by_position(
   path: pathlib.Path, writes_on: Evaluation, writes_off: Evaluation
 ) -> None:
   """Writes losses and gain as comma-separated values, a line per position."""
@@ -237,7 +237,7 @@ def bin_edges(num_positions: int, per_octave: int = 2) -> np.ndarray:
   return np.unique([0, *edges[edges < num_positions], num_positions])
 
 
-def plot(
+def plot_by_position(
   path: pathlib.Path, writes_on: Evaluation, writes_off: Evaluation
 ) -> None:
   """Draws both losses and the gain, in bits per token, as a PNG file."""

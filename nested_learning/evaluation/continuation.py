@@ -1,7 +1,7 @@
 r"""Text that a model generates after a context, until a string appears.
 
-    write = make_write(model, tokenizer, batch_size=8)
-    texts = write(params, ['1, 2, 3, '], WriteConfig(until=('\n',)))
+    generate = make_generate_until(model, tokenizer, batch_size=8)
+    texts = generate(params, ['1, 2, 3, '], GenerateUntilConfig(until=('\n',)))
 
 Strings that end a text are searched in the text, not among the tokens, so they
 end it wherever tokens begin and end.
@@ -26,7 +26,7 @@ _BLOCK = 16  # tokens drawn between two searches of the text
 
 
 @dataclasses.dataclass(frozen=True)
-class WriteConfig:
+class GenerateUntilConfig:
   """When a text ends, and how its tokens are drawn."""
 
   until: tuple[str, ...] = ()  # the first of these ends the text before it
@@ -40,7 +40,7 @@ class WriteConfig:
     inference.check_sampling(self.temperature, self.top_k, self.top_p)
 
 
-def make_write(
+def make_generate_until(
   model: models.Model,
   tokenizer: data_lib.Tokenizer,
   *,
@@ -49,7 +49,7 @@ def make_write(
   seed: int = 0,
   mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[..., list[str]]:
-  """Makes `write(params, contexts, config, *, description=None) -> [str]`.
+  """Makes `generate(params, contexts, config, *, description=None) -> [str]`.
 
   It returns the texts in the order of the contexts, and shows a progress bar if
   there is a description. What is drawn for a context depends on the seed and on
@@ -95,7 +95,7 @@ def make_write(
     # Every process needs all tokens, to see where the texts end.
     return jax.jit(draw, out_shardings=(whole, None, None))
 
-  def write_batch(params, contexts, keys, config):
+  def generate_batch(params, contexts, keys, config):
     draw = make_draw(config.temperature, config.top_k, config.top_p)
     padded = scoring.pad(contexts, rows, limits.piece)
     logits, state = read_prompt(params, np.maximum(padded, 0), padded >= 0)
@@ -110,7 +110,7 @@ def make_write(
           texts[i] = finished_text(tokenizer, context, drawn[i], config)
     return texts
 
-  def write(params, contexts, config, *, description=None):
+  def generate(params, contexts, config, *, description=None):
     tokens = [scoring.encode_context(tokenizer, c) for c in contexts]
     tokens = _make_room(tokens, config.max_tokens, limits.stream)
     keys = inference.row_keys(
@@ -121,20 +121,22 @@ def make_write(
       for places in scoring.batches([len(t) for t in tokens], rows):
         padded = [*places, *[places[0]] * (rows - len(places))]
         batch = [tokens[place] for place in places]
-        written = write_batch(params, batch, keys[np.array(padded)], config)
-        for place, text in zip(places, written, strict=True):
+        generated = generate_batch(
+          params, batch, keys[np.array(padded)], config
+        )
+        for place, text in zip(places, generated, strict=True):
           texts[place] = text
         bar.update(len(places))
     return texts
 
-  return write
+  return generate
 
 
 def finished_text(
   tokenizer: data_lib.Tokenizer,
   context: np.ndarray,
   drawn: np.ndarray,
-  config: WriteConfig,
+  config: GenerateUntilConfig,
 ) -> str | None:
   """Returns the text of tokens if it has ended, otherwise None.
 
@@ -175,7 +177,7 @@ def _make_room(
   room = limit - num_tokens
   if room < 1:
     raise errors.UserError(
-      f'{num_tokens} tokens to write leave no room for a context among the '
+      f'{num_tokens} tokens to generate leave no room for a context among the '
       f'{limit} that attention holds; lower max_gen_toks of the task or raise '
       'model.max_length.'
     )
@@ -183,7 +185,7 @@ def _make_room(
   if num_cut:
     logging.warning(
       '%d of %d contexts are longer than the %d tokens that attention holds '
-      'beside %d to write: their beginning is left out.',
+      'beside %d to generate: their beginning is left out.',
       num_cut,
       len(contexts),
       room,

@@ -47,7 +47,9 @@ def import_package() -> Any:
   return lm_eval
 
 
-def parse_settings(settings: Mapping[str, Any]) -> continuation.WriteConfig:
+def parse_settings(
+  settings: Mapping[str, Any],
+) -> continuation.GenerateUntilConfig:
   """Reads the generation settings of a task of the harness.
 
   Args:
@@ -73,9 +75,11 @@ def parse_settings(settings: Mapping[str, Any]) -> continuation.WriteConfig:
   if temperature is None:
     temperature = 1.0
   top_k, top_p = settings.get('top_k'), settings.get('top_p')
-  return continuation.WriteConfig(
+  return continuation.GenerateUntilConfig(
     until=(until,) if isinstance(until, str) else tuple(filter(None, until)),
-    max_tokens=int(given[0]) if given else continuation.WriteConfig.max_tokens,
+    max_tokens=int(given[0])
+    if given
+    else continuation.GenerateUntilConfig.max_tokens,
     temperature=float(temperature) if do_sample else 0.0,
     top_k=int(top_k) if top_k and top_k > 0 else None,
     top_p=1.0 if top_p is None else float(top_p),
@@ -122,7 +126,7 @@ def make_lm(
     vocab_size=tokenizer.vocab_size,
     mesh=mesh,
   )
-  write = continuation.make_write(
+  generate = continuation.make_generate_until(
     model,
     tokenizer,
     batch_size=batch_size,
@@ -159,13 +163,13 @@ def make_lm(
         groups.setdefault(config, []).append(i)
       texts = [''] * len(requests)
       for config, places in groups.items():
-        written = write(
+        generated = generate(
           params,
           [requests[i].args[0] for i in places],
           config,
           description='generation' if progress else None,
         )
-        for i, text in zip(places, written, strict=True):
+        for i, text in zip(places, generated, strict=True):
           texts[i] = text
       return texts
 

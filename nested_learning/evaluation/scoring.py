@@ -181,7 +181,7 @@ def make_score(
     windows = [
       window
       for i, request in enumerate(requests)
-      for window in cut(i, request, limits.stream)
+      for window in make_windows(i, request, limits.stream)
     ]
     _warn_of_cuts(requests, limits.stream)
     # Summed in float64, in which a long text's digits are not lost.
@@ -203,7 +203,9 @@ def make_score(
   return score
 
 
-def cut(index: int, request: Request, limit: int | None) -> list[Window]:
+def make_windows(
+  index: int, request: Request, limit: int | None
+) -> list[Window]:
   """Cuts a request into streams that score each token of it once.
 
   It is one stream unless the continuation is longer than a stream may be. Then

@@ -163,7 +163,7 @@ def _write_answers(
   task, model_config = _stretch(config, factor)
   batch_size = config.data.batch_size
   num_rows = num_rows or config.evaluation.num_batches * batch_size
-  return evaluation.write_answers(
+  return evaluation.generate_answers(
     models.make_model(model_config, config.inner),
     params,
     task,

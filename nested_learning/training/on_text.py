@@ -62,8 +62,8 @@ def make_subject(config: config_lib.ExperimentConfig) -> subject_lib.Subject:
         )
     if jax.process_index() == 0:
       for path, write in (
-        (_POSITION_TABLE, evaluation.write_table),
-        (_POSITION_PLOT, evaluation.plot),
+        (_POSITION_TABLE, evaluation.write_by_position),
+        (_POSITION_PLOT, evaluation.plot_by_position),
       ):
         write(workdir / path, writes_on, writes_off)
     return _summarize(writes_on, writes_off)

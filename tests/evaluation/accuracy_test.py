@@ -1,4 +1,4 @@
-"""Counts of right answers and rows, against a plain count."""
+"""Tests of counts of right answers and rows, against a plain count."""
 
 import dataclasses
 
@@ -84,7 +84,7 @@ class CountTest(parameterized.TestCase):
     self.assertEqual(result.score, result.loss)
     self.assertIn(f'of {len(targets)} answers right', result.sentence)
 
-  def test_an_answer_that_is_never_right_counts_as_an_id(self):
+  def test_macro_accuracy_counts_ids_that_are_only_answers(self):
     counts = accuracy.Counts(
       0.0,
       targets=np.array([2.0, 0, 0]),
@@ -122,7 +122,7 @@ class CountTest(parameterized.TestCase):
 
 
 class AnswersTest(absltest.TestCase):
-  def test_writes_what_the_model_says_greedily(self):
+  def test_answers_are_greedy(self):
     task = tasks.make_config('qa1_small', num_tokens=140)
     config = dataclasses.replace(
       tiny.MODEL, vocab_size=task.vocab_size, max_length=160
@@ -131,7 +131,7 @@ class AnswersTest(absltest.TestCase):
     params = jax.jit(model.init_params)(jax.random.key(0))
     rows = [task.make_row(np.random.default_rng(i)) for i in range(3)]
     answers = list(
-      evaluation.write_answers(model, params, task, rows, batch_size=2)
+      evaluation.generate_answers(model, params, task, rows, batch_size=2)
     )
     self.assertLen(answers, 3)
     forward = jax.jit(model.forward)

@@ -136,7 +136,7 @@ class ByPositionTest(absltest.TestCase):
     self.off = make_evaluation([3.0, 2.5, 2.0, 0.0], counts)
     self.root = pathlib.Path(self.create_tempdir().full_path)
 
-  def test_gain_is_what_writing_saves(self):
+  def test_gain(self):
     gain = evaluation.gain_by_position(self.on, self.off)
     np.testing.assert_allclose(gain, [0.0, 0.5, 1.0, np.nan])
 
@@ -152,9 +152,9 @@ class ByPositionTest(absltest.TestCase):
       self.assertTrue(np.all(np.diff(edges) > 0))
     self.assertLess(len(edges), 25)
 
-  def test_table_has_a_line_per_position_that_was_seen(self):
+  def test_table_has_a_line_per_position(self):
     path = self.root / 'table.csv'
-    evaluation.write_table(path, self.on, self.off)
+    evaluation.write_by_position(path, self.on, self.off)
     self.assertEqual(
       path.read_text().splitlines(),
       [
@@ -167,7 +167,7 @@ class ByPositionTest(absltest.TestCase):
 
   def test_plot_is_an_image(self):
     path = self.root / 'plot.png'
-    evaluation.plot(path, self.on, self.off)
+    evaluation.plot_by_position(path, self.on, self.off)
     self.assertEqual(path.read_bytes()[1:4], b'PNG')
 
 

@@ -16,7 +16,7 @@ from nested_learning.evaluation import scoring
 from tests import compiling
 from tests.training import tiny
 
-# Draws ASCII alone, so that what it writes has the tokens that it drew.
+# Draws only ASCII, so that encoding the text gives the tokens drawn.
 _ASCII = dataclasses.replace(data.make_tokenizer('bytes'), vocab_size=127)
 _ATTENTION = dataclasses.replace(tiny.MODEL, max_length=64)
 _TITANS = dataclasses.replace(
@@ -40,9 +40,11 @@ def init_params(config):
 
 
 @functools.cache
-def make_write(config, **settings):
+def make_generate_until(config, **settings):
   model = models.make_model(config)
-  write = continuation.make_write(model, _ASCII, batch_size=2, **settings)
+  write = continuation.make_generate_until(
+    model, _ASCII, batch_size=2, **settings
+  )
   write = functools.partial(write, init_params(config))
 
   def quick(*args, **kwargs):  # its programs are made when they are needed
@@ -61,10 +63,10 @@ def make_score(config):
 
 
 def greedy(num_tokens, *until):
-  return continuation.WriteConfig(until, num_tokens)
+  return continuation.GenerateUntilConfig(until, num_tokens)
 
 
-class WriteTest(parameterized.TestCase):
+class GenerateUntilTest(parameterized.TestCase):
   def assert_greedy(self, config, requests, wanted):
     score = make_score(config)
     scores = score(init_params(config), requests)
@@ -74,9 +76,9 @@ class WriteTest(parameterized.TestCase):
     ('attention', _ATTENTION, ()),
     ('titans', _TITANS, ('more, longer, than a piece of it, ' * 2,)),
   )
-  def test_own_text_is_greedy(self, config, more):
+  def test_generated_text_is_greedy_under_scoring(self, config, more):
     contexts = (*_CONTEXTS, *more)
-    texts = make_write(config)(contexts, greedy(20))
+    texts = make_generate_until(config)(contexts, greedy(20))
     self.assertEqual([len(text) for text in texts], [20] * len(contexts))
     self.assertLen(set(texts), len(texts))
     requests = [
@@ -92,14 +94,14 @@ class WriteTest(parameterized.TestCase):
     self.assert_greedy(config, [changed], [False])
 
   def test_neither_batch_nor_order_matters(self):
-    write = make_write(_ATTENTION)
+    write = make_generate_until(_ATTENTION)
     wanted = [write([context], greedy(20))[0] for context in _CONTEXTS]
     found = write(_CONTEXTS[::-1], greedy(20))
     self.assertEqual(found, wanted[::-1])
     self.assertLen(set(wanted), 4)
 
   def test_until_is_cut_off_across_blocks_and_tokens(self):
-    write = make_write(_ATTENTION)
+    write = make_generate_until(_ATTENTION)
     (whole,) = write(_CONTEXTS[:1], greedy(40))
     until = whole[14:18]  # the first block draws 16 tokens
     place = whole.find(until)
@@ -111,17 +113,19 @@ class WriteTest(parameterized.TestCase):
     self.assertEqual(found, whole[: min(place, whole.find(first))])
 
   def test_seeds_reproduce_in_any_batch(self):
-    config = continuation.WriteConfig(max_tokens=20, temperature=20.0)
+    config = continuation.GenerateUntilConfig(max_tokens=20, temperature=20.0)
     same = ['same'] * 3
-    texts = make_write(_ATTENTION)(same, config)
+    texts = make_generate_until(_ATTENTION)(same, config)
     self.assertLen(set(texts), 3)
-    self.assertEqual(make_write(_ATTENTION)(same, config), texts)
-    self.assertEqual(make_write(_ATTENTION)(same[:1], config), texts[:1])
-    other = make_write(_ATTENTION, seed=1)(same, config)
+    self.assertEqual(make_generate_until(_ATTENTION)(same, config), texts)
+    self.assertEqual(
+      make_generate_until(_ATTENTION)(same[:1], config), texts[:1]
+    )
+    other = make_generate_until(_ATTENTION, seed=1)(same, config)
     self.assertNotEqual(other, texts)
 
-  def test_attention_leaves_out_the_beginning_and_says_so(self):
-    write = make_write(_ATTENTION)
+  def test_warns_of_contexts_longer_than_attention_holds(self):
+    write = make_generate_until(_ATTENTION)
     context = ''.join(chr(65 + i % 50) for i in range(70))
     with self.assertLogs(logging.get_absl_logger(), 'WARNING') as logs:
       found = write([context, 'b'], greedy(20))
@@ -131,12 +135,12 @@ class WriteTest(parameterized.TestCase):
     )
     self.assert_greedy(_ATTENTION, [request], [True])
 
-  def test_refuses_what_leaves_no_room(self):
-    with self.assertRaisesRegex(errors.UserError, '64 tokens to write'):
-      make_write(_ATTENTION)(['a'], greedy(64))
+  def test_refuses_texts_without_room_for_a_context(self):
+    with self.assertRaisesRegex(errors.UserError, '64 tokens to generate'):
+      make_generate_until(_ATTENTION)(['a'], greedy(64))
     tokenizer = dataclasses.replace(_ASCII, vocab_size=261)
     with self.assertRaisesRegex(errors.UserError, 'tokenizer has 261 tokens'):
-      continuation.make_write(models.make_model(_ATTENTION), tokenizer)
+      continuation.make_generate_until(models.make_model(_ATTENTION), tokenizer)
 
 
 class FinishedTextTest(parameterized.TestCase):
@@ -149,26 +153,26 @@ class FinishedTextTest(parameterized.TestCase):
     ('', None),
   )
   def test_bytes(self, drawn, wanted):
-    config = continuation.WriteConfig(('STOP', ';'), 5)
+    config = continuation.GenerateUntilConfig(('STOP', ';'), 5)
     found = continuation.finished_text(_ASCII, _X, _ASCII.encode(drawn), config)
     self.assertEqual(found, wanted)
 
   def test_ends_before_the_next_document(self):
     drawn = np.array([97, _ASCII.document_id, 98])
     found = continuation.finished_text(
-      _ASCII, _X, drawn, continuation.WriteConfig()
+      _ASCII, _X, drawn, continuation.GenerateUntilConfig()
     )
     self.assertEqual(found, 'a')
 
   def test_half_a_character_waits_for_its_other_half(self):
-    config = continuation.WriteConfig(('\u00e9',), 9)
+    config = continuation.GenerateUntilConfig(('\u00e9',), 9)
     drawn = np.array([0x61, 0xC3])
     self.assertIsNone(continuation.finished_text(_ASCII, _X, drawn, config))
     drawn = np.array([0x61, 0xC3, 0xA9])
     self.assertEqual(continuation.finished_text(_ASCII, _X, drawn, config), 'a')
 
   def test_half_a_character_at_the_end_is_left_out(self):
-    config = continuation.WriteConfig(max_tokens=3)
+    config = continuation.GenerateUntilConfig(max_tokens=3)
     drawn = _ASCII.encode('Gr\u00fc')[:3]
     self.assertEqual(
       continuation.finished_text(_ASCII, _X, drawn, config), 'Gr'
@@ -181,7 +185,7 @@ class FinishedTextTest(parameterized.TestCase):
       return ' '.join(words[i] for i in ids)
 
     tokenizer = dataclasses.replace(_ASCII, decode=decode)
-    config = continuation.WriteConfig(max_tokens=2)
+    config = continuation.GenerateUntilConfig(max_tokens=2)
     found = continuation.finished_text(
       tokenizer, np.array([0]), np.array([1, 2]), config
     )
@@ -189,7 +193,7 @@ class FinishedTextTest(parameterized.TestCase):
 
   def test_a_special_token_of_until_ends_the_text(self):
     tokenizer = dataclasses.replace(_ASCII, special={'<|im_end|>': 3})
-    config = continuation.WriteConfig(('<|im_end|>',), 9)
+    config = continuation.GenerateUntilConfig(('<|im_end|>',), 9)
     drawn = np.array([*_ASCII.encode('yes'), 3, *_ASCII.encode('no')])
     self.assertEqual(
       continuation.finished_text(tokenizer, _X, drawn, config), 'yes'

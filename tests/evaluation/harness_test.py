@@ -1,4 +1,4 @@
-"""The adapter to lm-evaluation-harness (`make test-harness` installs it)."""
+"""Tests of the lm-eval adapter (`make test-harness` installs it)."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from tests import compiling
 from tests.training import tiny
 
 _BYTES = data.make_tokenizer('bytes')
-# Draws ASCII alone, so that what it writes has the tokens that it drew.
+# Draws only ASCII, so that encoding the text gives the tokens drawn.
 _ASCII = dataclasses.replace(_BYTES, vocab_size=127)
 _PAIRS = (
   ('two and two', ' is four'),
@@ -137,10 +137,10 @@ class ParseSettingsTest(parameterized.TestCase):
   def test_reads(self, settings, fields):
     self.assertEqual(
       harness.parse_settings(settings),
-      continuation.WriteConfig(**fields),
+      continuation.GenerateUntilConfig(**fields),
     )
 
-  def test_names_what_it_ignores(self):
+  def test_warns_of_ignored_settings(self):
     with self.assertLogs(logging.get_absl_logger(), 'WARNING') as logs:
       harness.parse_settings({'num_beams': 4})
     self.assertIn('num_beams', logs.output[0])

@@ -141,7 +141,7 @@ class ScoreTest(parameterized.TestCase):
     whole = make_score(_TITANS)(requests)
     self.assert_scores(make_score(_TITANS, max_length=7)(requests), whole)
 
-  def test_attention_reads_what_it_holds_and_says_so(self):
+  def test_warns_of_texts_longer_than_attention_holds(self):
     requests = [request(70, 9), request(3, 3), request(30, 5)]
     with self.assertLogs(logging.get_absl_logger(), 'WARNING') as logs:
       found = make_score(_ATTENTION)(requests)
@@ -179,7 +179,7 @@ class ScoreTest(parameterized.TestCase):
 
   def test_windows(self):
     text = scoring.Request(np.array([-1]), np.arange(10))
-    windows = scoring.cut(7, text, 4)
+    windows = scoring.make_windows(7, text, 4)
     self.assertEqual(
       [(w.index, w.tokens.tolist(), w.num_scored) for w in windows],
       [
@@ -188,10 +188,10 @@ class ScoreTest(parameterized.TestCase):
         (7, [5, 6, 7, 8, 9], 2),
       ],
     )
-    ((_, tokens, num_scored),) = scoring.cut(0, text, None)
+    ((_, tokens, num_scored),) = scoring.make_windows(0, text, None)
     self.assertEqual((len(tokens), num_scored), (11, 10))
 
-  def test_nothing_is_certain(self):
+  def test_empty_continuation_has_log_likelihood_zero(self):
     score = make_score(_ATTENTION)
     self.assertEqual(score([request(5, 0)]), [scoring.Score(0.0, True)])
     self.assertEqual(score([]), [])
@@ -326,7 +326,7 @@ class LayoutTest(parameterized.TestCase):
     self.assertEqual(scoring.read_limits(titans, 16), scoring.Limits(16, None))
 
   @parameterized.parameters(0, 129)
-  def test_refuses_lengths_that_the_model_has_not(self, length):
+  def test_refuses_lengths_out_of_range(self, length):
     with self.assertRaisesRegex(
       errors.UserError, f'max_length={length} .* model.max_length=128'
     ):

@@ -1,4 +1,4 @@
-"""The evaluation of a checkpoint on tasks of lm-evaluation-harness."""
+"""Tests of the evaluation of a checkpoint by lm-evaluation-harness."""
 
 import dataclasses
 import importlib.util
@@ -47,7 +47,7 @@ class SettingsTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, 'use --mode=eval'):
       experiment.run(experiment.get_config(), 'unused', 'train')
 
-  def test_refuses_what_is_no_run(self):
+  def test_refuses_folders_without_a_run(self):
     folder = pathlib.Path(self.create_tempdir().full_path)
     config = experiment.LmEvalConfig(checkpoint=str(folder))
     with self.assertRaisesRegex(errors.UserError, 'no config.json'):

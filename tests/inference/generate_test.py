@@ -41,7 +41,7 @@ class GenerateTest(parameterized.TestCase):
     return jax.random.randint(jax.random.key(seed), shape, 0, 256)
 
   @parameterized.named_parameters(*_MIXERS)
-  def test_greedy_is_the_argmax_of_the_whole(self, config):
+  def test_greedy_is_the_argmax_of_one_forward(self, config):
     model, params, generate = self.make(config, num_tokens=6, temperature=0)
     prompt = self.prompt(2, 7)
     tokens = generate(params, prompt, jax.random.key(0)).tokens
@@ -91,7 +91,7 @@ class GenerateTest(parameterized.TestCase):
       np.testing.assert_array_equal(row[:length], wanted[:length])
       self.assertTrue(np.all(row[length:] == stop))
 
-  def test_never_draws_beyond_the_vocabulary(self):
+  def test_draws_only_below_vocab_size(self):
     _, params, generate = self.make(tiny.MODEL, num_tokens=64, vocab_size=9)
     tokens = generate(params, self.prompt(2, 3), jax.random.key(0)).tokens
     self.assertLess(int(tokens.max()), 9)
@@ -106,7 +106,7 @@ class GenerateTest(parameterized.TestCase):
       whole(params, prompt, jax.random.key(0)).tokens,
     )
 
-  def test_refuses_what_attention_cannot_hold(self):
+  def test_refuses_prompts_longer_than_the_state(self):
     _, params, generate = self.make(tiny.MODEL, num_tokens=8)
     with self.assertRaisesRegex(
       errors.UserError, 'prompt of 121 tokens .* model.max_length=128'

@@ -34,7 +34,7 @@ class SamplingTest(parameterized.TestCase):
   def test_top_p(self, p, expected):
     self.assertEqual(kept(inference.keep_top_p(LOGITS, p)), expected)
 
-  def test_what_is_kept_is_left_as_it_was(self):
+  def test_filters_leave_kept_logits_unchanged(self):
     for filtered in (
       inference.keep_top_k(LOGITS, 2),
       inference.keep_top_p(LOGITS, 0.6),

@@ -1,4 +1,4 @@
-"""Files of sessions: whole, or refused with the reason."""
+"""Tests of session files: round trips, damage and forgery."""
 
 import hashlib
 import json
@@ -52,7 +52,7 @@ def content(**arrays):
 
 
 def sign(data):
-  """A file whose checksum is right, whatever its header says."""
+  """Returns the file with a valid checksum."""
   (length,) = struct.unpack_from('<Q', data)
   header = json.loads(data[8 : 8 + length])
   old = header['__metadata__']['sha256'].encode()
@@ -73,7 +73,7 @@ class SessionFilesTest(parameterized.TestCase):
     self.folder = pathlib.Path(self.create_tempdir().full_path)
     self.path = self.folder / 'a.session'
 
-  def test_what_is_written_is_read(self):
+  def test_round_trip(self):
     checksum = session_files.write(self.path, content())
     found = session_files.read(self.path)
     self.assertEqual(found.metadata['model'], 'm')
@@ -94,7 +94,7 @@ class SessionFilesTest(parameterized.TestCase):
         file.get_tensor('weights'), content().arrays['weights']
       )
 
-  def test_every_truncation_and_edit_is_refused(self):
+  def test_refuses_every_truncation_and_edit(self):
     session_files.write(self.path, content())
     data = self.path.read_bytes()
     for size in range(len(data)):
@@ -125,7 +125,7 @@ class SessionFilesTest(parameterized.TestCase):
     (b'"dtype":"F32"', b'"dtype":"Xyz"', 'is not a session, or is cut'),
     (b'"dtype":"BOOL"', b'"dtype":  null', 'is not a session, or is cut'),
   )
-  def test_forged_headers_are_refused(self, old, new, message):
+  def test_refuses_forged_headers(self, old, new, message):
     session_files.write(self.path, content())
     self.path.write_bytes(forge(self.path.read_bytes(), old, new))
     with self.assertRaisesRegex(errors.UserError, message):
@@ -142,18 +142,18 @@ class SessionFilesTest(parameterized.TestCase):
     struct.pack('<Q', 60_000) + b'[' * 60_000,
     safetensors_numpy.save({}, {'format': 'pt'}),
   )
-  def test_other_files_are_refused_and_stay(self, data):
+  def test_refuses_files_of_other_kinds(self, data):
     self.path.write_bytes(data)
     for function in (session_files.read, session_files.read_checksum):
       with self.assertRaisesRegex(errors.UserError, 'is not a session'):
         function(self.path)
 
-  def test_files_before_safetensors_are_refused_by_version(self):
+  def test_refuses_older_versions(self):
     self.path.write_bytes(b'NLSESSN\n' + bytes(100))
     with self.assertRaisesRegex(errors.UserError, 'version 2 or before'):
       session_files.read(self.path)
 
-  def test_shapes_are_checked_before_anything_is_allocated(self):
+  def test_checks_shapes_before_allocating(self):
     like = {'x': jax.ShapeDtypeStruct((10**9, 1000), np.float32)}
     names = ('clock',)
     for arrays, message in (
@@ -168,7 +168,7 @@ class SessionFilesTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, r'not \(other\)'):
       session_files.unpack('a', session_files.Content({}, more), names, {})
 
-  def test_levels_are_read_from_plain_values(self):
+  def test_reads_the_config_of_levels_from_plain_values(self):
     inner = levels.InnerConfig((4, None), (0.1, 0.2), optimizer='adam')
     text = session_files.write_inner(inner)
     self.assertEqual(session_files.read_inner('a', text), inner)
@@ -183,7 +183,7 @@ class SessionFilesTest(parameterized.TestCase):
       with self.assertRaisesRegex(errors.UserError, 'how its levels learn'):
         session_files.read_inner('a', text)
 
-  def test_a_path_that_cannot_be(self):
+  def test_refuses_impossible_paths(self):
     (self.folder / 'file').touch()
     for name in ('', 'a\0b', 'x' * 300, 'a\ud800'):
       path = f'{self.folder}/{name}' if name else ''
@@ -195,7 +195,7 @@ class SessionFilesTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, 'no such file'):
       session_files.read(self.folder / 'none')
 
-  def test_links_are_followed_and_stay(self):
+  def test_follows_and_keeps_symbolic_links(self):
     target, precious = self.folder / 'b', self.folder / 'precious'
     precious.write_text('precious')
     self.path.symlink_to(target)
@@ -209,7 +209,7 @@ class SessionFilesTest(parameterized.TestCase):
     )
     self.assertEqual(precious.read_text(), 'precious')
 
-  def test_a_killed_save_leaves_the_file_before_it(self):
+  def test_killed_save_keeps_the_old_file(self):
     saver = subprocess.Popen(
       [sys.executable, '-c', _SAVER, str(self.path)],
       stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Sessions: exact however they are fed, saved, forked and rolled back."""
+"""Tests of sessions: feeding, saving, forking and rolling back are exact."""
 
 import functools
 import pathlib
@@ -33,7 +33,7 @@ _INNER = levels.InnerConfig((4, 8), (0.03, 0.02), optimizer='adam')
 
 @functools.cache
 def base():
-  """A session that was fed nothing; its programs are compiled once."""
+  """Returns a session without tokens; its programs are compiled once."""
   with compiling.quickly():
     model = models.make_model(_CONFIG)
     params = jax.jit(model.init_params)(jax.random.key(0))
@@ -58,7 +58,7 @@ def assert_equal(one, two):
 
 
 def learned(session):
-  """All but where in an open segment the session is."""
+  """Returns the state without the position in an open segment."""
   stream = session.state.stream
   return stream.levels, stream.segment.model, stream.num_segments
 
@@ -75,7 +75,7 @@ class SessionsTest(parameterized.TestCase):
     params = settings.pop('params', base().params)
     return inference.Session.load(self.path, model, params, **settings)
 
-  def test_what_is_learned_is_the_same_bits_however_it_is_fed(self):
+  def test_learned_state_does_not_depend_on_how_tokens_are_cut(self):
     tokens, reset = draw(), np.arange(_LENGTH) == 13
     whole = begin()
     losses = whole.feed(tokens, reset=reset)
@@ -92,7 +92,7 @@ class SessionsTest(parameterized.TestCase):
         np.testing.assert_array_equal, learned(session), learned(whole)
       )
 
-  def test_is_the_model_that_learns(self):
+  def test_equals_the_model_with_inner_levels(self):
     tokens = draw()[None]
     session = begin()
     losses = session.feed(tokens)
@@ -106,7 +106,7 @@ class SessionsTest(parameterized.TestCase):
     np.testing.assert_array_equal(updates, state.levels['slow'].num_updates)
     np.testing.assert_array_equal(updates, [_LENGTH // 8])
 
-  def test_rows_of_different_lengths_are_sessions_of_their_own(self):
+  def test_rows_of_different_lengths_equal_separate_sessions(self):
     one, two = draw(9, seed=1), draw(14, seed=2)
     alone = begin(), begin()
     for session, tokens in zip(alone, (one, two), strict=True):
@@ -137,7 +137,7 @@ class SessionsTest(parameterized.TestCase):
     assert_equal(session, witness)
     np.testing.assert_allclose(loss, session.feed(draw(9, seed=3)).mean())
 
-  def test_saved_and_loaded_is_the_same_session(self):
+  def test_save_and_load_round_trip(self):
     session = begin()
     session.feed(draw(10))
     session.save(self.path)
@@ -152,7 +152,7 @@ class SessionsTest(parameterized.TestCase):
     self.assertEqual(loaded.clock, [10])
     jax.tree.map(np.testing.assert_array_equal, base().params, params)
 
-  def test_refuses_a_file_of_something_else(self):
+  def test_refuses_files_of_other_sessions_and_kinds(self):
     session = begin()
     session.feed(draw(5))
     session.save(self.path)
@@ -208,7 +208,7 @@ class SessionsTest(parameterized.TestCase):
       with self.assertRaisesRegex(errors.UserError, message):
         self.load()
 
-  def test_no_save_replaces_what_another_session_learned(self):
+  def test_save_refuses_to_replace_another_session(self):
     begin().save(self.path)
     one, two = self.load(), self.load()
     one.feed(draw(8))
@@ -231,7 +231,7 @@ class SessionsTest(parameterized.TestCase):
     self.assertEqual(self.path.read_bytes(), kept)
     np.testing.assert_array_equal(self.load().clock, [16])
 
-  def test_generates_what_feeding_token_by_token_says(self):
+  def test_generate_equals_feeding_token_by_token(self):
     session = begin()
     session.feed(draw(5))
     witness = session.fork()
@@ -248,7 +248,7 @@ class SessionsTest(parameterized.TestCase):
     fed.feed(np.asarray(written.tokens))
     assert_equal(kept, fed)
 
-  def test_attention_to_all_begins_anew_and_levels_remember(self):
+  def test_full_attention_restarts_and_levels_remember(self):
     mixer = layers.AttentionConfig(2, 2, head_dim=4)
     model = models.make_model(
       models.ModelConfig(**{**vars(_CONFIG), 'mixer': mixer, 'max_length': 12})
@@ -291,13 +291,13 @@ class SessionsTest(parameterized.TestCase):
     ('rows', [[1], [2]], 'this session has 1 rows'),
     ('ragged', [[1], [2, 3]], 'rows of different lengths'),
   )
-  def test_refuses_what_is_no_text(self, tokens, message):
+  def test_refuses_invalid_tokens(self, tokens, message):
     session = begin()
     with self.assertRaisesRegex(errors.UserError, message):
       session.feed(tokens)
     assert_equal(session, base())
 
-  def test_refuses_marks_that_do_not_fit(self):
+  def test_refuses_flags_of_other_shapes(self):
     session = begin()
     for marks, message in (
       ({'reset': [True, False]}, r'reset has shape \(1, 2\)'),
@@ -308,7 +308,7 @@ class SessionsTest(parameterized.TestCase):
         session.feed([1, 2, 3], **marks)
     assert_equal(session, base())
 
-  def test_refuses_to_write_after_nothing(self):
+  def test_refuses_to_generate_without_context_or_valid_settings(self):
     with self.assertRaisesRegex(errors.UserError, 'give a prompt'):
       begin().generate(3)
     with self.assertRaisesRegex(errors.UserError, 'num_tokens=0'):

@@ -1,4 +1,4 @@
-"""Sessions from the terminal, on a checkpoint of one step."""
+"""Tests of --mode=session, on a checkpoint of one step."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ from tests.training import tiny
 
 
 def digest(folder):
-  """Of all files below a folder."""
+  """Returns the hash of all files below a folder."""
   paths = sorted(path for path in folder.rglob('*') if path.is_file())
   return hashlib.sha256(b''.join(path.read_bytes() for path in paths)).digest()
 
@@ -49,7 +49,7 @@ class SessionTest(absltest.TestCase):
       training.run(config, self.root / 'run', 'session')
     return output.getvalue()
 
-  def test_feeds_answers_and_keeps(self):
+  def test_feeds_answers_and_saves(self):
     with contextlib.redirect_stdout(io.StringIO()):
       training.run(self.config(), self.root / 'run', 'train')
     before = digest(self.root / 'run' / 'checkpoints')
