@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from nested_learning import context_parallel
 from nested_learning import parameters
+from nested_learning.memory import layout
 
 
 def table(width: int, channels: int, axis: str) -> parameters.Table:
@@ -84,14 +85,12 @@ def _apply(params, state, x, *, reset=None, mask=None):
   kernel = params['kernel'].astype(x.dtype)
   width = kernel.shape[0]
   num_tokens = x.shape[1]
-  order = None
   if state is None:
     state = init_state(width, x.shape[-1], x.shape[0], x.dtype)
-  if mask is not None:  # tokens that are there move to the front
-    order = jnp.argsort(~mask, axis=1, stable=True)
-    x = jnp.take_along_axis(x, order[..., None], axis=1)
-    if reset is not None:
-      reset = jnp.take_along_axis(reset & mask, order, axis=1)
+  if mask is not None:
+    order, place = layout.present_first(mask)
+    x = layout.take(x, order, 1)
+    reset = None if reset is None else layout.take(reset & mask, order, 1)
   padded = jnp.concatenate([state.astype(x.dtype), x], axis=1)
   document = None
   if reset is not None:
@@ -99,20 +98,20 @@ def _apply(params, state, x, *, reset=None, mask=None):
     document = jnp.pad(document, ((0, 0), (width - 1, 0)))
   out = _filter(kernel, padded, document)
   if mask is None:
-    last = padded[:, num_tokens:]
+    last = padded[:, num_tokens:]  # [b, width - 1, channels]
     if document is not None:
+      # Tokens before the last border are of another document.
       same = document[:, num_tokens:] == document[:, -1:]
       last = jnp.where(same[..., None], last, 0.0)
     return out, last
   count = jnp.sum(mask, axis=1)
   index = count[:, None] + jnp.arange(width - 1)
-  last = jnp.take_along_axis(padded, index[..., None], axis=1)
+  last = layout.take(padded, index, 1)
   if document is not None:
     latest = jnp.max(document, axis=1, keepdims=True)
-    same = jnp.take_along_axis(document, index, axis=1) == latest
+    same = layout.take(document, index, 1) == latest
     last = jnp.where(same[..., None], last, 0.0)
-  rank = jnp.argsort(order, axis=1)
-  return jnp.take_along_axis(out, rank[..., None], axis=1), last
+  return layout.take(out, place, 1), last
 
 
 @jax.custom_vjp

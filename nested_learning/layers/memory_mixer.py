@@ -327,13 +327,13 @@ def make_memory_mixer(
       rates=projected,
       dtype=dtype,
     )
-    feed, others = tokens.write_inputs(), None
+    writes, others = tokens.write_inputs(), None
     if c.adaptive:
       result, others = run('others', params, start.others, tokens, info)
-      feed = result.inputs
+      writes = result.inputs
     bias, _ = _per_row(params, inputs.shape[0])
-    feed = _set_rates(c, feed, bias['main'])
-    result, main = run('main', params, start.main, feed, info)
+    writes = _set_rates(c, writes, bias['main'])
+    result, main = run('main', params, start.main, writes, info)
     out = memory_projections.output(params, result.read, inputs)
     return out, MemoryMixerState(conv, others, main)
 
@@ -443,9 +443,9 @@ def _make_project(
   return project
 
 
-def _set_rates(config, feed, bias):
+def _set_rates(config, writes, bias):
   return memory_projections.set_rates(
-    feed,
+    writes,
     bias,
     kinds=config.rates,
     max_inner_lr=config.max_inner_lr,

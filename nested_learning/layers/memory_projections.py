@@ -237,7 +237,7 @@ def rate_table(
 
 
 def set_rates(
-  feed: memory.WriteInputs,
+  writes: memory.WriteInputs,
   bias: Mapping[str, jax.Array],
   *,
   kinds: Mapping[str, str],
@@ -247,7 +247,8 @@ def set_rates(
   """Sets the rates at which one group of memories is written.
 
   Args:
-    feed: Inputs of the engine; `extra` has each rate before bias, [b, h, t, 1].
+    writes: Inputs of the engine; `extra` has each rate before its bias,
+      [b, h, t, 1].
     bias: Biases of the rates that every token makes, each [(b,) h, 1, 1].
     kinds: Kind of each rate, see `MemoryMixerConfig.rates`.
     max_inner_lr: Upper bound of inner learning rates.
@@ -258,19 +259,21 @@ def set_rates(
     The inputs with rates. An inner learning rate without a bias is 1.
   """
   rates = {
-    name: jax.nn.sigmoid(feed.extra[name] + b) for name, b in bias.items()
+    name: jax.nn.sigmoid(writes.extra[name] + b) for name, b in bias.items()
   }
   for name in rates:
     if kinds[name] == 'inner_lr':
       rates[name] *= max_inner_lr
-  one = jnp.ones((*feed.key.shape[:3], 1), feed.key.dtype)
+  one = jnp.ones((*writes.key.shape[:3], 1), writes.key.dtype)
   constants = {'inner_lr': one, 'retention': one}
   if retention == 'head':  # Sun et al., RetNet, arXiv:2307.08621, 2023, eq. 8
-    kept = 1.0 - 2.0 ** (-5.0 - jnp.arange(feed.key.shape[1]))
+    kept = 1.0 - 2.0 ** (-5.0 - jnp.arange(writes.key.shape[1]))
     constants['retention'] = one * kept[:, None, None].astype(one.dtype)
-  fields = {n: x for n, x in rates.items() if n in feed._fields}
-  extra = dict(feed.extra) | {n: x for n, x in rates.items() if n not in fields}
-  return feed._replace(**(constants | fields), extra=extra)
+  fields = {n: x for n, x in rates.items() if n in writes._fields}
+  extra = dict(writes.extra) | {
+    n: x for n, x in rates.items() if n not in fields
+  }
+  return writes._replace(**(constants | fields), extra=extra)
 
 
 def output(params: Any, read: jax.Array, inputs: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_learning.layers import dot_product
+from nested_learning.memory import layout
 
 
 class WindowState(NamedTuple):
@@ -90,13 +91,12 @@ def attend(
   start = state
   if state is None:
     start = init_state(window, key.shape[2:], batch_size, key.dtype)
-  rank = None
+  place = None
   count = jnp.full((batch_size,), num_tokens, jnp.int32)
-  if mask is not None:  # tokens that are there move to the front
-    order = jnp.argsort(~mask, axis=1, stable=True)
-    rank = jnp.argsort(order, axis=1)
-    query, key, value = (_take(x, order) for x in (query, key, value))
-    reset = None if reset is None else _take(reset & mask, order)
+  if mask is not None:
+    order, place = layout.present_first(mask)
+    query, key, value = (layout.take(x, order, 1) for x in (query, key, value))
+    reset = None if reset is None else layout.take(reset & mask, order, 1)
     count = jnp.sum(mask, axis=1, dtype=jnp.int32)
   document = jnp.broadcast_to(start.current[:, None], (batch_size, num_tokens))
   if reset is not None:
@@ -109,7 +109,7 @@ def attend(
     spans = jax.tree.map(lambda x: x[:, None], new)
   else:
     oldest_first = (start.slot[:, None] + jnp.arange(window)) % window
-    before = jax.tree.map(lambda x: _take(x, oldest_first), before)
+    before = jax.tree.map(lambda x: layout.take(x, oldest_first, 1), before)
     spans = jax.tree.map(lambda a, b: _spans(a, b, size), before, new)
   out = _attend_blocks(
     _blocks(query, size),
@@ -120,8 +120,8 @@ def attend(
     persistent,
   )
   out = out.reshape(batch_size, -1, *out.shape[3:])[:, :num_tokens]
-  if rank is not None:
-    out = _take(out, rank)
+  if place is not None:
+    out = layout.take(out, place, 1)
 
   index = jnp.arange(num_tokens)
   kept = (index < count[:, None]) & (index >= count[:, None] - window)
@@ -181,9 +181,3 @@ def _spans(before, new, size):
     return jnp.concatenate([before, new], axis=1)[:, None]
   blocks = _blocks(jnp.concatenate([before, new], axis=1), window)
   return jnp.concatenate([blocks[:, :-1], blocks[:, 1:]], axis=2)
-
-
-def _take(x, index):
-  """Gathers x[b, index[b, :], ...]."""
-  index = index.reshape(*index.shape, *[1] * (x.ndim - 2))
-  return jnp.take_along_axis(x, index, axis=1)

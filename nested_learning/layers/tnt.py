@@ -210,20 +210,20 @@ def make_tnt(config: TntConfig, *, embed_dim: int, dtype: Any) -> base.Layer:
       rates=c.rates,
       dtype=dtype,
     )
-    feed = tokens.write_inputs()
+    writes = tokens.write_inputs()
     position, count = _positions(start.position, inputs, info)
     shared = _Shared(config, info, position)
 
     projections, queries = {}, {}
     for size in sizes:
       queries[size], projections[str(size)] = _project_queries(
-        shared, start.projections.get(str(size)), feed, size
+        shared, start.projections.get(str(size)), writes, size
       )
     initial = memory_mixer.initial_memories(params, tables, dtype)
     read, memories = 0.0, {}
     for name in tables:
       own, memories[name] = _read_memory(
-        shared, name, params, initial, start.memories.get(name), feed, queries
+        shared, name, params, initial, start.memories.get(name), writes, queries
       )
       read = read + own
 
@@ -234,13 +234,13 @@ def make_tnt(config: TntConfig, *, embed_dim: int, dtype: Any) -> base.Layer:
   return base.make_layer(table, init_state, apply)
 
 
-def _read_memory(shared, name, params, initial, state, feed, queries):
+def _read_memory(shared, name, params, initial, state, writes, queries):
   """Writes one memory and returns its reads [b, h, t, d] and its state."""
   config = shared.config
   c = config.memory
   is_global = name == _GLOBAL
   own = memory_projections.set_rates(
-    feed,
+    writes,
     jax.tree.map(lambda x: x[:, None, None], params['bias'][name]),
     kinds=c.rates,
     max_inner_lr=config.max_global_lr if is_global else c.max_inner_lr,
@@ -266,10 +266,10 @@ def _read_memory(shared, name, params, initial, state, feed, queries):
   return result.read, state
 
 
-def _project_queries(shared, state, feed, size):
+def _project_queries(shared, state, writes, size):
   """Returns P_t q_t [b, h, t, d] for shards of one size, and the state of P."""
   c = shared.config.memory
-  keys = norm.l2_normalize(feed.key)
+  keys = norm.l2_normalize(writes.key)
   ones = jnp.ones((*keys.shape[:3], 1), keys.dtype)
   result, state = _run_shards(
     shared,
@@ -278,34 +278,34 @@ def _project_queries(shared, state, feed, size):
     _projection_rule(size),
     _no_keys(c, keys.dtype),
     state,
-    memory.WriteInputs(keys, keys, ones, ones, query=feed.query),
+    memory.WriteInputs(keys, keys, ones, ones, query=writes.query),
     size=size,
   )
   return result.read, state
 
 
 def _run_shards(
-  shared, make, params, rule, initial, state, feed, *, size, engine='chunk'
+  shared, make, params, rule, initial, state, writes, *, size, engine='chunk'
 ):
   """Runs a memory that restarts in every shard; whole shards all at once."""
-  info, num_tokens = shared.info, feed.key.shape[2]
+  info, num_tokens = shared.info, writes.key.shape[2]
   if state is not None or info.mask is not None or num_tokens % size:
     begins = shared.position % size == 0
     reset = begins if info.reset is None else begins | info.reset
     info = info._replace(reset=reset)
     return memory_engine.run(
-      make, params, rule, initial, state, feed, info, engine=engine
+      make, params, rule, initial, state, writes, info, engine=engine
     )
 
-  def run(params, initial, feed, reset):
-    num_rows = feed.key.shape[0]
+  def run(params, initial, writes, reset):
+    num_rows = writes.key.shape[0]
     result, state = memory_engine.run(
       make,
       params,
       rule,
       initial,
       None,
-      jax.tree.map(lambda x: _cut(x, size, 2), feed),
+      jax.tree.map(lambda x: _cut(x, size, 2), writes),
       info._replace(reset=None if reset is None else _cut(reset, size, 1)),
       engine=engine,
     )
@@ -317,7 +317,7 @@ def _run_shards(
     return result._replace(read=read), jax.tree.map(last, state)
 
   if context_parallel.num_parts(num_tokens, multiple=size) == 1:
-    return run(params, initial, feed, info.reset)
+    return run(params, initial, writes, info.reset)
 
   def part(shared, tokens):
     result, state = run(*shared, *tokens)
@@ -325,7 +325,7 @@ def _run_shards(
 
   # No shard crosses devices, so that nothing is sent.
   run_parts = context_parallel.over_parts(part, (None, (2, 1)), (2, 0))
-  result, states = run_parts((params, initial), (feed, info.reset))
+  result, states = run_parts((params, initial), (writes, info.reset))
   return result, jax.tree.map(lambda x: x[-1], states)
 
 

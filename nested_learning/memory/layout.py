@@ -84,6 +84,20 @@ def join(x: jax.Array) -> jax.Array:
   return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
+def present_first(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Orders tokens so that the ones that are there come first.
+
+  Args:
+    mask: bool [b, t], False for padding.
+
+  Returns:
+    The token of each place, int [b, t], and the place of each token, its
+    inverse: `take(take(x, order, 1), place, 1)` is x.
+  """
+  order = jnp.argsort(~mask, axis=1, stable=True)
+  return order, jnp.argsort(order, axis=1)
+
+
 def to_slots(
   offset: jax.Array, mask: jax.Array, num_slots: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -101,8 +115,7 @@ def to_slots(
   num_tokens = mask.shape[1]
   rank = jnp.arange(num_slots)[None] - offset[:, None]  # [b, s]
   present = (rank >= 0) & (rank < jnp.sum(mask, axis=1)[:, None])
-  # A stable sort of the mask moves the tokens that are there to the front.
-  by_rank = jnp.argsort(~mask, axis=1, stable=True)
+  by_rank, _ = present_first(mask)
   # Clips keep the indices of empty slots and absent tokens inside the arrays;
   # `present` and the mask hide what is read there.
   order = jnp.take_along_axis(by_rank, jnp.clip(rank, 0, num_tokens - 1), 1)
