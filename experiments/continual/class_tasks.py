@@ -1,4 +1,12 @@
-"""Texts with classes, cut into tasks that come one after the other."""
+r"""Texts with classes, cut into tasks in sequence, and their scores.
+
+All measures come from one matrix: :math:`R_{ij}` is the score on task j after
+task i was learned, for T tasks, and :math:`b_j` the score on task j before any.
+
+References:
+  Lopez-Paz and Ranzato, arXiv:1706.08840, 2017 (backward, forward transfer).
+  Chaudhry et al., arXiv:1801.10112, 2018 (forgetting).
+"""
 
 from collections.abc import Callable
 import dataclasses
@@ -13,14 +21,14 @@ from nested_learning import errors
 
 @dataclasses.dataclass(frozen=True)
 class Tasks:
-  """A corpus cut into tasks, in one order of classes for each seed.
+  """A corpus cut into tasks, with an order of classes for each seed.
 
   Attributes:
-    words: What tokens are.
-    texts: Of training and test, one string each.
-    train: [text, EXAMPLE], with classes.
-    test: The same.
-    task_of: [seed, class], when it comes.
+    words: Vocabulary of the tokens.
+    texts: Texts of training and of test.
+    train: Examples with classes, int [text, EXAMPLE].
+    test: The same for the test.
+    task_of: Task of each class, int [seed, class].
   """
 
   words: classifier.Words
@@ -31,31 +39,31 @@ class Tasks:
 
   @property
   def num_seeds(self) -> int:
-    """Orders of classes."""
+    """Number of orders of classes."""
     return len(self.task_of)
 
   @property
   def num_tasks(self) -> int:
-    """Tasks that classes come in."""
+    """Number of tasks."""
     return self.task_of.max() + 1
 
   def part(self, seed: int, task: int) -> np.ndarray:
-    """Places of the texts of a task in `train`."""
+    """Returns the indices of a task's texts in `train`."""
     return np.flatnonzero(self.task_of[seed, self.train[:, -1]] == task)
 
   def seen(self, task: int) -> np.ndarray:
-    """Which tokens are classes that have come by a task, [seed, v]."""
+    """Returns which tokens are classes seen by the end of a task, [seed, v]."""
     rest = self.words.vocab_size - self.words.num_classes
     return np.pad(self.task_of <= task, ((0, 0), (0, rest)))
 
   def score(self, answer: Callable[[np.ndarray], Any], task: int) -> np.ndarray:
-    """Share of right answers in each task after one, [seed, task].
+    """Returns the accuracy on each task after learning one, [seed, task].
 
     Args:
-      answer: From which tokens may be answered [seed, v] to answers
-        [seed, test].
-      task: The last that came; -1 is none. Candidates for what came are the
-        classes that came, and for what did not, all classes.
+      answer: Returns answers [seed, test], given which tokens are candidates
+        [seed, v].
+      task: The last task learned; -1 for none. Candidates for tasks learned so
+        far are the classes seen so far, and for later tasks all classes.
     """
     labels, num_tasks = self.test[:, -1], self.num_tasks
     tasks = self.task_of[:, labels]
@@ -86,18 +94,19 @@ def make_tasks(
 
   Args:
     corpus: The corpus.
-    num_classes: Classes that are taken, at random where it has more.
-    num_tasks: Tasks, of as many classes each.
-    num_words: Places that words are hashed to.
-    num_seeds: Orders of classes.
-    train_per_class: Texts to learn from, at most.
-    test_per_class: Texts to be asked, at most.
+    num_classes: Number of classes; drawn at random if the corpus has more.
+    num_tasks: Number of tasks, with equally many classes.
+    num_words: Number of places that words are hashed to.
+    num_seeds: Number of orders of classes.
+    train_per_class: Maximum number of training texts of a class.
+    test_per_class: Maximum number of test texts of a class.
 
   Returns:
     `Tasks`.
 
   Raises:
-    errors.UserError: The corpus has fewer classes, or tasks would be unequal.
+    errors.UserError: The corpus has fewer classes, or num_tasks does not divide
+      them.
   """
   if num_classes > len(corpus.names):
     raise errors.UserError(
@@ -107,7 +116,7 @@ def make_tasks(
   if num_classes % num_tasks:
     raise errors.UserError(
       f'num_classes={num_classes} is no multiple of num_tasks={num_tasks}; '
-      'change one.'
+      'change one of them.'
     )
   rng = np.random.default_rng(0)
   chosen = np.arange(len(corpus.names))
@@ -140,12 +149,12 @@ class ContinualScores(NamedTuple):
     final: Mean score on all tasks after the last,
       :math:`\\frac{1}{T} \\sum_j R_{Tj}`.
     average: Mean over tasks i of the mean score on tasks up to i.
-    forgetting: Mean over all tasks but the last of the best score before the
-      last task, less the final one; Chaudhry et al., eq. 3.
-    backward: Mean over all tasks but the last of the final score less that
-      right after the task was learned.
-    forward: Mean over all tasks but the first of the score just before the task
-      is learned, less that before anything was; NaN where this is not given.
+    forgetting: Best score before the last task minus the final score, averaged
+      over all tasks but the last; Chaudhry et al., eq. 3.
+    backward: Final score minus the score right after the task was learned,
+      averaged over all tasks but the last.
+    forward: Score just before the task is learned minus the score before any
+      task, averaged over all tasks but the first; NaN if `untrained` is None.
   """
 
   final: float
@@ -156,14 +165,14 @@ class ContinualScores(NamedTuple):
 
 
 def continual_scores(scores: Any, untrained: Any = None) -> ContinualScores:
-  """Measures what is kept of tasks that were learned one after the other.
+  """Computes accuracy, forgetting and transfer of tasks in sequence.
 
-  With one task there is nothing to forget or to transfer: the last three are 0.
+  With one task, forgetting and both kinds of transfer are 0.
 
   Args:
-    scores: [task learned, task asked]; what lies above the diagonal counts for
-      forward transfer alone.
-    untrained: [task], before anything was learned; None where not measured.
+    scores: Scores [task learned, task asked]. Entries above the diagonal count
+      only for forward transfer.
+    untrained: Scores [task] before any task; None if not measured.
 
   Returns:
     The measures.
@@ -174,8 +183,8 @@ def continual_scores(scores: Any, untrained: Any = None) -> ContinualScores:
   scores = np.asarray(scores, np.float64)
   if scores.ndim != 2 or not scores.size or scores.shape[0] != scores.shape[1]:
     raise errors.UserError(
-      f'scores have shape {scores.shape}; give a square matrix, one row for '
-      'each task that was learned and one column for each that was asked.'
+      f'scores have shape {scores.shape}; give a square matrix, with a row per '
+      'task learned and a column per task asked.'
     )
   num_tasks = len(scores)
   up_to = [np.mean(row[: i + 1]) for i, row in enumerate(scores)]

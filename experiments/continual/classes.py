@@ -1,16 +1,19 @@
 """Classes that come in tasks, one after the other: who still knows the first?
 
-Texts of 150 classes in ten tasks of fifteen, every example read once or a few
-times, no task named when it is asked, all classes seen so far as candidates.
-Arms: a stream of examples through memories alone (in context); the same with
-levels that learn from it, each example once (a few twice, to fill the last
-segment of a task); all parameters fine-tuned on task after task, plain, held by
-elastic weight consolidation, with a few examples of every earlier class
-replayed, and on all tasks so far (joint, with as many steps
-per task); and the nearest class mean in tf-idf space, which forgets nothing and
-learns nothing but means. Levels learn to tell a class from the others of their
-segment (the objective 'in_segment'), and one arm is fine-tuned like that, on
-the classes of its batch.
+Texts of 150 classes come in ten tasks of fifteen classes. Every text is read
+once or a few times. Questions do not name the task: all classes seen so far are
+candidates. The arms:
+
+* in context: a stream of examples, read by memories only;
+* levels: the same with levels that learn from the stream, each example once (a
+  few twice, to fill the last segment of a task). Levels learn to tell a class
+  from the other classes of their segment (the objective 'in_segment');
+* fine-tuning of all parameters on task after task: plain; with elastic weight
+  consolidation (EWC); with replay of a few examples of each earlier class; on
+  all tasks so far (joint, with as many steps per task); and among the classes
+  of a batch, like the levels;
+* the nearest class mean in tf-idf space, which forgets nothing and learns only
+  means.
 
 Command (class means need scikit-learn: pip install -c constraints.txt -e
 '.[experiments]'):
@@ -19,44 +22,13 @@ Command (class means need scikit-learn: pip install -c constraints.txt -e
   python launch/run.py --config=experiments/continual/classes.py:clinc150 \
     --set=path=FOLDER --workdir=runs/clinc
 
-The default is a generated corpus; `:clinc150` and `:banking77` are for the real
-ones, in a folder of yours as they are distributed.
+The default is a generated corpus. `:clinc150` and `:banking77` read the real
+ones from a folder, in the files in which they are distributed.
 
-Hardware: one CPU core, an hour of its time (a third of it training).
-Result of the generated corpus, percent, mean and standard deviation over three
-seeds: right at the end, right on all so far on average over the tasks, and
-forgotten.
-
-  arm                         final         average       forgetting
-  nearest class mean, tf-idf  86.1 ± 0.0    90.7 ± 0.3     4.5 ± 0.6
-  joint                       76.3 ± 1.0    81.1 ± 0.3     5.6 ± 1.0
-  replay, 5 of a class        61.8 ± 1.2    70.0 ± 0.2    30.8 ± 1.7
-  levels                      44.5 ± 1.5    53.5 ± 1.1    15.7 ± 0.3
-  fine-tuning in batch        27.1 ± 1.1    41.9 ± 0.6    67.1 ± 0.7
-  fine-tuning                  9.8 ± 0.2    27.0 ± 0.1    92.3 ± 0.1
-  EWC                          9.5 ± 0.3    27.0 ± 0.2    92.3 ± 0.4
-  in context                   0.7 ± 0.2     1.9 ± 0.1     6.3 ± 0.0
-
-CLINC150, one seed, right at the end: class mean 83.1, levels 61.8, fine-tuning
-in batch 32.1, fine-tuning 9.7, in context 0.7. Its other arms were not run to
-their end with a learner of this size.
-
-What levels forgot most by was the loss among all classes, which makes all those
-less likely that do not come now. The same learner, not trained, knows 12.1 with
-it and has forgotten 61.6; telling a class from those of its segment, 38.1 and
-17.0, and trained for it, in 120 rows of 60 classes, 46.6 (the first seed).
-Width counts, too: two nested levels on clocks of 64 and 256 tokens, without a
-mixer, know 2.9 of width 128 and 19.1 of 512. And the slow level adds nothing:
-at rates of 2.5 the fast one alone knows 36.2, both 35.8 (not trained, the first
-seed, words hashed to 2,048 places).
-
-What the table does not say. EWC has the strength that a learner of width 128
-was given (11.5 there); none was looked for here. The learner in context was
-trained for as long as that with levels, by the clock, and knows of a task right
-after it what a guess among its fifteen classes gives (7 %); one of width 128,
-trained for 2,000 steps of two rows of 32 classes, knows 28 % of the first task
-then, and 1.2 of all at the end (the first seed). Levels stay behind class means
-of words that are weighed by how rare they are, which no learner here is told.
+Hardware: one CPU core, an hour (a third of it training).
+Result (generated corpus, three seeds): levels know 44.5 % of all classes at the
+end, fine-tuning 9.8, replay 61.8, class means 86.1; see
+experiments/results/continual/README.md.
 """
 
 import dataclasses
@@ -79,18 +51,18 @@ _LEVELS = ('fast', 'slow')
 
 @dataclasses.dataclass(frozen=True)
 class ClassesConfig:
-  """The corpus, its tasks, the learner and the fine-tuned arms."""
+  """The corpus, its tasks, the learner and the arms of fine-tuning."""
 
-  path: str | None = None  # folder of a corpus; None is a generated one
-  num_classes: int = 150  # of them, at random where the corpus has more
+  path: str | None = None  # folder of a corpus; None generates one
+  num_classes: int = 150  # drawn at random if the corpus has more
   num_tasks: int = 10
-  train_per_class: int = 30  # examples, at most
+  train_per_class: int = 30  # maximum number of examples
   test_per_class: int = 10
-  num_seeds: int = 3  # orders of classes, and parameters
+  num_seeds: int = 3  # of orders of classes and of parameters
   learner: reading.LearnerConfig = reading.LearnerConfig(
     embed_dim=512, mlp_dim=1024, num_steps=120, batch_size=1, learning_rate=1e-3
   )
-  num_steps_alone: int = 1000  # of training where no level learns
+  num_steps_alone: int = 1000  # of training the learner without levels
   learning_rate_alone: float = 3e-3
   inner: levels.InnerConfig = levels.InnerConfig(
     (256, 1024),
@@ -105,7 +77,7 @@ class ClassesConfig:
 
 
 def get_config(arg: str | None = None) -> ClassesConfig:
-  """The experiment; 'clinc150', 'banking77', 'full' or 'small', for tests."""
+  """Returns the config; the argument names a corpus or a size."""
   config = ClassesConfig()
   full = {'train_per_class': 1000, 'test_per_class': 1000}
   if arg is None:
@@ -141,7 +113,7 @@ def get_config(arg: str | None = None) -> ClassesConfig:
 
 
 def make_tasks(config: ClassesConfig) -> class_tasks.Tasks:
-  """Reads or makes the corpus and cuts it."""
+  """Reads or generates the corpus and cuts it into tasks."""
   if config.path is None:
     corpus = intents.generate_intents(
       0,
@@ -191,7 +163,7 @@ def run(config: ClassesConfig, workdir: str, mode: str) -> None:
 
 
 def _stream(config, tasks, model, inner, params, name):
-  """Scores [seed, 1 + task, task] of a stream, one row for each seed."""
+  """Returns scores [seed, 1 + task, task] of a stream, with a row per seed."""
   size = levels.segment_size(levels.make_levels(config.inner, _LEVELS))
   if size % classifier.EXAMPLE:
     raise errors.UserError(
@@ -201,10 +173,10 @@ def _stream(config, tasks, model, inner, params, name):
   learner = reading.make_reading(model, inner, segment_size=size)
   state = learner.start(params, config.num_seeds)
   questions = tasks.test.copy()
-  questions[:, -1] = tasks.words.pad
+  questions[:, -1] = tasks.words.pad  # hides the class
   questions = np.repeat(questions[:, None], config.num_seeds, axis=1)
 
-  def answer(allowed):  # by each row among its own candidates
+  def answer(allowed):  # each row has candidates of its own
     said = learner.ask(params, state, questions, allowed=allowed[:, None])
     return said.answers[..., -1].T
 
@@ -216,7 +188,7 @@ def _stream(config, tasks, model, inner, params, name):
       rng.permutation(tasks.part(seed, task))
       for seed in range(config.num_seeds)
     ]
-    # As many examples for each seed, in whole segments; some come twice.
+    # Rows have equally many examples, in whole segments; some come twice.
     longest = max(map(len, parts))
     longest += -longest % per_segment
     rows = [np.resize(part, longest) for part in parts]
@@ -228,7 +200,7 @@ def _stream(config, tasks, model, inner, params, name):
 
 
 def _nearest_mean(config, tasks):
-  """Scores [seed, 1 + task, task] of the nearest class mean."""
+  """Returns scores [seed, 1 + task, task] of the nearest class mean."""
   try:
     from sklearn.feature_extraction import text
   except ImportError as error:
@@ -250,7 +222,7 @@ def _nearest_mean(config, tasks):
   near = features.transform(test_texts) @ means.T
   scores = [np.zeros((config.num_seeds, config.num_tasks))]
   for task in range(config.num_tasks):
-    # A class that has not come has no mean, whatever the candidates.
+    # A class that has not come yet has no mean.
     known = tasks.task_of <= task
     answers = [np.argmax(np.where(row, near, -1), axis=1) for row in known]
     scores.append(tasks.score(lambda _, found=answers: np.stack(found), task))

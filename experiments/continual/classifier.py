@@ -1,10 +1,10 @@
-"""Texts as tokens, and a model that says their class.
+"""Texts as tokens, and a model that predicts their class.
 
-An example is 16 tokens: words, a question mark, the class. The model reads two
-things of it: the sum of what its words are embedded as, one vector for a text,
-and then its class. So a text is at once what a level sees of it: where a mixer
-had to gather the words, what came before got in with them. Nothing but classes
-is predicted: where none comes next, logits are constants, which teach nothing.
+An example has 16 tokens: words, a question mark, the class. The model embeds it
+as two vectors: the sum of its words, one vector for the text, and its class. A
+level thus sees a text at once; a mixer that had to gather the words also let
+earlier examples in. The model predicts only classes: at other places logits are
+constant and teach nothing.
 """
 
 from collections.abc import Sequence
@@ -23,32 +23,32 @@ from nested_learning.layers import base
 from nested_learning.layers import norm
 
 EXAMPLE = 16  # tokens
-_NEVER = -30.0  # logit of what is no class
+_NEVER = -30.0  # logit of tokens that are no class
 
 
 class Words(NamedTuple):
-  """How texts become tokens: classes first, two marks, then hashed words."""
+  """The vocabulary: classes first, then two marks, then hashed words."""
 
   num_classes: int
-  num_words: int  # places that words are hashed to
+  num_words: int  # number of places that words are hashed to
 
   @property
   def pad(self) -> int:
-    """The mark of no word, and of a class that is not told."""
+    """The token for no word, and for an unknown class."""
     return self.num_classes
 
   @property
   def question(self) -> int:
-    """The mark that a class comes next."""
+    """The token before a class."""
     return self.num_classes + 1
 
   @property
   def vocab_size(self) -> int:
-    """Tokens that there are."""
+    """Number of tokens."""
     return self.num_classes + 2 + self.num_words
 
   def encode(self, texts: Sequence[str]) -> np.ndarray:
-    """Examples [text, EXAMPLE] whose class is not told."""
+    """Returns examples int [text, EXAMPLE] without their classes."""
     out = np.full((len(texts), EXAMPLE), self.pad, np.int32)
     out[:, -2] = self.question
     for row, text in zip(out, texts, strict=True):
@@ -61,7 +61,7 @@ class Words(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierHead:
-  """Reads one vector per text, and predicts nothing but its class."""
+  """A head that embeds a text as one vector, and predicts only classes."""
 
   words: Words
 
@@ -86,18 +86,21 @@ class ClassifierHead:
 
     def forward(params, state, tokens, *, reset=None, mask=None, write=True):
       batch = tokens.shape[0]
-      examples = tokens.reshape(batch, -1, EXAMPLE)
+      examples = tokens.reshape(batch, -1, EXAMPLE)  # [b, n, EXAMPLE]
       vectors = jnp.asarray(params['embedding'])[examples]
       is_word = examples[..., :-2, None] > words.question
+      # The sum of 14 words grows with their number: normalised, [b, n, e].
       text = norm.l2_normalize(jnp.sum(vectors[..., :-2, :] * is_word, axis=-2))
+      # The trunk reads pairs: the text, and then its class.
       x = jnp.stack([text, vectors[..., -1, :]], axis=2)
-      x = x.reshape(batch, -1, width)
+      x = x.reshape(batch, -1, width)  # [b, 2 n, e]
       in_pairs = lambda marks: (
         None
         if marks is None
         else marks.reshape(batch, -1, EXAMPLE)[..., -2:].reshape(batch, -1)
       )
       marks = base.TokenInfo(in_pairs(reset), in_pairs(mask), write)
+      # Embeddings have norm 1; the trunk expects entries of size 1.
       x, state = trunk.apply(params, state, x * width**0.5, marks)
       names = params['embedding'][: words.num_classes]
       logits = jnp.pad(
@@ -105,6 +108,7 @@ class ClassifierHead:
         ((0, 0), (0, 0), (0, num_rest)),
         constant_values=_NEVER,
       )
+      # Only the token before the class predicts it, [b, n, EXAMPLE, v].
       is_asked = jnp.arange(EXAMPLE)[:, None] == EXAMPLE - 2
       logits = jnp.where(is_asked, logits[:, :, None], constant)
       return logits.reshape(*tokens.shape, -1), state
@@ -115,11 +119,11 @@ class ClassifierHead:
 def make_classifier(
   config: reading.LearnerConfig, words: Words, level_names: Sequence[str]
 ) -> models.Model:
-  """Makes a model that predicts nothing but classes.
+  """Makes a model that predicts only classes.
 
   Args:
-    config: Its sizes.
-    words: Its tokens.
+    config: Sizes of the model.
+    words: The vocabulary.
     level_names: Names of the levels of the chain, fastest first.
 
   Returns:
@@ -133,31 +137,31 @@ def make_classifier(
 
 @dataclasses.dataclass(frozen=True)
 class RowConfig:
-  """What a row of training is: tasks in turn, and then all of them again."""
+  """A row of training: tasks in turn, and then a review of all of them."""
 
   num_tasks: int = 10
   classes: int = 6  # of a task
   examples: int = 36  # of a task
-  review: int = 120  # examples of any of its classes, at the end
+  review: int = 120  # examples of all classes, at the end
 
 
 def make_row(
   words: Words, rng: np.random.Generator, config: RowConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Examples of some invented classes, as one row, and their weights [t].
+  """Makes a row of examples of invented classes.
 
   Args:
-    words: What tokens are.
+    words: The vocabulary.
     rng: Random numbers.
-    config: How many of what.
+    config: Numbers of tasks, classes and examples.
 
   Returns:
-    Tokens and weights; a class counts where it was seen before, and most in the
-    review.
+    Tokens int [t] and weights [t] of their losses. A class counts if it was
+    seen before in the row, and most in the review.
   """
   classes = config.num_tasks * config.classes
   names = rng.choice(words.num_classes, classes, replace=False)
-  first, own = words.num_classes + 2, 5  # words of a class's own
+  first, own = words.num_classes + 2, 5  # own: words of a class
   drawn = rng.permutation(words.num_words)[: own * classes + 30] + first
   common, pools = drawn[:30], drawn[30:].reshape(classes, -1)
   labels = (

@@ -19,12 +19,12 @@ METHODS = ('fine-tuning', 'fine-tuning in batch', 'ewc', 'replay', 'joint')
 
 @dataclasses.dataclass(frozen=True)
 class TuningConfig:
-  """How the arms that are fine-tuned learn a task."""
+  """How fine-tuning learns a task."""
 
   epochs: int = 6
   batch_size: int = 32  # examples
   learning_rate: float = 2e-3  # of Adam
-  replayed: int = 5  # examples of an earlier class
+  replayed: int = 5  # examples kept of an earlier class
   ewc_strength: float = 1e3
 
 
@@ -32,14 +32,14 @@ class Tuning(NamedTuple):
   """Fine-tuning of all parameters, for several seeds at once.
 
   Attributes:
-    init: `init(params) -> state` of the optimiser; leaves [seed, ...].
+    init: `init(params) -> state` makes the state of the optimiser; all leaves
+      are [seed, ...].
     step: `step(params, state, batch, anchor)` takes one step on examples
-      [seed, b, EXAMPLE]; the anchor is (parameters, importances), to which
-      parameters are held, or None.
-    importances: `importances(params, batch)`, the mean squared gradient of the
-      likelihood of each of the examples: the diagonal of Fisher's matrix.
-    answer: `answer(params, batch, allowed)`, the likeliest class of each among
-      allowed [seed, v].
+      [seed, b, EXAMPLE]. The anchor is (parameters, importances) or None.
+    importances: `importances(params, batch)` returns the mean squared gradient
+      of the log-likelihood: the diagonal of the Fisher matrix.
+    answer: `answer(params, batch, allowed)` returns the likeliest class of each
+      example among allowed [seed, v].
   """
 
   init: Any
@@ -56,15 +56,15 @@ def make_tuning(
   *,
   in_batch: bool = False,
 ) -> Tuning:
-  """Makes what fine-tunes a classifier on single examples.
+  """Makes the functions that fine-tune a classifier on single examples.
 
   Args:
-    model: From `make_classifier`.
-    words: What its tokens are.
-    learning_rate: Of Adam.
-    strength: Of the pull towards an anchor; Kirkpatrick et al.'s lambda.
-    in_batch: Whether a class is told from those of its batch alone, as levels
-      do it with the objective 'in_segment'.
+    model: A model from `classifier.make_classifier`.
+    words: Its vocabulary.
+    learning_rate: Learning rate of Adam.
+    strength: Strength of the pull to an anchor; lambda of Kirkpatrick et al.
+    in_batch: Whether only the classes of the batch are candidates, as for
+      levels with the objective 'in_segment'.
 
   Returns:
     A `Tuning`.
@@ -82,6 +82,7 @@ def make_tuning(
     logits = classify(params, batch)[:, : words.num_classes]
     if in_batch:
       is_there = jnp.zeros(words.num_classes, bool).at[batch[:, -1]].set(True)
+      # Half the minimum: subtracting the maximum must not give -inf.
       logits = jnp.where(is_there, logits, jnp.finfo(logits.dtype).min / 2)
     loss = jnp.mean(
       optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, -1])
@@ -105,6 +106,7 @@ def make_tuning(
       gradient = jax.grad(loss_fn)(params, example[None], None)
       return jax.tree.map(lambda a, g: a + g * g, total, gradient), None
 
+    # A scan, since gradients of all examples at once would not fit.
     zero = jax.tree.map(jnp.zeros_like, params)
     total, _ = jax.lax.scan(add, zero, batch)
     return jax.tree.map(lambda x: x / batch.shape[0], total)
@@ -132,15 +134,15 @@ def tune(
   """Fine-tunes a classifier on task after task.
 
   Args:
-    config: How.
+    config: Settings of fine-tuning.
     tasks: The tasks.
-    model: From `classifier.make_classifier`.
-    params: Its parameters, from which every seed starts.
+    model: A model from `classifier.make_classifier`.
+    params: Its parameters, the start of every seed.
     method: One of `METHODS`.
 
   Returns:
-    Share of right answers [seed, 1 + task, task], before and after each task;
-    see `class_tasks.Tasks.score`.
+    Accuracy [seed, 1 + task, task] before and after each task; see
+    `class_tasks.Tasks.score`.
   """
   tuning = make_tuning(
     model,
@@ -150,6 +152,7 @@ def tune(
     in_batch=method == 'fine-tuning in batch',
   )
   num_seeds, num_tasks = tasks.num_seeds, tasks.num_tasks
+  # Copies: `step` donates its parameters.
   params = jax.tree.map(lambda x: np.stack([x] * num_seeds), params)
   state, anchor = tuning.init(params), None
   rngs = [np.random.default_rng((4, seed)) for seed in range(num_seeds)]
@@ -180,7 +183,7 @@ def tune(
       found = tuning.importances(params, tasks.train[np.stack(picks)])
       if anchor is not None:
         found = jax.tree.map(np.add, found, anchor[1])
-      anchor = jax.tree.map(np.array, params), found
+      anchor = jax.tree.map(np.array, params), found  # params are donated
     per_class = config.replayed if method == 'replay' else None
     kept = [
       np.concatenate([old, _keep(tasks, rng, fresh, per_class)])
@@ -191,7 +194,7 @@ def tune(
 
 
 def _keep(tasks, rng, places, per_class):
-  """Some examples of each class of a task."""
+  """Draws examples of each class of a task to keep for replay."""
   labels = tasks.train[places, -1]
   picks = [
     rng.permutation(places[labels == label])[:per_class]

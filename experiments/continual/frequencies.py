@@ -1,33 +1,19 @@
-"""How many levels, and how slow the slowest: what recall depends on.
+"""Recall by the number of levels and by the clock of the slowest.
 
-The paper's Figure 7 in small. The chain has four levels, and the facts and
-streams are those of `facts.py`. A learner is trained once with every number of
-levels; then it reads with its slowest level at several chunk sizes, the others
-spread evenly (in the logarithm) between that and the fastest, and at several
-multiples of their learning rates. What changes with the clock and what changes
-with the rate is in the report, as is the spread over streams.
+This is Figure 7 of the paper at a small scale. The chain has four levels, and
+facts and streams are those of `facts.py`. A learner is trained once for every
+number of levels. It then reads with several clocks of its slowest level, the
+others spread evenly (in the logarithm) between that and the fastest, and with
+several multiples of their learning rates.
 
 Command:
   python launch/run.py --config=experiments/continual/frequencies.py \
     --workdir=runs/frequencies
 
-Hardware: one CPU core, fifteen minutes of its time.
-Result, one seed of training: share of 16 facts recalled after 16,384 tokens of
-other documents, mean over 16 streams (standard deviations 0.06 to 0.10; a guess
-gives 0.062), at the learning rates of training; the slowest level steps every
-
-  levels that learn  128 tokens  256 tokens  1,024 tokens
-  none               0.074       0.074       0.074
-  1                  0.121       0.172       0.293
-  2                  0.148       0.164       0.160
-  3                  0.426       0.500       0.523
-  4                  0.352       0.465       0.551
-
-The number of levels matters most (0.34 between the best and the worst), then
-the clock of the slowest (0.11), and rates least (0.04). With one, three and
-four levels slower is better, also than what was trained with (256); after 1,024
-tokens alone the clock makes little difference from three levels on (0.51 to
-0.56).
+Hardware: one CPU core, fifteen minutes.
+Result: the number of levels matters most (0.34 between best and worst), then
+the clock of the slowest (0.11), then rates (0.04); see
+experiments/results/continual/README.md.
 """
 
 import dataclasses
@@ -47,16 +33,16 @@ _MOST_LEVELS = 4
 
 @dataclasses.dataclass(frozen=True)
 class FrequenciesConfig:
-  """The sweep."""
+  """Numbers of levels, clocks and rates to compare."""
 
   stream: facts.StreamConfig = facts.StreamConfig()
   learner: reading.LearnerConfig = reading.LearnerConfig(
     mlp_dim=64, connection='nested', batch_size=4, learning_rate=6e-3
   )
-  inner: levels.InnerConfig = levels.InnerConfig()  # all but the clocks
+  inner: levels.InnerConfig = levels.InnerConfig()  # clocks are set below
   fastest: int = 16  # tokens
   slowest: tuple[int, ...] = (128, 256, 1024)  # tokens; the paper: 512, 2K, 8K
-  trained_at: int = 256  # the one of these that learners are trained with
+  trained_at: int = 256  # clock of the slowest level in training
   num_levels: tuple[int, ...] = (0, 1, 2, 3, 4)
   rates: tuple[float, ...] = (0.3, 1.0)  # times those of training
   train_plant: int = 512  # tokens, as in `facts.py`
@@ -66,7 +52,7 @@ class FrequenciesConfig:
 
 
 def get_config(arg: str | None = None) -> FrequenciesConfig:
-  """The experiment; 'full' asks after 2^17 tokens too, 'small' is for tests."""
+  """Returns the config; 'full' asks after 2^17 tokens, 'small' is for tests."""
   config = FrequenciesConfig()
   if arg is None:
     return config
@@ -95,18 +81,18 @@ def get_config(arg: str | None = None) -> FrequenciesConfig:
 def update_every(
   num_levels: int, fastest: int, slowest: int
 ) -> tuple[int | None, ...]:
-  """Clocks of the chain: even in the logarithm, the rest of it at rest.
+  """Returns clocks that are evenly spaced in the logarithm.
 
   Args:
-    num_levels: That learn; one alone is the slowest.
-    fastest: Tokens.
-    slowest: Tokens; the fastest times a power of two, as are all clocks.
+    num_levels: Number of levels that learn; one level has the slowest clock.
+    fastest: Clock of the fastest level, in tokens.
+    slowest: Clock of the slowest level: `fastest` times a power of two.
 
   Returns:
-    One entry for each level of the chain, fastest first.
+    A clock for each level of the chain, fastest first; None is at rest.
 
   Raises:
-    errors.UserError: The slowest is not like that.
+    errors.UserError: `slowest` is not `fastest` times a power of two.
   """
   ratio = slowest // fastest
   if slowest % fastest or ratio & (ratio - 1):
@@ -127,8 +113,8 @@ def run(config: FrequenciesConfig, workdir: str, mode: str) -> None:
   report_files.check_mode(mode)
   if max(config.num_levels) > _MOST_LEVELS:
     raise errors.UserError(
-      f'num_levels={config.num_levels} has more than the {_MOST_LEVELS} of the '
-      'chain; lower it.'
+      f'num_levels={config.num_levels} must be at most {_MOST_LEVELS}, the '
+      'number of levels of the chain.'
     )
   names = [f'level_{i}' for i in range(_MOST_LEVELS)]
   model = reading.make_model(config.learner, config.stream.vocab_size, names)
@@ -165,7 +151,7 @@ def run(config: FrequenciesConfig, workdir: str, mode: str) -> None:
         name=f'{number} levels, slowest {slowest}, rate {rate}',
       )
       scores[number, slowest, rate] = found
-      if not number:  # neither means anything
+      if not number:  # without levels there is no clock and no rate
         scores.update({(0, *setting): found for setting in settings})
   _write(config, workdir, scores, metrics)
 
@@ -189,7 +175,7 @@ def _write(config, workdir, scores, metrics):
   last = {key: float(np.mean(found[:, -1])) for key, found in scores.items()}
   best = max(last, key=last.get)
   summary['best_levels'], summary['best_slowest'], summary['best_rate'] = best
-  # How far one setting moves the result while the others stay.
+  # Range of the result over one setting, averaged over the others.
   sensitivity = []
   for axis, name in enumerate(('levels', 'slowest', 'rate')):
     groups = {}
@@ -236,8 +222,8 @@ def _write(config, workdir, scores, metrics):
         rows,
       ),
       '![Recall by the number of levels](frequencies.png)',
-      'How far one setting moves recall after the longest gap, best less worst '
-      'with the others held, on average:',
+      'Sensitivity of recall after the longest gap: best minus worst over one '
+      'setting, averaged over the others:',
       report_files.table(('setting', 'moves'), sensitivity),
     ],
   )

@@ -1,11 +1,11 @@
-"""Artificial languages: a seed is a lexicon, affixes and an order of words.
+"""Artificial languages: a seed gives a lexicon, affixes and a word order.
 
-A language says what English sentences of a small grammar mean. It has a word of
-its own for each noun, verb and adjective; plural and past are marked by a word
-before or after; subject, object and verb come in one of four orders, adjectives
-before or after their noun. A sentence is taught with its gloss, as linguists
-write it: after every word what it means. So that a language can be learned from
-glossed sentences alone, and only so.
+A language expresses the meanings of a small English grammar. It has a word of
+its own for each noun, verb and adjective. Words before or after mark plural and
+past. Subject, object and verb come in one of four orders, and adjectives before
+or after their noun. Sentences are taught with a gloss, as linguists write it:
+every word is followed by its meaning. A language can therefore be learned from
+glossed sentences, and only from these.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Phrase(NamedTuple):
 
 
 class Meaning(NamedTuple):
-  """What a sentence says."""
+  """The meaning of a sentence; indices of English words."""
 
   subject: Phrase
   verb: int
@@ -46,7 +46,7 @@ class Meaning(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Language:
-  """How a language says it; its words are numbers."""
+  """A language; its words are numbers."""
 
   words: tuple[int, ...]  # for each of `ENGLISH`
   is_suffix: tuple[bool, bool]  # the marks of plural and past
@@ -69,7 +69,7 @@ def make_languages(rng: np.random.Generator, count: int) -> list[Language]:
 
 
 def make_meanings(rng: np.random.Generator, count: int) -> list[Meaning]:
-  """Draws sentences, of which each group of ten has every noun as subject."""
+  """Draws meanings; each group of ten has every noun as subject once."""
 
   def phrase(noun):
     adjective = None
@@ -90,7 +90,7 @@ def make_meanings(rng: np.random.Generator, count: int) -> list[Meaning]:
 
 
 def gloss(language: Language, meaning: Meaning) -> list[int]:
-  """What the words of the sentence mean, in its order; indices of `ENGLISH`."""
+  """Returns the gloss in the language's word order, as indices of `ENGLISH`."""
 
   def affix(word, mark, is_marked):
     if not is_marked:
@@ -115,7 +115,7 @@ def gloss(language: Language, meaning: Meaning) -> list[int]:
 
 
 def sentence(language: Language, meaning: Meaning) -> np.ndarray:
-  """A sentence, each word followed by what it means, int [SENTENCE]."""
+  """Returns a sentence, each word followed by its gloss, int [SENTENCE]."""
   meant = gloss(language, meaning)
   tokens = [
     token
@@ -129,11 +129,11 @@ def sentence(language: Language, meaning: Meaning) -> np.ndarray:
 
 
 def is_english(tokens: np.ndarray) -> np.ndarray:
-  """Which tokens are of English, as a gloss is."""
+  """Returns which tokens are English."""
   return (tokens >= _FIRST_ENGLISH) & (tokens < _FIRST_FOREIGN)
 
 
 def to_text(tokens: np.ndarray) -> str:
-  """What the tokens of English among others say, as text."""
+  """Returns the English tokens as text."""
   words = [ENGLISH[t - _FIRST_ENGLISH] for t in tokens if is_english(t)]
   return ' '.join(words)

@@ -1,11 +1,10 @@
 """Ten million tokens of text that keeps shifting: does forgetting come back?
 
 A stream begins with a long stretch of one topic, its home, and goes on with a
-new topic every few thousand tokens, for ever. A topic is a table of which words
-follow which, drawn anew. What a level learned of home is measured on other text
-of it, by a copy of the learner: in nats per token that are saved against one
-that has read nothing. The learner reads with no level, with its fastest, and
-with ever slower ones.
+new topic every few thousand tokens. A topic is a table of likely successors of
+each word. A copy of the learner is asked for other text of home; the measure is
+nats per token saved against the learner before it read anything. The learner
+reads with no level, with each of its levels alone, and with all of them.
 
 Command:
   python launch/run.py --config=experiments/continual/horizon.py \
@@ -13,25 +12,10 @@ Command:
 
 `:full` reads ten million tokens per stream.
 
-Hardware: one CPU core, four minutes of its time; `:full` fifteen.
-Result of `:full` with --set=num_streams=2, one training: nats per token that
-having read home saves, after so many tokens of other topics; standard
-deviations over streams up to 0.1, of the fast level 0.2.
-
-  levels  0      4,096  16,384  65,536  262,144  1,048,576  10,485,760
-  none    -0.01   0.01   0.01   -0.01    0.01     0.00       0.01
-  fast     2.12   0.30  -1.00   put back
-  middle   2.11   1.32   0.42   -0.14   -0.15    -0.02      put back
-  slow     1.92   1.92   1.71    1.02    0.29     0.07       0.00
-  all      0.44  -0.41   0.45    0.42    0.34     0.04      -0.42
-
-So forgetting does come back: after four of its own steps on other text a level
-keeps about half of what it saved (the slow one: 65,536 tokens), and from a
-million on nothing is left of home. Slower levels keep it longer and cost little
-at the start. A level that has gone too far from its start is put back there
-(`max_drift`), and knows from then on what no level knows. All levels together
-know less of home than the slow one alone, presumably because faster ones,
-started anew at each of its steps, leave it little to explain meanwhile.
+Hardware: one CPU core, four minutes; `:full` fifteen.
+Result: forgetting comes back. After four of its own steps on other topics a
+level keeps about half of what it saved, and from a million tokens on nothing is
+left; see experiments/results/continual/README.md.
 """
 
 import dataclasses
@@ -56,12 +40,12 @@ _ARMS = {
 
 @dataclasses.dataclass(frozen=True)
 class HorizonConfig:
-  """Topics, the stream and the learner."""
+  """Topics, streams and the learner."""
 
   num_words: int = 32
-  num_successors: int = 3  # likely ones of a word, in a topic
-  noise: float = 0.1  # how often any other word follows
-  topic_tokens: int = 4096  # of a topic that is no home
+  num_successors: int = 3  # likely successors of a word in a topic
+  noise: float = 0.1  # probability of any other word
+  topic_tokens: int = 4096  # length of a topic other than home
   home_tokens: int = 65_536
   distances: tuple[int, ...] = (
     0,
@@ -70,20 +54,20 @@ class HorizonConfig:
     65_536,
     262_144,
   )  # tokens since home
-  probes: int = 32  # texts of home that a copy is asked, of a segment each
+  probes: int = 32  # texts of home that a copy is asked for, each a segment
   num_streams: int = 4
   learner: reading.LearnerConfig = reading.LearnerConfig(
     mlp_dim=128, connection='nested', batch_size=4, learning_rate=6e-3
   )
   inner: levels.InnerConfig = levels.InnerConfig((64, 1024, 16_384), (1.0,))
-  # Rows of training are short. There, slower levels step more often, so that
+  # Rows of training are short: slower levels step more often there, so that
   # home has as many of their steps as in a stream.
   train_clocks: tuple[int, ...] = (64, 128, 256)
   train_tokens: tuple[int, int, int] = (1024, 768, 256)  # home, other, home
 
 
 def get_config(arg: str | None = None) -> HorizonConfig:
-  """The experiment; 'full' reads 10^7 tokens, 'small' is for tests."""
+  """Returns the config; 'full' reads 10^7 tokens, 'small' is for tests."""
   config = HorizonConfig()
   if arg is None:
     return config
@@ -109,7 +93,7 @@ def get_config(arg: str | None = None) -> HorizonConfig:
 
 
 def make_topic(config: HorizonConfig, rng: np.random.Generator) -> np.ndarray:
-  """Cumulated probabilities of the word after each, [word, word]."""
+  """Returns cumulative probabilities of the next word, [word, word]."""
   num = config.num_words
   likely = rng.random((num, num)).argsort(axis=1)[:, : config.num_successors]
   weights = rng.dirichlet(np.ones(config.num_successors), size=num)
@@ -123,7 +107,7 @@ def make_topic(config: HorizonConfig, rng: np.random.Generator) -> np.ndarray:
 def write_text(
   topics: np.ndarray, num_tokens: int, rng: np.random.Generator
 ) -> np.ndarray:
-  """Text [text, t] of topics [text, word, word]."""
+  """Returns texts [text, t] of topics [text, word, word]."""
   count, num_words = topics.shape[:2]
   words = np.empty((count, num_tokens), np.int64)
   words[:, 0] = rng.integers(num_words, size=count)
@@ -138,7 +122,7 @@ def write_text(
 def make_row(
   config: HorizonConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Text of a topic, of another and of the first again; and weights, [t]."""
+  """Returns text of a topic, another and the first again; and weights [t]."""
   home, other = make_topic(config, rng), make_topic(config, rng)
   parts = [
     write_text(topic[None], count, rng)[0]
@@ -148,14 +132,14 @@ def make_row(
   ]
   tokens = np.concatenate(parts)
   weights = np.ones(len(tokens))
-  # Coming home counts as much as everything before it.
+  # Home at the end counts as much as everything before it.
   back = config.train_tokens[-1]
   weights[-back:] = (len(tokens) - back) / back
   return tokens, weights
 
 
 def run(config: HorizonConfig, workdir: str, mode: str) -> None:
-  """Trains a learner, reads the streams with each set of levels, writes."""
+  """Trains a learner and reads streams with each set of levels."""
   report_files.check_mode(mode)
   model = reading.make_model(config.learner, config.num_words, _LEVELS)
 
@@ -172,7 +156,7 @@ def run(config: HorizonConfig, workdir: str, mode: str) -> None:
 
 
 def _read(config, model, inner, params, name):
-  """Loss on home before it, and at every distance, [stream, 1 + distance]."""
+  """Returns losses on home before it, and by distance, [stream, 1 + d]."""
   size = levels.segment_size(levels.make_levels(config.inner, _LEVELS))
   learner = reading.make_reading(model, inner, segment_size=size)
   num, rng = config.num_streams, np.random.default_rng(1)
@@ -193,7 +177,7 @@ def _read(config, model, inner, params, name):
   done = 0
   for distance in config.distances:
     while done < distance:
-      # Many topics are written at once, and read one after the other.
+      # Many topics are generated at once and read one after the other.
       count = min((distance - done) // config.topic_tokens, 64)
       text = write_text(draw(num * count), config.topic_tokens, rng)
       _, state = learner.read(params, state, text.reshape(num, -1))

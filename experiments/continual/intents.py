@@ -1,7 +1,7 @@
-"""Short texts with a class each: CLINC150, Banking77, DBpedia, or generated.
+"""Short texts with classes: CLINC150, Banking77, DBpedia, or generated ones.
 
-    corpus = read_intents('path/to/clinc150')  # a folder that you have
-    corpus = generate_intents(seed=0)  # of the same shape, from no file
+    corpus = read_intents('path/to/clinc150')
+    corpus = generate_intents(seed=0)  # of the same shape, without files
 
 References:
   Larson et al., arXiv:1909.02027, 2019 (CLINC150).
@@ -18,7 +18,7 @@ import numpy as np
 from nested_learning import errors
 
 _CLINC = 'data_full.json'
-# What a column with the class is called; DBpedia's second of three levels.
+# Names of the column with the class; in DBpedia, the second of three levels.
 _CLASS_COLUMNS = ('category', 'label', 'intent', 'l2')
 _WAY_OUT = (
   f'Give a folder with {_CLINC} (CLINC150), or with files *train*.csv and '
@@ -29,14 +29,14 @@ _WAY_OUT = (
 
 
 class Corpus(NamedTuple):
-  """Texts to learn from and to be asked, each with its class.
+  """Texts for training and for the test, with their classes.
 
   Attributes:
-    train: Texts.
-    train_labels: int [text], their classes.
-    test: Texts.
-    test_labels: int [text].
-    names: Of the classes.
+    train: Training texts.
+    train_labels: Their classes, int [text].
+    test: Test texts.
+    test_labels: Their classes, int [text].
+    names: Names of the classes.
   """
 
   train: tuple[str, ...]
@@ -47,19 +47,19 @@ class Corpus(NamedTuple):
 
 
 def read_intents(path: str | pathlib.Path) -> Corpus:
-  """Reads CLINC150, Banking77 or DBpedia as they are distributed.
+  """Reads CLINC150, Banking77 or DBpedia from the files of their authors.
 
   Args:
-    path: A folder. With data_full.json, CLINC150: its in-scope texts, those for
-      validation left out. Otherwise CSV files, one with 'train' and one with
-      'test' in its name, with a header (Banking77; DBpedia with classes of
-      three levels, of which the second counts) or with none (DBpedia-14).
+    path: A folder with data_full.json (CLINC150, whose in-scope texts for
+      training and test are read), or with one CSV file with 'train' and one
+      with 'test' in its name, either with a header (Banking77; DBpedia, whose
+      second level of classes is read) or without (DBpedia-14).
 
   Returns:
     The corpus.
 
   Raises:
-    errors.UserError: The folder or a file is not there or not like that.
+    errors.UserError: A file is missing or has another form.
   """
   folder = pathlib.Path(path).expanduser()
   if not folder.is_dir():
@@ -73,8 +73,8 @@ def read_intents(path: str | pathlib.Path) -> Corpus:
   unknown = sorted({label for _, label in test} - set(number))
   if unknown:
     raise errors.UserError(
-      f'{path} tests the class {unknown[0]!r}, of which it has no text to '
-      'learn from; add some or take it out.'
+      f'{path} tests the class {unknown[0]!r} without training texts; add some '
+      'or remove the class.'
     )
   split = lambda rows: (
     tuple(text for text, _ in rows),
@@ -91,18 +91,18 @@ def generate_intents(
   num_train: int = 100,
   num_test: int = 30,
 ) -> Corpus:
-  """Makes a corpus of the shape of CLINC150, in words of no language.
+  """Generates a corpus of the shape of CLINC150, in invented words.
 
-  A text is a few common words, one or two of its domain and one to three of the
-  words of its class, some of which are more frequent. Every class shares some
-  of its words with another of its domain, so that no single word is enough.
+  A text has a few common words, one or two words of its domain, and one to
+  three words of its class, some of which are more frequent. Every class shares
+  words with another one of its domain, so that no single word is enough.
 
   Args:
-    seed: Of everything.
-    num_classes: Classes.
-    classes_per_domain: Classes that share a domain's words.
-    num_train: Texts of a class to learn from.
-    num_test: Texts of a class to be asked.
+    seed: Random seed.
+    num_classes: Number of classes.
+    classes_per_domain: Number of classes that share the words of a domain.
+    num_train: Training texts of a class.
+    num_test: Test texts of a class.
 
   Returns:
     The corpus.
@@ -138,7 +138,7 @@ def generate_intents(
 
 
 def _words(rng, count: int) -> list[str]:
-  """Words of two or three syllables, all different."""
+  """Draws different words of two or three syllables."""
   words = {}
   while len(words) < count:
     word = ''.join(

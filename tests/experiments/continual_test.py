@@ -66,7 +66,7 @@ class ReadingTest(parameterized.TestCase):
     )
 
   def test_refuses_segments_that_levels_do_not_have(self):
-    with self.assertRaisesRegex(errors.UserError, 'no multiple'):
+    with self.assertRaisesRegex(errors.UserError, 'not a multiple'):
       reading.make_reading(
         self.model, levels.InnerConfig((8, 16)), segment_size=12
       )
