@@ -22,7 +22,6 @@ from nested_learning import errors
 from nested_learning import layers
 from nested_learning import levels
 from nested_learning import models
-from nested_learning.levels import stream
 
 _PIECE = 1024  # tokens of a row that one program reads
 _CHUNK = 16  # tokens of a memory's chunk
@@ -317,8 +316,8 @@ def print_warnings(state: Any, name: str) -> None:
     state: From a `Reading`.
     name: Of the learner.
   """
-  if isinstance(state, stream.State):
-    for warning in levels.warnings(levels.health(state)):
+  if isinstance(state, levels.State):
+    for warning in levels.health_warnings(levels.measure_health(state)):
       print(f'{name}: {warning}', flush=True)
 
 

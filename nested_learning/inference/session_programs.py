@@ -18,8 +18,7 @@ from nested_learning import levels
 from nested_learning import models
 from nested_learning.inference import generate
 from nested_learning.inference import sampling
-from nested_learning.levels import partition
-from nested_learning.levels import stream as stream_lib
+from nested_learning.levels import trees
 
 
 class SessionState(NamedTuple):
@@ -30,7 +29,7 @@ class SessionState(NamedTuple):
     logits: [b, v], of the next token.
   """
 
-  stream: stream_lib.State
+  stream: levels.State
   logits: jax.Array
 
 
@@ -293,10 +292,10 @@ def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
     last = jnp.take_along_axis(logits, last, axis=1)[:, 0]  # [b, v]
     losses = token_losses(state, logits, tokens)
     return losses, SessionState(
-      stream, partition.where(count > 0, last, state.logits)
+      stream, trees.where(count > 0, last, state.logits)
     )
 
-  where = jax.jit(partition.where)
+  where = jax.jit(trees.where)
 
   def end_segments(params, state, rows):
     # Read again whole by the program of whole segments, so that levels learn
@@ -316,9 +315,9 @@ def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
 
   @jax.jit
   def restart(params, state, rows):
-    axes = partition.row_axes(plain.init_state, params)
-    fresh = partition.rows_first(axes, plain.init_state(params, rows.shape[0]))
-    begin = lambda old: partition.where(rows, fresh, old)
+    axes = trees.row_axes(plain.init_state, params)
+    fresh = trees.rows_first(axes, plain.init_state(params, rows.shape[0]))
+    begin = lambda old: trees.where(rows, fresh, old)
     stream = state.stream
     stream = stream._replace(
       model=begin(stream.model),

@@ -6,7 +6,7 @@
     session.save('me.session')
 
 A session is a checkpoint, which it never changes, the state of a stream whose
-levels learn (`levels.in_context`), and a clock. It has one row or several, each
+levels learn (`levels.reader`), and a clock. It has one row or several, each
 with weights, memories and clocks of its own. Levels learn from whole segments
 by one compiled program, so they learn the same bits however the tokens are cut
 into calls.
@@ -264,8 +264,8 @@ class Session:
     self._now = self._marked
 
   def health(self) -> dict[str, levels.Health]:
-    """Returns updates and drift of the levels; see `levels.health`."""
-    return levels.health(self.state.stream)
+    """Returns updates and drift of the levels; see `levels.measure_health`."""
+    return levels.measure_health(self.state.stream)
 
   def split(self) -> list['Session']:
     """Returns one session per row."""

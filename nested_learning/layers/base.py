@@ -17,14 +17,14 @@ class TokenInfo(NamedTuple):
     mask: bool [b, t], False for padding, which changes no state; None for no
       padding.
     write: Whether memories are written; False only reads them.
-    lesson: A `layers.cms.Lesson` whose gradients the levels of the chain
+    local_loss: A `layers.cms.LocalLoss` whose gradients the levels of the chain
       return, or None. Only trunks read it.
   """
 
   reset: jax.Array | None = None
   mask: jax.Array | None = None
   write: bool = True
-  lesson: Any = None
+  local_loss: Any = None
 
 
 def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:

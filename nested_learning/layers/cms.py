@@ -13,7 +13,7 @@ connected in one of three ways:
 A Transformer's MLP is the chain of one level. On what clock a level's
 parameters change is not this file's matter: see
 `nested_learning.optimizers.multi_timescale` for training and
-`nested_learning.levels.in_context` for learning inside a sequence.
+`nested_learning.levels.reader` for learning inside a sequence.
 
 References:
   Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eqs. 70-74, 97.
@@ -39,14 +39,14 @@ _NAME = re.compile(r'[A-Za-z][A-Za-z0-9_-]{0,63}')
 LOCAL_OBJECTIVES = ('l2', 'dot')  # of `memory.objectives`
 
 
-class Lesson(NamedTuple):
-  """What levels are to learn, each from its own input and output alone.
+class LocalLoss(NamedTuple):
+  """A loss of each level's own input and output.
 
   Attributes:
-    objective: 'l2' or 'dot', see `teach`.
-    names: The levels that learn.
-    target: [b, t, e], what a level's output is held against.
-    counts: [b, t], how much each token counts; 0 for not at all.
+    objective: 'l2' or 'dot', see `apply_with_gradients`.
+    names: Levels whose gradients are computed.
+    target: [b, t, e], target of a level's output.
+    counts: [b, t], weight of each token; 0 leaves it out.
   """
 
   objective: str
@@ -55,12 +55,13 @@ class Lesson(NamedTuple):
   counts: jax.Array
 
 
-class Taught(NamedTuple):
-  """What a chain that was taught leaves behind.
+class StateAndGradients(NamedTuple):
+  """State of a layer that was given a `LocalLoss`.
 
   Attributes:
-    state: What the layer leaves behind anyway.
-    gradients: A tree like the layer's parameters, of what learns in it.
+    state: State of the layer without one.
+    gradients: Gradients of the local losses, at the paths of the parameters of
+      the levels that learn.
   """
 
   state: Any
@@ -201,11 +202,11 @@ def apply(
   return _connect(levels, mlp, x, chain=chain, mix=mix)
 
 
-def teach(
+def apply_with_gradients(
   levels: Sequence[LevelConfig],
   params: Any,
   x: jax.Array,
-  lesson: Lesson,
+  local_loss: LocalLoss,
   *,
   chain: ChainConfig = ChainConfig(),
   mix: jax.Array | None = None,
@@ -228,32 +229,33 @@ def teach(
 
   The papers leave open what a level's own key and value are (NL sections 7.1
   and 7.3). Here the key is the level's input, and the target is the caller's;
-  `models.Model.teach` takes the next token's embedding, since what comes next
+  `models.LanguageHead` takes the next token's embedding, since what comes next
   is what the chain is asked for.
 
   Args:
     levels: As for `apply`.
     params: As for `apply`.
     x: [b, t, e].
-    lesson: Which levels learn what.
+    local_loss: The levels, their objective and its target.
     chain: As for `apply`.
     mix: As for `apply`.
 
   Returns:
-    What `apply` gives, and the gradients: from each name of the lesson to a
+    What `apply` gives, and the gradients: from each name of `local_loss` to a
     tree like the level's parameters, summed over rows and tokens.
   """
   gradients = {}
+  objective = objectives.OBJECTIVES[local_loss.objective]
 
   def mlp(name, x):
-    if name not in lesson.names:
+    if name not in local_loss.names:
       return _mlp(params[name], x)
 
     def loss(weights):
       output = _mlp(weights, x)
       wide = output.astype(jnp.promote_types(output.dtype, jnp.float32))
-      values = objectives.OBJECTIVES[lesson.objective](wide, lesson.target)
-      return jnp.sum(lesson.counts * values) / x.shape[-1], output
+      values = objective(wide, local_loss.target)  # [b, t]
+      return jnp.sum(local_loss.counts * values) / x.shape[-1], output
 
     gradients[name], output = jax.grad(loss, has_aux=True)(params[name])
     return output

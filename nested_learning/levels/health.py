@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_learning.levels import partition
-from nested_learning.levels import stream
+from nested_learning.levels import reader
+from nested_learning.levels import steps
+from nested_learning.levels import trees
 
 # A step of less than this of the weights' norm moves no float32 weight.
 _LEAST_RATIO = 1e-7
@@ -41,7 +42,7 @@ class Health(NamedTuple):
   dead: jax.Array
 
 
-def health(state: stream.State) -> dict[str, Health]:
+def measure_health(state: reader.State) -> dict[str, Health]:
   """Measures the levels of a stream.
 
   Args:
@@ -57,8 +58,8 @@ def health(state: stream.State) -> dict[str, Health]:
   }
 
 
-def _measure(level: stream.LevelState, largest: jax.Array) -> Health:
-  ratio = level.update_norm / jnp.maximum(partition.norm(level.params), 1e-12)
+def _measure(level: steps.InnerLevel, largest: jax.Array) -> Health:
+  ratio = level.update_norm / jnp.maximum(trees.norm(level.params), 1e-12)
   silent = level.gradient_norm <= _LEAST_SHARE * largest
   dead = (ratio < _LEAST_RATIO) | silent
   dead &= (level.num_updates >= _FEWEST_UPDATES) & ~level.frozen
@@ -73,11 +74,11 @@ def _measure(level: stream.LevelState, largest: jax.Array) -> Health:
   )
 
 
-def warnings(measured: Mapping[str, Health]) -> list[str]:
+def health_warnings(measured: Mapping[str, Health]) -> list[str]:
   """What is wrong with levels, one sentence for each that something is.
 
   Args:
-    measured: From `health`.
+    measured: From `measure_health`.
 
   Returns:
     Sentences; none where all is well.

@@ -67,7 +67,7 @@ class InnerConfig:
   clip_norm: float | None = 1.0  # longest gradient of a level; None is any
   # What a level minimises: 'next_token' is the model's loss, 'in_segment' the
   # same among the tokens that a segment has, 'l2' and 'dot' are of the level's
-  # own input and output (`cms.teach`) and need no backward pass.
+  # own input and output (`layers.cms.LocalLoss`) and need no backward pass.
   objective: Literal['next_token', 'in_segment', 'l2', 'dot'] = 'next_token'
   depth: float = 0.25  # share of the blocks that learn, the last; 1.0 is all
   # How the gradients of a chunk are reduced; 'sum' is the paper's.
@@ -156,8 +156,8 @@ def make_optimizer(
 def _clip(max_norm: float) -> optax.GradientTransformation:
   """`optax.clip_by_global_norm`, with a derivative also where all is zero.
 
-  A segment that teaches nothing has a gradient of zero, and an outer gradient
-  goes through its norm.
+  A segment without targets has a gradient of zero, and an outer gradient goes
+  through its norm.
   """
   limit = max_norm**2
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nested_learning.levels import stream
+from nested_learning.levels import reader as reader_lib
 
 
 class Readability(NamedTuple):
@@ -42,7 +42,7 @@ class Readability(NamedTuple):
 
 
 def measure_readability(
-  reader: stream.Reader,
+  reader: reader_lib.Reader,
   params: Any,
   fact: jax.Array,
   *,

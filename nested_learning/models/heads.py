@@ -55,7 +55,7 @@ class LanguageHead:
 
     return table, forward
 
-  def make_teach(
+  def make_local_gradients(
     self,
     config: trunk_lib.ModelConfig,
     trunk: base.Layer,
@@ -70,26 +70,27 @@ class LanguageHead:
     Args:
       config: The model.
       trunk: Its trunk.
-      objective: 'l2' or 'dot', see `cms.teach`.
+      objective: 'l2' or 'dot', see `layers.cms.apply_with_gradients`.
       names: Levels that learn.
 
     Returns:
-      `teach(params, state, tokens, counts, *, reset=None)`, see
-      `levels.in_context.make_reader`, for parameters of `stacks.split_blocks`.
+      `local_gradients`, see `levels.ReaderSpec`, for parameters of
+      `stacks.split_blocks`.
     """
 
-    def teach(params, state, tokens, counts, *, reset=None):
+    def local_gradients(params, state, tokens, counts, *, reset=None):
       def make_marks(x):
+        # The last token has no target here; its count is 0.
         target = norm.rms_norm(1.0, jnp.roll(x, -1, axis=1))
-        lesson = cms.Lesson(objective, names, target, counts)
-        return base.TokenInfo(reset, lesson=lesson)
+        local_loss = cms.LocalLoss(objective, names, target, counts)
+        return base.TokenInfo(reset, local_loss=local_loss)
 
-      logits, taught = _read_tokens(
+      logits, both = _read_tokens(
         config, trunk, params, state, tokens, make_marks
       )
-      return logits, taught.state, {'blocks': taught.gradients}
+      return logits, both.state, {'blocks': both.gradients}
 
-    return teach
+    return local_gradients
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,12 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from nested_learning import errors
+from nested_learning import levels
 from nested_learning import parameters
 from nested_learning.layers import base
 from nested_learning.layers import cms
-from nested_learning.levels import in_context
-from nested_learning.levels import inner as inner_lib
-from nested_learning.levels import stream
 from nested_learning.models import heads
 from nested_learning.models import stacks
 from nested_learning.models import trunk as trunk_lib
@@ -58,12 +56,12 @@ class Model(NamedTuple):
   forward: Callable[..., tuple[jax.Array, Any]]
   decode: Callable[..., tuple[jax.Array, Any]]
   losses: Callable[..., tuple[jax.Array, Any]] | None = None
-  reader: stream.Reader | None = None
+  reader: levels.Reader | None = None
 
 
 def make_model(
   config: trunk_lib.ModelConfig,
-  inner: inner_lib.InnerConfig | None = None,
+  inner: levels.InnerConfig | None = None,
   *,
   head: heads.Head = _LANGUAGE,
 ) -> Model:
@@ -170,22 +168,19 @@ def level_labels(
 
 
 def _make_reader(
-  model: Model, trunk: base.Layer, inner: inner_lib.InnerConfig
-) -> stream.Reader:
+  model: Model, trunk: base.Layer, inner: levels.InnerConfig
+) -> levels.Reader:
   """Makes the levels of a language model learn while they read.
 
   The levels' weights in the reader's state are those of the last blocks, split
   as by `stacks.split_blocks`.
   """
   config = model.config
-  learning = inner_lib.make_levels(
-    inner, [level.name for level in config.levels]
-  )
+  learning = levels.make_levels(inner, [level.name for level in config.levels])
   num_blocks = config.num_layers // len(config.pattern)
   num_last = inner.num_blocks(num_blocks)
-  split = functools.partial(stacks.split_blocks, num_last=num_last)
   labels = level_labels(config, model.table, of='chain')
-  teach = None
+  local_gradients = None
   if inner.objective in cms.LOCAL_OBJECTIVES:
     if not isinstance(model.head, heads.LanguageHead):
       raise errors.UserError(
@@ -194,27 +189,23 @@ def _make_reader(
         "inner.objective='next_token'."
       )
     names = tuple(level.name for level in learning)
-    teach = model.head.make_teach(config, trunk, inner.objective, names)
-  reader = in_context.make_reader(
-    model.forward,
-    model.init_state,
-    learning,
-    stacks.split_labels(labels, num_blocks, num_last),
-    reduce=inner.reduce,
-    nested=config.chain.connection == 'nested',
-    gradient=inner.gradient,
-    max_drift=inner.max_drift,
-    in_segment=inner.objective == 'in_segment',
-    teach=teach,
-  )
-
-  def of_split(function):
-    return lambda params, *args, **kwargs: function(
-      split(params), *args, **kwargs
+    local_gradients = model.head.make_local_gradients(
+      config, trunk, inner.objective, names
     )
-
-  functions = ('init_state', 'read', 'read_segments', 'read_piece', 'losses')
-  return reader._replace(
-    prepare=split,
-    **{name: of_split(getattr(reader, name)) for name in functions},
+  return levels.make_reader(
+    levels.ReaderSpec(
+      model.forward,
+      model.init_state,
+      levels.StepSpec(
+        learning,
+        stacks.split_labels(labels, num_blocks, num_last),
+        reduce=inner.reduce,
+        nested=config.chain.connection == 'nested',
+        max_drift=inner.max_drift,
+      ),
+      gradient=inner.gradient,
+      in_segment=inner.objective == 'in_segment',
+      local_gradients=local_gradients,
+      prepare=functools.partial(stacks.split_blocks, num_last=num_last),
+    )
   )

@@ -103,10 +103,10 @@ def apply(
     blocks: A stack of its parameters, or `Stacks`.
     state: Of `init_state`, or None for a stream's start.
     x: [b, t, e].
-    marks: A lesson in them is for the blocks of `Stacks` that learn.
+    marks: A local loss in them is for the blocks of `Stacks` that learn.
 
   Returns:
-    [b, t, e], and the states; with a lesson, a `cms.Taught`.
+    [b, t, e], and the states; with a local loss, `cms.StateAndGradients`.
   """
   if not isinstance(blocks, Stacks):
     body = lambda x, both: group.apply(*both, x, marks)
@@ -118,21 +118,21 @@ def apply(
     end = start + _num_layers(stack)
     part = jax.tree.map(lambda s, a=start, b=end: s[a:b], state)
     start = end
-    teaches = marks.lesson is not None and name != 'below'
-    own = marks if teaches else marks._replace(lesson=None)
+    learns = marks.local_loss is not None and name != 'below'
+    own = marks if learns else marks._replace(local_loss=None)
     body = lambda x, both, own=own: group.apply(*both, x, own)
     if name == 'first':
       x, out = body(x, jax.tree.map(lambda a: a[0], (stack, part)))
       out = jax.tree.map(lambda a: a[None], out)
     else:
       x, out = jax.lax.scan(body, x, (stack, part))
-    if teaches:
+    if learns:
       gradients = gradients._replace(**{name: out.gradients})
       out = out.state
     states.append(out)
   state = _join(states)
-  if marks.lesson is not None:
-    state = cms.Taught(state, gradients)
+  if marks.local_loss is not None:
+    state = cms.StateAndGradients(state, gradients)
   return x, state
 
 

@@ -77,8 +77,8 @@ def make_trunk(config: ModelConfig) -> base.Layer:
   Returns:
     A `Layer` with the parameters 'blocks' and 'norm': x [b, t, e] through every
     block and the final norm. It may be given a model's parameters, among which
-    it finds its own, also those of `stacks.split_blocks`. With a lesson in the
-    marks, its state comes in a `layers.cms.Taught`.
+    it finds its own, also those of `stacks.split_blocks`. With a local
+    loss in the marks, it returns `layers.cms.StateAndGradients` as its state.
   """
   if isinstance(config.mixer, tuple):
     group = _make_group([_make_block(config, mixer) for mixer in config.mixer])
@@ -137,10 +137,12 @@ def _make_block(config: ModelConfig, mixer_config: MixerConfig) -> base.Layer:
       mixed, state = mixer.apply(params['mixer'], state, normed, marks)
       chain = {'chain': config.chain, 'mix': params.get('mix')}
       inputs = config.levels, params['levels'], x + mixed
-      if marks.lesson is None:
+      if marks.local_loss is None:
         return cms.apply(*inputs, **chain), state
-      x, gradients = cms.teach(*inputs, marks.lesson, **chain)
-      return x, cms.Taught(state, {'levels': gradients})
+      x, gradients = cms.apply_with_gradients(
+        *inputs, marks.local_loss, **chain
+      )
+      return x, cms.StateAndGradients(state, {'levels': gradients})
 
     if config.remat == 'layer':
       block = jax.checkpoint(block)
@@ -164,10 +166,10 @@ def _make_group(blocks: Sequence[base.Layer]) -> base.Layer:
     for name, block in named.items():
       start = None if state is None else state[name]
       x, states[name] = block.apply(params[name], start, x, marks)
-    if marks.lesson is not None:
-      states = cms.Taught(
-        {name: taught.state for name, taught in states.items()},
-        {name: taught.gradients for name, taught in states.items()},
+    if marks.local_loss is not None:
+      states = cms.StateAndGradients(
+        {name: both.state for name, both in states.items()},
+        {name: both.gradients for name, both in states.items()},
       )
     return x, states
 

@@ -71,7 +71,7 @@ def _run(config, params, tokenizer, texts):
       f'level {name}: {int(level.num_updates[0]):,} updates, '
       f'{float(level.drift[0]):.2%} from its start'
     )
-  for warning in levels.warnings(session.health()):
+  for warning in levels.health_warnings(session.health()):
     print(f'WARNING: {warning}')
 
 

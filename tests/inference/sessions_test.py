@@ -281,7 +281,9 @@ class SessionsTest(parameterized.TestCase):
     self.assertTrue(health['fast'].frozen.all())
     np.testing.assert_array_equal(health['slow'].num_updates, [3])
     self.assertTrue(np.isfinite(session.feed(draw())).all())
-    self.assertRegex(levels.warnings(health)[0], "'fast' diverged in 1 of 1")
+    self.assertRegex(
+      levels.health_warnings(health)[0], "'fast' diverged in 1 of 1"
+    )
 
   @parameterized.named_parameters(
     ('empty', [], 'nothing to read'),

@@ -7,7 +7,6 @@ import optax
 
 from nested_learning import levels
 from nested_learning import optimizers
-from nested_learning.levels import in_context
 from tests import compiling
 
 _ROWS, _VOCAB, _SIZE = 2, 7, 4
@@ -23,16 +22,16 @@ def make_reader(rates):
   def forward(params, state, tokens, *, reset=None, mask=None, write=True):
     return sum(params[name][tokens] for name in rates), state + 1
 
-  reader = in_context.make_reader(
+  learning = [
+    optimizers.Level(name, _SIZE * 2**i, optax.sgd(rate))
+    for i, (name, rate) in enumerate(rates.items())
+  ]
+  spec = levels.ReaderSpec(
     forward,
     lambda params, batch_size: jax.numpy.zeros((batch_size,)),
-    [
-      optimizers.Level(name, _SIZE * 2**i, optax.sgd(rate))
-      for i, (name, rate) in enumerate(rates.items())
-    ],
-    {name: name for name in rates},
+    levels.StepSpec(learning, {name: name for name in rates}),
   )
-  return reader, params
+  return levels.make_reader(spec), params
 
 
 def read(rates, num_tokens=32):
@@ -40,7 +39,7 @@ def read(rates, num_tokens=32):
   rng = np.random.default_rng(0)
   tokens = rng.integers(_VOCAB, size=(_ROWS, num_tokens)).astype(np.int32)
   step = compiling.jit(lambda params: reader.read(params, None, tokens)[1])
-  return levels.health(step(params))
+  return levels.measure_health(step(params))
 
 
 class HealthTest(absltest.TestCase):
@@ -55,22 +54,22 @@ class HealthTest(absltest.TestCase):
       )
       self.assertGreater(level.drift.min(), level.update_ratio.max() / 10)
       self.assertFalse(level.frozen.any() or level.dead.any())
-    self.assertEqual(levels.warnings(measured), [])
+    self.assertEqual(levels.health_warnings(measured), [])
 
   def test_a_level_that_does_not_learn_is_dead(self):
     measured = read({'fast': 0.1, 'slow': 1e-9})
     self.assertTrue(measured['slow'].dead.all())
     self.assertFalse(measured['fast'].dead.any())
-    (warning,) = levels.warnings(measured)
+    (warning,) = levels.health_warnings(measured)
     self.assertRegex(warning, "'slow' is dead in 2 of 2 .* after 4 updates")
 
   def test_few_updates_are_no_death(self):
     measured = read({'fast': 0.1, 'slow': 1e-9}, num_tokens=8)
-    self.assertEqual(levels.warnings(measured), [])
+    self.assertEqual(levels.health_warnings(measured), [])
 
   def test_a_level_that_diverged_is_named(self):
     measured = read({'fast': 1e6, 'slow': 0.1})
-    (warning,) = levels.warnings(measured)
+    (warning,) = levels.health_warnings(measured)
     self.assertRegex(warning, "'fast' diverged in 2 of 2 .* frozen")
 
 

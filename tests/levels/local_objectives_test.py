@@ -145,12 +145,12 @@ class LocalObjectivesTest(parameterized.TestCase):
     x, target = rng.normal(size=(2, 3, _EMBED)), rng.normal(size=(3, _EMBED))
     counts = np.array([1.0, 0.0, 2.0])
     chain, mix = cms.ChainConfig(connection), np.array([0.5, 2.0])
-    lesson = cms.Lesson(
+    local_loss = cms.LocalLoss(
       objective, ('slow',), jnp.asarray(target[None]), jnp.asarray(counts[None])
     )
     arguments = {'chain': chain, 'mix': jnp.asarray(mix)}
-    out, found = cms.teach(
-      _CONFIG.levels, params, jnp.asarray(x), lesson, **arguments
+    out, found = cms.apply_with_gradients(
+      _CONFIG.levels, params, jnp.asarray(x), local_loss, **arguments
     )
     np.testing.assert_array_equal(
       out, cms.apply(_CONFIG.levels, params, jnp.asarray(x), **arguments)

@@ -7,7 +7,6 @@ import optax
 
 from nested_learning import levels
 from nested_learning import optimizers
-from nested_learning.levels import in_context
 from tests import compiling
 
 _ROWS, _VOCAB, _SIZE, _SLOW = 2, 7, 4, 8  # tokens of the two chunks
@@ -24,17 +23,17 @@ def measure(*, nested=False, num_tokens=32):
   def forward(params, state, tokens, *, reset=None, mask=None, write=True):
     return sum(params[name][tokens] for name in _RATES), state + 1
 
-  reader = in_context.make_reader(
+  learning = [
+    optimizers.Level('fast', _SIZE, optax.sgd(_RATES['fast'])),
+    optimizers.Level('slow', _SLOW, optax.sgd(_RATES['slow'])),
+  ]
+  labels = {name: name for name in _RATES}
+  spec = levels.ReaderSpec(
     forward,
     lambda params, batch_size: jax.numpy.zeros((batch_size,)),
-    [
-      optimizers.Level('fast', _SIZE, optax.sgd(_RATES['fast'])),
-      optimizers.Level('slow', _SLOW, optax.sgd(_RATES['slow'])),
-    ],
-    {name: name for name in _RATES},
-    nested=nested,
-    max_drift=1e6,
+    levels.StepSpec(learning, labels, nested=nested, max_drift=1e6),
   )
+  reader = levels.make_reader(spec)
   rng = np.random.default_rng(0)
   draw = lambda n: rng.integers(_VOCAB, size=(_ROWS, n)).astype(np.int32)
   fact = np.tile(np.array([0, 3, 1, 5], np.int32), (_ROWS, 1))

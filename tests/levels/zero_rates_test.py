@@ -15,7 +15,7 @@ import pytest
 
 from nested_learning import levels
 from nested_learning import models
-from nested_learning.levels import partition
+from nested_learning.levels import trees
 from tests import compiling
 
 _ROWS, _SIZE, _SEGMENTS, _VOCAB = 2, 8, 3, 17
@@ -41,16 +41,16 @@ class ZeroRatesTest(absltest.TestCase):
     """Every mode of reading, against the model."""
     inner = levels.InnerConfig((_SIZE,) * len(model.config.levels), (0.0,))
     reader, tokens = models.make_model(model.config, inner).reader, draw()
-    axes = partition.row_axes(model.init_state, params)
+    axes = trees.row_axes(model.init_state, params)
 
     def row(state, tokens, marks):
       logits, state = model.forward(
         params,
-        partition.add_row_axis(axes, state),
+        trees.add_row_axis(axes, state),
         tokens[None],
         **jax.tree.map(lambda x: x[None], marks),
       )
-      return logits[0], partition.drop_row_axis(axes, state)
+      return logits[0], trees.drop_row_axis(axes, state)
 
     plain = compiling.jit(jax.vmap(row))
     nothing = np.zeros((_ROWS, _SIZE), bool)
@@ -58,7 +58,7 @@ class ZeroRatesTest(absltest.TestCase):
     def expect(read, learn):
       """Logits by one kind of call, states by another."""
       state, outputs = model.init_state(params, _ROWS), []
-      state = partition.rows_first(axes, state)
+      state = trees.rows_first(axes, state)
       for part in np.split(tokens, _SEGMENTS, axis=1):
         outputs.append(plain(state, part, read)[0])
         state = plain(state, part, learn)[1]

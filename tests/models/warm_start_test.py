@@ -67,8 +67,8 @@ class WarmStartTest(parameterized.TestCase):
     state = compiling.jit(lambda p: learner.forward(p, None, _TOKENS)[1])(
       params
     )
-    health = levels.health(state)
-    self.assertEqual(levels.warnings(health), [])
+    health = levels.measure_health(state)
+    self.assertEqual(levels.health_warnings(health), [])
     self.assertGreater(health['slower'].drift[0], 1e-4)
     self.assertGreater(
       health['slower'].gradient_norm[0], 0.01 * health['slow'].gradient_norm[0]

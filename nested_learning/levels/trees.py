@@ -1,4 +1,4 @@
-"""Parts of a tree of parameters, and states whose rows lie anywhere."""
+"""Selects, merges and indexes per-level parameters and per-row states."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,16 +11,18 @@ from nested_learning import parameters
 
 
 def select(tree: Any, labels: Any, name: str) -> Any:
-  """The leaves of one label; all others become optax's masked nodes."""
-  return jax.tree.map(
-    lambda label, leaf: leaf if label == name else optax.MaskedNode(),
-    labels,
-    tree,
-  )
+  """Selects the leaves of one level.
 
+  Args:
+    tree: Tree with a leaf at every path that `labels` gives this name; its
+      other leaves are ignored, and may be missing.
+    labels: Tree of level names.
+    name: Name of the level.
 
-def pick(tree: Any, labels: Any, name: str) -> Any:
-  """What `select` makes, of a tree that need not have any other leaves."""
+  Returns:
+    A tree with the structure of `labels`, with optax's masked nodes in place of
+    the leaves of other levels.
+  """
   leaves = {
     parameters.path_name(path): leaf
     for path, leaf in jax.tree.leaves_with_path(tree)
@@ -35,12 +37,12 @@ def pick(tree: Any, labels: Any, name: str) -> Any:
 
 
 def merge(tree: Any, labels: Any, parts: Mapping[str, Any]) -> Any:
-  """The tree with the leaves of some labels replaced.
+  """Replaces the leaves of some levels.
 
   Args:
     tree: Any tree.
-    labels: A tree of names with its structure.
-    parts: From name to what `select` made of another such tree.
+    labels: Tree of level names with its structure.
+    parts: From level name to the result of `select` on another such tree.
 
   Returns:
     A tree like `tree`.
@@ -58,7 +60,7 @@ def merge(tree: Any, labels: Any, parts: Mapping[str, Any]) -> Any:
 
 
 def row_axes(init_state: Callable[[Any, int], Any], params: Any) -> Any:
-  """Which axis of each leaf of a model's state counts rows.
+  """Finds the axis of each leaf of a model's state that counts rows.
 
   Args:
     init_state: `init_state(params, batch_size) -> state`.
@@ -80,7 +82,7 @@ def row_axes(init_state: Callable[[Any, int], Any], params: Any) -> Any:
     if sum(differs) != 1:
       raise ValueError(
         f'{parameters.path_name(path)} of the state has shape {a.shape} for '
-        f'one row and {b.shape} for two; rows must be counted by one axis.'
+        f'one row and {b.shape} for two; one axis must count rows.'
       )
     return differs.index(True)
 
@@ -88,25 +90,25 @@ def row_axes(init_state: Callable[[Any, int], Any], params: Any) -> Any:
 
 
 def rows_first(axes: Any, state: Any) -> Any:
-  """Moves the axis of rows to the front of every leaf."""
+  """Moves the row axis of every leaf to the front."""
   return jax.tree.map(lambda i, x: jnp.moveaxis(x, i, 0), axes, state)
 
 
 def add_row_axis(axes: Any, row: Any) -> Any:
-  """One row of a state, as the state of one row."""
+  """Adds a row axis of length 1 to every leaf of one row's state."""
   return jax.tree.map(lambda i, x: jnp.expand_dims(x, i), axes, row)
 
 
 def drop_row_axis(axes: Any, state: Any) -> Any:
-  """The state of one row, without the axis of rows."""
+  """Removes the row axis of length 1 from every leaf."""
   return jax.tree.map(lambda i, x: jnp.squeeze(x, i), axes, state)
 
 
 def where(rows: jax.Array, new: Any, old: Any) -> Any:
-  """Takes whole rows from one of two trees.
+  """Selects whole rows from one of two trees.
 
   Args:
-    rows: bool [b].
+    rows: bool [b], True to take the row from `new`.
     new: A tree of [b, ...].
     old: A tree like `new`.
 
@@ -116,19 +118,25 @@ def where(rows: jax.Array, new: Any, old: Any) -> Any:
 
   def leaf(a, b):
     picked = rows.reshape(rows.shape + (1,) * (b.ndim - 1))
+    # Steps in a wider type do not change the type that a scan carries.
     return jnp.where(picked, a, b).astype(b.dtype)
 
   return jax.tree.map(leaf, new, old)
 
 
 def norm(tree: Any) -> jax.Array:
-  """Euclidean norm of each row of a tree of [b, ...], [b]; no gradient."""
+  """Returns the Euclidean norm of each row of a tree of [b, ...], [b].
+
+  No gradient flows through it: norms are telemetry, and the derivative of a
+  root at zero is not finite.
+  """
   squares = [
     jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)))
-    for x in map(_wide, jax.tree.leaves(jax.lax.stop_gradient(tree)))
+    for x in map(widen, jax.tree.leaves(jax.lax.stop_gradient(tree)))
   ]
   return jnp.sqrt(sum(squares))
 
 
-def _wide(x):
+def widen(x: jax.Array) -> jax.Array:
+  """Casts to float32, or keeps a wider type: sums lose digits in bfloat16."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -14,7 +14,7 @@ from nested_learning import errors
 from nested_learning import layers
 from nested_learning import levels
 from nested_learning import models
-from nested_learning.levels import partition
+from nested_learning.levels import trees
 from tests import compiling
 
 _ROWS, _LENGTH, _VOCAB = 2, 16, 11
@@ -44,7 +44,7 @@ def learning(config=_CONFIG, **changes):
 
 def own(params, name):
   labels = models.level_labels(_CONFIG, of='chain')
-  return partition.select(params, labels, name)
+  return trees.select(params, labels, name)
 
 
 def learned(level):
@@ -107,7 +107,7 @@ def loop(
   state, outputs = model.init_state(params, 1), []
   for end in range(_FAST, tokens.shape[1] + 1, _FAST):
     part = slice(end - _FAST, end)
-    merged = partition.merge(start, labels, weights)
+    merged = trees.merge(start, labels, weights)
     gradients, (logits, state, count) = grad(
       merged, state, tokens[:, part], reset[:, part]
     )
@@ -148,7 +148,7 @@ def assert_equal(actual, expected):
   jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-class InContextTest(parameterized.TestCase):
+class ReaderTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     init()  # outside of any trace
@@ -284,8 +284,8 @@ class InContextTest(parameterized.TestCase):
       )
       logits, after = general(learner.init_state(init(), _ROWS), reset)
       np.testing.assert_array_equal(logits, outputs)
-      axes = partition.row_axes(model.init_state, init())
-      assert_equal(after.model, partition.rows_first(axes, state))
+      axes = trees.row_axes(model.init_state, init())
+      assert_equal(after.model, trees.rows_first(axes, state))
       assert_equal(
         jax.tree.map(lambda x: x[0], learned(after.levels['slow'])),
         own(init(), 'slow'),

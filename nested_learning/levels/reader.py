@@ -1,0 +1,466 @@
+r"""Learning inside a sequence: levels take steps on the tokens that were read.
+
+A stream is read in segments of S tokens, the greatest common divisor of the
+levels' clocks. Weights are constant within a segment. At its end, every level
+whose clock is due takes one step of its own optimiser on the mean gradient of
+the n next-token losses since its last step,
+
+.. math:: \theta^{(l)} \leftarrow \theta^{(l)}
+    + f_l\left(\frac{1}{n} \sum \nabla_{\theta^{(l)}} \ell_t\right),
+
+so that no logit depends on a step that has used its token. Every row of a batch
+has its own weights of its levels; all other parameters are shared and constant.
+A local objective of a level's own input and output may replace the next-token
+loss (`layers.cms.apply_with_gradients`), which needs no backward pass.
+
+The next-token loss lowers the probability of every other token of the
+vocabulary, also of those that the stream used long ago, and this is one way in
+which levels forget. With `in_segment`, the loss only tells a token from the
+others of its segment.
+
+Calls may be split anywhere. The state therefore holds the model's state twice:
+after the last token, where the next one is read, and before the open segment,
+together with its tokens. When the segment is full it is read again whole, by
+one program of one shape, which returns the gradients and the state where the
+next segment starts. Levels learn the same bits however the stream was split,
+and the size of the state is constant. Calls of whole segments read each only
+once.
+
+With learning rates of zero, logits and states equal, bit for bit, those of the
+model fed the same segments and mapped over rows. Other shapes of call may add
+in another order.
+
+Two conventions. Only the S - 1 transitions within a segment have a loss: the
+last token's target is read after the weights have changed. And a reset starts a
+new document for the mixers alone; levels keep what they learned.
+
+References:
+  Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eqs. 71-73.
+  Sun et al., arXiv:2512.23675, 2025 (one level, trained end to end).
+  Zeno et al., arXiv:1803.10123, 2018, and Caccia et al., arXiv:2104.05025, 2021
+  (a loss among the classes of a batch, against forgetting).
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nested_learning import errors
+from nested_learning.levels import steps
+from nested_learning.levels import trees
+
+
+class Segment(NamedTuple):
+  """The open segment of every row.
+
+  Attributes:
+    model: The model's state before its first token, rows first.
+    tokens: int32 [b, s].
+    reset: bool [b, s].
+    count: int32 [b], tokens read, less than s.
+  """
+
+  model: Any
+  tokens: jax.Array
+  reset: jax.Array
+  count: jax.Array
+
+
+class State(NamedTuple):
+  """State of streams whose levels learn; all leaves begin with the rows [b].
+
+  Attributes:
+    model: The model's state after the last token, rows first.
+    segment: The open segment, to learn from when it is full.
+    num_segments: int32 [b], full segments so far: the clock of the levels.
+    levels: `steps.InnerLevel`s by name.
+  """
+
+  model: Any
+  segment: Segment
+  num_segments: jax.Array
+  levels: Mapping[str, steps.InnerLevel]
+
+
+class Reader(NamedTuple):
+  """A model whose levels learn while it reads, as pure functions.
+
+  Attributes:
+    segment_size: Tokens of a segment.
+    prepare: `prepare(params)` returns parameters that all functions below take
+      as well; passing them spares every call a copy of the blocks.
+    init_state: `init_state(params, batch_size) -> State`.
+    read: `read(params, state, tokens, *, reset=None, mask=None, write=True)`
+      returns logits [b, t, v] and the state, as a model's `forward`. With
+      write=False neither memories nor levels change, and no level learns from
+      the tokens.
+    read_segments: `read_segments(params, state, tokens, *, reset=None)` is
+      `read` for full segments from the start of one. It reads each only once.
+    read_piece: `read_piece(params, state, tokens, *, reset, mask)` reads tokens
+      that end within the open segment, with padding on the right. It keeps them
+      for the end of the segment and takes no step.
+    losses: `losses(params, state, tokens, targets, token_loss, *, reset=None)`
+      returns the losses [b, t] of full segments in place of their logits, which
+      the backward pass then does not keep, and the state.
+  """
+
+  segment_size: int
+  prepare: Callable[[Any], Any]
+  init_state: Callable[[Any, int], State]
+  read: Callable[..., tuple[jax.Array, State]]
+  read_segments: Callable[..., tuple[jax.Array, State]]
+  read_piece: Callable[..., tuple[jax.Array, State]]
+  losses: Callable[..., tuple[jax.Array, State]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReaderSpec:
+  """A model and how its levels learn.
+
+  Attributes:
+    forward: `forward` of the model, see `models.make_model`.
+    init_state: `init_state` of the model.
+    steps: Which levels learn, when and how.
+    gradient: How an outer loss is differentiated: 'second_order' through the
+      steps, 'first_order' with inner gradients as constants.
+    in_segment: Whether a token's loss tells it from the other targets of its
+      segment only.
+    local_gradients: `local_gradients(params, state, tokens, counts, *, reset)`
+      returns logits, the state and, at the paths of the levels' parameters, the
+      gradients of a local objective summed over the tokens, each weighted by
+      counts [b, t]. They replace those of the next-token loss; None for these.
+    prepare: See `Reader`. `steps.labels` are those of prepared parameters.
+  """
+
+  forward: Callable[..., tuple[jax.Array, Any]]
+  init_state: Callable[[Any, int], Any]
+  steps: steps.StepSpec
+  gradient: str = 'second_order'
+  in_segment: bool = False
+  local_gradients: Callable[..., tuple[jax.Array, Any, Any]] | None = None
+  prepare: Callable[[Any], Any] = lambda params: params
+
+
+def make_reader(spec: ReaderSpec) -> Reader:
+  """Makes a model's levels learn from the tokens that it reads.
+
+  Args:
+    spec: The model and how its levels learn.
+
+  Returns:
+    A `Reader`.
+  """
+
+  def prepared(function):
+    return lambda params, *args, **kwargs: function(
+      spec, spec.prepare(params), *args, **kwargs
+    )
+
+  return Reader(
+    segment_size=spec.steps.segment_size,
+    prepare=spec.prepare,
+    init_state=prepared(_init_state),
+    read=prepared(_read),
+    read_segments=prepared(_read_segments),
+    read_piece=prepared(_read_piece),
+    losses=prepared(_losses),
+  )
+
+
+def _init_state(spec, params, batch_size):
+  axes = trees.row_axes(spec.init_state, params)
+  model = trees.rows_first(axes, spec.init_state(params, batch_size))
+  shape = batch_size, spec.steps.segment_size
+  return State(
+    model=model,
+    segment=Segment(
+      model,
+      tokens=jnp.zeros(shape, jnp.int32),
+      reset=jnp.zeros(shape, bool),
+      count=jnp.zeros((batch_size,), jnp.int32),
+    ),
+    num_segments=jnp.zeros((batch_size,), jnp.int32),
+    levels=steps.init(spec.steps, params, batch_size),
+  )
+
+
+def _read(spec, params, state, tokens, *, reset=None, mask=None, write=True):
+  """Reads calls split anywhere, see `Reader.read`."""
+  batch_size, num_tokens = tokens.shape
+  size = spec.steps.segment_size
+  if num_tokens and not num_tokens % size:
+    if state is None and mask is None and write:
+      return _read_segments(spec, params, state, tokens, reset=reset)
+  state = _init_state(spec, params, batch_size) if state is None else state
+  if not write or not num_tokens:
+    logits, model = _forward_rows(
+      spec, params, state, tokens, reset, mask, False
+    )
+    # No level learns from these tokens. In a row at the start of a segment,
+    # they are read before it.
+    at_start = state.segment.count == 0
+    segment = state.segment._replace(
+      model=trees.where(at_start, model, state.segment.model)
+    )
+    return logits, state._replace(model=model, segment=segment)
+  shape = batch_size, num_tokens
+  mask = jnp.ones(shape, bool) if mask is None else mask
+  reset = jnp.zeros(shape, bool) if reset is None else reset & mask
+  # Gathers put unmasked tokens first; the logits return to their places below.
+  front = jnp.argsort(~mask, axis=1, stable=True)
+  take = lambda x, i: jnp.take_along_axis(x, i, axis=1)
+  tokens, reset = take(tokens.astype(jnp.int32), front), take(reset, front)
+  total = jnp.sum(mask, axis=1, dtype=jnp.int32)  # [b]
+  width, rows = min(size, num_tokens), jnp.arange(batch_size)[:, None]
+
+  def body(carry, _):
+    """Reads up to the end of each row's open segment, and learns there."""
+    state, done = carry
+    count = jnp.minimum(size - state.segment.count, total - done)
+    count = jnp.minimum(count, width)
+    there = jnp.arange(width) < count[:, None]  # [b, s]
+    places = done[:, None] + jnp.arange(width)
+    index = jnp.minimum(places, num_tokens - 1)
+    logits, state = _read_piece(
+      spec,
+      params,
+      state,
+      take(tokens, index),
+      reset=take(reset, index) & there,
+      mask=there,
+    )
+    state = _end_segments(spec, params, state)
+    places = jnp.where(there, places, num_tokens)  # padding is dropped below
+    return (state, done + count), (logits, places)
+
+  # The most pieces of a row: it begins and ends inside segments.
+  num_pieces = (num_tokens + 2 * size - 2) // size
+  (state, _), (logits, places) = jax.lax.scan(
+    body, (state, jnp.zeros_like(total)), None, length=num_pieces
+  )
+  out = jnp.zeros((batch_size, num_tokens, logits.shape[-1]), logits.dtype)
+  out = out.at[rows, places].set(logits, mode='drop')
+  rank = jnp.argsort(front, axis=1)  # the inverse permutation
+  return jnp.take_along_axis(out, rank[..., None], axis=1), state
+
+
+def _read_piece(spec, params, state, tokens, *, reset, mask):
+  """Reads tokens within the open segment, see `Reader.read_piece`."""
+  logits, model = _forward_rows(spec, params, state, tokens, reset, mask, True)
+  segment, rows = state.segment, jnp.arange(tokens.shape[0])[:, None]
+  places = segment.count[:, None] + jnp.arange(tokens.shape[1])
+  # Padding gets a place beyond the buffer, where it is dropped.
+  places = jnp.where(mask, places, spec.steps.segment_size)
+  put = lambda into, x: into.at[rows, places].set(x, mode='drop')
+  segment = segment._replace(
+    tokens=put(segment.tokens, tokens),
+    reset=put(segment.reset, reset),
+    count=segment.count + jnp.sum(mask, axis=1, dtype=jnp.int32),
+  )
+  return logits, state._replace(model=model, segment=segment)
+
+
+def _end_segments(spec, params, state):
+  """Learns in rows whose segment is full, and opens their next one."""
+  full = state.segment.count == spec.steps.segment_size
+
+  def end(state):
+    segment = state.segment
+    gradients, _, model, num_targets = _gradients_rows(
+      spec, params, state.levels, segment.model, segment.tokens, segment.reset
+    )
+    num_segments = state.num_segments + full
+    model = trees.where(full, model, state.model)
+    return State(
+      model,
+      segment._replace(
+        model=trees.where(full, model, segment.model),
+        count=jnp.where(full, 0, segment.count),
+      ),
+      num_segments,
+      steps.learn(
+        spec.steps,
+        params,
+        state.levels,
+        gradients,
+        num_targets,
+        num_segments,
+        full,
+      ),
+    )
+
+  # Most pieces of token-by-token reading end inside a segment.
+  return jax.lax.cond(jnp.any(full), end, lambda state: state, state)
+
+
+def _read_segments(spec, params, state, tokens, *, reset=None):
+  emit = lambda logits, _: logits
+  return _scan_segments(spec, params, state, tokens, reset, None, emit)
+
+
+def _losses(spec, params, state, tokens, targets, token_loss, *, reset=None):
+  return _scan_segments(spec, params, state, tokens, reset, targets, token_loss)
+
+
+def _scan_segments(spec, params, state, tokens, reset, extra, emit):
+  """Reads full segments from the start of one.
+
+  Args:
+    spec: The model and how its levels learn.
+    params: Prepared parameters.
+    state: A `State`, or None at a stream's start.
+    tokens: int [b, t].
+    reset: bool [b, t] or None.
+    extra: Tree of [b, t, ...] that is cut like the tokens, or None.
+    emit: `emit(logits, extra)` makes the output [b, s, ...] of a segment.
+
+  Returns:
+    Outputs [b, t, ...] and the state.
+  """
+  (batch_size, num_tokens), size = tokens.shape, spec.steps.segment_size
+  if num_tokens % size or not num_tokens:
+    raise errors.UserError(
+      f'{num_tokens} tokens are not full segments of {size} tokens.'
+    )
+  if state is None:
+    state = _init_state(spec, params, batch_size)
+  everywhere = jnp.ones((batch_size,), bool)
+
+  def body(carry, inputs):
+    model, num_segments, states = carry
+    tokens, reset, extra = inputs
+    gradients, logits, model, num_targets = _gradients_rows(
+      spec, params, states, model, tokens, reset
+    )
+    num_segments = num_segments + 1
+    states = steps.learn(
+      spec.steps,
+      params,
+      states,
+      gradients,
+      num_targets,
+      num_segments,
+      everywhere,
+    )
+    return (model, num_segments, states), emit(logits, extra)
+
+  cut = (
+    lambda x: jnp.swapaxes(  # [n, b, s, ...]
+      x.reshape(batch_size, -1, size, *x.shape[2:]), 0, 1
+    )
+  )
+  carry = state.model, state.num_segments, dict(state.levels)
+  carry, outputs = _scan(body, carry, jax.tree.map(cut, (tokens, reset, extra)))
+  model, num_segments, states = carry
+  outputs = jnp.swapaxes(outputs, 0, 1)  # [b, n, s, ...]
+  outputs = outputs.reshape(batch_size, num_tokens, *outputs.shape[3:])
+  segment = state.segment._replace(model=model)
+  return outputs, State(model, segment, num_segments, states)
+
+
+def _forward_rows(spec, params, state, tokens, reset, mask, write):
+  """Returns logits [b, t, v] and the model's state, each row by its levels."""
+  axes = trees.row_axes(spec.init_state, params)
+  weights = {name: level.params for name, level in state.levels.items()}
+  row = functools.partial(_forward_row, spec, params, axes, write)
+  return jax.vmap(row)(weights, state.model, tokens, reset, mask)
+
+
+def _forward_row(
+  spec, params, axes, write, weights, model, tokens, reset, mask
+):
+  """Returns logits [t, v] and the model's state of one row."""
+  add_axis = lambda x: None if x is None else x[None]
+  logits, model = spec.forward(
+    trees.merge(params, spec.steps.labels, weights),
+    trees.add_row_axis(axes, model),
+    tokens[None],
+    reset=add_axis(reset),
+    mask=add_axis(mask),
+    write=write,
+  )
+  return logits[0], trees.drop_row_axis(axes, model)
+
+
+def _gradients_rows(spec, params, levels, model, tokens, reset):
+  """Reads one full segment per row.
+
+  Returns:
+    Gradients by level [b, ...], logits [b, s, v], the model's state, and the
+    number of predictions with a loss, float32 [b].
+  """
+  axes = trees.row_axes(spec.init_state, params)
+  weights = {name: level.params for name, level in levels.items()}
+  row = functools.partial(_gradients_row, spec, params, axes)
+  gradients, *rest = jax.vmap(row)(weights, model, tokens, reset)
+  if spec.gradient == 'first_order':
+    gradients = jax.lax.stop_gradient(gradients)
+  return gradients, *rest
+
+
+def _gradients_row(spec, params, axes, weights, model, tokens, reset):
+  """Reads a full segment [s] of one row; see `_gradients_rows`."""
+  counts = jnp.ones((tokens.shape[0] - 1,), jnp.float32)  # of targets
+  if reset is not None:  # a document does not predict the next one
+    counts = 1 - reset[1:].astype(jnp.float32)
+  labels = spec.steps.labels
+  if spec.local_gradients is not None:
+    logits, model, found = spec.local_gradients(
+      trees.merge(params, labels, weights),
+      trees.add_row_axis(axes, model),
+      tokens[None],
+      jnp.pad(counts, (0, 1))[None],
+      reset=None if reset is None else reset[None],
+    )
+    gradients = {name: trees.select(found, labels, name) for name in weights}
+    model = trees.drop_row_axis(axes, model)
+    return gradients, logits[0], model, jnp.sum(counts)
+
+  def loss(weights):
+    logits, after = _forward_row(
+      spec, params, axes, True, weights, model, tokens, reset, None
+    )
+    predicted, targets = logits[:-1], tokens[1:]
+    if spec.in_segment:
+      predicted = _among(targets, predicted)
+    losses = optax.softmax_cross_entropy_with_integer_labels(predicted, targets)
+    return jnp.sum(losses * counts), (logits, after)
+
+  gradients, (logits, model) = jax.grad(loss, has_aux=True)(weights)
+  return gradients, logits, model, jnp.sum(counts)
+
+
+def _among(tokens, logits):
+  """Restricts logits [t, v] to the tokens [t]."""
+  is_there = jnp.zeros(logits.shape[-1:], bool).at[tokens].set(True)
+  # Half of the smallest number, so that sums with it stay finite.
+  return jnp.where(is_there, logits, jnp.finfo(logits.dtype).min / 2)
+
+
+def _scan(body, carry, inputs):
+  """`jax.lax.scan` whose backward pass keeps about 2 sqrt(n) carries.
+
+  Groups of sqrt(n) steps are recomputed from their start, and each step in a
+  group from its own start.
+  """
+  num_steps = jax.tree.leaves(inputs)[0].shape[0]
+  size = math.isqrt(num_steps)
+  whole = num_steps // size * size
+  body = jax.checkpoint(body)
+  group = jax.checkpoint(lambda carry, xs: jax.lax.scan(body, carry, xs))
+  groups = jax.tree.map(
+    lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), inputs
+  )
+  carry, outputs = jax.lax.scan(group, carry, groups)
+  outputs = outputs.reshape(whole, *outputs.shape[2:])
+  if whole < num_steps:
+    rest = jax.tree.map(lambda x: x[whole:], inputs)
+    carry, last = jax.lax.scan(body, carry, rest)
+    outputs = jnp.concatenate([outputs, last])
+  return carry, outputs
