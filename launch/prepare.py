@@ -126,9 +126,9 @@ def _run(source: str, output: pathlib.Path) -> str:
 
 def _read(source: str) -> Iterator[tuple[str, str]]:
   """Yields the names and texts of a source."""
-  from nested_learning.data import documents
+  from nested_learning.data import formats
 
-  found = documents.open_documents(source, text_field=_TEXT_FIELD.value)
+  found = formats.open_documents(source, text_field=_TEXT_FIELD.value)
   for i, text in enumerate(found):
     yield found.name(i), text
   found.check_unchanged()

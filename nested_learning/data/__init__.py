@@ -1,7 +1,7 @@
 """Text as deterministic batches of tokens."""
 
 from nested_learning.data.documents import Documents
-from nested_learning.data.documents import open_documents
+from nested_learning.data.formats import open_documents
 from nested_learning.data.pipeline import Batches
 from nested_learning.data.pipeline import DataConfig
 from nested_learning.data.pipeline import make_iterator

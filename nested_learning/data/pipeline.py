@@ -1,8 +1,8 @@
 """Batches of text as a pure function of the step.
 
-Row r of the global batch at a step begins at a known position of the token
-stream, so the state of an iterator is the step: it restores in constant time,
-on any number of processes, and every process makes its own rows only.
+The position in the token stream where row r of the global batch begins depends
+on the step alone. So the state of an iterator is the step: it restores in
+constant time, on any number of processes, and a process makes only its rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ import numpy as np
 
 from nested_learning import errors
 from nested_learning.data import corpus as corpus_lib
-from nested_learning.data import documents
+from nested_learning.data import formats
 from nested_learning.data import streams
 from nested_learning.data import token_files
 from nested_learning.data import tokenizers
@@ -26,14 +26,14 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """What text to learn from, and how it is cut into batches."""
+  """The text to train on, and how it is cut into batches."""
 
-  # 'stdlib', or a folder, a file, a glob of text files; or records, as in
-  # `documents`; or tokens that launch/prepare.py made; or a mixture of such,
-  # '0.7*web/*.parquet + 0.3*code', by share of the tokens.
+  # 'stdlib', a folder, a file or a glob of text files; another format (see
+  # `formats`); a folder that launch/prepare.py made; or a mixture of these by
+  # share of the tokens, '0.7*web/*.parquet + 0.3*code'.
   source: str = 'stdlib'
-  text_field: str = 'text'  # of records that have fields
-  tokenizer: str = 'bytes'  # or the path of a .model or a .json
+  text_field: str = 'text'  # field of the text, in formats with fields
+  tokenizer: str = 'bytes'  # or the path of a .model or .json file
   sequence_length: int = 1024  # tokens per row
   batch_size: int = 8  # rows per step, over all processes
   # Forget at document starts, or never.
@@ -42,7 +42,7 @@ class DataConfig:
   # single text. 0 trains without validation.
   validation_fraction: float = 0.05
   seed: int = 0  # of the order of documents and rows
-  cache_dir: str | None = None  # of tokens; None: below the user's cache
+  cache_dir: str | None = None  # for tokens; None: in the user's cache
 
   def __post_init__(self):
     errors.check_choices(self)
@@ -93,12 +93,12 @@ class Batches:
     return next(self._batches)
 
   def get_state(self) -> dict[str, Any]:
-    """The step, and what must be the same wherever it is restored."""
+    """Returns the step, and the settings that must be the same to restore."""
     step = self._batches.get_state()['next_index']
     return {'step': step, 'stream': dict(self._stream)}
 
   def set_state(self, state: dict[str, Any]):
-    """Goes to the batch that followed when the state was taken.
+    """Restores a state: the next batch is the one that followed it.
 
     Args:
       state: From `get_state`, perhaps with another number of processes.
@@ -128,29 +128,29 @@ def make_iterator(
   """Makes an iterator over one process's rows of every global batch.
 
   Each document is [document_id] + tokens, and documents are laid end to end.
-  With reset='document' this stream is cut into rows, shuffled anew in every
-  epoch; a row that begins inside a document is a fresh start. With
-  reset='never' it is cut into batch_size lanes, and row r of a batch
-  continues row r of the batch before. In training on a mixture the stream holds
-  its shares; validation reads the held-out documents of every source.
+  With reset='document' this stream is cut into rows, which are shuffled anew in
+  every epoch; memories start afresh in a row that begins inside a document.
+  With reset='never' it is cut into batch_size lanes, and row r of a batch
+  continues row r of the batch before. Training on a mixture keeps its shares;
+  validation reads the held-out documents of every source.
 
   Training drops the tokens that do not fill a row and, after num_epochs, the
   rows that do not fill a batch. Validation keeps the order of the files and
-  counts every token once: what lies beyond the end is padding, mask False.
+  counts every token once: positions beyond the end are padding, mask False.
 
   Args:
     config: The data.
-    split: 'train' or 'validation'. No file is in both.
-    process_index: Which consecutive slice of each batch to make.
+    split: 'train' or 'validation'. No text is in both.
+    process_index: Number of this process's slice of each batch.
     process_count: Number of slices.
-    num_epochs: Passes over the training data, None for no end. Validation is
-      always one pass.
+    num_epochs: Passes over the training data; None is without end. Validation
+      is always one pass.
 
   Returns:
     An iterator of dicts of arrays [batch_size / process_count,
     sequence_length]: `tokens` and `targets` int32; `mask` bool, the targets
-    that count; `reset` bool, where memories forget what was before; `document`
-    int32, counted from 0 in each row. It has `get_state` and `set_state`.
+    that count; `reset` bool, where memories forget; `document` int32, counted
+    from 0 in each row. It has `get_state` and `set_state`.
 
   Raises:
     UserError: The text or the tokenizer cannot be used, or there is too
@@ -198,11 +198,11 @@ def make_iterator(
 def _load(
   config: DataConfig, source: str, tokenizer: tokenizers.Tokenizer
 ) -> corpus_lib.Corpus:
-  """The tokens of one source, made now or beforehand."""
+  """Loads the tokens of one source, or makes them."""
   if token_files.holds_tokens(source):
     return token_files.load(source, tokenizer)
   return corpus_lib.load_corpus(
-    documents.open_documents(source, text_field=config.text_field),
+    formats.open_documents(source, text_field=config.text_field),
     tokenizer,
     cache_dir=config.cache_dir,
   )
@@ -211,7 +211,7 @@ def _load(
 def _fingerprint(
   corpora: Sequence[corpus_lib.Corpus], weights: Sequence[float]
 ) -> str:
-  """Of the text and, in a mixture, of its shares."""
+  """Returns the fingerprint of the text and, in a mixture, of its shares."""
   if len(corpora) == 1:
     return corpora[0].fingerprint
   parts = [
@@ -227,7 +227,7 @@ def _make_stream(
   corpora: Sequence[corpus_lib.Corpus],
   weights: Sequence[float],
 ) -> streams.Stream:
-  """The documents of a split, shuffled for training, long enough for a row."""
+  """Makes the stream of a split, long enough for a row."""
   if split == 'validation' and not config.has_validation:
     raise errors.UserError(
       'data.validation_fraction=0 holds nothing out to evaluate on; set it '
@@ -254,16 +254,16 @@ def _make_stream(
   return stream
 
 
-# A plan is the number of steps, and a function from a step and the rows of the
-# global batch to where each row begins in the stream and where its tokens stop
-# counting: (step, int [b]) -> (int [b], int [b]).
+# A plan is the number of steps, and a function from a step and rows of the
+# global batch, int [b], to the positions in the stream where each row begins
+# and where its targets stop counting, both int [b].
 _Plan = tuple[int, Callable[[int, np.ndarray], tuple[np.ndarray, np.ndarray]]]
 
 
 def _plan_rows(
   config: DataConfig, split: str, length: int, num_epochs: int | None
 ) -> _Plan:
-  """Rows side by side over the stream, shuffled for training."""
+  """Plans rows side by side over the stream, shuffled for training."""
   num_tokens, batch_size = config.sequence_length, config.batch_size
   if split == 'train':
     order = grain.MapDataset.range(length // num_tokens)
@@ -282,7 +282,7 @@ def _plan_rows(
 def _plan_lanes(
   config: DataConfig, split: str, length: int, num_epochs: int | None
 ) -> _Plan:
-  """A contiguous lane per row; in training it runs on into the next lane."""
+  """Plans a lane per row; in training it continues into the next lane."""
   num_tokens, batch_size = config.sequence_length, config.batch_size
   if split == 'train':
     lane = length // batch_size

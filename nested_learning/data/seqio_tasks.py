@@ -1,11 +1,10 @@
-"""seqio tasks and mixtures over this package's sources and tokenizers.
+"""seqio tasks and mixtures of this package's sources and tokenizers.
 
     seqio_tasks.register('/data', 'tokenizer.model')  # fineweb_edu, c4, web
     python launch/prepare.py --source=seqio:web --output=/data/web_tokens ...
 
-seqio brings TensorFlow, so that it is imported when a function here is called,
-and never where a model trains: a task's tokens are written once
-(`token_files`), and training reads them without it.
+seqio imports TensorFlow, so it is imported when a function here is called and
+never in training: a task's tokens are written once (`token_files`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from nested_learning import errors
-from nested_learning.data import documents as documents_lib
+from nested_learning.data import formats
 from nested_learning.data import tokenizers
 
-# The layouts in which the two are published: Parquet files with a column
-# 'text', and gzipped lines of JSON with a field 'text'.
+# The published layouts: Parquet files with a column 'text', and gzipped lines
+# of JSON with a field 'text'.
 _FINEWEB_EDU = {'train': 'parquet:{root}/fineweb_edu'}
 _C4 = {
   'train': 'jsonl:{root}/c4/en/c4-train.*.json.gz',
@@ -33,9 +32,9 @@ def register(root: str, tokenizer: str, *, prefix: str = '') -> None:
   """Registers the tasks fineweb_edu and c4, and the mixture web of both.
 
   Args:
-    root: Folder with fineweb_edu/ and c4/en/ as they are published.
+    root: Folder with fineweb_edu/ and c4/en/ in their published layout.
     tokenizer: As in data.tokenizer.
-    prefix: Of the three names.
+    prefix: Prefix of the three names.
   """
   for name, splits in (('fineweb_edu', _FINEWEB_EDU), ('c4', _C4)):
     sources = {split: path.format(root=root) for split, path in splits.items()}
@@ -50,10 +49,10 @@ def add_task(
   *,
   text_field: str = 'text',
 ) -> Any:
-  """Registers a task whose targets are the tokens of a source's documents.
+  """Registers a task whose targets are the tokens of documents.
 
   Args:
-    name: Of the task.
+    name: Name of the task.
     splits: From split to source, as in data.source.
     tokenizer: As in data.tokenizer.
     text_field: As in data.text_field.
@@ -68,12 +67,10 @@ def add_task(
   vocabulary = make_vocabulary(tokenizer)
 
   def dataset_fn(split, shuffle_files=False, seed=None):
-    del shuffle_files, seed  # the order is that of the source
+    del shuffle_files, seed  # the source has an order
 
     def texts():
-      source = documents_lib.open_documents(
-        splits[split], text_field=text_field
-      )
+      source = formats.open_documents(splits[split], text_field=text_field)
       for text in source:
         yield {'text': text}
 
@@ -95,16 +92,16 @@ def add_task(
 
 
 def add_mixture(name: str, rates: Mapping[str, float]) -> Any:
-  """Registers a mixture of tasks, by how often each gives a document."""
+  """Registers a mixture of tasks, by their shares of the documents."""
   seqio, _ = _import()
   return seqio.MixtureRegistry.add(name, list(rates.items()))
 
 
 def make_vocabulary(tokenizer: str) -> Any:
-  """Any tokenizer of this package as a `seqio.Vocabulary`.
+  """Makes a `seqio.Vocabulary` of a tokenizer of this package.
 
-  Its ids are those that training sees, SentencePiece's or Hugging Face's, and
-  its attribute `tokenizer` is the `Tokenizer`.
+  Its ids are the same as in training, and its attribute `tokenizer` is the
+  `Tokenizer`.
 
   Args:
     tokenizer: As in data.tokenizer.
@@ -112,7 +109,7 @@ def make_vocabulary(tokenizer: str) -> Any:
   seqio, tf = _import()
 
   class Vocabulary(seqio.Vocabulary):
-    """A vocabulary by a `Tokenizer`."""
+    """A vocabulary that calls a `Tokenizer`."""
 
     def __init__(self):
       super().__init__(extra_ids=0)
@@ -164,20 +161,21 @@ def make_vocabulary(tokenizer: str) -> Any:
 def read(
   name: str, split: str, tokenizer: tokenizers.Tokenizer
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """The documents of a task or mixture, as tokens, in an order of its own.
+  """Yields the documents of a task or mixture as tokens, in its own order.
 
   Args:
-    name: Of a registered task or mixture. One pass over a mixture ends with
+    name: Name of a registered task or mixture. A pass over a mixture ends with
       the first of its tasks that ends.
-    split: A split that it has.
-    tokenizer: What training will use; the task's vocabulary must be it.
+    split: One of its splits.
+    tokenizer: The tokenizer of training; the task's vocabulary must be the
+      same.
 
   Yields:
     The number of each document, as text, and its ids.
 
   Raises:
     errors.UserError: There is no such task or split, or its vocabulary is
-      another.
+      different.
   """
   seqio, _ = _import()
   try:
@@ -206,11 +204,11 @@ def read(
 
 
 def _check_vocabulary(name, feature, tokenizer: tokenizers.Tokenizer) -> None:
-  """Refuses a task whose ids stand for something else."""
+  """Raises `errors.UserError` if ids of a task have another meaning."""
   theirs = getattr(feature.vocabulary, 'tokenizer', None)
   if theirs is not None and hasattr(theirs, 'fingerprint'):
     fingerprint = theirs.fingerprint
-  else:  # seqio's own, by the file that it was made of
+  else:  # a vocabulary of seqio, identified by its file
     path = getattr(feature.vocabulary, 'sentencepiece_model_file', None)
     extra = getattr(feature.vocabulary, 'extra_ids', 0)
     fingerprint = f'{type(feature.vocabulary).__name__} with {extra} extra ids'

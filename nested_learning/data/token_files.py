@@ -1,13 +1,13 @@
-"""Tokens made beforehand: a folder of ArrayRecord shards and an index.
+"""Tokens on disk: a folder of ArrayRecord shards and an index.
 
-The documents are laid end to end, each [document_id] + tokens, and cut into
-blocks of equal size, one per record. So any row is read from the few blocks
-that it lies in, and no text and no tokenizer's library is needed for training.
+Documents are laid end to end, each [document_id] + tokens, and cut into blocks
+of equal size, one per record. A row is read from the few blocks that hold it,
+and training needs neither the text nor the tokenizer's library.
 
-    tokens.json               what it is, and of which tokenizer
+    tokens.json               summary: sizes, tokenizer, checksums
     tokens-00000.array_record blocks of tokens; the others follow
     starts.npy, places.npy, contents.npy  as in `corpus.Corpus`
-    tokenizer.model or .json  a copy of the tokenizer, where it is a file
+    tokenizer.model or .json  a copy of the tokenizer, if it is a file
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ import numpy as np
 from nested_learning import errors
 from nested_learning import files
 from nested_learning.data import corpus as corpus_lib
-from nested_learning.data import documents as documents_lib
+from nested_learning.data import formats
 from nested_learning.data import tokenizers
 
 _FORMAT = 'nested_learning tokens 2'
@@ -236,7 +236,7 @@ def _reason(error: Exception) -> str:
 
 
 class _Blocks:
-  """Writes tokens as records of equal size, in files of equal size."""
+  """Writes tokens as records of equal size, into files of equal size."""
 
   def __init__(self, folder: pathlib.Path, dtype):
     self._folder = folder
@@ -277,7 +277,7 @@ class _Tokens:
     self._block = summary['block']
     self._dtype = np.dtype(summary['dtype']).newbyteorder('<')
     paths = sorted(folder.glob('tokens-*.array_record'))
-    self._records = documents_lib.open_records(paths, source)
+    self._records = formats.open_records(paths, source)
 
   def __len__(self) -> int:
     last = len(self._records) - 1
@@ -285,7 +285,7 @@ class _Tokens:
 
   def __getitem__(self, positions: np.ndarray) -> np.ndarray:
     blocks, places = np.unique(positions // self._block, return_inverse=True)
-    # The last block may be shorter, but no position is past its end.
+    # The last block may be shorter; no position is past its end.
     found = np.zeros((len(blocks), self._block), self._dtype)
     for i, block in enumerate(self._read(blocks.tolist())):
       found[i, : len(block)] = block
@@ -294,7 +294,7 @@ class _Tokens:
   def _read(self, blocks: list[int]) -> list[np.ndarray]:
     try:
       records = self._records.__getitems__(blocks)
-    except Exception as error:  # of the reader, which has no types of its own
+    except Exception as error:  # the reader has no types of its own
       raise errors.UserError(
         f'data.source={self._source!r} cannot be read '
         f'({errors.first_line(error)}); make it again with launch/prepare.py.'

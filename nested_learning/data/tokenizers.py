@@ -1,7 +1,7 @@
 """Tokenizers: bytes, SentencePiece models and Hugging Face tokenizers.
 
-Each kind counts the bytes of text behind every token, so that a loss per
-token becomes bits per byte of text without an estimate.
+Each kind knows how many bytes of text a token stands for, so bits per byte
+follow exactly from the loss per token.
 """
 
 import collections
@@ -18,7 +18,7 @@ import numpy as np
 
 from nested_learning import errors
 
-# What models call the token between documents, most usual first.
+# Names of the token between documents, most usual first.
 _DOCUMENT_TOKENS = (
   '<|begin_of_text|>',
   '<|endoftext|>',
@@ -29,7 +29,7 @@ _DOCUMENT_TOKENS = (
   '</s>',
   '[EOS]',
 )
-# Texts on which the byte counts of a model are checked when it is loaded.
+# The byte counts of a model are checked on these texts when it is loaded.
 _PROBES = ('a', 'The cat, "2 x 3".', 'def f(x):\n  return x\n\n# naïve ☃')
 _SURROGATES = re.compile('[\ud800-\udfff]')
 # Tokens of context that decide how the next one is decoded: a character has at
@@ -42,13 +42,13 @@ class Tokenizer:
   """Text to token ids and back.
 
   For every text, `byte_lengths[[document_id, *encode(text)]].sum()` is the
-  number of UTF-8 bytes of `decode(encode(text))`. Models that put a space
-  before each text and take it off when decoding have a document_id of length
-  -1 to make up for it.
+  number of UTF-8 bytes of `decode(encode(text))`. Models that add a space
+  before each text and remove it again when they decode have a document_id of
+  length -1, which cancels the space.
   """
 
-  vocab_size: int  # ids are below it, document_id included
-  document_id: int  # stands before each document; decodes to nothing
+  vocab_size: int  # all ids are below it, also document_id
+  document_id: int  # first token of each document; decodes to nothing
   byte_lengths: np.ndarray  # int32 [vocab_size]
   fingerprint: str  # equal for equal tokenizers, on every machine
   encode: Callable[[str], np.ndarray]  # text -> int32 [tokens]
@@ -158,7 +158,7 @@ def make_tokenizer(spec: str) -> Tokenizer:
 
 
 def _make_bytes() -> Tokenizer:
-  """Every byte of UTF-8 is a token; 256 stands before each document."""
+  """Makes the tokenizer whose tokens are bytes; 256 is the document_id."""
 
   def encode(text):
     content = replace_surrogates(text).encode()
@@ -252,7 +252,7 @@ def _finish(
   decode: Callable[[list[int]], str],
   special: Mapping[str, int],
 ) -> Tokenizer:
-  """Adds what a loaded model may lack, and checks its byte counts."""
+  """Adds a document_id if a model has none, and checks its byte counts."""
   if document_id is None:
     document_id = len(byte_lengths)
     byte_lengths = [*byte_lengths, 0]
@@ -288,7 +288,7 @@ def _finish(
 
 
 def _piece_bytes(piece: str) -> int:
-  """Bytes of a piece in which '▁' stands for a space."""
+  """Counts the bytes of a piece in which '▁' stands for a space."""
   return len(piece.replace('▁', ' ').encode())
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from nested_learning import errors
 from nested_learning.data import corpus
-from nested_learning.data import documents
+from nested_learning.data import formats
 from nested_learning.data import sources
 from nested_learning.data import tokenizers
 
@@ -27,7 +27,7 @@ class CorpusTest(absltest.TestCase):
 
   def load(self, tokenizer=None):
     return corpus.load_corpus(
-      documents.open_documents(str(self.root / 'text')),
+      formats.open_documents(str(self.root / 'text')),
       tokenizer or self.tokenizer,
       cache_dir=str(self.cache),
     )
@@ -177,9 +177,9 @@ class CorpusTest(absltest.TestCase):
       'cannot be read': path.unlink,
     }
     for message, change in changes.items():
-      opened = documents.open_documents(str(self.root / 'text'))
+      opened = formats.open_documents(str(self.root / 'text'))
       path.write_text('the end')
-      opened = documents.open_documents(str(self.root / 'text'))
+      opened = formats.open_documents(str(self.root / 'text'))
       change()
       with self.assertRaisesRegex(errors.UserError, f'4.txt.* {message}'):
         corpus.load_corpus(opened, self.tokenizer, cache_dir=str(self.cache))
