@@ -1,20 +1,20 @@
-"""Compiles every size for slices it could be trained on, and keeps the table.
+"""Compiles every model size for slices that could train it, into a table.
 
     python experiments/compiled.py
     python experiments/compiled.py --only=hope_170m,v6e:4x4
 
-Needs libtpu (pip install '.[tpu]', or TPU_LIBRARY_PATH) and no TPU; for rows of
-GPUs, jaxlib's plugin for CUDA and no GPU (without it a message names it). Each
-row is a `launch/run.py --mode=compile` in a process of its own. The same
-command again compiles what is missing, and what has another config by now;
---again compiles all of the chosen. After every row the page and the numbers are
-written anew, to experiments/compiled/README.md and table.json.
+Needs libtpu (pip install '.[tpu]', or TPU_LIBRARY_PATH) but no TPU; rows of
+GPUs need jaxlib's plugin for CUDA but no GPU. Each row is a
+`launch/run.py --mode=compile` in a process of its own. The same command again
+compiles the rows that are missing or whose config has changed; --again compiles
+all chosen rows. After every row, the page and the numbers are written to
+experiments/compiled/README.md and table.json.
 
-Time: on one core two to eight minutes a row, the longer the more tokens a
-device has.
+Time: two to eight minutes a row on one core, longer with more tokens per
+device.
 
-Exits with 0 when every chosen row is there, with 1 when one could not be
-compiled, with 2 and one line when a flag is wrong.
+Exits with 0 if the table has every chosen row, with 1 if one could not be
+compiled, with 2 and one line if a flag is wrong.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,29 +41,36 @@ from absl import flags  # noqa: E402
 from experiments import report_files  # noqa: E402
 from launch import programs  # noqa: E402
 from nested_learning import errors  # noqa: E402
+from nested_learning import files  # noqa: E402
 
 _ONLY = flags.DEFINE_list(
   'only', [], 'Rows to compile: names of experiments, topologies, or both.'
 )
 _AGAIN = flags.DEFINE_bool(
-  'again', False, 'Compile rows that are in the table already.'
+  'again', False, 'Compile rows that the table has already, too.'
 )
 _WORKDIR = flags.DEFINE_string(
-  'workdir', 'runs/compiled', 'Folder of what each row leaves.'
+  'workdir', 'runs/compiled', 'Folder for the output of each row.'
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """An experiment, and a slice to compile it for."""
+  """An experiment, and a slice to compile it for.
 
-  name: str  # of its file in experiments/
+  Attributes:
+    name: Name of its file in experiments/, without .py.
+    topology: The slice, as for --topology.
+    settings: Overrides, as for --set.
+  """
+
+  name: str
   topology: str
-  settings: tuple[str, ...] = ()  # as --set has them
+  settings: tuple[str, ...] = ()
 
   @property
   def key(self) -> str:
-    """The row's own name, also of its folder."""
+    """Key in the table, and name of the row's folder."""
     return report_files.key(
       '_'.join([self.name, self.topology, *self.settings])
     )
@@ -87,7 +94,7 @@ ROWS = (
   Row('hope_70b', 'tpu7x:8x8x8'),
 )
 
-_KEPT = (  # of summary.json
+_KEPT = (  # keys of summary.json
   'name',
   'topology',
   'num_devices',
@@ -122,13 +129,13 @@ def run(
   *,
   again: bool = False,
 ) -> list[str]:
-  """Compiles the rows that the table lacks, and writes it after each.
+  """Compiles the rows that the table lacks; writes it after each.
 
   Args:
-    rows: Those that are wanted.
-    folder: Of README.md and table.json.
-    compile_row: Gives what summary.json has of a row.
-    again: Whether rows that are there are compiled again.
+    rows: The chosen rows.
+    folder: Folder of README.md and table.json.
+    compile_row: Function that compiles a row and returns its summary.
+    again: Whether to compile rows again that the table has.
 
   Returns:
     A line for each row that could not be compiled.
@@ -157,23 +164,26 @@ def run(
     table = dict(
       sorted(table.items(), key=lambda one: order.get(one[0], len(order)))
     )
-    _write(path, json.dumps(table, indent=2) + '\n')
-    _write(folder / 'README.md', describe(list(table.values())))
+    files.write_whole(path, json.dumps(table, indent=2) + '\n')
+    page = describe(list(table.values()))
+    files.write_whole(folder / 'README.md', page)
   return failed
 
 
 def compile_in_process(row: Row, workdir: pathlib.Path) -> dict[str, Any]:
-  """Compiles a row with the launcher, in a process that libtpu may end.
+  """Compiles a row with the launcher, in a process of its own.
+
+  A process, because libtpu ends the one it runs in when it fails.
 
   Args:
-    row: What to compile.
-    workdir: Folder for the row's own folder.
+    row: The row.
+    workdir: Parent of the row's folder.
 
   Returns:
-    Its summary.json.
+    The content of its summary.json.
 
   Raises:
-    errors.UserError: It cannot be compiled, in the launcher's words.
+    errors.UserError: It cannot be compiled; the message is the launcher's.
   """
   folder = workdir / row.key
   result = subprocess.run(
@@ -190,7 +200,7 @@ def compile_in_process(row: Row, workdir: pathlib.Path) -> dict[str, Any]:
     stderr=subprocess.PIPE,
     text=True,
   )
-  if result.returncode not in (0, 1):  # 1 says that it does not fit
+  if result.returncode not in (0, 1):  # 1: it does not fit
     last = (result.stderr.strip() or 'no message').splitlines()[-1]
     raise errors.UserError(f'exit code {result.returncode}: {last}')
   summary = folder / 'summary.json'
@@ -201,7 +211,7 @@ def compile_in_process(row: Row, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def describe(table: Sequence[dict[str, Any]]) -> str:
-  """The page: one line per size and slice."""
+  """Renders the page: one line per size and slice."""
   head = (
     'experiment',
     'slice',
@@ -221,16 +231,15 @@ def describe(table: Sequence[dict[str, Any]]) -> str:
   )
   sections = [
     '# Compiled, not run',
-    'What the compiler says of every shipped size on slices that it could be '
-    'trained on. `python experiments/compiled.py` makes this page; '
-    '`table.json` has the numbers.',
+    "The compiler's numbers for every shipped size, on slices that could train "
+    'it. `python experiments/compiled.py` makes this page; `table.json` has '
+    'the numbers.',
     report_files.table(head, [_line(row) for row in table]),
-    'GiB are what a device needs for a training step, and has. Buffers are the '
-    'results of all instructions, each once. Sent is what one device sends in '
-    'a step, of all bytes that it sends, reads and writes. The time of a step '
-    'is a roofline, collectives overlapping with everything: no run is faster, '
-    'and all are slower. '
-    'Nothing was run.',
+    'GiB per device are what a training step needs, of what the device has. '
+    'Buffers are the results of all instructions, each counted once. Sent are '
+    'the bytes that one device sends in a step, and their share of all bytes '
+    'that it sends, reads and writes. The time of a step is a roofline with '
+    'collectives overlapping with everything: a lower bound. Nothing was run.',
   ]
   return '\n\n'.join(sections) + '\n'
 
@@ -259,7 +268,7 @@ def _line(row: dict[str, Any]) -> list[Any]:
 
 
 def choose(only: Sequence[str]) -> list[Row]:
-  """The rows that --only names; all where it names none.
+  """Returns the rows that --only names; all rows if it is empty.
 
   Args:
     only: Names of experiments and topologies.
@@ -268,7 +277,7 @@ def choose(only: Sequence[str]) -> list[Row]:
     Rows with one of the names and one of the topologies.
 
   Raises:
-    errors.UserError: No row has what is named.
+    errors.UserError: A name belongs to no row, or no row is left.
   """
   names = {row.name for row in ROWS} & set(only)
   topologies = {row.topology for row in ROWS} & set(only)
@@ -288,20 +297,13 @@ def choose(only: Sequence[str]) -> list[Row]:
 
 
 def _fingerprint(row: Row) -> str:
-  """Of a row's config: another experiment is another row."""
-  from nested_learning import configs  # JAX comes with it: --help is quick
+  """Returns a hash of a row's config, which changes with the experiment."""
+  from nested_learning import configs  # imports JAX; --help stays quick
 
   path = _ROOT / 'experiments' / f'{row.name}.py'
   config = configs.override(configs.load(str(path)), list(row.settings))
   text = f'{row.topology} {configs.to_json(config)}'
   return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix('.tmp')  # whole, or not at all
-  temporary.write_text(text, encoding='utf-8')
-  temporary.replace(path)
 
 
 def main() -> None:

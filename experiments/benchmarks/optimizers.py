@@ -1,16 +1,20 @@
-"""What an optimiser step costs: time as ratios of one run, and bytes of state.
+"""Measures the cost of optimiser steps: ratios of time, and bytes of state.
 
 Command:
   python launch/run.py --config=experiments/benchmarks/optimizers.py \
     --workdir=runs/benchmark_optimizers
 
-Hardware: two CPU cores and 4 GB, about five minutes. Results: summary.json with
-m3_over_muon and m3_over_adamw (of a training step, gradients and update: 0.99
-and 1.60; of the update alone: 0.98 and 15.6, nearly all of it the products of
-Newton-Schulz, which Muon's has too), dgd_overhead (gradients with the term of
-DGD over plain gradients, less one: 0.09), and bytes of state per parameter
-(AdamW 8, Muon 5.2, M3 13.5, deep momentum 2.0, DGD 1.2). The cores were shared
-with other work, which slows products more than it slows AdamW.
+Hardware: two CPU cores and 4 GB, about five minutes. Results in summary.json:
+
+* m3_over_muon and m3_over_adamw. For a training step (gradients and update):
+  0.99 and 1.60. For the update alone: 0.98 and 15.6, nearly all of it products
+  of Newton-Schulz, which Muon has as well.
+* dgd_overhead, the time of gradients with DGD's term over plain gradients, less
+  one: 0.09.
+* Bytes of state per parameter: AdamW 8, Muon 5.2, M3 13.5, deep momentum 2.0,
+  DGD 1.2.
+
+The cores were shared with other work, which slows products more than AdamW.
 """
 
 import dataclasses
@@ -27,17 +31,17 @@ from nested_learning import optimizers
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
-  """A tree of parameters with the shapes of a language model, 54 million."""
+  """Parameters with the shapes of a language model, 54 million."""
 
   num_layers: int = 12
   embed_dim: int = 512
   vocab_size: int = 16384
   num_tokens: int = 2048  # of one training step
-  repeats: int = 3  # the fastest of so many counts
+  repeats: int = 3  # the fastest one counts
 
 
 def get_config(arg: str | None = None) -> BenchmarkConfig:
-  """The benchmark; `arg` 'small' is the one that tests run."""
+  """Returns the benchmark; `arg` is 'small' in tests."""
   if arg == 'small':
     return BenchmarkConfig(
       num_layers=2, embed_dim=32, vocab_size=64, num_tokens=64, repeats=1
@@ -46,7 +50,7 @@ def get_config(arg: str | None = None) -> BenchmarkConfig:
 
 
 def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
-  """Times every optimiser in turn, and again, and writes the ratios."""
+  """Times all optimisers in turn, several times, and writes the ratios."""
   report_files.check_mode(mode)
   params = _init_params(config)
   tokens = jnp.arange(config.num_tokens) % config.vocab_size
@@ -81,11 +85,11 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
       spent, (_, state) = _time(compiled[name], gradients, state, params)
       seconds[name].append(spent)
       if name == 'M3':
-        state = _at_step(state, 15)  # The slow momentum is due.
+        state = _at_step(state, 15)  # The slow momentum is due next.
         spent, _ = _time(compiled[name], gradients, state, params)
         seconds['M3, slow step'].append(spent)
       del state
-    if repeat == 0:  # That one compiled.
+    if repeat == 0:  # It compiled.
       seconds = {name: [] for name in seconds}
 
   best = {name: min(values) for name, values in seconds.items()}
@@ -166,7 +170,7 @@ def _init_params(config):
 
 
 def _forward(params, tokens):
-  """A gated network with the matrix products of a transformer."""
+  """Computes logits by a gated network with a transformer's products."""
 
   def layer(x, w):
     h = jax.nn.standardize(x)

@@ -1,4 +1,4 @@
-"""Timing of compiled functions on one machine, for ratios of one run."""
+"""Times compiled functions on one machine, for ratios within one run."""
 
 from collections.abc import Callable, Mapping
 import resource
@@ -10,9 +10,9 @@ import numpy as np
 
 
 def work_time() -> float:
-  """Seconds of this program's own work so far, on all cores.
+  """Returns the seconds that this process has worked so far, on all cores.
 
-  What the system does for it, such as to clear fresh memory, does not count.
+  System time, for instance to clear fresh memory, does not count.
   """
   return resource.getrusage(resource.RUSAGE_SELF).ru_utime
 
@@ -22,13 +22,15 @@ def fastest(
   repeats: int,
   clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Any, float]:
-  """Fastest seconds of each function, their repeats taken in turn.
+  """Measures the fastest run of each function.
+
+  The functions take turns, so that a change of the machine's speed affects all
+  of them alike.
 
   Args:
-    functions: By name, a function and its arguments. Taking turns lets a change
-      of the machine's speed fall on all alike.
-    repeats: Counted calls of each, after one that compiles.
-    clock: In seconds.
+    functions: By name, a function and its arguments.
+    repeats: Timed calls of each, after one that compiles.
+    clock: Function that returns seconds.
 
   Returns:
     Seconds by name.

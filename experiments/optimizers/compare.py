@@ -1,8 +1,8 @@
-"""Two real trainings under every optimiser, with one learning-rate search.
+"""Compares the optimisers in two trainings, with one learning-rate search.
 
-A Flax classifier of handwritten digits (scikit-learn's bundled set), and the
-quickstart's language model, for fewer tokens. Every optimiser gets the same
-rates, the same initial parameters and the same batches.
+The trainings are a Flax classifier of handwritten digits (scikit-learn's
+bundled set), and the quickstart's language model on fewer tokens. Every
+optimiser gets the same rates, initial parameters and batches.
 
 Command (the digits need scikit-learn: pip install -c constraints.txt -e
 '.[experiments]'):
@@ -10,9 +10,9 @@ Command (the digits need scikit-learn: pip install -c constraints.txt -e
     --workdir=runs/compare
 
 `compare.py:digits` (a minute) and `compare.py:language` (20 minutes on two CPU
-cores) run one of the two. Result (report.md, with plots), at the best of six
-rates: validation loss on the digits, and bits per byte of the language model,
-one seed,
+cores) run one of the two. Results (report.md, with plots) at the best of six
+rates: validation loss on the digits over three seeds, and bits per byte of the
+language model, one seed:
 
   M3                         0.030 +- 0.015   3.444
   Muon                       0.034 +- 0.011   3.446
@@ -26,10 +26,9 @@ one seed,
   DGD, erase 0.01            0.081 +- 0.002   4.305
   DGD                        1.087 +- 0.034   6.721
 
-M3 is level with Muon within noise, on the language model ahead of Adam, on the
-digits behind it.
-DGD as printed loses: erasing what a map answers is a regulariser too strong for
-data that it will see again.
+M3 and Muon are equal within noise; both are ahead of Adam on the language model
+and behind it on the digits. DGD in the paper's form loses: erasing a map's
+outputs is too strong a regulariser for data that comes again.
 """
 
 import dataclasses
@@ -53,7 +52,7 @@ from nested_learning import models
 
 @dataclasses.dataclass(frozen=True)
 class CompareConfig:
-  """Which trainings, how long, and the search."""
+  """Trainings, their lengths, and the search."""
 
   tasks: tuple[str, ...] = ('digits', 'language')
   rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -67,7 +66,7 @@ class CompareConfig:
 
 
 def get_config(arg: str | None = None) -> CompareConfig:
-  """The experiment; `arg` is 'digits', 'language', or 'small' for tests."""
+  """Returns the experiment; `arg` is 'digits', 'language' or 'small'."""
   if arg is None:
     return CompareConfig()
   if arg in ('digits', 'language'):
@@ -85,7 +84,7 @@ def get_config(arg: str | None = None) -> CompareConfig:
 
 
 def run(config: CompareConfig, workdir: str, mode: str) -> None:
-  """Runs every optimiser on every task and writes tables and plots."""
+  """Trains with every optimiser on every task; writes tables and plots."""
   report_files.check_mode(mode)
   tasks = {'digits': _digits, 'language': _language}
   unknown = sorted(set(config.tasks) - set(tasks))
@@ -97,9 +96,8 @@ def run(config: CompareConfig, workdir: str, mode: str) -> None:
   sections = [
     '# Optimisers on two real trainings',
     f'Every optimiser tries the rates {list(config.rates)}, decayed linearly '
-    'to zero; its best is the one of lowest validation loss. DGD trains '
-    'everything that is not a map (embeddings, norms, biases, convolutions) '
-    'with Adam at 3e-3.',
+    'to zero; the best has the lowest validation loss. Under DGD, Adam at 3e-3 '
+    'trains all parameters that are no maps (embeddings, norms, biases).',
   ]
   for task in config.tasks:
     loss_fn, params, batches, evaluate, title = tasks[task](config)
@@ -165,7 +163,7 @@ def run(config: CompareConfig, workdir: str, mode: str) -> None:
 
 
 class _Classifier(nn.Module):
-  """Three dense layers, normalised."""
+  """Three dense layers with layer norm."""
 
   @nn.compact
   def __call__(self, x):
@@ -284,7 +282,7 @@ def _mean(values):
 
 
 def _plot(path, config, curves, scores):
-  """Smoothed training loss at the best rate, and what the rate matters."""
+  """Plots training loss at the best rate, smoothed, and loss by rate."""
   figure = mpl_figure.Figure(figsize=(12, 4.5), layout='constrained')
   left, right = figure.subplots(1, 2)
   styles = ('-', '--')

@@ -1,4 +1,4 @@
-"""Eleven optimisers on the oscillating landscape of Nested Learning, eq. 53.
+"""Runs eleven optimisers on the oscillating landscape of NL, eq. 53.
 
 psi(r, theta) = r^2 + k (r - theta + a sin(omega r))^2, from (-3.5, 2): a narrow
 valley that winds around r = theta and falls to 0 at the origin.
@@ -7,12 +7,12 @@ Command:
   python launch/run.py --config=experiments/optimizers/landscape.py \
     --workdir=runs/landscape
 
-Hardware: two CPU cores, half a minute. Result (landscape.png, and a table):
-after 300 steps, each at its best rate, preconditioned momentum 9e-12, Adam
+Hardware: two CPU cores, half a minute. Results (landscape.png, and a table),
+psi after 300 steps, each at its best rate: preconditioned momentum 9e-12, Adam
 2e-8, M3 without second moment 3e-5, Muon 1e-3, DGD 3e-3, momentum and delta
 momentum 8e-3, M3 1e-2, gradient descent 2e-2, deep momentum 6e-2. Delta
-momentum is the first below 0.1 (18 steps), but Adam ends far lower. Where M3
-ends is sensitive to rounding: another order of its products gave 6e-3, and 2e-6
+momentum is the first below 0.1 (18 steps), but Adam ends far lower. The end of
+M3 is sensitive to rounding: another order of its products gave 6e-3, and 2e-6
 without second moment.
 """
 
@@ -30,7 +30,7 @@ from experiments.optimizers import rules
 
 @dataclasses.dataclass(frozen=True)
 class LandscapeConfig:
-  """The landscape and the search; the paper gives the start alone."""
+  """The landscape and the search; the paper gives only the starting point."""
 
   stiffness: float = 10.0  # k
   amplitude: float = 0.5  # a
@@ -40,13 +40,13 @@ class LandscapeConfig:
 
 
 def get_config(arg: str | None = None) -> LandscapeConfig:
-  """The experiment; takes no argument."""
+  """Returns the experiment; takes no argument."""
   del arg
   return LandscapeConfig()
 
 
 def run(config: LandscapeConfig, workdir: str, mode: str) -> None:
-  """Searches the rates, draws the best trajectory of each optimiser."""
+  """Searches the rates and draws the best trajectory of each optimiser."""
   report_files.check_mode(mode)
 
   def height(r, theta):
@@ -54,8 +54,8 @@ def run(config: LandscapeConfig, workdir: str, mode: str) -> None:
     return r**2 + config.stiffness * (r - theta + wave) ** 2
 
   def loss_fn(params, x):
-    # The point is a map with the constant input 1, so that rules for matrices
-    # and the one that needs inputs have something to work on.
+    # The point is a linear map of the constant input 1, so that rules for
+    # matrices, and DGD, which needs inputs, apply.
     r, theta = (x @ params['point'])[0]
     return height(r, theta)
 
@@ -105,16 +105,17 @@ def run(config: LandscapeConfig, workdir: str, mode: str) -> None:
       '![Trajectories over the contours](landscape.png)',
       report_files.table(head, sorted(rows, key=lambda row: row[2])),
       'Every optimiser at the best of the same rates, decayed linearly to '
-      'zero. The point is a 1 x 2 matrix with the input 1. Orthogonalising it '
-      'is normalising it, so Muon and M3 step by one length on any slope. DGD '
-      'erases the answer to that input, which is the point itself, so it is '
-      'also pulled to the origin, where the minimum happens to be.',
+      'zero. The point is a 1 x 2 matrix with the input 1. To orthogonalise '
+      'its gradient is to normalise it, so that steps of Muon and M3 have the '
+      'same length on any slope. DGD erases the output for that input, which '
+      'is the point itself: it also pulls to the origin, where the minimum '
+      'happens to be.',
     ],
   )
 
 
 def _draw(path, height, paths, rows):
-  """One panel per optimiser, the trajectory over the contours."""
+  """Draws one panel per optimiser: its trajectory over the contours."""
   figure = mpl_figure.Figure(figsize=(13, 9.5), layout='constrained')
   panels = figure.subplots(3, 4, sharex=True, sharey=True).ravel()
   r, theta = np.meshgrid(np.linspace(-4.5, 2.5, 300), np.linspace(-4.5, 3, 300))

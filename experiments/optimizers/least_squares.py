@@ -1,17 +1,17 @@
-"""How much each optimiser minds ill-conditioned inputs.
+"""Measures how ill-conditioned inputs slow each optimiser.
 
-A linear map is fitted to noiseless targets; the inputs' singular values fall
-from 1 to 1 / condition. Loss 0 can be reached in every case.
+A linear map is fitted to noiseless targets. The inputs' singular values fall
+from 1 to 1 / condition; the least loss is 0.
 
 Command:
   python launch/run.py --config=experiments/optimizers/least_squares.py \
     --workdir=runs/least_squares
 
-Hardware: two CPU cores, a minute. Result (least_squares.png, and a table): at
-condition 1000 the loss has fallen to 6e-7 of its start with Muon, 3e-5 with
-Adam, 5e-5 with preconditioned momentum, 1e-4 with momentum, delta momentum and
-M3, 4e-4 with deep momentum, 1e-3 with gradient descent; DGD stays at 1/4. At
-condition 1, gradient descent wins and M3 is behind all others but DGD.
+Hardware: two CPU cores, a minute. Results (least_squares.png, and a table): at
+condition 1000 the loss falls to 6e-7 of its start with Muon, 3e-5 with Adam,
+5e-5 with preconditioned momentum, 1e-4 with momentum, delta momentum and M3,
+4e-4 with deep momentum, and 1e-3 with gradient descent; DGD stays at 1/4. At
+condition 1, gradient descent is best, and M3 is behind all others but DGD.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class LeastSquaresConfig:
 
 
 def get_config(arg: str | None = None) -> LeastSquaresConfig:
-  """The experiment; takes no argument."""
+  """Returns the experiment; takes no argument."""
   del arg
   return LeastSquaresConfig()
 
@@ -86,8 +86,8 @@ def run(config: LeastSquaresConfig, workdir: str, mode: str) -> None:
         ('optimiser', *(f'condition {c:g}' for c in config.conditions)), rows
       ),
       '![Relative loss by condition number](least_squares.png)',
-      'DGD minimises the loss plus 1/2 |W x|^2. With erase 1 the two balance '
-      'where the map gives half of every answer: a quarter of the loss.',
+      'DGD minimises the loss plus 1/2 |W x|^2. With erase 1, the minimum is '
+      'a map with half of every target as its output: a quarter of the loss.',
     ],
   )
 

@@ -1,21 +1,20 @@
-"""Two tasks on orthogonal inputs, one after the other: who keeps the first?
+"""Measures what optimisers forget of a task when they learn an orthogonal one.
 
 One linear map learns task A, then task B, whose inputs are orthogonal to A's
-(NL eq. 45). Nothing about B calls for a change of what the map answers on A,
-and plain gradients make none: whatever is lost, the optimiser lost. It goes on
-from A to B with the state that it has.
+(NL eq. 45). The gradients of B do not change the map's outputs on A, so that
+any loss on A is due to the optimiser. Its state is kept from A to B.
 
 Command:
   python launch/run.py --config=experiments/optimizers/orthogonal_tasks.py \
     --workdir=runs/orthogonal_tasks
 
-Hardware: two CPU cores, half a minute. Result (orthogonal_tasks.png, and a
-table): loss of A after B, over that of an untrained map: gradient descent
-6e-14, delta momentum 9e-10, momentum 8e-8, DGD at erase 0.01 1e-4 (what it was
-before B, to four digits), Muon 3e-3, deep momentum 0.13, Adam 0.47, M3 without
-second moment 0.58, M3 8.5 (at rate 1; 0.55 at 0.22, which learns both tasks
-nearly as well). M3's slow momentum, meant to keep old tasks, goes on pushing
-along A's gradients with full weight long after A was learned.
+Hardware: two CPU cores, half a minute. Results (orthogonal_tasks.png, and a
+table), loss of A after B over that of an untrained map: gradient descent 6e-14,
+delta momentum 9e-10, momentum 8e-8, DGD at erase 0.01 1e-4 (as before B, to
+four digits), Muon 3e-3, deep momentum 0.13, Adam 0.47, M3 without second moment
+0.58, M3 8.5 (at rate 1; 0.55 at 0.22, which learns both tasks nearly as well).
+M3's slow momentum, which is meant to preserve old tasks, keeps pushing along
+A's gradients with full weight long after A was learned.
 """
 
 import dataclasses
@@ -41,13 +40,13 @@ class OrthogonalTasksConfig:
 
 
 def get_config(arg: str | None = None) -> OrthogonalTasksConfig:
-  """The experiment; takes no argument."""
+  """Returns the experiment; takes no argument."""
   del arg
   return OrthogonalTasksConfig()
 
 
 def run(config: OrthogonalTasksConfig, workdir: str, mode: str) -> None:
-  """Trains on A then B at the rate that learns both best, measures A again."""
+  """Trains on A then B at the rate that learns both best; measures A again."""
   report_files.check_mode(mode)
   first, second, start, loss_fn = _make_tasks(config)
   batches = jnp.stack([first] * config.num_steps + [second] * config.num_steps)
@@ -59,7 +58,7 @@ def run(config: OrthogonalTasksConfig, workdir: str, mode: str) -> None:
     sweep = rules.sweep(
       name, loss_fn, start, batches, rates=rates, keep_path=True
     )
-    # Chosen by how well each task is learned when it is taught.
+    # The best rate has the lowest sum of each task's loss after its training.
     learned = sweep.losses[:, 0, config.num_steps - 1]
     found = rules.best(learned + sweep.losses[:, 0, -1])
     path = sweep.path['kernel'][found, 0]
@@ -85,7 +84,7 @@ def run(config: OrthogonalTasksConfig, workdir: str, mode: str) -> None:
     summary=summary,
     metrics=metrics,
     sections=[
-      '# Orthogonal tasks: who keeps the first one?',
+      '# Orthogonal tasks: forgetting of the first',
       'Losses over the loss of the untrained map.',
       report_files.table(
         ('optimiser', 'rate', 'A after A', 'A after B', 'B after B'),
@@ -93,9 +92,9 @@ def run(config: OrthogonalTasksConfig, workdir: str, mode: str) -> None:
       ),
       '![Loss of the first task](orthogonal_tasks.png)',
       'A gradient of B is orthogonal to the inputs of A, and so is any sum of '
-      'such gradients. Dividing it entry by entry turns it out of that space. '
-      'Orthogonalising does not, but a momentum that still holds gradients of '
-      'A gives them the weight of those of B, and a slow one goes on doing so.',
+      'such gradients. Dividing it entry by entry leaves that space. '
+      'Orthogonalising does not, but while a momentum still holds gradients of '
+      'A, they get the same weight as those of B; a slow one holds them long.',
     ],
   )
 

@@ -1,7 +1,7 @@
-"""The optimisers that the experiments compare, and how each is run and tuned.
+"""Defines the optimisers that the experiments compare, and their search.
 
-Every optimiser gets the same search: one grid of learning rates, the same
-initial parameters and the same batches.
+Every optimiser gets the same grid of learning rates, initial parameters and
+batches.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,15 +15,15 @@ import optax
 
 from nested_learning import optimizers
 
-# Embeddings, biases and norms under DGD, where the rate found for maps means
-# nothing: Adam at a rate of its own.
+# Rate of Adam for embeddings, biases and norms under DGD; the rate of the maps
+# does not suit them.
 _FALLBACK_RATE = 3e-3
 
 _TABLES = ('embed', 'lm_head', 'logits', 'vocab')
 
 
 def _muon_axes(params):
-  """Which leaves Muon treats as matrices: those that M3 does."""
+  """Returns the leaves that Muon treats as matrices: the same as M3."""
 
   def axes(path, leaf):
     name = jax.tree_util.keystr(path).lower()
@@ -56,14 +56,14 @@ NAMES = (*RULES, *DGD)
 
 
 class Sweep(NamedTuple):
-  """What one optimiser did at every rate and with every seed.
+  """Trainings with one optimiser, at every rate and with every seed.
 
   Attributes:
     rates: [rate]
     losses: [rate, seed, step], the loss before each step.
-    params: The parameters after the last step; leaves [rate, seed, ...].
-    path: The parameters before each step, [rate, seed, step, ...], if asked
-      for; else None.
+    params: Parameters after the last step; leaves [rate, seed, ...].
+    path: Parameters before each step, leaves [rate, seed, step, ...]; None
+      unless requested.
   """
 
   rates: np.ndarray
@@ -81,7 +81,7 @@ def sweep(
   rates: Sequence[float],
   keep_path: bool = False,
 ) -> Sweep:
-  """Trains with one optimiser at all rates, each decayed linearly to zero.
+  """Trains with one optimiser at all rates, decayed linearly to zero.
 
   Args:
     name: One of `NAMES`.
@@ -129,11 +129,11 @@ def sweep(
 
 
 def measure(evaluate: Callable[[Any], Any], params: Any) -> Any:
-  """Evaluates what a sweep has trained.
+  """Evaluates the parameters of a sweep.
 
   Args:
-    evaluate: Function from one model's parameters to a tree of numbers,
-      compiled.
+    evaluate: Compiled function from one model's parameters to a tree of
+      numbers.
     params: Leaves [rate, seed, ...].
 
   Returns:
@@ -157,14 +157,14 @@ def _stack(trees):
 
 
 def compile_gradient(name: str, loss_fn: Callable[[Any, Any], jax.Array]):
-  """Compiles the gradients that an optimiser wants, once for most of them.
+  """Compiles the gradients for an optimiser; most of them share one program.
 
   Args:
     name: One of `NAMES`.
     loss_fn: Function of (params, batch).
 
   Returns:
-    A function from (params, batch) to (loss, gradients, extra arguments).
+    Function from (params, batch) to (loss, gradients, extra arguments).
   """
   return _compile_gradient(loss_fn, DGD.get(name))
 
@@ -203,5 +203,5 @@ def make_optimizer(name, rate, loss_fn, params, batch):
 
 
 def best(scores: np.ndarray) -> int:
-  """Index of the lowest score; a run that diverged never wins."""
+  """Returns the index of the lowest score; diverged runs never win."""
   return int(np.argmin(np.where(np.isfinite(scores), scores, math.inf)))

@@ -1,4 +1,4 @@
-"""What a compiled program costs a device, and how long that takes at least."""
+"""Computes what a compiled program costs a device, and its least time."""
 
 import collections
 from collections.abc import Mapping
@@ -13,28 +13,33 @@ from nested_learning.compilation import hlo
 from nested_learning.compilation import memory_traffic
 
 ASSUMPTIONS = (
-  'matrix units at their published peak; float32 products as often as their '
-  'precision needs passes',
-  'every operand of an instruction is read and every result written once, at '
-  'the published bandwidth of the memory; slices as slices',
-  'a collective uses the ring algorithm along one axis of the torus, both '
+  'matrix units run at their published peak, with as many passes for float32 '
+  'as the precision needs',
+  'every instruction reads its operands and writes its result once, at the '
+  'published bandwidth of the memory; of a slice, only the slice',
+  'a collective uses the ring algorithm along one axis of the torus, in both '
   'directions, or the switch of a node',
   'computation and memory traffic overlap, collectives overlap with nothing; '
   'step_seconds_overlapped lets them overlap with everything',
-  'latency is free',
+  'latency is zero',
 )
 
 
 class Analysis(NamedTuple):
-  """What one device does in one run of a program.
+  """Costs of one run of a program on one device.
+
+  "Memories" are the layers' associative memories, whose operations run in the
+  scope `memory`; the device's memory is HBM.
 
   Attributes:
-    flops: Of matmuls, by precision: 'native', 'default', 'high', 'highest'.
-    memory_flops: Those inside memories, of any precision.
-    memory_bytes: Bytes that go through the device's memory.
-    traffic_share: Of these, those of memories' instructions, from 0 to 1.
-    result_share: The same of all results, each counted once.
-    collectives: What is sent, one entry per collective.
+    flops: FLOPs of matmuls, by precision: 'native', 'default', 'high' or
+      'highest'.
+    memory_flops: FLOPs inside memories, of any precision.
+    memory_bytes: Bytes read from and written to HBM.
+    traffic_share: Share of memory_bytes that memories' instructions move.
+    result_share: Share of memories in the bytes of all results, each counted
+      once.
+    collectives: The collectives, as they run.
   """
 
   flops: Mapping[str, int]
@@ -46,12 +51,12 @@ class Analysis(NamedTuple):
 
   @property
   def total_flops(self) -> int:
-    """FLOPs of all precisions."""
+    """Sum over all precisions."""
     return sum(self.flops.values())
 
   @property
   def sent_bytes(self) -> dict[tuple[str, str], float]:
-    """Bytes that a device sends, by kind and axes, largest first."""
+    """Bytes that a device sends, by (kind, axes), largest first."""
     sent = collections.Counter()
     for collective in self.collectives:
       axes = '_'.join(collective.axes) or 'none'
@@ -60,7 +65,7 @@ class Analysis(NamedTuple):
 
   @property
   def in_memory_loops(self) -> list[collectives_lib.Collective]:
-    """Collectives inside the scan over a memory's chunks: there are none."""
+    """Collectives inside the scan over a memory's chunks; should be empty."""
     return [
       collective
       for collective in self.collectives
@@ -83,10 +88,10 @@ def is_of_memory(op_name: str) -> bool:
 
 
 def analyze(text: str, mesh_shape: Mapping[str, int]) -> Analysis:
-  """Reads the costs of a program off its text.
+  """Computes the costs of a program from its text.
 
   Args:
-    text: From `compiled.as_text()`.
+    text: The result of `compiled.as_text()`.
     mesh_shape: Sizes of the mesh axes by name, in the mesh's own order.
 
   Returns:

@@ -1,8 +1,8 @@
-"""What the devices of a compiled program send each other.
+"""Finds the collectives of a compiled program, with the bytes they send.
 
-Collectives have several spellings, on TPUs more than elsewhere: an all-gather
-may be cloned into the fusions that it runs beside, a reduce-scatter is a fusion
-around an all-reduce, and what goes to another slice is sent by the host.
+Collectives have several spellings, most of them on TPUs: an all-gather may be
+cloned into the fusions that run beside it, a reduce-scatter is a fusion around
+an all-reduce, and the host sends data to other slices.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,11 +31,12 @@ class Collective(NamedTuple):
   Attributes:
     kind: One of `KINDS`, or 'send' to another slice.
     axes: Mesh axes along which devices take part.
-    spans: How far apart, in the mesh's order, devices that take part may be.
-    num_bytes: That each device sends in one run, by the ring algorithm.
-    times: How often it runs in one run of the program.
-    loops: Where each loop around it comes from, outermost first.
-    op_name: Where it comes from itself.
+    spans: Largest distance of devices that take part, in the mesh's order,
+      plus one.
+    num_bytes: Bytes that each device sends in one run, by the ring algorithm.
+    times: Number of runs in one run of the program.
+    loops: `op_name` of each loop around it, outermost first.
+    op_name: Its own scopes and operation, as JAX names them.
   """
 
   kind: str
@@ -50,10 +51,10 @@ class Collective(NamedTuple):
 def find(
   program: hlo.Program, mesh_shape: Mapping[str, int]
 ) -> Iterator[Collective]:
-  """Yields every collective of a program, clones once.
+  """Yields every collective of a program; clones are counted once.
 
   Args:
-    program: From `hlo.parse`.
+    program: The result of `hlo.parse`.
     mesh_shape: Sizes of the mesh axes by name, in the mesh's own order.
   """
   seen = set()
@@ -64,7 +65,7 @@ def find(
       kind = 'send'
     elif kind not in KINDS:
       continue
-    # Clones share a channel and a chain; channels alone are no identity.
+    # Clones share channel and chain; distinct collectives share channels, too.
     clone = re.search(r'channel_id=(\d+).*chain_id="(\d+)"', instruction.rest)
     if clone:
       if clone.groups() in seen:
@@ -88,12 +89,12 @@ def find(
 
 
 def _sent(kind: str, instruction: hlo.Instruction, size: int) -> float:
-  """Bytes that a device sends; `size` devices take part."""
+  """Returns the bytes that a device sends; `size` devices take part."""
   total = sum(shape.num_bytes for shape in instruction.shapes)
   is_start = instruction.opcode.endswith('-start')
   match kind:
     case 'all-gather':
-      # The result of a start is inputs and outputs together.
+      # The result of a start holds inputs and outputs.
       whole = total * size / (size + 1) if is_start else total
       return whole * (size - 1) / size
     case 'all-reduce':
@@ -112,7 +113,7 @@ def _sent(kind: str, instruction: hlo.Instruction, size: int) -> float:
 
 
 def _axes(groups: np.ndarray, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
-  """Mesh axes along which the members of a group differ."""
+  """Returns the mesh axes along which the members of a group differ."""
   places = np.unravel_index(groups, tuple(mesh_shape.values()))
   return tuple(
     name
@@ -122,7 +123,7 @@ def _axes(groups: np.ndarray, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def _groups(text: str, num_devices: int) -> np.ndarray:
-  """Which devices take part together, int [groups, members]."""
+  """Returns the devices that take part together, int [groups, members]."""
   pairs = re.search(r'source_target_pairs=\{(\{[\d,{}]*\})\}', text)
   if pairs:
     return _lists(pairs[1])
@@ -148,7 +149,7 @@ def _groups(text: str, num_devices: int) -> np.ndarray:
 
 
 def _on_mesh(sizes, device_ids, axes) -> np.ndarray:
-  """Groups along some axes of a mesh that XLA made up."""
+  """Returns the groups along some axes of a mesh that XLA named."""
   total = math.prod(sizes.values())
   ids = _iota(device_ids) if device_ids else np.arange(total)
   names = list(sizes)
@@ -159,7 +160,7 @@ def _on_mesh(sizes, device_ids, axes) -> np.ndarray:
 
 
 def _iota(text: str) -> np.ndarray:
-  """Reads [4,2]T(1,0): the numbers from 0, reshaped and transposed; flat."""
+  """Parses [4,2]T(1,0): an iota, reshaped and transposed; returned flat."""
   dims, order = re.fullmatch(r'\[([\d,]+)\](?:T\(([\d,]+)\))?', text).groups()
   dims = _ints(dims)
   ids = np.arange(math.prod(dims)).reshape(dims)
@@ -169,7 +170,7 @@ def _iota(text: str) -> np.ndarray:
 def _lists(text: str) -> np.ndarray:
   lists = [_ints(group) for group in re.findall(r'\{([\d,]+)\}', text)]
   longest = max(map(len, lists))
-  # Uneven groups do not occur on a mesh; the first device fills what is left.
+  # Uneven groups do not occur on a mesh; the first device pads the others.
   return np.array(
     [group + group[:1] * (longest - len(group)) for group in lists]
   )

@@ -1,7 +1,7 @@
-"""Reads the text of a compiled program, loops and their lengths with it.
+"""Parses the text of a compiled program, with its loops and their lengths.
 
-XLA's own analysis counts the body of a loop once. Here a program is walked as
-it runs: every instruction comes with how often it does.
+XLA's own analysis counts the body of a loop once. `walk` yields every
+instruction with the number of times that it runs.
 """
 
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ class Shape(NamedTuple):
   Attributes:
     dtype: As XLA writes it.
     dims: Its sizes, on one device.
-    is_far: Whether it lies in the device's large memory.
+    is_far: Whether it is in the device's large memory (HBM).
   """
 
   dtype: str
@@ -56,7 +56,7 @@ class Shape(NamedTuple):
 
   @property
   def num_bytes(self) -> float:
-    """Bytes of its values."""
+    """Size in bytes."""
     return math.prod(self.dims) * _ITEM_BYTES.get(self.dtype, 1)
 
 
@@ -64,12 +64,12 @@ class Instruction(NamedTuple):
   """One line of a program.
 
   Attributes:
-    name: Unique in the program.
-    shapes: Of its result; several for a tuple.
-    opcode: What it does.
+    name: Its name, unique in the program.
+    shapes: Shapes of its result; several for a tuple.
+    opcode: Its operation.
     operands: Names of instructions of the same computation; for a parameter
       or a constant, its number.
-    rest: All that follows, as text.
+    rest: The rest of the line: attributes and metadata.
     is_root: Whether it is the result of its computation.
   """
 
@@ -82,12 +82,12 @@ class Instruction(NamedTuple):
 
   @property
   def op_name(self) -> str:
-    """Where it comes from, as JAX names that."""
+    """Scopes and operation that it comes from, as JAX names them."""
     match = re.search(r'op_name="([^"]*)"', self.rest)
     return match[1] if match else ''
 
   def called(self, *kinds: str) -> list[str]:
-    """Computations that it names, of these kinds."""
+    """Returns the computations that it names under these attributes."""
     return [
       name
       for kind, names in _CALLED.findall(self.rest)
@@ -100,8 +100,8 @@ class Program(NamedTuple):
   """A compiled program.
 
   Attributes:
-    computations: Instructions by name, in order, by the computation's name.
-    entry: The computation that is the program.
+    computations: By name of a computation, its instructions by name, in order.
+    entry: Name of the main computation.
   """
 
   computations: dict[str, dict[str, Instruction]]
@@ -113,10 +113,10 @@ class Executed(NamedTuple):
 
   Attributes:
     instruction: The instruction.
-    computation: The computation it belongs to.
-    times: How often it runs in one run of the program.
-    loops: Where each loop around it comes from, outermost first.
-    is_fused: Whether it is part of a fusion, so that it reads no memory.
+    computation: Name of its computation.
+    times: Number of runs in one run of the program.
+    loops: `op_name` of each loop around it, outermost first.
+    is_fused: Whether it is part of a fusion, and so reads no memory itself.
   """
 
   instruction: Instruction
@@ -127,16 +127,16 @@ class Executed(NamedTuple):
 
 
 def parse(text: str) -> Program:
-  """Reads what `compiled.as_text()` gives.
+  """Parses the text of an optimised module.
 
   Args:
-    text: The text of an optimised module.
+    text: The result of `compiled.as_text()`.
 
   Returns:
     The program.
 
   Raises:
-    ValueError: There is no program in it.
+    ValueError: The text holds no program.
   """
   computations, entry, current = {}, None, None
   for line in text.splitlines():
@@ -158,19 +158,19 @@ def parse(text: str) -> Program:
 
 
 def walk(program: Program) -> Iterator[Executed]:
-  """Yields every instruction with how often it runs.
+  """Yields every instruction with the number of times that it runs.
 
-  Every branch of a conditional counts as taken. A loop whose length is not
-  written in it counts once.
+  Every branch of a conditional counts as taken. A loop of unknown length counts
+  once.
 
   Args:
-    program: From `parse`.
+    program: The result of `parse`.
   """
   yield from _walk(program, program.entry, 1, (), False)
 
 
 def trip_count(program: Program, loop: Instruction) -> int:
-  """How often the body of a `while` runs; 1 where that is not written.
+  """Returns how often the body of a `while` runs, or 1 if that is unknown.
 
   Args:
     program: The program.

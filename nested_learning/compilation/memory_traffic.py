@@ -1,4 +1,4 @@
-"""Bytes that a compiled program moves through the device's memory."""
+"""Counts the bytes that a compiled program moves through a device's memory."""
 
 from collections.abc import Callable, Mapping
 
@@ -37,15 +37,15 @@ Which = Callable[[hlo.Instruction], bool]
 def num_bytes(
   program: hlo.Program, which: Which = lambda instruction: True
 ) -> float:
-  """Bytes that one device reads and writes in one run.
+  """Counts the bytes that one device reads and writes in one run.
 
-  An instruction reads its operands and writes its result, once each; a fusion
+  An instruction reads its operands and writes its result once each. A fusion
   that takes a slice of an operand reads that slice alone, and one that writes
-  a slice in place writes that alone. What is in fast memory is free.
+  a slice in place writes that slice alone. Arrays in fast memory are free.
 
   Args:
-    program: From `hlo.parse`.
-    which: Whether an instruction counts; all do unless said otherwise.
+    program: The result of `hlo.parse`.
+    which: Predicate of the instructions that count; the default is all.
   """
   total = 0.0
   known: dict[tuple[str, str], float] = {}
@@ -64,13 +64,13 @@ def num_bytes(
 def result_bytes(
   program: hlo.Program, which: Which = lambda instruction: True
 ) -> float:
-  """Bytes of the results of all instructions, each once however often it runs.
+  """Counts the bytes of the results of all instructions, each once.
 
-  A compiler lays most of them over each other; where, its text does not say.
+  This is no peak: the compiler reuses memory, and its text does not say where.
 
   Args:
-    program: From `hlo.parse`.
-    which: As for `num_bytes`.
+    program: The result of `hlo.parse`.
+    which: See `num_bytes`.
   """
   sizes = {
     (executed.computation, executed.instruction.name): _far(
@@ -126,7 +126,7 @@ def _slice_bytes(instruction, operands):
 
 
 def _read_of(fused, parameter) -> float:
-  """Bytes of a fusion's operand that it looks at."""
+  """Returns the bytes that a fusion reads of an operand."""
   total = 0.0
   for user in fused.values():
     if parameter.name not in user.operands:
@@ -146,7 +146,7 @@ def _read_of(fused, parameter) -> float:
 
 
 def _written_by(fused) -> float:
-  """Bytes of a fusion's result that it makes."""
+  """Returns the bytes that a fusion writes of its result."""
   (root,) = (x for x in fused.values() if x.is_root)
   parts = [root]
   if root.opcode == 'tuple':

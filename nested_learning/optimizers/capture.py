@@ -117,6 +117,7 @@ def value_and_delta_grad(
     depths = tracing.find(closed.jaxpr, closed.consts, leaves).depths
     count = num_samples(*args) if callable(num_samples) else num_samples
     count = None if count is None else jnp.asarray(count, jnp.float32)
+    # In float32 at least: energies are sums over many samples.
     zeros = lambda leaf, shape: jnp.zeros(shape, _wide(leaf.dtype))
     # The energies are the gradients of the probes and the twins.
     probes = {
@@ -167,7 +168,7 @@ def value_and_delta_grad(
 
 @dataclasses.dataclass(frozen=True)
 class _Geometry:
-  """How the outputs of a product are laid out.
+  """The layout of the outputs of a product.
 
   Attributes:
     split: Brings outputs into a layout in which every axis counts maps side by
@@ -287,7 +288,8 @@ def _make_linear(apply, geometry: _Geometry, erase):
 
   def backward(residuals, error):
     x, w, y, probe, count = residuals
-    # Vectors whose output the loss does not see are no samples.
+    # Vectors whose output the loss does not depend on are no samples. Let
+    # counted be in the layout of split(y), with size 1 along the outputs.
     nonzero = geometry.split(error) != 0
     counted = jnp.any(nonzero, axis=geometry.outputs, keepdims=True)
     if count is not None:
@@ -296,7 +298,7 @@ def _make_linear(apply, geometry: _Geometry, erase):
       num = jnp.float32(geometry.num_vectors)
     else:
       num = jnp.sum(counted, geometry.samples, jnp.float32, keepdims=True)
-    num = jnp.maximum(num, 1).astype(probe.dtype)
+    num = jnp.maximum(num, 1).astype(probe.dtype)  # 0 if all are masked
 
     norms = geometry.measure(jnp.square(x.astype(probe.dtype)))
     norms = jnp.where(counted, norms, 0)
@@ -307,6 +309,7 @@ def _make_linear(apply, geometry: _Geometry, erase):
 
     (x_bar,) = jax.linear_transpose(lambda x: apply(x, w), x)(error)
     # d/dW of L + erase / (2 N) sum |W x|^2, with x held fixed.
+    # `where` rather than a product, since masked vectors may hold NaN.
     held = jnp.where(counted, erase / num * geometry.split(y), 0)
     pulled = error + geometry.join(held).astype(error.dtype)
     (w_bar,) = jax.linear_transpose(lambda w: apply(x, w), w)(pulled)

@@ -27,7 +27,7 @@ _IN_PLACE = frozenset({
   'reduce_precision', 'reshard', 'sharding_constraint',
 })  # fmt: skip
 # Operations that return parts of a parameter.
-_PARTS = frozenset({'rev', 'slice', 'split'})
+_PARTS = frozenset({'rev', 'slice', 'split', 'unstack'})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +130,8 @@ class Interpreter:
         return jax.lax.switch(inputs[0], branches, *inputs[1:])
       if name == 'scan':
         return self._scan(eqn, inputs, sources, probes)
-      # A lookup or a broadcast makes data: embeddings, biases and scales.
-      if name not in ('gather', 'broadcast_in_dim'):
-        followed = _follow(eqn, sources)
-        for source in filter(None, sources) if not any(followed) else ():
+      if not _makes_data(eqn) and not any(_follow(eqn, sources)):
+        for source in filter(None, sources):
           self._lose(source, name)
     outputs = bind(*inputs)
     return outputs if eqn.primitive.multiple_results else [outputs]
@@ -149,7 +147,7 @@ class Interpreter:
       if i < num_consts:
         repeats = source.repeats * length
         inner[i] = dataclasses.replace(source, repeats=repeats)
-      elif i < start:
+      elif i < start:  # May change from turn to turn.
         self._lose(source, 'the carry of a scan')
       else:
         inner[i] = dataclasses.replace(
@@ -159,6 +157,7 @@ class Interpreter:
         )
         if source.twin is not None:
           sliced_twins[i] = source.twin
+        # Stacked layers have an energy each: slice the probes with them.
         for leaf in source.leaves:
           if leaf in probes:
             sliced_probes[leaf] = probes[leaf]
@@ -202,15 +201,27 @@ def _find_weights(eqn, sources) -> int | None:
       if (sources[0] is None) != (sources[1] is None):
         return 0 if sources[0] is not None else 1
     case 'conv_general_dilated':
-      if sources[0] is None and sources[1] is not None:
-        return 1 if eqn.params['batch_group_count'] == 1 else None
+      # Batch groups occur in gradients of convolutions alone.
+      if sources[0] is None and eqn.params['batch_group_count'] == 1:
+        return 1 if sources[1] is not None else None
   return None
+
+
+def _makes_data(eqn) -> bool:
+  """Returns whether an operation turns a parameter into data.
+
+  A lookup of rows does, as in an embedding, and a broadcast over samples, as of
+  a bias or a scale. A lookup of whole matrices does not.
+  """
+  if eqn.primitive.name == 'gather':
+    return sum(size > 1 for size in eqn.params['slice_sizes']) < 2
+  return eqn.primitive.name == 'broadcast_in_dim'
 
 
 def _follow(eqn, sources) -> list[Origin | None]:
   """Returns the origins of the outputs of an operation."""
   name, nothing = eqn.primitive.name, [None] * len(eqn.outvars)
-  if name == 'concatenate' and all(sources):
+  if name in ('concatenate', 'stack') and all(sources):
     return [_join(eqn, sources)]
   if name == 'optimization_barrier':
     return list(sources)

@@ -1,4 +1,4 @@
-"""What devices send each other, by kind, axis and loop."""
+"""Tests finding collectives: kind, axes, bytes and loops."""
 
 import functools
 
@@ -134,7 +134,7 @@ class CollectivesTest(parameterized.TestCase):
     self.assertEqual(collective.num_bytes, 2 * _BYTES * 3 / 4)
     self.assertEqual(collective.spans, 6)  # devices 0, 1, 4, 5
 
-  def test_finds_what_a_memory_s_scan_sends(self):
+  def test_finds_collectives_inside_a_scan_of_a_memory(self):
     def function(x, *, inside):
       def body(carry, _):
         total = jax.lax.psum(carry, 'data') if inside else carry
@@ -174,7 +174,7 @@ class CollectivesTest(parameterized.TestCase):
       ('model',),
     ),
   )
-  def test_spellings_of_a_tpu(self, groups, axes):
+  def test_parses_collectives_of_tpus(self, groups, axes):
     program = hlo.parse(_TPU.format(groups=groups))
     found = [
       (c.kind, c.axes, c.num_bytes) for c in collectives.find(program, _MESH)
@@ -189,14 +189,14 @@ class CollectivesTest(parameterized.TestCase):
       ],
     )
 
-  def test_what_another_core_sends(self):
+  def test_counts_sends_of_another_core(self):
     found = analysis.analyze(_OFFLOADED, _MESH)
     self.assertEqual(found.sent_bytes, {('all-gather', 'model'): _BYTES})
     self.assertEqual(
       found.memory_bytes, 3 * _BYTES
     )  # its part read, and the whole written
 
-  def test_seconds_of_what_is_sent(self):
+  def test_estimates_seconds_of_collectives(self):
     text = _TPU.format(groups='replica_groups=[4,2]<=[8]')
     found = analysis.analyze(text, _MESH)
     topology = accelerators.find('v5e:2x4')

@@ -1,4 +1,4 @@
-"""Tests of operation counts."""
+"""Tests counting the FLOPs of jaxprs."""
 
 from absl.testing import absltest
 import jax
@@ -11,7 +11,7 @@ _B = jax.ShapeDtypeStruct((4, 5), jnp.float32)
 _PRODUCT = 2 * 3 * 4 * 5
 
 
-class CostsTest(absltest.TestCase):
+class FlopsTest(absltest.TestCase):
   def test_counts_a_product_and_its_gradients(self):
     def loss(a, b):
       return jnp.sum(jnp.square(a @ b))
@@ -32,7 +32,7 @@ class CostsTest(absltest.TestCase):
 
     self.assertEqual(compilation.matmul_flops(scanned, _A, _B), 6 * _PRODUCT)
 
-  def test_counts_what_every_device_does(self):
+  def test_counts_the_work_of_every_device(self):
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((4,), ('rows',), axis_types=auto)
     rows = jax.sharding.PartitionSpec('rows')
@@ -43,7 +43,7 @@ class CostsTest(absltest.TestCase):
     a = jax.ShapeDtypeStruct((12, 4), jnp.float32)
     self.assertEqual(compilation.matmul_flops(product, a, _B), 4 * _PRODUCT)
 
-  def test_counts_the_dearer_branch(self):
+  def test_counts_the_most_expensive_branch(self):
     def either(a, b):
       return jax.lax.cond(
         jnp.sum(a) > 0, lambda: jnp.sum(a @ b), lambda: jnp.sum(a)
@@ -51,7 +51,7 @@ class CostsTest(absltest.TestCase):
 
     self.assertEqual(compilation.matmul_flops(either, _A, _B), _PRODUCT)
 
-  def test_counts_what_is_computed_again(self):
+  def test_counts_recomputation(self):
     def loss(a, b):
       return jnp.sum(jax.checkpoint(lambda a, b: jnp.sin(a @ b))(a, b))
 

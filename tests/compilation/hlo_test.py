@@ -1,4 +1,4 @@
-"""Programs read back from their text: loops, lengths, shapes."""
+"""Tests parsing programs: loops, lengths, shapes."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -58,7 +58,7 @@ def _compile(function, *args):
 
 
 class HloTest(parameterized.TestCase):
-  def test_a_loop_runs_as_often_as_its_condition_says(self):
+  def test_loop_length_is_read_from_the_condition(self):
     program = hlo.parse(_LOOP)
     (sine,) = (x for x in hlo.walk(program) if x.instruction.opcode == 'sine')
     self.assertEqual(sine.times, 18)
@@ -66,7 +66,7 @@ class HloTest(parameterized.TestCase):
     self.assertEqual(sine.instruction.op_name, 'jit(f)/sin')
     self.assertEqual(sine.instruction.shapes[0].num_bytes, 4 * 8 * 128)
 
-  def test_fast_memory_is_told_from_slow(self):
+  def test_distinguishes_fast_and_slow_memory(self):
     body = hlo.parse(_LOOP).computations['body']
     self.assertFalse(body['x'].shapes[0].is_far)
     self.assertTrue(body['sine'].shapes[0].is_far)
@@ -74,7 +74,7 @@ class HloTest(parameterized.TestCase):
     found = analysis.analyze(_LOOP, {'data': 1})
     self.assertEqual(found.memory_bytes, 18 * 4096)
 
-  def test_what_is_of_memories_is_told_by_name(self):
+  def test_finds_operations_of_memories_by_scope(self):
     found = analysis.analyze(_LOOP, {'data': 1})
     self.assertEqual((found.traffic_share, found.result_share), (0.0, 0.0))
     named = _LOOP.replace('jit(f)/sin', 'jit(f)/memory/while/body/sin')
@@ -87,7 +87,7 @@ class HloTest(parameterized.TestCase):
     self.assertEqual(memory_traffic.num_bytes(program, is_sine), 18 * 4096)
     self.assertEqual(memory_traffic.result_bytes(program, is_sine), 4096)
 
-  def test_a_convolution_is_as_many_products_as_it_stands_for(self):
+  def test_counts_the_products_of_a_convolution(self):
     program = hlo.parse(_CONVOLUTION)
     main = program.computations['main']
     operands = [main[name].shapes[0] for name in ('a', 'b')]
@@ -95,12 +95,12 @@ class HloTest(parameterized.TestCase):
     self.assertEqual(flops.instruction_flops(main['c'], operands), expected)
     self.assertEqual(flops.precision(main['c'], operands), 'highest')
 
-  def test_refuses_what_is_no_program(self):
+  def test_rejects_other_text(self):
     with self.assertRaisesRegex(ValueError, 'no compiled program'):
       hlo.parse('module @jit_f {}')
 
   @parameterized.parameters('plain', 'scan', 'nested', 'gradient')
-  def test_counts_what_the_traced_function_counts(self, kind):
+  def test_counts_as_the_traced_function(self, kind):
     def plain(a, b):
       return jnp.einsum('hij,jk->hik', a, b)
 
@@ -123,7 +123,7 @@ class HloTest(parameterized.TestCase):
       found.total_flops, compilation.matmul_flops(function, a, b)
     )
 
-  def test_a_slice_of_a_stack_is_all_that_a_step_reads(self):
+  def test_a_step_reads_only_its_slice_of_a_stack(self):
     def total(stack):
       body = lambda carry, x: (carry + x, None)
       return jax.lax.scan(body, jnp.zeros(stack.shape[1:]), stack)[0]

@@ -1,4 +1,4 @@
-"""Optimisers as associative memories: the claim of Nested Learning, in numbers.
+"""Shows optimisers as associative memories: Nested Learning's claim in numbers.
 
 Each test writes down a regression over the gradients seen so far, minimises it
 numerically, and finds a known optimiser in the answer. Read as examples.
@@ -98,7 +98,7 @@ class AssociativeMemoryTest(absltest.TestCase):
       atol=1e-9,
     )
 
-  def test_adagrad_answers_its_size_to_the_last_gradient_alone(self):
+  def test_adagrad_maps_only_the_last_gradient_to_its_size(self):
     # The same memory, told to answer 0 to the gradients before.
     size = jnp.sqrt((self.gradients**2).sum(0))
     targets = jnp.zeros_like(self.gradients).at[-1].set(size)

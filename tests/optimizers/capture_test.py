@@ -1,4 +1,4 @@
-"""The capture of inputs, through every transformation that it looks into."""
+"""Tests the capture of inputs through every transformation that it enters."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -79,6 +79,11 @@ def apply_as_a_convolution(kernel, x):
   )[:, 0]
 
 
+def apply_stacked(kernel, x):
+  columns = jnp.unstack(kernel, axis=1)
+  return jnp.einsum('bi,oi->bo', x, jnp.stack(columns))
+
+
 class CaptureTest(parameterized.TestCase):
   @parameterized.parameters(
     apply_plainly,
@@ -91,6 +96,7 @@ class CaptureTest(parameterized.TestCase):
     apply_in_a_loop,
     apply_in_halves,
     apply_sliced,
+    apply_stacked,
     apply_by_layer,
     apply_scanned_columns,
     apply_behind_a_barrier,
@@ -126,7 +132,7 @@ class CaptureTest(parameterized.TestCase):
     for energy in extra['energy']:
       np.testing.assert_allclose(energy, jnp.sum(x**2) / 5, rtol=1e-5)
 
-  def test_layers_by_index_have_energies_of_their_own(self):
+  def test_layers_by_index_have_their_own_energies(self):
     layers = jax.random.normal(jax.random.key(0), (2, 4, 4))
     x = jax.random.normal(jax.random.key(1), (5, 4))
     stacked_loss = lambda w, x: jnp.mean(jnp.tanh(x @ w[0]) @ w[1])
@@ -183,7 +189,7 @@ class CaptureTest(parameterized.TestCase):
     np.testing.assert_allclose(extra['energy'], jnp.max(energies), rtol=1e-5)
 
   @parameterized.product(fill=(0.0, 1.0, 100.0), looped=(False, True))
-  def test_masked_padding_is_no_sample(self, fill, looped):
+  def test_masked_padding_is_not_a_sample(self, fill, looped):
     kernels = jax.random.normal(jax.random.key(0), (2, 4, 4)) / 2
     kernels = {'first': kernels[0], 'second': kernels[1]}
     x = jax.random.normal(jax.random.key(1), (3, 7, 4))
@@ -282,7 +288,7 @@ class CaptureTest(parameterized.TestCase):
     if explicit:
       self.assertEqual(actual[1]['first'].sharding.spec, spec)
 
-  def test_auxiliary_outputs_pass(self):
+  def test_returns_auxiliary_outputs(self):
     loss_fn = lambda kernel, x: (jnp.sum(x @ kernel), {'x': x})
     grad = optimizers.value_and_delta_grad(loss_fn, has_aux=True)
     (loss, aux), _, _ = grad(jnp.ones((2, 3)), jnp.ones((4, 2)))

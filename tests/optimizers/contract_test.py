@@ -1,4 +1,4 @@
-"""What optax asks of an optimiser, asked of all of ours."""
+"""Tests optax's contract for optimisers on all of ours."""
 
 import functools
 
@@ -17,7 +17,7 @@ from tests import compiling
 
 
 def timescales(learning_rate):
-  """Two levels, the slow one on every second step."""
+  """Makes two levels, the slow one on every second step."""
   return optimizers.multi_timescale(
     [
       optimizers.Level('fast', 1, optax.adam(learning_rate)),
@@ -94,7 +94,7 @@ def assert_close(actual, expected, tolerance=1e-5):
 
 class ContractTest(parameterized.TestCase):
   @parameterized.parameters(*NAMES)
-  def test_converges_on_the_usual_functions(self, name):
+  def test_converges_on_standard_functions(self, name):
     targets = {
       'parabola': jnp.array([1.0, -1.0, 1.0]),
       'rosenbrock': jnp.ones(2),
@@ -159,7 +159,7 @@ class ContractTest(parameterized.TestCase):
         optax.tree.map_params(tx, lambda leaf: leaf, tx.init(params))
 
   @parameterized.parameters(*NAMES)
-  def test_works_inside_the_wrappers(self, name):
+  def test_works_inside_wrappers(self, name):
     factory, rate, static = OPTIMIZERS[name]
     params = make_params()
     gradients, more = make_gradients(params), extra(name, params)
@@ -235,7 +235,7 @@ class ContractTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(*NAMES)
-  def test_empty_trees_shapes_and_other_numbers(self, name):
+  def test_empty_trees_shapes_and_other_dtypes(self, name):
     tx = make(name)
     updates, _ = tx.update({}, tx.init({}), {})
     self.assertEqual(updates, {})
@@ -351,7 +351,7 @@ class NnxClassifier(nnx.Module):
 
 
 class FlaxTest(parameterized.TestCase):
-  """No argument beyond a gradient: a drop-in (`dgd` is tested beside it)."""
+  """Tests drop-in use with Flax; `dgd` has tests of its own."""
 
   @parameterized.parameters(*(name for name in NAMES if name != 'dgd'))
   def test_linen_train_state_and_nnx_optimizer(self, name):

@@ -1,4 +1,4 @@
-"""The optimiser experiments run, and leave what a run leaves."""
+"""Tests that the optimiser experiments run and write their files."""
 
 import json
 import pathlib
@@ -83,7 +83,7 @@ class ExperimentsTest(absltest.TestCase):
       summary['state_bytes_per_parameter_adam'], 8, places=2
     )
 
-  def test_says_what_is_wrong(self):
+  def test_rejects_bad_arguments(self):
     with self.assertRaisesRegex(errors.UserError, '--mode=eval'):
       report_files.check_mode('eval')
     with self.assertRaisesRegex(errors.UserError, "'cifar' must be"):

@@ -1,4 +1,4 @@
-"""Delta and preconditioned momentum against the objectives they descend."""
+"""Tests delta and preconditioned momentum against their objectives."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -15,7 +15,7 @@ def make_gradients(num_steps, shape=(4, 3), scale=1.0):
 
 
 def run(tx, gradients):
-  """Updates of every step, [step, ...]."""
+  """Returns the updates of every step, [step, ...]."""
 
   def body(state, g):
     updates, state = tx.update({'w': g}, state)
@@ -89,7 +89,7 @@ class DeltaMomentumTest(parameterized.TestCase):
         whole[:, i], run(tx, gradients[:, i]), rtol=1e-5, atol=1e-6
       )
 
-  def test_says_what_is_wrong(self):
+  def test_rejects_bad_arguments(self):
     with self.assertRaisesRegex(ValueError, 'erase=2.5 is above 1 . decay'):
       optimizers.delta_momentum(0.1, erase=2.5)
     with self.assertRaisesRegex(ValueError, 'decay=1'):
@@ -121,7 +121,7 @@ class PreconditionedMomentumTest(parameterized.TestCase):
       run(tx, gradients), -0.1 * jnp.cumsum(gradients, 0), rtol=1e-5, atol=1e-6
     )
 
-  def test_says_what_is_wrong(self):
+  def test_rejects_bad_arguments(self):
     with self.assertRaisesRegex(ValueError, 'preconditioner_decay=2'):
       optimizers.preconditioned_momentum(0.1, preconditioner_decay=2)
 

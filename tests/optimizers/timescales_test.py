@@ -1,4 +1,4 @@
-"""Levels on clocks of their own, against loops written out by hand."""
+"""Tests levels on clocks of their own against plain loops."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -35,7 +35,7 @@ def make_gradients(params, step):
 
 
 def run(tx, params, num_steps):
-  """All parameters after every step, and the last state."""
+  """Returns the parameters after every step, and the last state."""
 
   @jax.jit
   def step(params, state, gradients):
@@ -87,7 +87,7 @@ class MultiTimescaleTest(parameterized.TestCase):
     self.assertEqual(state.levels['slow'].accumulated, ())
 
   @parameterized.product(reduce=('mean', 'sum'))
-  def test_slow_level_takes_one_step_on_its_whole_chunk(self, reduce):
+  def test_slow_level_takes_one_step_per_period(self, reduce):
     params = make_params()
     optimizer = optax.adamw(1e-2, weight_decay=0.1)
     tx = multi_timescale(
@@ -179,7 +179,7 @@ class MultiTimescaleTest(parameterized.TestCase):
     # First chunks are nearly whole: the phases are the latest that do this.
     np.testing.assert_array_equal(moved.argmax(0), [0, 3, 6, 13])
 
-  def test_aligned_levels_share_their_boundaries(self):
+  def test_aligned_levels_update_together(self):
     tx = multi_timescale(
       [Level('fast', 2, optax.sgd(1.0)), Level('slow', 4, optax.sgd(1.0))],
       LABELS,
@@ -307,7 +307,7 @@ class MultiTimescaleTest(parameterized.TestCase):
     self.assertGreater(energies[-1], 2 * jnp.mean(energies))
     optax.tree.map_params(tx, lambda leaf: leaf, state)
 
-  def test_says_which_extra_arguments_it_would_lose(self):
+  def test_rejects_extra_arguments_that_would_be_lost(self):
     params, batch = make_regression()
     batch = jax.tree.map(lambda leaf: leaf[0], batch)
     value_and_grad, dgd = optimizers.dgd_for_model(
@@ -416,11 +416,11 @@ class MultiTimescaleTest(parameterized.TestCase):
     ('unlabelled', r"Labels \['slow'\] name no level",
      [Level('fast', 64, optax.sgd(1.0))]),
   )  # fmt: skip
-  def test_says_what_is_wrong(self, message, levels):
+  def test_rejects_bad_arguments(self, message, levels):
     with self.assertRaisesRegex(ValueError, message):
       multi_timescale(levels, LABELS, tokens_per_step=64).init(make_params())
 
-  def test_refuses_integer_parameters_and_unknown_settings(self):
+  def test_rejects_integer_parameters_and_unknown_settings(self):
     levels = [Level('fast', 1, optax.sgd(1.0))]
     with self.assertRaisesRegex(ValueError, r"\['n'\] has dtype int32"):
       multi_timescale(levels, 'fast').init({'n': jnp.zeros(2, jnp.int32)})

@@ -1,4 +1,4 @@
-"""Compilation for pods: with libtpu where it is, for CPU devices everywhere."""
+"""Tests ahead-of-time compilation, for CPUs and, if installed, with libtpu."""
 
 import dataclasses
 import importlib.util
@@ -55,7 +55,7 @@ def _config(name='transformer', **mesh):
 
 
 class AheadOfTimeTest(parameterized.TestCase):
-  def test_what_a_summary_says(self):
+  def test_summary(self):
     config = _config(data=2, fsdp=2, model=2)
     with compiling.quickly():
       summary = ahead_of_time.compile_for(config, _TOPOLOGY, jax.devices())
@@ -94,7 +94,7 @@ class AheadOfTimeTest(parameterized.TestCase):
     self.assertIn('| blocks/mixer/out', text)
     self.assertIn('heads: model, embed: fsdp', text)
 
-  def test_decodes_one_token_where_levels_learn(self):
+  def test_compiles_decoding_with_levels_that_learn(self):
     config = dataclasses.replace(
       _config(), inner=levels.InnerConfig((8,), objective='dot')
     )
@@ -107,7 +107,7 @@ class AheadOfTimeTest(parameterized.TestCase):
     logits, _ = traced.out_info
     self.assertEqual(logits.shape, (16, 1, 264))
 
-  def test_counts_a_traced_step_as_a_function(self):
+  def test_counts_flops_of_a_traced_step(self):
     function = lambda a, b: jax.numpy.tanh(a @ b) @ b
     x = jax.ShapeDtypeStruct((8, 8), 'float32')
     self.assertEqual(
@@ -121,7 +121,7 @@ class AheadOfTimeTest(parameterized.TestCase):
     ({'data': 8}, 12, '12 rows .* multiple of the 8 devices'),
     ({'data': -1}, 4, '4 rows .* over 4 of 8 devices, .* mesh.model'),
   )
-  def test_refuses_before_anything_is_compiled(self, mesh, rows, message):
+  def test_rejects_before_compiling(self, mesh, rows, message):
     config = dataclasses.replace(
       _config(**mesh), data=dataclasses.replace(_BATCH, batch_size=rows)
     )
@@ -130,14 +130,14 @@ class AheadOfTimeTest(parameterized.TestCase):
         ahead_of_time.compile_for(config, _TOPOLOGY, jax.devices())
     compiles.assert_not_called()
 
-  def test_refuses_a_folder_that_holds_a_run(self):
+  def test_rejects_a_folder_that_holds_a_run(self):
     folder = self.create_tempdir()
     folder.create_file('config.json')
     with self.assertRaisesRegex(errors.UserError, 'holds a run'):
       ahead_of_time.run(_config(), _TOPOLOGY, pathlib.Path(folder.full_path))
 
   @parameterized.parameters(('v5e', 'libtpu'), ('h100', 'plugin for CUDA'))
-  def test_says_what_the_compiler_needs(self, name, missing):
+  def test_names_the_missing_compiler(self, name, missing):
     with (
       mock.patch.object(importlib.util, 'find_spec', return_value=None),
       mock.patch.dict(os.environ),
@@ -150,7 +150,7 @@ class AheadOfTimeTest(parameterized.TestCase):
 
 class SuggestionsTest(parameterized.TestCase):
   def find(self, fits):
-    """What is tried where a program compiles if `fits(config)`."""
+    """Searches where a program compiles if `fits(config)`."""
     seen = []
 
     def try_one(config, devices):
@@ -167,7 +167,7 @@ class SuggestionsTest(parameterized.TestCase):
     self.assertEqual(config.mesh, sharding.MeshConfig(data=1, fsdp=8))
     self.assertEqual(config.train.accumulate, 1)
 
-  def test_goes_on_to_what_keeps_less(self):
+  def test_continues_with_meshes_that_need_less_memory(self):
     (config, tried), seen = self.find(lambda c: c.train.accumulate > 1)
     self.assertEqual([one['fits'] for one in tried], [False, True])
     self.assertLen(seen, 2)
@@ -177,11 +177,11 @@ class SuggestionsTest(parameterized.TestCase):
     self.assertIn('15.75G', text)
     self.assertIn('--set=mesh.model=1 --set=mesh.fsdp=8', text)
 
-  def test_says_that_nothing_fits(self):
+  def test_rejects_if_nothing_fits(self):
     with self.assertRaisesRegex(errors.UserError, 'nothing fits of .*remat'):
       self.find(lambda config: False)
 
-  def test_says_that_no_mesh_divides(self):
+  def test_rejects_if_no_mesh_divides(self):
     config = dataclasses.replace(
       _config(), data=dataclasses.replace(_BATCH, batch_size=3)
     )
@@ -200,7 +200,7 @@ class CompilerTest(parameterized.TestCase):
     self.compile_for_tpus('hope_tiny')
 
   @pytest.mark.slow
-  def test_nothing_is_sent_in_scans_on_gpus(self):
+  def test_scans_on_gpus_have_no_collectives(self):
     if not any(
       importlib.util.find_spec('jax_plugins')
       and importlib.util.find_spec(f'jax_plugins.xla_cuda{version}')
@@ -235,7 +235,7 @@ class CompilerTest(parameterized.TestCase):
     self.assertIn(f'# {name} on v5e:2x2', printed)
 
   def compile(self, config, topology):
-    """Summary and what is printed, of a process that libtpu may end."""
+    """Returns summary and output of a process, since libtpu may end it."""
     code = f"""
 import pathlib
 from nested_learning import accelerators

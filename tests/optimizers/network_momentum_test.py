@@ -1,4 +1,4 @@
-"""Deep momentum against its objectives, and the size of its memory."""
+"""Tests deep momentum against its objectives, and the size of its state."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -18,7 +18,7 @@ class DeepMomentumTest(parameterized.TestCase):
   @parameterized.product(
     shape=((64, 64), (16, 128), (128, 16), (3, 32, 48)), ratio=(0.1, 0.5, 2.0)
   )
-  def test_state_stays_below_its_multiple_of_the_parameters(self, shape, ratio):
+  def test_state_size_is_bounded_by_its_ratio(self, shape, ratio):
     params = {'w': jax.ShapeDtypeStruct(shape, jnp.float32)}
     tx = optimizers.deep_momentum(0.1, state_ratio=ratio)
     state = deep_state(jax.eval_shape(tx.init, params))
@@ -92,7 +92,7 @@ class DeepMomentumTest(parameterized.TestCase):
         updates['w'], (up @ jnp.tanh(down)).T, atol=1e-5
       )
 
-  def test_vectors_go_to_the_fallback(self):
+  def test_fallback_updates_vectors(self):
     params = {'w': jnp.ones((4, 4)), 'b': jnp.ones(4)}
     tx = optimizers.deep_momentum(0.1)
     updates, _ = tx.update(params, tx.init(params), params)
@@ -100,7 +100,7 @@ class DeepMomentumTest(parameterized.TestCase):
     expected, _ = adam.update(params['b'], adam.init(params['b']))
     np.testing.assert_allclose(updates['b'], expected)
 
-  def test_says_what_is_wrong(self):
+  def test_rejects_bad_arguments(self):
     with self.assertRaisesRegex(ValueError, 'state_ratio=-1'):
       optimizers.deep_momentum(0.1, state_ratio=-1)
     with self.assertRaisesRegex(ValueError, 'inner_steps=0'):
