@@ -1,4 +1,4 @@
-"""What an experiment that is no training run leaves in its folder."""
+"""Report, metrics and summary of experiments that have their own `run`."""
 
 from collections.abc import Mapping, Sequence
 import json
@@ -9,16 +9,15 @@ from typing import Any
 
 from nested_learning import configs
 from nested_learning import errors
+from nested_learning import files
+from nested_learning import markdown
 
 
 def check_mode(mode: str) -> None:
-  """Refuses the modes that need a language model.
+  """Raises `errors.UserError` for modes that need a trained language model.
 
   Args:
-    mode: As from the command line.
-
-  Raises:
-    errors.UserError: If it is not 'train'.
+    mode: The flag --mode; only 'train' passes.
   """
   if mode != 'train':
     raise errors.UserError(
@@ -28,16 +27,13 @@ def check_mode(mode: str) -> None:
 
 
 def key(name: str) -> str:
-  """A name as a key of summary.json."""
+  """Returns a name as a key of summary.json: lower case and underscores."""
   return re.sub(r'[^a-z0-9.]+', '_', name.lower()).strip('_')
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-  """A table in Markdown; numbers get four digits."""
-  lines = [head, ['---'] * len(head), *rows]
-  return '\n'.join(
-    '| ' + ' | '.join(_text(cell) for cell in line) + ' |' for line in lines
-  )
+  """Returns a Markdown table; floats get four digits."""
+  return markdown.table(head, [[_text(cell) for cell in row] for row in rows])
 
 
 def write(
@@ -52,27 +48,24 @@ def write(
   """Writes config.json, metrics.jsonl, report.md and, last, summary.json.
 
   Args:
-    workdir: The run's folder.
-    config: The experiment's config.
+    workdir: Folder of the run.
+    config: Config of the experiment.
     module: Name of the experiment's module.
-    summary: Flat; numbers and strings. Numbers that are not finite (a run that
-      diverged) become strings, which JSON has.
+    summary: Numbers and strings. JSON has no NaN and no infinity, so these
+      become strings.
     metrics: One mapping per line.
-    sections: Of the report, in Markdown.
+    sections: Sections of the report, in Markdown.
   """
   folder = pathlib.Path(workdir)
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'config.json').write_text(
-    configs.to_json(config, run=module), encoding='utf-8'
-  )
   lines = [json.dumps(_finite(line)) + '\n' for line in metrics]
-  (folder / 'metrics.jsonl').write_text(''.join(lines), encoding='utf-8')
-  (folder / 'report.md').write_text(
-    '\n\n'.join(sections) + '\n', encoding='utf-8'
-  )
-  (folder / 'summary.json').write_text(
-    json.dumps(_finite(summary), indent=2) + '\n', encoding='utf-8'
-  )
+  summary_text = json.dumps(_finite(summary), indent=2) + '\n'
+  for name, text in (
+    ('config.json', configs.to_json(config, run=module)),
+    ('metrics.jsonl', ''.join(lines)),
+    ('report.md', '\n\n'.join(sections) + '\n'),
+    ('summary.json', summary_text),  # its presence says: finished
+  ):
+    files.write_whole(folder / name, text)
 
 
 def _finite(line):

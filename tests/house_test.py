@@ -103,7 +103,9 @@ class HouseTest(parameterized.TestCase):
       self.assertIn(name, pins)
       self.assertIn(pins[name], requirement.specifier)
 
-  @parameterized.parameters('README.md', 'WORKSPACE.md')
+  @parameterized.parameters(
+    'README.md', 'WORKSPACE.md', 'launch/README.md', 'experiments/README.md'
+  )
   def test_paths_in_the_documents_exist(self, document):
     text = (_ROOT / document).read_text()
     rooms = 'nested_learning|experiments|launch|tests'
@@ -116,6 +118,9 @@ class HouseTest(parameterized.TestCase):
         (_ROOT / 'nested_learning').glob(f'**/{path}')
       )
       self.assertTrue(found, f'{document} names {path}.')
+    for link in re.findall(r'\]\(([\w./-]+)\)', text):
+      path = (_ROOT / document).parent / link
+      self.assertTrue(path.exists(), f'{document} links to {link}.')
 
   @pytest.mark.slow
   def test_examples_of_the_readme_run_and_learn(self):
