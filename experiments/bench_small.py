@@ -4,17 +4,16 @@
     python experiments/bench_small.py --seeds=3
     python experiments/bench_small.py --only=hope,mqar --workdir=runs/try
 
-The same command again runs what is not finished: runs that were interrupted
-resume, and so do those that failed. A run whose settings changed is another
-run. The whole suite leaves its page in experiments/results/small, a part of it
-(--only, --quick, or interrupted) in --workdir/results; --results is a folder
-for either.
+The same command again runs only what is not finished: interrupted and failed
+runs resume. A run with other settings is another run. The page of the whole
+suite is written to experiments/results/small, the page of a part of it (--only,
+--quick, or interrupted) to --workdir/results, and either to --results if given.
 
 Hardware: two CPU cores, 35 minutes beside other work on the same cores, one
 seed.
 
-Exits with 0 when all runs are finished, whatever the gates say; with 1 and a
-line for each run that failed; with 2 and one line when a flag is wrong.
+The exit code is 0 if all runs are finished, also if gates fail; 1, with a line
+for each run that failed; 2, with one line, if a flag is wrong.
 """
 
 import pathlib
@@ -42,16 +41,16 @@ _SEEDS = flags.DEFINE_integer(
 _ONLY = flags.DEFINE_list(
   'only',
   [],
-  'Families and tasks to run alone: hope is Hope on all its tasks, hope,mqar '
-  'is Hope on MQAR, and so is hope.mqar.',
+  'Families and tasks to run: hope is Hope on all its tasks; hope,mqar and '
+  'hope.mqar are Hope on MQAR.',
 )
 _QUICK = flags.DEFINE_bool(
-  'quick', False, 'Two steps of everything: whether it runs, no results.'
+  'quick', False, 'Two steps of every run, to see that everything works.'
 )
 _JOBS = flags.DEFINE_integer(
   'jobs',
   None,
-  'Runs at a time; by default one for each core, at most 8.',
+  'Runs at a time; by default the number of cores, at most 8.',
   lower_bound=1,
 )
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/small', 'Folder of the runs.')
@@ -64,7 +63,7 @@ def main() -> None:
 
 
 def _run() -> int:
-  # Here, because it takes seconds: --help and wrong flags are answered at once.
+  # Importing takes seconds; --help and wrong flags are answered before.
   from experiments.small import running
 
   programs.check_path('workdir', _WORKDIR.value, folder=True)

@@ -1,43 +1,48 @@
-"""Running the suite: what is left of it, and then the page."""
+"""Runs the small suite and writes its page."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import datetime
+from importlib import metadata
+import json
 import os
 import pathlib
+import platform
 import shlex
+import subprocess
 import sys
 
-from experiments.small import provenance
 from experiments.small import report
 from experiments.small import suite
 from launch import sweeps
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _RESULTS = _ROOT / 'experiments' / 'results' / 'small'
-_MOST_JOBS = 8  # by default; each takes about a gigabyte
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
+_MAX_JOBS = 8  # by default; each takes about a gigabyte
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What the command says; its flags have the same names."""
+  """The flags of the command, by name."""
 
   workdir: pathlib.Path  # of the runs
   seeds: int = 1
   only: tuple[str, ...] = ()
   quick: bool = False
-  jobs: int | None = None  # one for each core, up to a limit
-  results: pathlib.Path | None = None  # where the page goes, if not by default
+  jobs: int | None = None  # runs at a time; None: the cores, at most 8
+  results: pathlib.Path | None = None  # folder of the page; None: default
 
 
 def run(
   options: Options,
   make_command: Callable[[sweeps.Run], Sequence[str]] | None = None,
 ) -> int:
-  """Runs what is not finished and writes the page.
+  """Runs the runs that are not finished and writes the page.
 
   Args:
-    options: What to run.
-    make_command: From a run to its command; by default that of the launcher.
+    options: The flags.
+    make_command: Makes the command of a run; None for the launcher's.
 
   Returns:
     The exit code.
@@ -56,11 +61,11 @@ def run(
     num_seeds=max(options.seeds, _count_seeds(options.workdir, cells)),
     seed_fields=('seed', 'data.seed'),
   )
-  num_jobs = options.jobs or min(provenance.num_cores(), _MOST_JOBS)
+  num_jobs = options.jobs or min(_num_cores(), _MAX_JOBS)
   make_command = make_command or _make_command
 
   def start(started):
-    provenance.note_start(started.folder, num_jobs=num_jobs)
+    _note_start(started.folder, num_jobs=num_jobs)
     return make_command(started)
 
   runs = [
@@ -91,7 +96,7 @@ def run(
 
 
 def _count_seeds(workdir: pathlib.Path, cells: Sequence[sweeps.Cell]) -> int:
-  """How many seeds the folder has of any cell: they stay on the page."""
+  """Returns the most seeds that a cell has in the folder."""
   seeds = [
     int(path.name.removeprefix('seed_'))
     for cell in cells
@@ -111,10 +116,10 @@ def _make_command(started: sweeps.Run) -> list[str]:
 
 
 def _environment(options: Options) -> dict[str, str]:
-  """Of the runs; those of a cell share programs, whatever their seed."""
+  """Returns the environment of the runs, which share compiled programs."""
   folder = options.workdir.resolve() / '.compiled'
   environment = {'JAX_COMPILATION_CACHE_DIR': str(folder), **os.environ}
-  if options.quick:  # what is run twice need not be compiled well
+  if options.quick:  # compiling takes longer than two steps do
     fast = '--xla_backend_optimization_level=0'
     flags = [fast, '--xla_llvm_disable_expensive_passes=true']
     flags.append(os.environ.get('XLA_FLAGS', ''))
@@ -123,7 +128,7 @@ def _environment(options: Options) -> dict[str, str]:
 
 
 def _say_what_is_left(outcome: sweeps.Outcome, workdir: pathlib.Path) -> int:
-  """Lists what did not finish; returns the exit code."""
+  """Prints the runs that did not finish; returns the exit code."""
   say = lambda text: print(text, file=sys.stderr)
   if outcome.failures:
     say(
@@ -140,3 +145,47 @@ def _say_what_is_left(outcome: sweeps.Outcome, workdir: pathlib.Path) -> int:
     )
     return 128 + outcome.received
   return 1 if outcome.failures else 0
+
+
+def _note_start(folder: pathlib.Path, *, num_jobs: int) -> None:
+  """Adds a line to a run's started.jsonl: code, machine, date, versions."""
+  cores = f'{_num_cores()} cores, {_processor()}'
+  versions = [f'{name} {metadata.version(name)}' for name in _PACKAGES]
+  line = {
+    'command': shlex.join(['python', *sys.argv]),
+    'commit': _commit(),
+    'machine': f'{cores}, {num_jobs} runs at a time',
+    'date': datetime.date.today().isoformat(),
+    'software': ', '.join([f'Python {platform.python_version()}', *versions]),
+  }
+  folder.mkdir(parents=True, exist_ok=True)
+  with open(folder / report.STARTS, 'a', encoding='utf-8') as file:
+    file.write(json.dumps(line) + '\n')
+
+
+def _num_cores() -> int:
+  """Returns the number of cores that this process may use."""
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def _commit() -> str:
+  """Returns the commit of the code, with '-dirty' if files differ."""
+  command = ['git', '-C', str(_ROOT), 'describe', '--always', '--dirty']
+  try:
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+  except (OSError, subprocess.CalledProcessError):
+    return 'unknown'
+  return result.stdout.strip()
+
+
+def _processor() -> str:
+  """Returns the name of the processor."""
+  path = pathlib.Path('/proc/cpuinfo')
+  if path.is_file():
+    for line in path.read_text(encoding='utf-8').splitlines():
+      name, _, value = line.partition(':')
+      if name.strip() == 'model name':
+        return value.strip()
+  return platform.processor() or platform.machine()

@@ -1,10 +1,13 @@
-"""The small suite: which models learn which tasks, and for how long.
+"""The small suite: models, tasks, numbers of steps, gates and printed numbers.
 
-A run is `experiments/tasks.py:family,preset`, whose `make_model` says what the
-models are, with the changes of its task and its own.
+A run is `experiments/tasks.py:family,preset`, whose `make_model` defines the
+models, with the changes of its task and its own.
+
+References:
+  Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, Tables 1, 3, 4 and 5.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import difflib
 import hashlib
 import pathlib
@@ -22,10 +25,10 @@ class Task(NamedTuple):
 
   Attributes:
     preset: Name in `tasks.TASKS`.
-    about: What it asks, in a sentence or two.
-    columns: Keys of a run's summary.json; the first is the suite's number.
-    longer: Evaluated on rows so many times as long, too.
-    changes: For all its runs, as for --set.
+    about: A sentence or two for the page.
+    columns: Keys of a run's summary.json; the first is the task's score.
+    longer: Factors of the length of further rows to evaluate on.
+    changes: Assignments for all its runs, as for --set.
   """
 
   preset: str
@@ -95,8 +98,7 @@ TASKS = {
   ),
 }
 
-# Task, family, steps, and what else differs from experiments/tasks.py.
-RUNS = (
+RUNS = (  # task, family, steps
   ('mqar', 'transformer', 800),
   ('mqar', 'linear_attention', 600),
   ('mqar', 'deltanet', 600),
@@ -134,7 +136,7 @@ RUNS = (
   ('regression', 'hope', 500),
 )
 
-# Two steps of two rows through one layer: whether it runs, and nothing else.
+# Two steps of two rows through one layer, to see that everything runs.
 _QUICK = (
   'train.num_steps=2',
   'train.evaluate_every=2',
@@ -148,14 +150,14 @@ def make_cells(*, quick: bool = False) -> tuple[sweeps.Cell, ...]:
   """Makes every cell of the suite.
 
   Args:
-    quick: For the shortest runs there are.
+    quick: Whether to make the runs as short as possible.
 
   Returns:
-    The cells. The row of one is 'family.task'. Its name ends in a digest of its
-    config: where that changes, the runs are others, in other folders.
+    The cells. The row of a cell is 'family.task'. Its name ends in a digest of
+    its config, so that runs with other settings are in other folders.
   """
   cells = []
-  for name, family, num_steps, *changes in RUNS:
+  for name, family, num_steps in RUNS:
     task = TASKS[name]
     spec = f'{_EXPERIMENT}:{family},{task.preset}'
     assignments = (
@@ -163,7 +165,6 @@ def make_cells(*, quick: bool = False) -> tuple[sweeps.Cell, ...]:
       f'train.evaluate_every={num_steps}',
       f'data.longer={task.longer}',
       *task.changes,
-      *changes,
       *(_QUICK if quick else ()),
     )
     config = configs.override(configs.load(spec), assignments)
@@ -176,41 +177,147 @@ def make_cells(*, quick: bool = False) -> tuple[sweeps.Cell, ...]:
 def select(
   cells: Sequence[sweeps.Cell], only: Sequence[str]
 ) -> tuple[sweeps.Cell, ...]:
-  """Selects the cells that somebody asks for.
+  """Selects cells by the families and tasks of --only.
 
   Args:
     cells: The suite.
-    only: Families, tasks, or both as in 'hope.mqar'. Where families and tasks
-      are named, these families on these tasks. None is all.
+    only: Families, tasks, or both as in 'hope.mqar'. Families and tasks select
+      these families on these tasks. Empty selects all.
 
   Returns:
-    Those cells, in their order.
+    The selected cells, in their order.
 
   Raises:
-    errors.UserError: A name is unknown, or no run has them all.
+    errors.UserError: A name is unknown, or no run matches.
   """
   rows = {cell.row for cell in cells}
-  pairs = [row.split('.') for row in rows]
-  families, tasks = ({pair[i] for pair in pairs} for i in range(2))
+  families = {row.split('.')[0] for row in rows}
+  tasks = {row.split('.')[1] for row in rows}
   known = sorted(families | tasks | rows)
   for name in only:
     if name not in known:
       (nearest,) = difflib.get_close_matches(name, known, 1, 0)
       raise errors.UserError(
-        f'--only={name} is no family or task of the suite, which has '
+        f'--only={name} is not a family or task of the suite, which has '
         f'{", ".join(sorted(families | tasks))}; the nearest is {nearest}.'
       )
   families, tasks = families & set(only), tasks & set(only)
 
-  def is_asked_for(row):
+  def is_selected(row):
     family, task = row.split('.')
     both = family in (families or {family}) and task in (tasks or {task})
     return row in only or (both and bool(families or tasks or not only))
 
-  selected = tuple(cell for cell in cells if is_asked_for(cell.row))
+  selected = tuple(cell for cell in cells if is_selected(cell.row))
   if not selected:
     raise errors.UserError(
       f'--only={",".join(only)}: the suite has no run of {sorted(families)} on '
       f'{sorted(tasks)}; leave out one of these.'
     )
   return selected
+
+
+class Gate(NamedTuple):
+  """A bound on a model's score on a task, which holds for every seed.
+
+  Attributes:
+    task: Name of a task of the suite.
+    family: Family of the zoo.
+    key: Key of a run's summary.json.
+    at_least: The value must not be below it.
+    below: The value must be below it.
+  """
+
+  task: str
+  family: str
+  key: str
+  at_least: float = float('-inf')
+  below: float = float('inf')
+
+  def passed(self, values: Sequence[float]) -> bool | None:
+    """Returns whether all values pass; None if there are none."""
+    if not values:
+      return None
+    return all(self.at_least <= value < self.below for value in values)
+
+
+_SOLVED = 0.95
+
+GATES = (
+  # Linear attention adds to a value and cannot replace it.
+  Gate('mqar', 'linear_attention', 'all_right', below=0.5),
+  Gate('mqar', 'deltanet', 'accuracy', at_least=_SOLVED),
+  Gate('mqar', 'gated_deltanet', 'accuracy', at_least=_SOLVED),
+  Gate('mqar', 'titans', 'accuracy', at_least=_SOLVED),
+  Gate('mqar', 'hope', 'accuracy', at_least=_SOLVED),
+  # Parity needs a state that changes sign, or a non-linear read.
+  Gate('parity', 'hope', 'all_right_2x', at_least=_SOLVED),
+  Gate('parity', 'transformer', 'all_right_2x', below=_SOLVED),
+  Gate('parity', 'linear_attention', 'all_right_2x', below=_SOLVED),
+  Gate('aa', 'hope', 'all_right_2x', at_least=_SOLVED),
+  Gate('aa', 'transformer', 'all_right_2x', below=_SOLVED),
+  Gate('aa', 'linear_attention', 'all_right_2x', below=_SOLVED),
+  # The needle is kept, however much hay follows.
+  Gate('s_niah_1', 'hope', 'all_right_8x', at_least=_SOLVED),
+)
+
+
+class Printed(NamedTuple):
+  """Numbers that the paper prints for a task.
+
+  Attributes:
+    where: The table and the meaning of its numbers.
+    values: From family to the printed text.
+  """
+
+  where: str
+  values: Mapping[str, str]
+
+
+_MAD = 'Table 4, accuracy in per cent'
+_LANGUAGES = (
+  'Table 5, strings all right in per cent, of training lengths / of 51 to 100'
+)
+
+PRINTED = {
+  's_niah_1': Printed(
+    'Table 1, S-NIAH-1 at 4K / 8K / 16K tokens, per cent',
+    {
+      'transformer': '88.6 / 76.4 / 79.8',
+      'titans': '100 / 100 / 100',
+      'hope': '100 / 100 / 100',
+    },
+  ),
+  'documents': Printed(
+    'Table 3, SWDE / FDA, per cent',
+    {
+      'transformer': '71.4 / 67.3',
+      'hope': '65.9 / 41.9',
+    },
+  ),
+  'compression': Printed(_MAD, {'transformer': '49.4', 'hope': '51.2'}),
+  'fuzzy_recall': Printed(
+    _MAD, {'transformer': '47.9', 'titans': '50.0', 'hope': '52.1'}
+  ),
+  'selective_copying': Printed(
+    _MAD, {'transformer': '96.2', 'titans': '99.4', 'hope': '99.7'}
+  ),
+  'parity': Printed(
+    _LANGUAGES,
+    {
+      'transformer': '46.4 / 0',
+      'linear_attention': '78.1 / 0',
+      'deltanet': '98.2 / 10.1',
+      'hope': '100 / 100',
+    },
+  ),
+  'aa': Printed(
+    _LANGUAGES,
+    {
+      'transformer': '0 / 0',
+      'linear_attention': '0 / 0',
+      'deltanet': '0 / 0',
+      'hope': '100 / 100',
+    },
+  ),
+}

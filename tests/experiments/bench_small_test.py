@@ -10,9 +10,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import pytest
 
-from experiments.small import gates
-from experiments.small import page
-from experiments.small import printed
+from experiments.small import report
 from experiments.small import running
 from experiments.small import suite
 from launch import sweeps
@@ -41,23 +39,23 @@ class SuiteTest(parameterized.TestCase):
     )
     for (_, seed), (_, config) in loaded.items():
       self.assertEqual((config.seed, config.data.seed), (seed, seed))
-    for cell, run in zip(cells, suite.RUNS, strict=False):
+    for cell, (name, _, num_steps) in zip(cells, suite.RUNS, strict=False):
       _, config = loaded[cell.name, 0]
-      self.assertEqual(config.train.num_steps, run[2])
-      self.assertEqual(config.data.longer, suite.TASKS[run[0]].longer)
+      self.assertEqual(config.train.num_steps, num_steps)
+      self.assertEqual(config.data.longer, suite.TASKS[name].longer)
 
   def test_tables_name_what_there_is(self):
-    rows = {(task, family) for task, family, *_ in suite.RUNS}
+    rows = {(task, family) for task, family, _ in suite.RUNS}
     self.assertLen(rows, len(suite.RUNS))
     self.assertEqual({task for task, _ in rows}, set(suite.TASKS))
-    for gate in gates.GATES:
+    for gate in suite.GATES:
       self.assertIn((gate.task, gate.family), rows)
       self.assertIn(gate.key, suite.TASKS[gate.task].columns)
-    for task, column in printed.PRINTED.items():
+    for task, column in suite.PRINTED.items():
       self.assertLessEqual({(task, family) for family in column.values}, rows)
     for task in suite.TASKS.values():
       for key in task.columns:
-        _, factor = page.split_key(key)
+        _, factor = report.split_key(key)
         self.assertIn(factor, ('', *(f'{n}x' for n in task.longer)))
 
   @parameterized.parameters(
@@ -76,7 +74,7 @@ class SuiteTest(parameterized.TestCase):
     self.assertEqual(list(suite.select(cells, only)), expected)
 
   @parameterized.parameters(
-    (['hop'], 'no family or task .* the nearest is hope'),
+    (['hop'], 'not a family or task .* the nearest is hope'),
     (['gated_deltanet', 'parity'], r"no run of \['gated_deltanet'\]"),
   )
   def test_no_part(self, only, message):
@@ -90,14 +88,14 @@ class SuiteTest(parameterized.TestCase):
     self.assertTrue(quick.isdisjoint(names))
 
   def test_gates_hold_with_every_seed_and_not_without_any(self):
-    solved = gates.Gate('mqar', 'hope', 'accuracy', at_least=0.95)
-    self.assertTrue(solved.judge([0.95, 1.0]))
-    self.assertFalse(solved.judge([0.94, 1.0]))
-    self.assertFalse(solved.judge([float('nan')]))
-    self.assertIsNone(solved.judge([]))
-    unsolved = gates.Gate('mqar', 'hope', 'accuracy', below=0.5)
-    self.assertTrue(unsolved.judge([0.49]))
-    self.assertFalse(unsolved.judge([0.5]))
+    solved = suite.Gate('mqar', 'hope', 'accuracy', at_least=0.95)
+    self.assertTrue(solved.passed([0.95, 1.0]))
+    self.assertFalse(solved.passed([0.94, 1.0]))
+    self.assertFalse(solved.passed([float('nan')]))
+    self.assertIsNone(solved.passed([]))
+    unsolved = suite.Gate('mqar', 'hope', 'accuracy', below=0.5)
+    self.assertTrue(unsolved.passed([0.49]))
+    self.assertFalse(unsolved.passed([0.5]))
 
 
 class RunningTest(absltest.TestCase):
@@ -111,7 +109,7 @@ class RunningTest(absltest.TestCase):
     code = running.run(options, command)
     results = options.results or self.workdir / 'results'
     page = (results / 'README.md').read_text()
-    self.page = re.sub(' +', ' ', page)  # without the blanks that align it
+    self.page = re.sub(' +', ' ', page)  # tables are padded
     self.summary = json.loads((results / 'summary.json').read_text())
     self.images = sorted(path.name for path in results.glob('*.png'))
     return code
