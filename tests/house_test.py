@@ -104,7 +104,11 @@ class HouseTest(parameterized.TestCase):
       self.assertIn(pins[name], requirement.specifier)
 
   @parameterized.parameters(
-    'README.md', 'WORKSPACE.md', 'launch/README.md', 'experiments/README.md'
+    'README.md',
+    'WORKSPACE.md',
+    'launch/README.md',
+    'experiments/README.md',
+    'nested_learning/data/README.md',
   )
   def test_paths_in_the_documents_exist(self, document):
     text = (_ROOT / document).read_text()

@@ -15,8 +15,8 @@ class Experiment(NamedTuple):
 
   Attributes:
     config: The config, a frozen dataclass.
-    run: The file's own `run(config, workdir, mode)`, or None for the trainer.
-    module: Name of the file's module where it has its own `run`, or None.
+    run: The file's own `run(config, workdir, mode)`; None for the trainer.
+    module: Name of the file's module if it has its own `run`, otherwise None.
   """
 
   config: Any

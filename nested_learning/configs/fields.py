@@ -1,4 +1,4 @@
-"""What the fields of a config class may hold, by their annotations."""
+"""The types of config fields, by their annotations."""
 
 import dataclasses
 import functools
@@ -29,9 +29,9 @@ def annotations(cls: type) -> dict[str, Any]:
 
 
 def options(kind: Any) -> tuple[Any, ...]:
-  """Returns the members of a union, a plain annotation as its only one."""
+  """Returns the members of a union; of another annotation, itself alone."""
   if typing.get_origin(kind) in (typing.Union, types.UnionType):
-    # None and numbers before str, which would take any text.
+    # None and numbers come before str, which takes any text.
     return tuple(sorted(typing.get_args(kind), key=lambda k: k is str))
   return (kind,)
 
@@ -44,7 +44,7 @@ def classes(kind: Any) -> tuple[type, ...]:
 
 
 def is_tuple(kind: Any) -> bool:
-  """Returns whether an annotation is that of a tuple with typed entries."""
+  """Returns whether an annotation is a tuple with typed entries."""
   return typing.get_origin(kind) is tuple
 
 
@@ -132,7 +132,7 @@ def join(path: str, name: str) -> str:
 
 
 def describe(kind: Any) -> str:
-  """Writes an annotation the way that a user would say it."""
+  """Returns an annotation in words."""
   if kind is object:
     return 'a config'
   if kind is type(None):
@@ -148,6 +148,6 @@ def describe(kind: Any) -> str:
 
 
 def short(value: Any) -> str:
-  """Returns a value as an error shows it."""
+  """Returns a value in at most 60 letters, for errors."""
   text = type(value).__name__ if is_config(value) else repr(value)
   return text if len(text) <= 60 else text[:57] + '...'

@@ -21,8 +21,8 @@ def call_get_config(spec: str) -> tuple[types.ModuleType, Any]:
   """Loads an experiment file and calls its `get_config`.
 
   Args:
-    spec: `path/to/experiment.py`, or that and `:arg`; the argument is a string
-      and what it means is said in the file.
+    spec: `path/to/experiment.py`, or that and `:arg`. The argument is a string
+      for `get_config`; the file's docstring explains it.
 
   Returns:
     The file's module and what `get_config` returned.
@@ -136,7 +136,7 @@ def _module_name(path: pathlib.Path) -> str:
 
 
 def _missing(path: pathlib.Path) -> str:
-  """Says that there is no such file, and which files are there."""
+  """Returns the error for a missing file, with the files that exist."""
   folder, shown = path.parent, files.shown
   there = []
   if os.path.isdir(folder):

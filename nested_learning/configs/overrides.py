@@ -1,4 +1,4 @@
-"""Changes to single fields of a config, as they are typed in a shell."""
+"""Changes to fields of a config, as they are typed in a shell."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -14,7 +14,7 @@ from nested_learning.configs import serialization
 def override(config: Any, assignments: Sequence[str]) -> Any:
   """Returns `config` with some fields changed.
 
-  All changes are made at once, so that validation sees only the final config.
+  All changes are made at once, and only the final config is validated.
 
   Args:
     config: A frozen dataclass.
@@ -43,7 +43,7 @@ def override(config: Any, assignments: Sequence[str]) -> Any:
 
 
 class _Changes:
-  """A tree of assignments: a value for this node, changes below it."""
+  """A tree of assignments: the text for a node, and changes below it."""
 
   def __init__(self):
     self.text: str | None = None
@@ -103,7 +103,7 @@ def _apply_below(
 
 
 def _named_class(text: str | None, kind: Any) -> type | None:
-  """Returns the config class that `text` chooses, if it is one."""
+  """Returns the config class that `text` names, if there is one."""
   for option in fields.classes(kind):
     if fields.is_config(option) and option.__name__ == text:
       return option

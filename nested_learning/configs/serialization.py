@@ -1,4 +1,4 @@
-"""Configs as JSON, so that a run can be repeated from its `config.json`."""
+"""Configs as JSON: a run is repeated from its `config.json`."""
 
 from collections.abc import Iterator, Mapping
 import difflib
@@ -37,8 +37,8 @@ def to_json(config: Any, run: str | None = None) -> str:
 def from_json(text: str) -> Any:
   """Returns the config that `to_json` wrote.
 
-  Fields that the text does not name keep their defaults, so that a config
-  outlives the addition of a field.
+  Fields that the text does not name keep their defaults, so a config can still
+  be read after a field was added.
 
   Args:
     text: JSON of a dataclass of `nested_learning` or of a file under
@@ -60,11 +60,11 @@ def differences(ours: Any, theirs: Any) -> dict[str, tuple[Any, Any]]:
 
   Args:
     ours: A dataclass.
-    theirs: Another, not necessarily of the same class.
+    theirs: Another dataclass, perhaps of another class.
 
   Returns:
-    From each path that differs to both values; a value that one config does
-    not have is '(absent)'.
+    From each path that differs to both values; '(absent)' is the value of a
+    path that a config does not have.
   """
   left, right = (dict(leaves(encode(c, ''), '')) for c in (ours, theirs))
   absent = '(absent)'
@@ -76,7 +76,7 @@ def differences(ours: Any, theirs: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def encode(value: Any, path: str) -> Any:
-  """Turns a config into what JSON can hold."""
+  """Returns a config as dicts, lists, numbers and strings."""
   if fields.is_config(value):
     cls = type(value)
     data = {TYPE_KEY: f'{cls.__module__}.{cls.__qualname__}'}

@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import re
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -323,6 +324,14 @@ class PipelineTest(parameterized.TestCase):
     config = dataclasses.replace(self.config, validation_fraction=0.0)
     self.assertFalse(config.has_validation)
     self.assertEqual(next(data.make_iterator(config))['mask'].all(), True)
+
+  def test_examples_of_the_page_run(self):
+    page = pathlib.Path(data.__file__).with_name('README.md').read_text()
+    blocks = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+    self.assertNotEmpty(blocks)
+    names = {}
+    exec('\n'.join(blocks), names)
+    self.assertEqual(names['batch']['tokens'].shape, (4, 64))
 
   def test_unknown_split(self):
     with self.assertRaisesRegex(ValueError, "split='test' must be 'train'"):
