@@ -59,7 +59,7 @@ class Row:
   """An experiment, and a slice to compile it for.
 
   Attributes:
-    name: Name of its file in experiments/, without .py.
+    name: 'hope_' and a size of experiments/hope.py.
     topology: The slice, as for --topology.
     settings: Overrides, as for --set.
   """
@@ -67,6 +67,12 @@ class Row:
   name: str
   topology: str
   settings: tuple[str, ...] = ()
+
+  @property
+  def spec(self) -> str:
+    """The experiment, as for --config."""
+    size = self.name.removeprefix('hope_')
+    return f'{_ROOT / "experiments" / "hope.py"}:{size}'
 
   @property
   def key(self) -> str:
@@ -190,7 +196,7 @@ def compile_in_process(row: Row, workdir: pathlib.Path) -> dict[str, Any]:
     [
       sys.executable,
       str(_ROOT / 'launch' / 'run.py'),
-      f'--config={_ROOT / "experiments" / row.name}.py',
+      f'--config={row.spec}',
       '--mode=compile',
       f'--topology={row.topology}',
       f'--workdir={folder}',
@@ -300,8 +306,7 @@ def _fingerprint(row: Row) -> str:
   """Returns a hash of a row's config, which changes with the experiment."""
   from nested_learning import configs  # imports JAX; --help stays quick
 
-  path = _ROOT / 'experiments' / f'{row.name}.py'
-  config = configs.override(configs.load(str(path)), list(row.settings))
+  config = configs.override(configs.load(row.spec), list(row.settings))
   text = f'{row.topology} {configs.to_json(config)}'
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -1,12 +1,30 @@
-"""Hope of the zoo, trained as the papers do; `hope_170m.py` to `hope_1p3b.py`.
+"""Hope in the sizes of the papers, and two beyond them.
 
-Half a million tokens per step, 4,096 per row, a vocabulary of 32,000, cosine,
-weight decay 0.1: Behrouz et al., Miras, arXiv:2504.13173 (170M to 760M), and
-Atlas, arXiv:2505.23735 (1.3B), whose settings Nested Learning follows where it
-says nothing.
+Command, for the size 170m, 340m, 760m, 1p3b, 7b or 70b:
+  python launch/run.py --config=experiments/hope.py:170m \
+    --workdir=runs/hope_170m --set=data.source=TEXT \
+    --set=data.tokenizer=TOKENIZER.model
+  python launch/run.py --config=experiments/hope.py:170m --mode=describe
+  python launch/run.py --config=experiments/hope.py:1p3b --mode=compile \
+    --topology=v5e:16x16 --workdir=runs/hope_1p3b_compiled
+
+Hardware: 64 devices up to 760M, 256 for 1.3B, 128 for 7B, 1,024 for 70B, or any
+number that divides the 128 rows of a batch. Compiling 1.3B takes three minutes
+of a core.
+Result: compiled for pods (experiments/compiled/README.md), not trained yet.
+
+A step has half a million tokens, a row 4,096, the vocabulary 32,000 tokens; the
+schedule is a cosine, weight decay 0.1. These are the settings of Behrouz et
+al., Miras, arXiv:2504.13173 (170M to 760M), and Atlas, arXiv:2505.23735 (1.3B),
+which Nested Learning follows where it states nothing. No paper has 7B and 70B:
+width, depth and heads continue those of the smaller sizes, with 20 tokens per
+parameter.
 """
 
+from typing import NamedTuple
+
 from nested_learning import data
+from nested_learning import errors
 from nested_learning import models
 from nested_learning import sharding
 from nested_learning import training
@@ -15,30 +33,38 @@ _ROWS = 128
 _STEP = 2**19  # tokens
 
 
-def make_config(
-  name: str,
-  *,
-  learning_rate: float,
-  num_tokens: float,
-  mesh: sharding.MeshConfig,
-) -> training.ExperimentConfig:
-  """Makes the experiment of one size.
+class _Size(NamedTuple):
+  learning_rate: float  # at its peak
+  num_tokens: float
+  mesh: sharding.MeshConfig
 
-  Args:
-    name: Of the model in the zoo, and of the run.
-    learning_rate: At its peak.
-    num_tokens: To train on.
-    mesh: The devices that it is meant for.
 
-  Returns:
-    The experiment. It reads text from the folder `text` and needs a
-    SentencePiece model of 32,000 pieces, `tokenizer.model`; --set=data.source=
-    and --set=data.tokenizer= name others.
+_SIZES = {
+  '170m': _Size(3e-3, 15e9, sharding.MeshConfig(fsdp=8)),
+  '340m': _Size(1.5e-3, 15e9, sharding.MeshConfig(fsdp=8)),
+  '760m': _Size(1.25e-3, 30e9, sharding.MeshConfig(fsdp=8)),
+  '1p3b': _Size(7e-4, 100e9, sharding.MeshConfig(fsdp=8, model=2)),
+  '7b': _Size(3e-4, 140e9, sharding.MeshConfig(fsdp=32)),
+  '70b': _Size(1.5e-4, 1.4e12, sharding.MeshConfig(fsdp=128, model=8)),
+}
+
+
+def get_config(arg: str | None = None) -> training.ExperimentConfig:
+  """Returns the experiment of one size; `arg` is the size.
+
+  It reads text from the folder `text` and needs a SentencePiece model of 32,000
+  pieces, `tokenizer.model`; --set=data.source= and --set=data.tokenizer= name
+  others.
   """
-  model = models.zoo.make_config(name, dtype='bfloat16', remat='layer')
+  if arg not in _SIZES:
+    raise errors.UserError(
+      f'hope.py:{arg or ""} must name a size, one of {", ".join(_SIZES)}.'
+    )
+  size = _SIZES[arg]
+  name = f'hope_{arg}'
   return training.ExperimentConfig(
     name=name,
-    model=model,
+    model=models.zoo.make_config(name, dtype='bfloat16', remat='layer'),
     data=data.DataConfig(
       source='text',
       tokenizer='tokenizer.model',
@@ -46,11 +72,11 @@ def make_config(
       batch_size=_ROWS,
     ),
     train=training.TrainConfig(
-      num_steps=round(num_tokens / _STEP),
-      learning_rate=learning_rate,
+      num_steps=round(size.num_tokens / _STEP),
+      learning_rate=size.learning_rate,
       warmup_steps=1000,
       evaluate_every=1000,
       checkpoint_every=1000,
     ),
-    mesh=mesh,
+    mesh=size.mesh,
   )

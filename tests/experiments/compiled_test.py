@@ -16,7 +16,6 @@ from nested_learning import configs
 from nested_learning import errors
 from nested_learning import sharding
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _ROWS = compiled.ROWS[:2]
 
 
@@ -122,7 +121,7 @@ class CompiledTest(parameterized.TestCase):
 
   @parameterized.named_parameters((row.key, row) for row in compiled.ROWS)
   def test_no_device_of_a_row_is_idle(self, row):
-    config = configs.load(str(_ROOT / 'experiments' / f'{row.name}.py'))
+    config = configs.load(row.spec)
     config = configs.override(config, list(row.settings))
     topology = accelerators.find(row.topology)
     shape = sharding.mesh_shape(

@@ -17,12 +17,12 @@ class SizesTest(parameterized.TestCase):
   @parameterized.parameters(
     'quickstart.py',
     'quickstart.py:transformer',
-    'hope_170m.py',
-    'hope_340m.py',
-    'hope_760m.py',
-    'hope_1p3b.py',
-    'hope_7b.py',
-    'hope_70b.py',
+    'hope.py:170m',
+    'hope.py:340m',
+    'hope.py:760m',
+    'hope.py:1p3b',
+    'hope.py:7b',
+    'hope.py:70b',
   )
   def test_repeats_from_json_and_is_described(self, spec):
     config = configs.load(str(_FOLDER / spec))
@@ -33,18 +33,23 @@ class SizesTest(parameterized.TestCase):
     self.assertIn(f'{count:,} parameters', training.describe(config))
 
   @parameterized.parameters(
-    ('hope_170m.py', 169_859_136),
-    ('hope_340m.py', 341_544_960),
-    ('hope_760m.py', 759_452_928),
-    ('hope_1p3b.py', 1_304_910_912),
-    ('hope_7b.py', 7_012_366_336),
-    ('hope_70b.py', 69_984_622_592),
+    ('hope.py:170m', 169_859_136),
+    ('hope.py:340m', 341_544_960),
+    ('hope.py:760m', 759_452_928),
+    ('hope.py:1p3b', 1_304_910_912),
+    ('hope.py:7b', 7_012_366_336),
+    ('hope.py:70b', 69_984_622_592),
   )
   def test_is_as_large_as_its_name(self, spec, count):
     config = configs.load(str(_FOLDER / spec))
     self.assertEqual(
       parameters.count(models.make_model(config.model).table), count
     )
+
+  @parameterized.parameters('hope.py', 'hope.py:2b')
+  def test_hope_needs_a_size(self, spec):
+    with self.assertRaisesRegex(ValueError, 'must name a size, one of 170m'):
+      configs.load(str(_FOLDER / spec))
 
   def test_quickstart_refuses_another_mixer(self):
     with self.assertRaisesRegex(ValueError, "'mamba' must be 'hope' or"):

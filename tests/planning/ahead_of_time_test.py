@@ -209,7 +209,7 @@ class CompilerTest(parameterized.TestCase):
       self.skipTest('no plugin for CUDA is installed')
     summary, _ = self.compile(
       f"""configs.override(
-        configs.load({str(_ROOT / 'experiments' / 'hope_170m.py')!r}),
+        configs.load({str(_ROOT / 'experiments' / 'hope.py:170m')!r}),
         ['model.num_layers=1', 'data.sequence_length=256',
          'data.batch_size=16'],
       )""",
