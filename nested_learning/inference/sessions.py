@@ -96,11 +96,18 @@ class Session:
         that was fed by another tokenizer.
 
     Raises:
-      errors.UserError: If the levels do not fit the model, or its state does
-        not hold a segment.
+      errors.UserError: If no level learns, the levels do not fit the model, its
+        state does not hold a segment, or there are no rows.
     """
     self.model, self.params = model, params
-    self.inner = inner or default_inner(model.config)
+    self.inner = default_inner(model.config) if inner is None else inner
+    if not self.inner.is_on:
+      raise errors.UserError(
+        f'inner.update_every={self.inner.update_every} lets no level learn, '
+        'and a session is there to learn; leave out inner for the default.'
+      )
+    if num_rows < 1:
+      raise errors.UserError(f'{num_rows=} must be at least 1.')
     self._tokenizer = tokenizer_fingerprint
     self._programs = session_programs.make_programs(model, self.inner)
     size = self._programs.segment_size
@@ -428,8 +435,10 @@ def join(sessions: Sequence[Session]) -> Session:
     A session that shares nothing with them.
 
   Raises:
-    errors.UserError: If their parameters or levels differ.
+    errors.UserError: If there are none, or their parameters or levels differ.
   """
+  if not sessions:
+    raise errors.UserError('there is no session to join; give at least one.')
   first = sessions[0]
   for other in sessions[1:]:
     if other.params is not first.params or other.inner != first.inner:

@@ -32,6 +32,10 @@ def init_params(config):
 
 
 class GenerateTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.enterContext(compiling.quickly())
+
   def make(self, config, **settings):
     model = models.make_model(config)
     generate = inference.make_generate(model, **settings)
@@ -148,7 +152,6 @@ class GenerateTest(parameterized.TestCase):
     np.testing.assert_array_equal(together[0], alone[0])
 
   def test_a_model_that_learns_generates_as_its_session_does(self):
-    self.enterContext(compiling.quickly())
     inner = levels.InnerConfig((4,) * 2, (0.5,), objective='dot')
     params, prompt = init_params(tiny.MODEL), self.prompt(2, 13)
     session = inference.Session(

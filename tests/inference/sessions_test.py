@@ -299,6 +299,15 @@ class SessionsTest(parameterized.TestCase):
       session.feed(tokens)
     assert_equal(session, base())
 
+  def test_refuses_sessions_that_cannot_learn_or_have_no_rows(self):
+    model, params = base().model, base().params
+    with self.assertRaisesRegex(errors.UserError, 'lets no level learn'):
+      inference.Session(model, params, levels.InnerConfig())
+    with self.assertRaisesRegex(errors.UserError, 'num_rows=0 must be'):
+      inference.Session(model, params, _INNER, num_rows=0)
+    with self.assertRaisesRegex(errors.UserError, 'no session to join'):
+      inference.join([])
+
   def test_refuses_flags_of_other_shapes(self):
     session = begin()
     for marks, message in (
