@@ -4,8 +4,8 @@ r"""The chunked gated delta rule alone, to measure the engine against.
                 + inner\_lr_t v_t k_t^T
 
 Its triangular systems are inverted in blocks by matmuls, as published kernels
-do: jaxlib's batched solves on CPUs (0.10.2) can wait for each other for ever
-where two of them share two cores.
+do. Batched triangular solves of jaxlib 0.10.2 on CPUs can deadlock when two of
+them share two cores.
 
 References:
   Yang et al., arXiv:2406.06484, 2024 (chunks by the WY form);

@@ -1,18 +1,20 @@
-"""How fast the memory engine is: ratios of one run on one machine.
+"""Speed of the memory engine: ratios of one run on one machine.
 
 Command:
   python launch/run.py --config=experiments/benchmarks/engine.py \
     --workdir=runs/engine
 
-Hardware: two CPU cores and 15 GB, seven minutes. Writes summary.json:
-chunk_over_token_loop (forward and backward of one layer), hope_over_transformer
-(a whole training step, equal parameter count), hope_flop_ceiling (what the
-operation counts of the two would allow, at one rate for both, without the
-branch that a border between documents takes), share_of_matmul_rate,
-flatness_1k_32k (training time per token of a 32K row over that of 1K rows),
-flatness_1k_32k_work (the same of the program's own work, by CPU time, without
-what the system does for it) and decode_flatness_1k_100k (generation time per
-token, by time again).
+Hardware: two CPU cores and 15 GB, seven minutes. Writes summary.json with:
+
+  chunk_over_token_loop    forward and backward pass of one layer
+  hope_over_transformer    speed of a training step, equal parameter count
+  hope_flop_ceiling        the same if both ran at one rate of operations; the
+                           branch for borders between documents is not counted
+  share_of_matmul_rate     of a training step of Hope
+  flatness_1k_32k          training time per token of a 32K row over 1K rows
+  flatness_1k_32k_work     the same in CPU time of the program, without the
+                           system's
+  decode_flatness_1k_100k  generation time per token after 100K over 1K tokens
 
 Result of one run, two idle CPU cores, float32, huge pages:
 
@@ -26,12 +28,12 @@ Result of one run, two idle CPU cores, float32, huge pages:
   decode_flatness_1k_100k   1.021
   state_bytes_100k_over_1k  1
 
-Hope takes three quarters of what its operations allow beside Transformer++. A
-layer's gradient, with matrices of 64, runs at 27 % of the machine's rate; 40
-times the token loop would be 44 %. Per token a long row takes the same work as
-a short one, within a tenth. What grows is the time of the system, which clears
-5 GB of fresh memory for the gradient (2 GB with model.remat=layer), on the
-virtual machine that this ran on at half a gigabyte per second.
+Beside Transformer++, Hope reaches three quarters of the speed that its number
+of operations allows. The gradient of a layer, with matrices of 64, runs at 27 %
+of the machine's rate; 40 times the token loop would be 44 %. The work per token
+of a long row is within a tenth of a short row's. The time of the system grows:
+it clears 5 GB of fresh memory for the gradient (2 GB with model.remat=layer),
+on this virtual machine at half a gigabyte per second.
 """
 
 import dataclasses
@@ -67,12 +69,12 @@ class BenchmarkConfig:
   long_row: int = 32_768  # tokens
   long_context: int = 100_000  # tokens read before generating
   decode_steps: int = 64  # tokens generated
-  repeats: int = 3  # the fastest of so many counts
+  repeats: int = 3  # timings, of which the fastest counts
   step_repeats: int = 10  # of training steps
 
 
 def get_config(arg: str | None = None) -> BenchmarkConfig:
-  """The benchmark; `arg` 'small' is the one that tests run."""
+  """Returns the benchmark; tests run the one of `arg` 'small'."""
   if arg == 'small':
     return BenchmarkConfig(
       num_layers=1,
@@ -94,7 +96,7 @@ def get_config(arg: str | None = None) -> BenchmarkConfig:
 
 
 def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
-  """Times everything in turn and writes the ratios."""
+  """Times all parts in turn and writes the ratios."""
   report_files.check_mode(mode)
   parts = (_layers, _training_steps, _long_rows, _decoding)
   matmul_rate = _matmul_rate()
@@ -119,7 +121,7 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
 
 
 def _layers(config: BenchmarkConfig, matmul_rate: float) -> dict[str, float]:
-  """Forward and backward of one layer: the token loop, and chunk sizes."""
+  """Times forward and backward pass of a layer, by token and in chunks."""
   del matmul_rate
   shape = (config.batch_size, config.num_tokens, config.embed_dim)
   inputs = jax.random.normal(jax.random.key(1), shape)
@@ -151,7 +153,7 @@ def _layers(config: BenchmarkConfig, matmul_rate: float) -> dict[str, float]:
 
 
 def _training_steps(config: BenchmarkConfig, rate: float) -> dict[str, float]:
-  """A whole training step of Hope and of a Transformer++ as large."""
+  """Times training steps of Hope and of a Transformer++ of its size."""
   hope = _hope(config, config.num_tokens)
   transformer = _transformer_as_large(hope)
   num_tokens = config.batch_size * config.num_tokens
@@ -198,7 +200,7 @@ def _training_steps(config: BenchmarkConfig, rate: float) -> dict[str, float]:
 
 
 def _long_rows(config: BenchmarkConfig, matmul_rate: float) -> dict[str, float]:
-  """Forward and backward per token, at the usual length and a long one."""
+  """Times forward and backward pass per token of a short and a long row."""
   del matmul_rate
   functions = {}
   for length in (config.num_tokens, config.long_row):
@@ -217,7 +219,7 @@ def _long_rows(config: BenchmarkConfig, matmul_rate: float) -> dict[str, float]:
 
 
 def _decoding(config: BenchmarkConfig, matmul_rate: float) -> dict[str, float]:
-  """Generation time per token and state size, after little and much text."""
+  """Times generation and measures the state, after little and much text."""
   del matmul_rate
   piece = config.num_tokens
   model = models.make_model(_hope(config, piece))
@@ -271,7 +273,7 @@ def _mixer(config: BenchmarkConfig, **changes):
 
 
 def _transformer_as_large(hope: models.ModelConfig) -> models.ModelConfig:
-  """Transformer++ of the same width and depth, its MLP filling the count."""
+  """Returns a Transformer++ whose MLP makes the parameter counts equal."""
   mixer = attention.AttentionConfig(
     hope.mixer.num_heads, hope.mixer.num_heads, hope.mixer.head_dim
   )
@@ -286,7 +288,7 @@ def _transformer_as_large(hope: models.ModelConfig) -> models.ModelConfig:
 
 
 def _gradient(model: models.Model):
-  """Of a loss on the logits, for rows of one document each."""
+  """Returns the gradient of a loss, for rows of one document each."""
 
   def loss(params, tokens):
     return jnp.mean(model.forward(params, None, tokens)[0] ** 2)
@@ -299,7 +301,7 @@ def _tokens(batch_size: int, num_tokens: int) -> jax.Array:
 
 
 def _matmul_rate() -> float:
-  """FLOPs per second of a chain of large float32 matmuls."""
+  """Measures the FLOPs per second of large float32 matmuls."""
   size, chain = 1024, 4
   a = jnp.eye(size)
 

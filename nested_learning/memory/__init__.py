@@ -5,13 +5,13 @@ extension may import more.
 """
 
 from nested_learning.memory.chunk_scan import scan_chunks
+from nested_learning.memory.extension import Extension
 from nested_learning.memory.networks import make_matrix
 from nested_learning.memory.networks import make_mlp
 from nested_learning.memory.networks import Network
 from nested_learning.memory.objectives import ACTIVATIONS
 from nested_learning.memory.objectives import OBJECTIVES
 from nested_learning.memory.objectives import RETENTION_MAPS
-from nested_learning.memory.rule import Extension
 from nested_learning.memory.rule import init_state
 from nested_learning.memory.rule import Result
 from nested_learning.memory.rule import Rule

@@ -17,13 +17,13 @@ References:
 
 from collections.abc import Callable, Mapping
 import dataclasses
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from nested_learning import errors
-from nested_learning.memory import layout
+from nested_learning.memory import extension as extension_lib
 from nested_learning.memory import networks
 from nested_learning.memory import objectives
 
@@ -54,7 +54,7 @@ class Rule:
   # Miras' retention map: from the weights that are written to those that are
   # read, applied at the start of a chunk. None is the identity.
   to_weights: Callable[[Any], Any] | None = None
-  extension: 'Extension | None' = None  # another way to write
+  extension: extension_lib.Extension | None = None  # another way to write
 
   def __post_init__(self):
     errors.check_choices(self)
@@ -185,102 +185,6 @@ class Carry(NamedTuple):
 
   weights: jax.Array
   trace: jax.Array | None = None
-
-
-class Extension(Protocol):
-  """Another way to write a memory; see `nested_learning.memory.extensions`.
-
-  An extension is a frozen dataclass of its settings, set as `Rule.extension`.
-  Its memory is static: `project` is None.
-  """
-
-  @property
-  def inputs(self) -> Mapping[str, Literal['inner_lr', 'fraction']]:
-    """Numbers per token that writes need in `WriteInputs.extra`, by name.
-
-    Each is an 'inner_lr', >= 0, or a 'fraction' in [0, 1].
-    """
-
-  def check(self, rule: Rule) -> None:
-    """Raises `errors.UserError` if it is not defined for the rule."""
-
-  def check_network(self, network: networks.Network) -> None:
-    """Raises `errors.UserError` if it is not defined for the network."""
-
-  def init_state(self, initial: Any, batch_size: int) -> Any:
-    """Makes `State.extra` of a stream's start, a pytree [b, ...], or None."""
-
-  def write_token(
-    self,
-    network: networks.Network,
-    rule: Rule,
-    initial: Any,
-    state: State,
-    anchor: Any,
-    inputs: WriteInputs,
-    write: jax.Array,
-  ) -> tuple[dict[str, Carry], Any]:
-    """Writes one token: the definition.
-
-    Args:
-      network: The memory's network.
-      rule: How it is written and read.
-      initial: Initial memory per map, [h, ..., out, in].
-      state: Before the token.
-      anchor: Weights per map at the start of the chunk, [b, h, ..., out, in].
-      inputs: Of the token, [b, h, 1, ...].
-      write: bool [b, 1, 1, 1], False makes the token an exact no-op.
-
-    Returns:
-      The carry of each map and `State.extra` after the token.
-    """
-
-  def prepare(
-    self,
-    rule: Rule,
-    initial: Any,
-    state: State,
-    chunks: layout.Chunks,
-    *,
-    write: bool,
-  ) -> tuple[Any, Any]:
-    """Computes what is known of all chunks of a call before they are scanned.
-
-    Args:
-      rule: How the memory is written and read.
-      initial: Initial memory per map, [h, ..., out, in].
-      state: Before the call.
-      chunks: The tokens in chunks; `inputs` are `WriteInputs`.
-      write: Whether the tokens write.
-
-    Returns:
-      A pytree [n, ...] that becomes each chunk's `known`, and `State.extra`
-      after the call.
-    """
-
-  def solve_chunk(
-    self,
-    network: networks.Network,
-    rule: Rule,
-    initial: Any,
-    state: State,
-    anchor: Any,
-    chunk: layout.Chunks,
-  ) -> tuple[networks.Linear, dict[str, Carry]]:
-    """Writes all tokens of a chunk at once; equal to `write_token`.
-
-    Args:
-      network: The memory's network.
-      rule: How it is written and read.
-      initial: Initial memory per map and row, [b, h, ..., out, in].
-      state: Before the chunk; its `extra` is None.
-      anchor: Weights per map, [b, h, ..., out, in].
-      chunk: One chunk, without the leading axis.
-
-    Returns:
-      The `linear` that applies each token's own weights, after its write, and
-      the carry of each map after the last token.
-    """
 
 
 def init_state(rule: Rule, initial: Any, batch_size: int) -> State:

@@ -20,7 +20,7 @@ from tests.memory import problems
 
 
 def sweep() -> list[dict[str, Any]]:
-  """All settings of the update rule, what is read and marked at random."""
+  """Returns all settings of the update rule, the other factors at random."""
   rng = random.Random(0)
   names = ('kind', 'erase', 'retain_to', 'momentum', 'chunk_size')
   others = [name for name in problems.FACTORS if name not in names]
@@ -29,7 +29,7 @@ def sweep() -> list[dict[str, Any]]:
     row = {name: rng.choice(problems.FACTORS[name]) for name in others}
     row.update(zip(names, values, strict=True))
     if row['erase'] == 'none' and row['target'] == 'own':
-      # Nothing else keeps self-made targets from running away.
+      # Without erase nothing else bounds a memory that makes its own targets.
       row['max_norm'] = 0.5
     rows.append(row)
   return rows
@@ -39,7 +39,7 @@ class _Comparison(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.enterContext(jax.enable_x64(True))
-    # Streams of more chunks than this have their backward pass in two levels.
+    # Streams of more than 16 chunks recompute groups in the backward pass.
     self.enterContext(mock.patch.object(chunk_scan, '_KEPT_CHUNKS', 16))
 
   def check_equals_token_loop(self, settings: Mapping[str, Any]):

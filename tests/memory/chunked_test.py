@@ -16,7 +16,7 @@ def draw(*shape):
 
 
 def repeated_keys(size, inner_lr):
-  """What chunks of equal keys of norm one give: inner_lr below the diagonal."""
+  """Returns the matrix of equal keys: inner_lr below the diagonal."""
   return inner_lr * np.tril(np.ones((size, size)), -1)
 
 

@@ -121,7 +121,7 @@ class ExtensionsTest(parameterized.TestCase):
     )
 
   def comparable(self, state):
-    """The state without what nothing reads again."""
+    """Returns the state without values that nothing reads again."""
     tail = state.extra
     if tail is not None:
       hide = lambda x: jnp.where(tail.valid, x, 0.0)

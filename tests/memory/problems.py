@@ -1,7 +1,7 @@
-"""A self-modifying memory of two heads with random tokens, small and float64.
+"""A small self-modifying memory of two heads with random tokens in float64.
 
-The memory makes its own keys, values, learning rates and retentions (roles 0
-and 1 of its vectors, 0 and 1 of its scalars); reads are of role 0.
+The memory makes its own keys and values (vector roles 0 and 1), inner learning
+rates and retentions (scalar roles 0 and 1); queries read role 0.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from nested_learning.layers import norm
 
 BATCH, HEADS, DIM, HIDDEN = 2, 2, 5, 4
 
-# The settings of the engine, and the values that are tested of each.
+# Settings of the engine and the tested values of each.
 FACTORS: Mapping[str, Sequence[Any]] = {
   'kind': ('mlp', 'matrix'),
   'erase': ('none', 'input', 'output', 'every_map'),
@@ -51,7 +51,7 @@ class Problem(NamedTuple):
 def make_problem(
   kind: str, *, num_tokens: int = 33, momentum: bool = False, seed: int = 0
 ) -> Problem:
-  """Draws a problem: values near one, a border or a gap every seventh token."""
+  """Draws a problem with a border and a gap at about every seventh token."""
   rng = np.random.default_rng(seed)
   network = make_network(kind)
   shape = (BATCH, HEADS, num_tokens)
@@ -72,7 +72,7 @@ def make_problem(
 
 
 def make_network(kind: str, activation=jax.nn.silu) -> memory.Network:
-  """Two vector roles and two scalar ones."""
+  """Makes a network of two vector and two scalar roles."""
   sizes = {'num_heads': HEADS, 'dim': DIM, 'num_vectors': 2, 'num_scalars': 2}
   if kind == 'matrix':
     return memory.make_matrix(**sizes)
@@ -80,7 +80,7 @@ def make_network(kind: str, activation=jax.nn.silu) -> memory.Network:
 
 
 def make_project(network: memory.Network, rate=jax.nn.sigmoid):
-  """The memory's feed for its tokens; `rate` maps raw outputs into (0, 1)."""
+  """Makes `project`; `rate` maps raw outputs into (0, 1)."""
 
   def project(weights, inputs):
     made = network.read(weights, inputs['x'], (0, 1), (0, 2))
@@ -98,7 +98,7 @@ def make_project(network: memory.Network, rate=jax.nn.sigmoid):
 
 
 def make_rule(kind: str, settings: Mapping[str, Any]) -> memory.Rule:
-  """The rule with some of `FACTORS` set; targets that fit the network."""
+  """Makes a rule with some of `FACTORS` set and targets that fit."""
   others = ('kind', 'marks', 'feed')
   settings = {k: v for k, v in settings.items() if k not in others}
   settings['objective'] = memory.OBJECTIVES[settings.get('objective', 'l2')]
@@ -108,7 +108,7 @@ def make_rule(kind: str, settings: Mapping[str, Any]) -> memory.Rule:
 
 
 def comparable(state: memory.State) -> memory.State:
-  """The state without anchors that the next token replaces."""
+  """Returns the state without anchors that the next token replaces."""
 
   def leaf(weights, anchor):
     starts = (state.offset == 0).reshape(-1, *[1] * (anchor.ndim - 1))
@@ -118,7 +118,7 @@ def comparable(state: memory.State) -> memory.State:
 
 
 def vectors_only(objective):
-  """The objective for vector roles; scalar ones have no target and no error."""
+  """Restricts an objective to vector roles; scalars have no target."""
 
   def restricted(prediction, target):
     if prediction.shape[-1] != target.shape[-1]:
@@ -129,7 +129,7 @@ def vectors_only(objective):
 
 
 def covering(seed: int = 0) -> list[dict[str, Any]]:
-  """Settings such that every pair of values of two factors occurs together."""
+  """Returns settings in which every pair of values of two factors occurs."""
   rng = random.Random(seed)
   names = list(FACTORS)
   missing = set()

@@ -1,12 +1,12 @@
-r"""The engine written out in numpy, one row, head, token and role at a time.
+r"""The engine in NumPy, one row, head, token and role at a time.
 
-Every role is a memory of its own, with its own errors back-propagated by hand:
+Every role is a memory of its own with errors back-propagated by hand:
 
     S_t = momentum_t S_{t-1} + inner_lr_t delta_t x_t^T
     W_t = retention_t W_{t-1} - erase inner_lr_t (W_{t-1} x_t) x_t^T - S_t
 
-applied to W, or with retention acting on W - W_initial; what is erased may be
-read after retention has acted.
+applied to W, or with retention acting on W - W_initial. The erased read may use
+the weights after retention.
 """
 
 import numpy as np
@@ -19,13 +19,13 @@ def run(problem, rule, *, objective, use_marks):
 
   Args:
     problem: A `problems.Problem`.
-    rule: The `memory.Rule`; its numbers and names are read, not its functions.
+    rule: The `memory.Rule`; its functions are not used.
     objective: 'l2' or 'dot'.
     use_marks: Whether the problem's borders and gaps count.
 
   Returns:
     Reads [b, h, t, d], zero for tokens that are not there, and the last memory
-    stacked as the engine's.
+    in the engine's stacked layout.
   """
   inputs = {k: np.asarray(v) for k, v in problem.inputs.items()}
   batch_size, heads, num_tokens, dim = inputs['x'].shape

@@ -1,4 +1,4 @@
-"""Streams: splits into calls, gaps, borders, reading without writing."""
+"""Streams: any split into calls, gaps, borders, reading without writing."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -30,7 +30,7 @@ _SETTINGS = (
 
 
 class Stream:
-  """An engine compiled once per length, with every token marked."""
+  """An engine compiled once per length, with explicit reset and mask."""
 
   def __init__(self, settings):
     kind = settings['kind']
@@ -68,7 +68,7 @@ class Stream:
     write=True,
     engine=memory.scan_chunks,
   ):
-    """Reads the problem's tokens from start to end."""
+    """Reads the problem's tokens from `start` to `end`."""
     part = lambda x, axis: np.take(x, range(start, end), axis)
     inputs = {k: part(v, 2) for k, v in self.problem.inputs.items()}
     reset = self.problem.reset if reset is None else reset

@@ -1,4 +1,4 @@
-"""The token loop against the recurrence written out in numpy."""
+"""The token loop against the recurrence in NumPy."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -95,7 +95,7 @@ class TokenLoopTest(parameterized.TestCase):
         np.testing.assert_allclose(
           state.memory[name], expected, rtol=1e-9, atol=1e-9
         )
-      # The check is of a memory that moved, and does read.
+      # The memory moved, and its reads are not zero.
       moved = [
         np.max(np.abs(weights - problem.initial[name]))
         for name, weights in expected_memory.items()

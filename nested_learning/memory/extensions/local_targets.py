@@ -67,7 +67,7 @@ class LocalTargets:
     del initial, batch_size
 
   def write_token(self, network, rule, initial, state, anchor, inputs, write):
-    """Writes both maps for one token; see `rule.Extension`."""
+    """Writes both maps for one token; see `memory.Extension`."""
     del anchor
     linear = networks.linear_of(state.memory)
     map_inputs = _map_inputs(network, linear, inputs.key)
@@ -86,7 +86,7 @@ class LocalTargets:
     return carries, None
 
   def prepare(self, rule, initial, state, chunks, *, write):
-    """Inverts the systems of all chunks' keys; see `rule.Extension`."""
+    """Inverts the systems of all chunks' keys; see `memory.Extension`."""
     del rule, initial
     if not write:
       return None, state.extra
@@ -98,7 +98,7 @@ class LocalTargets:
     return (keys, chunked.make_scores(keys, inputs.query)), None
 
   def solve_chunk(self, network, rule, initial, state, anchor, chunk):
-    """Writes both maps for a chunk; see `rule.Extension`."""
+    """Writes both maps for a chunk; see `memory.Extension`."""
     del anchor
     inputs = chunk.inputs
     first, scores = chunk.known  # of the map that reads the key

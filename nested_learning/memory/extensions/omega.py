@@ -89,7 +89,7 @@ class Omega:
     return _init_tail(initial, batch_size, self.window)
 
   def write_token(self, network, rule, initial, state, anchor, inputs, write):
-    """Writes one token's window; see `rule.Extension`."""
+    """Writes one token's window; see `memory.Extension`."""
     tail = self._tail(initial, state)
     token = _Tail(inputs.key, inputs.value, self._weights(inputs), write)
     window, tail = _append(tail, token, keep=write[:, 0, 0, 0])
@@ -114,7 +114,7 @@ class Omega:
     return carries, tail if self.window > 1 else None
 
   def prepare(self, rule, initial, state, chunks, *, write):
-    """Lays out the window of every chunk; see `rule.Extension`."""
+    """Lays out the window of every chunk; see `memory.Extension`."""
     inputs, tail = chunks.inputs, self._tail(initial, state)
     key, value, weight = (
       layout.join(x) for x in (inputs.key, inputs.value, self._weights(inputs))
@@ -137,7 +137,7 @@ class Omega:
     return _Known(window, keys), tail if self.window > 1 else None
 
   def solve_chunk(self, network, rule, initial, state, anchor, chunk):
-    """Writes the windows of a chunk's tokens; see `rule.Extension`."""
+    """Writes the windows of a chunk's tokens; see `memory.Extension`."""
     window = chunk.known.window
     fresh = None
     if chunk.reset is not None:

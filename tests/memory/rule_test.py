@@ -1,4 +1,4 @@
-"""Functions of one's own, gradients through the writes, and bad settings."""
+"""Custom functions, gradients through the writes, and bad settings."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -15,7 +15,7 @@ from tests.memory import problems
 
 
 def run(problem, rule, initial=None, inputs=None, **changes):
-  """Reads and last memory of a problem, parts of it replaced."""
+  """Returns reads and last memory of a problem with parts replaced."""
   problem = problem._replace(**changes)
   result, state = memory.scan_chunks(
     problem.network,
@@ -33,10 +33,10 @@ class FunctionsTest(parameterized.TestCase):
     super().setUp()
     self.enterContext(jax.enable_x64(True))
 
-  def test_objective_of_ones_own(self):
+  def test_custom_objective(self):
     problem = problems.make_problem('matrix')
     make = lambda objective: memory.Rule(chunk_size=7, objective=objective)
-    # A sharp Huber is l2 near its target; a weighted l2 is a larger step.
+    # Half the objective is half the step.
     half = lambda p, t: 0.5 * memory.OBJECTIVES['l2'](p, t)
 
     def l2_by_hand(p, t):
@@ -69,7 +69,7 @@ class FunctionsTest(parameterized.TestCase):
       )
     self.assertGreater(np.abs(reads['half'][0] - reads['l2'][0]).max(), 1e-3)
 
-  def test_activation_and_rate_maps_of_ones_own(self):
+  def test_custom_activation_and_rates(self):
     problem = problems.make_problem('mlp')
     rule = problems.make_rule('mlp', {'chunk_size': 16})
     silu_by_hand = lambda x: x / (1.0 + jnp.exp(-x))
@@ -176,8 +176,8 @@ class FunctionsTest(parameterized.TestCase):
 
 class _LongStream(parameterized.TestCase):
   def check_finite(self, kind, erase, objective='l2', inner_lr=0.5):
-    # Heads: retention 1 and 1e-6, momentum 0 and 0.999; rows: repeated keys
-    # and random ones. The learning rate is at its bound everywhere.
+    # Heads: retention 1 and 1e-6, momentum 0 and 0.999. Rows: repeated keys and
+    # random keys. The inner learning rate is at its bound everywhere.
     num_tokens, chunk_size = 102_400, 64
     network = problems.make_network(kind)
     initial = problems.make_problem(kind).initial
@@ -232,7 +232,7 @@ class _LongStream(parameterized.TestCase):
     state, (largest, finite) = run(keys)
     self.assertTrue(np.all(finite))
     self.assertGreater(np.max(largest), 0.1)
-    # Errors are of a chunk's start, so 64 steps overshoot; they do not add up.
+    # The 64 steps of a chunk share an anchor and overshoot, but do not add up.
     quarter = len(largest) // 4
     self.assertLess(np.max(largest[-quarter:]), 10 * np.max(largest[:quarter]))
     for leaf in jax.tree.leaves(state):
@@ -243,7 +243,7 @@ class _LongStream(parameterized.TestCase):
 
 
 class LongStreamTest(_LongStream):
-  """Self-modifying memories at rates that no trained model would have."""
+  """Self-modifying memories at the largest rates."""
 
   @parameterized.parameters(
     ('mlp', 'output', 'dot', 2.0), ('matrix', 'none', 'l2', 0.5)
