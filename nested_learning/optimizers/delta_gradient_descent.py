@@ -208,7 +208,7 @@ def dgd_for_model(
   def is_map(path, _):
     if _name(path) not in known:
       raise ValueError(
-        f'dgd_for_model was not shown the parameter {_name(path)}, but '
+        f'dgd_for_model did not get the parameter {_name(path)}; it got '
         f'{sorted(known)}: give it the tree that is trained.'
       )
     return known[_name(path)]
@@ -333,7 +333,10 @@ def _nnx_pure(loss_fn, model, has_aux):
 
 
 def _nnx_value_and_grad(loss_fn, options):
-  has_aux = options['has_aux']
+  """Returns `value_and_delta_grad` for a loss of an NNX module."""
+  has_aux, num_samples = options['has_aux'], options['num_samples']
+  if callable(num_samples):
+    options = {**options, 'num_samples': lambda _, *args: num_samples(*args)}
 
   def value_and_grad(model, *args):
     pure, params, rest = _nnx_pure(loss_fn, model, has_aux)
