@@ -114,6 +114,7 @@ def analyze(text: str, mesh_shape: Mapping[str, int]) -> Analysis:
       flops[flops_lib.precision(instruction, operands)] += found
       memory_flops += found * is_of_memory(instruction.op_name)
   in_memory = lambda instruction: is_of_memory(instruction.op_name)
+  # The floor keeps the share of an empty program at 0.
   share = lambda count: count(program, in_memory) / max(count(program), 1.0)
   return Analysis(
     dict(flops),
@@ -139,6 +140,7 @@ def estimate_seconds(
   """
   chip = topology.generation.chip
   share = 1 / topology.generation.devices_per_chip
+  # Products below float32 take one pass.
   passes = {'native': 1, **chip.float32_passes}
   matmul = sum(n * passes[kind] for kind, n in analysis.flops.items())
   linked = networked = 0.0

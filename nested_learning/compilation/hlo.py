@@ -9,6 +9,7 @@ import math
 import re
 from typing import NamedTuple
 
+# Types that are missing, such as those of 8-bit floats, have one byte.
 _ITEM_BYTES = {
   'pred': 1,
   's4': 0.5,
@@ -38,6 +39,7 @@ _CALLED = re.compile(
   r'\b(calls|body|condition|to_apply|branch_computations|true_computation|'
   r'false_computation|called_computations)=(\{[^}]*\}|%[\w.\-]+)'
 )
+# Layouts name memory spaces: S(1) is on the chip, no S is HBM.
 _FAST_MEMORY = re.compile(r'S\([1-9]\d*\)')
 
 
@@ -179,6 +181,7 @@ def trip_count(program: Program, loop: Instruction) -> int:
   known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
   if known:
     return int(known[1])
+  # TPU programs compare the counter with a constant, in a fusion or directly.
   (condition,) = loop.called('condition')
   bounds = [
     int(instruction.operands[0])
@@ -202,6 +205,7 @@ def _walk(program, name, times, loops, is_fused):
       continue
     kinds = ['calls', 'branch_computations', 'called_computations']
     kinds += ['true_computation', 'false_computation']
+    # Reductions apply a computation, too, but to scalars: not walked.
     if instruction.opcode in ('call', 'call-start', 'async-start'):
       kinds.append('to_apply')
     fused = is_fused or instruction.opcode == 'fusion'

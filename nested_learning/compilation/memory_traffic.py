@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 
 from nested_learning.compilation import hlo
 
+# Instructions that move nothing: control, names for existing arrays, and the
+# second halves of asynchronous ones, which are counted at their start.
 _FREE = frozenset(
   (
     'parameter',
@@ -27,6 +29,7 @@ _FREE = frozenset(
     'replica-id',
   )
 )
+# Inside a fusion, these only rename entries.
 _VIEWS = ('bitcast', 'reshape')
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 
@@ -111,15 +114,18 @@ def _instruction_bytes(
       continue
     read = _far(operand.shapes)
     if fused is not None and read:
+      # A layer's slice of stacked weights, not the whole stack.
       read = min(read, _read_of(fused, parameters[i]))
     total += read
   written = _far(instruction.shapes)
   if fused is not None and written:
+    # A slice that is updated in place, not the whole array.
     written = min(written, _written_by(fused))
   return total + written
 
 
 def _slice_bytes(instruction, operands):
+  # The slice is read once and written once.
   if instruction.opcode == 'dynamic-update-slice':
     return 2 * _far(operands[1].shapes if operands[1] else ())
   return 2 * _far(instruction.shapes)
@@ -141,7 +147,7 @@ def _read_of(fused, parameter) -> float:
     ):
       continue  # in place
     else:
-      return float('inf')
+      return float('inf')  # Some user needs all of it.
   return total
 
 

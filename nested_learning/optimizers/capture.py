@@ -211,6 +211,7 @@ def _dot_geometry(eqn, weights: int, repeats: int) -> _Geometry:
   order = [left.index(axis) for axis in (*batch, *free)]
 
   def measure(square):
+    # [batch, free axes of the data], with the outputs' axes put in between.
     norms = jnp.transpose(jnp.sum(square, axis=tuple(contracted)), order)
     return jnp.expand_dims(norms, outputs)
 
@@ -237,11 +238,12 @@ def _convolution_geometry(eqn, repeats: int) -> _Geometry:
       jnp.ones(ones, square.dtype),
       **{
         **eqn.params,
+        # Energies bound the step, so they are exact to float32.
         'precision': jax.lax.Precision.HIGHEST,
-        'preferred_element_type': None,
+        'preferred_element_type': None,  # that of the squares
       },
     )
-    return jnp.expand_dims(norms, feature + 1)
+    return jnp.expand_dims(norms, feature + 1)  # [..., groups, 1, ...]
 
   samples = tuple(
     axis for axis in range(len(grouped)) if axis not in (feature, feature + 1)

@@ -232,6 +232,7 @@ def apply_gradients(state: Any, gradients: Any, extra: Any, **changes) -> Any:
   """
   tx = state.tx
   update = functools.partial(tx.update, **extra)
+  # Its own method calls tx.update without extra arguments.
   bound = state.replace(tx=optax.GradientTransformation(tx.init, update))
   return bound.apply_gradients(grads=gradients, **changes).replace(tx=tx)
 
@@ -261,6 +262,7 @@ def dgd_report(
 
 def _name(path):
   """Returns a parameter's path, the same with and without NNX variables."""
+  # nnx.Param keeps its array in an attribute; gradients are bare arrays.
   if path and path[-1] == jax.tree_util.GetAttrKey('value'):
     path = path[:-1]
   return jax.tree_util.keystr(path)
@@ -309,6 +311,7 @@ def _scale_by_dgd(learning_rate, erase):
 
     def step(g, e):
       r = rate / (1 + rate * erase * e)
+      # Energies count stacked maps along the leading axes, if any.
       r = jnp.reshape(r, jnp.shape(r) + (1,) * (g.ndim - jnp.ndim(r)))
       return (-r * g).astype(g.dtype)
 

@@ -416,4 +416,5 @@ def _is_matrix(path, leaf):
 
 
 def _zeros(leaf):
+  # Averages over many steps lose small gradients in bfloat16.
   return jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32))

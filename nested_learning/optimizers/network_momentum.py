@@ -121,13 +121,14 @@ def deep_momentum(
     step = (state.count + 1).astype(jnp.float32)
 
     def learn(g, down, up, mean_square):
-      u = jnp.matrix_transpose(g.astype(down.dtype))
+      u = jnp.matrix_transpose(g.astype(down.dtype))  # [..., n, m]
       if form == 'paper':
         down, up = _literal_step(u, down, up, decay, rate)
         moved = placement.matmul(up, jnp.tanh(down))
       else:
         square = jnp.mean(jnp.square(u), axis=(-2, -1))
         mean_square = decay * mean_square + (1 - decay) * square
+        # Corrected for its start at zero; a zero gradient stays zero.
         scale = jnp.sqrt(mean_square / (1 - decay**step)) + 1e-12
         u = u / scale[..., None, None]
         for _ in range(inner_steps):
@@ -209,5 +210,6 @@ def _literal_step(u, down, up, decay, rate):
 def _bound(x):
   """Returns a positive bound on the largest eigenvalue of x x^T."""
   gram = placement.matmul(x, jnp.matrix_transpose(x))
+  # The largest row sum bounds every eigenvalue (Gershgorin).
   largest = jnp.max(jnp.sum(jnp.abs(gram), -1), -1)[..., None, None]
   return jnp.maximum(largest, jnp.finfo(x.dtype).tiny)

@@ -192,7 +192,7 @@ def multi_timescale(
         None if params is None else _select(params, labels, name),
         _select_extra_args(extra_args, updates, labels, name),
       )
-      if period == 1:
+      if period == 1:  # No cond, and no buffer of gradients.
         new_update, new_state = _update(optimizers[name], *arguments)
       else:
         due = state.step % period == offsets[name]
@@ -268,6 +268,7 @@ def _update_if_due(
   def update(state):
     divisor = state.num_accumulated if reduce == 'mean' else 1
     reduced, reduced_extra = jax.tree.map(
+      # Back to the gradients' type, which the optimiser's state was made for.
       lambda total, g: (total / divisor).astype(g.dtype),
       (state.accumulated, state.accumulated_extra),
       (gradients, own_extra),
@@ -289,6 +290,7 @@ def _update_if_due(
       num_accumulated=jnp.zeros_like(state.num_accumulated),
     )
 
+  # Updates may be of another type than gradients.
   types, _ = jax.eval_shape(update, state)
 
   def skip(state):
@@ -363,6 +365,7 @@ def _add(totals, tree):
 
 
 def _zeros(leaf):
+  # A sum of hundreds of bfloat16 gradients would stop growing.
   return jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32))
 
 

@@ -91,6 +91,7 @@ class Interpreter:
     def origin(var):
       return None if isinstance(var, core.Literal) else known.get(var)
 
+    # As `jax.core.eval_jaxpr` does, with the origins beside the values.
     for eqn in jaxpr.eqns:
       inputs = [read(var) for var in eqn.invars]
       sources = [origin(var) for var in eqn.invars]
@@ -109,6 +110,7 @@ class Interpreter:
       return [self._linear(bind, eqn, inputs, source, weights, probes)]
     if any(sources):
       if name in ('jit', 'pjit'):
+        # Inlined: the caller compiles the whole function anyway.
         closed = eqn.params['jaxpr']
         return self.run(closed.jaxpr, closed.consts, inputs, sources, probes)
       if name in ('checkpoint', 'remat', 'remat2'):
@@ -127,6 +129,7 @@ class Interpreter:
           )
           for closed in eqn.params['branches']
         ]
+        # Input 0 is the index of the branch.
         return jax.lax.switch(inputs[0], branches, *inputs[1:])
       if name == 'scan':
         return self._scan(eqn, inputs, sources, probes)
@@ -161,6 +164,8 @@ class Interpreter:
         for leaf in source.leaves:
           if leaf in probes:
             sliced_probes[leaf] = probes[leaf]
+    # Constants are closed over; so are the probes and twins of parameters that
+    # every turn uses whole, whose gradients then sum over the turns.
     consts = inputs[:num_consts]
 
     def body(carry, slices):
@@ -229,6 +234,7 @@ def _follow(eqn, sources) -> list[Origin | None]:
   if source is None or any(sources[1:]):
     return nothing
   if name in _LAYOUT:
+    # A broadcast that repeats entries: no longer the parameter's own layout.
     if eqn.outvars[0].aval.size != eqn.invars[0].aval.size:
       return nothing
     in_place = source.in_place and name in _IN_PLACE
@@ -307,6 +313,7 @@ def find(jaxpr, consts, leaves) -> Maps:
     interpreter = Interpreter(record, lose)
     return interpreter.run(jaxpr, consts, arguments, origins, {})
 
+  # Abstractly, so that looking costs no computation.
   jax.eval_shape(walk, *(var.aval for var in jaxpr.invars))
   return Maps(
     # A parameter stacked in one place and whole in another counts by entry.

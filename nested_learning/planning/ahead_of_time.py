@@ -153,6 +153,7 @@ def _compile(
   Returns:
     Numbers by name; if it does not fit, only those known without compiling.
   """
+  # Compilers use several cores, and machines are shared: report both times.
   start, start_cpu = time.perf_counter(), time.process_time()
   compiled, too_much = compilation.compile(traced)
   numbers = {
@@ -243,6 +244,7 @@ def _decode_arguments(config, model, params, mesh):
 
 
 def _decode_flops(config, model, params) -> int:
+  # On one device, since operation counts do not depend on the mesh.
   sizes = (1,) * len(sharding.AXES)
   one = jax.sharding.AbstractMesh(sizes, sharding.AXES)
   return compilation.matmul_flops(
@@ -259,7 +261,7 @@ def _trace_decode(config, model, params, mesh) -> Any:
     model.decode,
     in_shardings=shardings,
     out_shardings=(None, shardings[1]),
-    donate_argnums=1,
+    donate_argnums=1,  # The state is updated in place.
   )
   with jax.set_mesh(mesh):
     return decode.trace(*arguments)

@@ -190,11 +190,14 @@ def _sending_seconds(config, topology, table, mesh) -> float:
   """
   data, fsdp, context, model = (mesh[axis] for axis in sharding.AXES)
   size = parameters.count(table) / model
+  # Two bytes per parameter: gathered twice, gradients summed once.
   gathered = 3 * 2 * size * (fsdp - 1) / fsdp
   copies = data * context  # copies of the parameters, each with gradients
-  summed = 2 * 4 * size / fsdp * (copies - 1) / copies
+  summed = 2 * 4 * size / fsdp * (copies - 1) / copies  # in float32
   tokens = config.batch_tokens / (data * fsdp * context)
   outputs = config.model.num_layers * (1 + len(config.model.levels))
+  # Two bytes each, in the forward pass, its recomputation and the backward
+  # pass; a sum over a ring sends everything twice.
   exchanged = 3 * 2 * outputs * tokens * config.model.embed_dim * 2
   exchanged *= (model - 1) / model
   accumulate = config.train.accumulate

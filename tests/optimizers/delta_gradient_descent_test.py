@@ -417,7 +417,14 @@ class DgdTest(parameterized.TestCase):
       return x @ w
 
     multiply.defvjp(lambda w, x: (x @ w, (w, x)), lambda r, g: r)
+    replicated = jax.shard_map(
+      lambda w, x: x @ w,
+      mesh=jax.make_mesh((1,), ('x',)),
+      in_specs=(jax.P(), jax.P()),
+      out_specs=jax.P(),
+    )
     losses = {
+      'shard_map': lambda params, x: jnp.sum(replicated(params['w'], x)),
       'custom_vjp': lambda params, x: jnp.sum(multiply(params['w'], x)),
       'mul': lambda params, x: jnp.sum(x @ (params['w'] * params['w'])),
       'dynamic_slice': lambda params, x: jax.lax.fori_loop(
