@@ -323,6 +323,6 @@ def _at_segment_start(state: ContextState) -> memory_mixer.MemoryMixerState:
 
 
 def _interleave(of_reads, of_tokens):
-  """Interleaves marks [b, t] of reads and tokens to [b, 2 t]."""
+  """Interleaves flags [b, t] of reads and of tokens to [b, 2 t]."""
   pairs = jnp.stack([of_reads, of_tokens], axis=2)
   return pairs.reshape(pairs.shape[0], -1)

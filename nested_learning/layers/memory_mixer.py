@@ -69,7 +69,7 @@ class MemoryMixerConfig:
   initial: Literal['learned', 'zero'] = 'learned'  # 'zero' for a matrix alone
   hidden_dim: int = 0  # hidden width of an MLP; 0 is head_dim
   # Of an MLP; the paper does not say.
-  activation: Literal['silu', 'gelu', 'relu'] = 'silu'
+  activation: Literal['silu', 'gelu'] = 'silu'
   # The network's output; 'norm' is x + LayerNorm(M(x)), as in TTT and Miras,
   # 'map' has no residual connection.
   output: Literal['plain', 'norm', 'map'] = 'plain'

@@ -54,6 +54,7 @@ import optax
 from nested_learning import errors
 from nested_learning.levels import steps
 from nested_learning.levels import trees
+from nested_learning.memory import layout
 
 
 class Segment(NamedTuple):
@@ -213,9 +214,9 @@ def _read(spec, params, state, tokens, *, reset=None, mask=None, write=True):
   mask = jnp.ones(shape, bool) if mask is None else mask
   reset = jnp.zeros(shape, bool) if reset is None else reset & mask
   # Gathers put unmasked tokens first; the logits return to their places below.
-  front = jnp.argsort(~mask, axis=1, stable=True)
-  take = lambda x, i: jnp.take_along_axis(x, i, axis=1)
-  tokens, reset = take(tokens.astype(jnp.int32), front), take(reset, front)
+  order, place = layout.present_first(mask)
+  take = lambda x, i: layout.take(x, i, 1)
+  tokens, reset = take(tokens.astype(jnp.int32), order), take(reset, order)
   total = jnp.sum(mask, axis=1, dtype=jnp.int32)  # [b]
   width, rows = min(size, num_tokens), jnp.arange(batch_size)[:, None]
 
@@ -246,8 +247,7 @@ def _read(spec, params, state, tokens, *, reset=None, mask=None, write=True):
   )
   out = jnp.zeros((batch_size, num_tokens, logits.shape[-1]), logits.dtype)
   out = out.at[rows, places].set(logits, mode='drop')
-  rank = jnp.argsort(front, axis=1)  # the inverse permutation
-  return jnp.take_along_axis(out, rank[..., None], axis=1), state
+  return layout.take(out, place, 1), state
 
 
 def _read_piece(spec, params, state, tokens, *, reset, mask):

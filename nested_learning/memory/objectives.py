@@ -116,5 +116,4 @@ RETENTION_MAPS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 ACTIVATIONS: Mapping[str, Activation] = {
   'gelu': jax.nn.gelu,
   'silu': jax.nn.silu,
-  'relu': jax.nn.relu,
 }

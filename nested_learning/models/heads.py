@@ -50,8 +50,8 @@ class LanguageHead:
     table = {'embedding': _embedding(config), **trunk.table}
 
     def forward(params, state, tokens, *, reset=None, mask=None, write=True):
-      marks = base.TokenInfo(reset, mask, write)
-      return _read_tokens(config, trunk, params, state, tokens, lambda x: marks)
+      info = base.TokenInfo(reset, mask, write)
+      return _read_tokens(config, trunk, params, state, tokens, lambda x: info)
 
     return table, forward
 
@@ -79,14 +79,14 @@ class LanguageHead:
     """
 
     def local_gradients(params, state, tokens, counts, *, reset=None):
-      def make_marks(x):
+      def make_info(x):
         # The last token has no target here; its count is 0.
         target = norm.rms_norm(1.0, jnp.roll(x, -1, axis=1))
         local_loss = cms.LocalLoss(objective, names, target, counts)
         return base.TokenInfo(reset, local_loss=local_loss)
 
       logits, both = _read_tokens(
-        config, trunk, params, state, tokens, make_marks
+        config, trunk, params, state, tokens, make_info
       )
       return logits, both.state, {'blocks': both.gradients}
 
@@ -187,12 +187,12 @@ def _look_up(embedding, tokens, dtype):
   return vectors * embedding.shape[-1] ** 0.5
 
 
-def _read_tokens(config, trunk, params, state, tokens, make_marks):
-  """Returns logits [b, t, v] and the state; `make_marks(x)` gives the marks."""
+def _read_tokens(config, trunk, params, state, tokens, make_info):
+  """Returns logits [b, t, v] and the state; `make_info(x)` is `TokenInfo`."""
   dtype = jnp.dtype(config.dtype)
   embedding = sharding.gather(params['embedding'], _embedding(config))
   x = _look_up(embedding, tokens, dtype)
-  x, state = trunk.apply(params, state, x, make_marks(x))
+  x, state = trunk.apply(params, state, x, make_info(x))
   # The loss sums exponentials: logits are float32 at least.
   logits = jnp.einsum(
     'bte,ve->btv',

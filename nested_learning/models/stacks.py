@@ -94,7 +94,7 @@ def apply(
   blocks: Any,
   state: Any,
   x: jax.Array,
-  marks: base.TokenInfo,
+  info: base.TokenInfo,
 ) -> tuple[jax.Array, Any]:
   """Reads x through all blocks.
 
@@ -103,13 +103,13 @@ def apply(
     blocks: A stack of its parameters, or `Stacks`.
     state: Of `init_state`, or None for a stream's start.
     x: [b, t, e].
-    marks: A local loss in them is for the blocks of `Stacks` that learn.
+    info: A local loss in them is for the blocks of `Stacks` that learn.
 
   Returns:
     [b, t, e], and the states; with a local loss, `cms.StateAndGradients`.
   """
   if not isinstance(blocks, Stacks):
-    body = lambda x, both: group.apply(*both, x, marks)
+    body = lambda x, both: group.apply(*both, x, info)
     return jax.lax.scan(body, x, (blocks, state))
   states, gradients, start = [], Stacks(None, None, None), 0
   for name, stack in blocks._asdict().items():
@@ -118,8 +118,8 @@ def apply(
     end = start + _num_layers(stack)
     part = jax.tree.map(lambda s, a=start, b=end: s[a:b], state)
     start = end
-    learns = marks.local_loss is not None and name != 'below'
-    own = marks if learns else marks._replace(local_loss=None)
+    learns = info.local_loss is not None and name != 'below'
+    own = info if learns else info._replace(local_loss=None)
     body = lambda x, both, own=own: group.apply(*both, x, own)
     if name == 'first':
       x, out = body(x, jax.tree.map(lambda a: a[0], (stack, part)))
@@ -131,7 +131,7 @@ def apply(
       out = out.state
     states.append(out)
   state = _join(states)
-  if marks.local_loss is not None:
+  if info.local_loss is not None:
     state = cms.StateAndGradients(state, gradients)
   return x, state
 

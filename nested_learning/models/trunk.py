@@ -78,7 +78,7 @@ def make_trunk(config: ModelConfig) -> base.Layer:
     A `Layer` with the parameters 'blocks' and 'norm': x [b, t, e] through every
     block and the final norm. It may be given a model's parameters, among which
     it finds its own, also those of `stacks.split_blocks`. With a local
-    loss in the marks, it returns `layers.cms.StateAndGradients` as its state.
+    loss in its `TokenInfo`, its state is a `layers.cms.StateAndGradients`.
   """
   if isinstance(config.mixer, tuple):
     group = _make_group([_make_block(config, mixer) for mixer in config.mixer])
@@ -93,14 +93,14 @@ def make_trunk(config: ModelConfig) -> base.Layer:
   def init_state(params, batch_size):
     return stacks.init_state(group, params['blocks'], batch_size)
 
-  def apply(params, state, x, marks):
+  def apply(params, state, x, info):
     if x.shape[1] > config.max_length:
       raise errors.UserError(
         f'{x.shape[1]} tokens in a call, but model.max_length='
         f'{config.max_length}; raise it or feed the stream in pieces.'
       )
 
-    x, state = stacks.apply(group, params['blocks'], state, x, marks)
+    x, state = stacks.apply(group, params['blocks'], state, x, info)
     return norm.rms_norm(params['norm'], x), state
 
   return base.Layer(table, init_state, apply)
@@ -130,18 +130,16 @@ def _make_block(config: ModelConfig, mixer_config: MixerConfig) -> base.Layer:
   def init_state(params, batch_size):
     return mixer.init_state(params['mixer'], batch_size)
 
-  def apply(params, state, x, marks):
+  def apply(params, state, x, info):
     def block(params, state, x):
       params, x = sharding.gather(params, table), sharding.keep_rows(x)
       normed = norm.rms_norm(params['norm'], x)
-      mixed, state = mixer.apply(params['mixer'], state, normed, marks)
+      mixed, state = mixer.apply(params['mixer'], state, normed, info)
       chain = {'chain': config.chain, 'mix': params.get('mix')}
       inputs = config.levels, params['levels'], x + mixed
-      if marks.local_loss is None:
+      if info.local_loss is None:
         return cms.apply(*inputs, **chain), state
-      x, gradients = cms.apply_with_gradients(
-        *inputs, marks.local_loss, **chain
-      )
+      x, gradients = cms.apply_with_gradients(*inputs, info.local_loss, **chain)
       return x, cms.StateAndGradients(state, {'levels': gradients})
 
     if config.remat == 'layer':
@@ -161,12 +159,12 @@ def _make_group(blocks: Sequence[base.Layer]) -> base.Layer:
       for name, block in named.items()
     }
 
-  def apply(params, state, x, marks):
+  def apply(params, state, x, info):
     states = {}
     for name, block in named.items():
       start = None if state is None else state[name]
-      x, states[name] = block.apply(params[name], start, x, marks)
-    if marks.local_loss is not None:
+      x, states[name] = block.apply(params[name], start, x, info)
+    if info.local_loss is not None:
       states = cms.StateAndGradients(
         {name: both.state for name, both in states.items()},
         {name: both.gradients for name, both in states.items()},
