@@ -32,6 +32,7 @@ ATTRIBUTES = tuple(
   'Title Topic Type Weight Width'.split()
 )
 _LONGEST_ATTRIBUTE = max(map(len, ATTRIBUTES))
+_VALUE_WORDS = words.NOUNS[:32]
 _LONGEST_WORD = max(map(len, words.NOUNS))
 
 
@@ -48,29 +49,21 @@ class DocumentConfig:
   min_attributes: int = 4  # of a document
   max_attributes: int = 8
   value_words: int = 2  # most words of a value
-  num_value_words: int = 32  # different words that values are made of
   num_readings: int = 1  # how often the document precedes the question
   vocabulary: Literal['words', 'bytes'] = 'words'
-  num_filler_words: int = 64  # different words of the other lines
   # Other lines, in bytes: 'stdlib', a folder, a file, or a glob.
   source: str = 'stdlib'
 
   def __post_init__(self):
     errors.check_choices(self)
     task.check_at_least(self, 1, 'min_attributes', 'value_words')
-    task.check_at_least(self, 1, 'num_readings', 'num_filler_words')
+    task.check_at_least(self, 1, 'num_readings')
     errors.check_field(
       self,
       'max_attributes',
       self.min_attributes <= self.max_attributes <= len(ATTRIBUTES),
       f'at least min_attributes={self.min_attributes}, and at most the '
       f'{len(ATTRIBUTES)} that have a name',
-    )
-    errors.check_field(
-      self,
-      'num_value_words',
-      1 <= self.num_value_words <= len(words.NOUNS),
-      f'between 1 and the {len(words.NOUNS)} words that there are',
     )
     needed = 1 + self._line_tokens * (
       1 + self.num_readings * self.max_attributes
@@ -105,7 +98,7 @@ class DocumentConfig:
     """Returns a tokenizer of bytes, or of the words of documents."""
     if self.vocabulary == 'bytes':
       return task.make_tokenizer('bytes')
-    return _make_word_tokenizer(self.num_value_words, self.num_filler_words)
+    return _make_word_tokenizer()
 
   def make_row(self, rng, *, evaluating=False):
     """See `task.Task.make_row`."""
@@ -139,9 +132,8 @@ class DocumentConfig:
 
   def _draw_value(self, rng) -> str:
     count = rng.integers(1, self.value_words + 1)
-    return ' '.join(
-      words.NOUNS[i] for i in rng.integers(self.num_value_words, size=count)
-    )
+    drawn = rng.integers(len(_VALUE_WORDS), size=count)
+    return ' '.join(_VALUE_WORDS[i] for i in drawn)
 
   def _filler(self, rng) -> Iterator[str]:
     """Yields lines without an attribute, without end."""
@@ -151,8 +143,7 @@ class DocumentConfig:
         # Only lines with an attribute have a colon.
         yield sentences[number % len(sentences)].replace(':', ',')
     while True:
-      drawn = rng.integers(self.num_filler_words, size=rng.integers(4, 9))
-      yield ' '.join(f'w{word}' for word in drawn) + '.'
+      yield words.draw_filler(rng)
 
   def score(self, output, row):
     """Returns whether the output contains the value."""
@@ -164,10 +155,7 @@ class DocumentConfig:
 
 
 @functools.cache
-def _make_word_tokenizer(
-  num_value_words: int, num_filler_words: int
-) -> tokenizers.Tokenizer:
-  listed = [':', '.', *ATTRIBUTES, *words.NOUNS[:num_value_words]]
-  listed += [f'w{i}' for i in range(num_filler_words)]
-  fingerprint = f'documents {num_value_words} {num_filler_words}'
+def _make_word_tokenizer() -> tokenizers.Tokenizer:
+  listed = [':', '.', *ATTRIBUTES, *_VALUE_WORDS, *words.FILLER]
+  fingerprint = f'documents {len(_VALUE_WORDS)} {len(words.FILLER)}'
   return words.make_tokenizer(listed, fingerprint)

@@ -9,12 +9,14 @@ References:
 """
 
 import dataclasses
-import math
 
 import numpy as np
 
 from nested_learning import errors
 from nested_learning.tasks import task
+
+# Zoology's power a of the law i^(a - 1) of the queries' places.
+_POWER = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,7 @@ class MqarConfig:
 
   A row is `num_pairs + num_rewrites` pairs of a key and a value, then slots of
   two tokens. Every key is asked for once, at the first token of a slot. Slots
-  are drawn without replacement with probability proportional to i^(power - 1),
+  are drawn without replacement with probability proportional to i^-0.99,
   so most queries follow soon after the pairs. The target is the key's last
   value, which is not among the inputs. The remaining tokens are 0, or random.
   """
@@ -32,15 +34,11 @@ class MqarConfig:
   num_tokens: int = 64  # of a row; even
   num_pairs: int = 4  # keys, all different
   num_rewrites: int = 0  # pairs that replace a key's value
-  power: float = 0.01  # exponent of the law of the queries' places
   random_filler: bool = True  # tokens between queries; False leaves them 0
 
   def __post_init__(self):
     task.check_at_least(self, 1, 'num_pairs')
     task.check_at_least(self, 0, 'num_rewrites')
-    errors.check_field(
-      self, 'power', 0 < self.power < math.inf, 'above 0 and finite'
-    )
     num_keys, num_values = self.vocab_size // 2 - 1, self.vocab_size // 2
     errors.check_field(
       self,
@@ -87,7 +85,7 @@ class MqarConfig:
     # The n largest of log p + Gumbel noise, in order, are a draw without
     # replacement with probabilities p (Efraimidis and Spirakis, 2006).
     noise = rng.gumbel(size=num_slots)
-    noise += (self.power - 1) * np.log(np.arange(1, num_slots + 1))
+    noise += (_POWER - 1) * np.log(np.arange(1, num_slots + 1))
     slots = np.argsort(-noise)[:num_keys]
     queries = num_context + 2 * slots
 
@@ -118,13 +116,9 @@ class RegressionConfig:
 
   num_dims: int = 20  # of x
   num_points: int = 41
-  noise: float = 0.0  # standard deviation of the noise added to y
 
   def __post_init__(self):
     task.check_at_least(self, 1, 'num_dims', 'num_points')
-    errors.check_field(
-      self, 'noise', 0 <= self.noise < math.inf, 'at least 0 and finite'
-    )
 
   @property
   def num_tokens(self) -> int:
@@ -141,7 +135,7 @@ class RegressionConfig:
     del evaluating
     weights = rng.standard_normal(self.num_dims)
     x = rng.standard_normal((self.num_points, self.num_dims))
-    y = x @ weights + self.noise * rng.standard_normal(self.num_points)
+    y = x @ weights
     tokens = np.zeros((self.num_tokens, self.num_dims), np.float32)
     tokens[0::2] = x
     tokens[1::2, 0] = y

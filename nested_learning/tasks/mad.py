@@ -201,6 +201,9 @@ class SelectiveCopyingConfig:
     return dataclasses.replace(self, num_tokens=factor * self.num_tokens)
 
 
+_TABLE_SEED = 12345  # of the table to memorise, the same for all rows
+
+
 @dataclasses.dataclass(frozen=True)
 class MemorizationConfig:
   """Memorisation: a fixed table of keys and values, learned by the parameters.
@@ -211,13 +214,9 @@ class MemorizationConfig:
 
   vocab_size: int = 256
   num_tokens: int = 32  # of a row; even
-  map_seed: int = 12345  # seed of the table
 
   def __post_init__(self):
     task.check_at_least(self, 3, 'vocab_size')
-    errors.check_field(
-      self, 'map_seed', 0 <= self.map_seed < 2**32, 'at least 0, below 2**32'
-    )
     errors.check_field(
       self,
       'num_tokens',
@@ -230,7 +229,7 @@ class MemorizationConfig:
     del evaluating
     num_keys = (self.vocab_size - 1) // 2
     values = np.arange(num_keys, self.vocab_size - 1)
-    values = np.random.default_rng(self.map_seed).permutation(values)
+    values = np.random.default_rng(_TABLE_SEED).permutation(values)
     keys = rng.integers(num_keys, size=self.num_tokens // 2)
     tokens = np.full(self.num_tokens, self.vocab_size - 1, np.int32)
     tokens[::2] = keys

@@ -18,6 +18,7 @@ from nested_learning import errors
 from nested_learning.tasks import task
 
 Haystack = Literal['noise', 'essay', 'needles']
+_KEY_IDS, _VALUE_IDS, _HAY_IDS = 64, 10, 64
 _NOISE_LENGTH = 25  # tokens of the sentences that a noise haystack repeats
 
 
@@ -42,9 +43,6 @@ class NeedleConfig:
   num_queries: int = 1  # keys that are asked for
   key_tokens: int = 1  # of a key
   value_tokens: int = 4  # of a value
-  num_key_ids: int = 64
-  num_value_ids: int = 10  # digits
-  num_hay_ids: int = 64
   gap: int = 32  # tokens without needle before the question
 
   def __post_init__(self):
@@ -52,8 +50,7 @@ class NeedleConfig:
     task.check_at_least(
       self, 1, 'num_keys', 'num_values', 'num_queries', 'key_tokens'
     )
-    task.check_at_least(self, 1, 'num_key_ids')
-    task.check_at_least(self, 1, 'value_tokens', 'num_value_ids', 'num_hay_ids')
+    task.check_at_least(self, 1, 'value_tokens')
     task.check_at_least(self, 0, 'gap')
     errors.check_field(
       self,
@@ -62,13 +59,12 @@ class NeedleConfig:
       f'at most num_keys={self.num_keys}',
     )
     others = self.haystack == 'needles'  # one key more, for the haystack
-    num_keys = self.num_key_ids**self.key_tokens
+    num_keys = _KEY_IDS**self.key_tokens
     errors.check_field(
       self,
       'num_keys',
       self.num_keys + others <= num_keys,
-      f'at most the {num_keys - others} keys that num_key_ids='
-      f'{self.num_key_ids} and key_tokens={self.key_tokens} make',
+      f'at most the {num_keys - others} keys of key_tokens={self.key_tokens}',
     )
     needles = self.num_keys * self.num_values * self._needle_length
     errors.check_field(
@@ -83,7 +79,7 @@ class NeedleConfig:
   @property
   def vocab_size(self) -> int:
     """Three marks, then ids of keys, values and hay."""
-    return 3 + self.num_key_ids + self.num_value_ids + self.num_hay_ids
+    return 3 + _KEY_IDS + _VALUE_IDS + _HAY_IDS
 
   @property
   def _needle_length(self) -> int:
@@ -136,24 +132,24 @@ class NeedleConfig:
     """Draws different keys, int [num_keys, key_tokens]."""
     shape = self.num_keys, self.key_tokens
     while True:
-      keys = 3 + rng.integers(self.num_key_ids, size=shape)
+      keys = 3 + rng.integers(_KEY_IDS, size=shape)
       if self.key_tokens == 1:
-        keys = 3 + rng.permutation(self.num_key_ids)[: self.num_keys, None]
+        keys = 3 + rng.permutation(_KEY_IDS)[: self.num_keys, None]
       if len(np.unique(keys, axis=0)) == self.num_keys:
         return keys
 
   def _draw_values(self, rng, shape):
-    values = rng.integers(self.num_value_ids, size=(*shape, self.value_tokens))
-    return 3 + self.num_key_ids + values
+    values = rng.integers(_VALUE_IDS, size=(*shape, self.value_tokens))
+    return 3 + _KEY_IDS + values
 
   def _draw_hay(self, rng, num_tokens):
     if self.haystack == 'noise':
       sentences = np.random.default_rng(0)
-      hay = sentences.integers(self.num_hay_ids, size=_NOISE_LENGTH)
+      hay = sentences.integers(_HAY_IDS, size=_NOISE_LENGTH)
       hay = np.resize(hay, num_tokens)
     else:
-      hay = rng.integers(self.num_hay_ids, size=num_tokens)
-    return 3 + self.num_key_ids + self.num_value_ids + hay
+      hay = rng.integers(_HAY_IDS, size=num_tokens)
+    return 3 + _KEY_IDS + _VALUE_IDS + hay
 
   def _hide(self, rng, keys, needles):
     """Puts the needles at random places in hay; int [room]."""
@@ -168,10 +164,10 @@ class NeedleConfig:
     length = self._needle_length
     num_units = self._room // length
     shape = num_units, self.key_tokens
-    others = 3 + rng.integers(self.num_key_ids, size=shape)
+    others = 3 + rng.integers(_KEY_IDS, size=shape)
     while (taken := (others[:, None] == keys).all(-1).any(1)).any():
       shape = int(taken.sum()), self.key_tokens
-      others[taken] = 3 + rng.integers(self.num_key_ids, size=shape)
+      others[taken] = 3 + rng.integers(_KEY_IDS, size=shape)
     values = self._draw_values(rng, (num_units,))
     units = np.stack(
       [_needle(*pair) for pair in zip(others, values, strict=True)]

@@ -13,13 +13,16 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import itertools
-import math
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from nested_learning import errors
 from nested_learning.tasks import task
+
+# The papers' L: mean length of strings of 'parity', before strings outside of
+# the window are dropped.
+_MEAN_LENGTH = 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +45,10 @@ class FormalLanguageConfig:
   ] = 'parity'
   min_length: int = 2  # symbols of a string
   max_length: int = 50  # symbols of a string, and tokens of a row
-  # Of 'parity', before lengths outside of the window go; the papers' L.
-  mean_length: float = 26.0
 
   def __post_init__(self):
     errors.check_choices(self)
     task.check_at_least(self, 1, 'min_length')
-    errors.check_field(
-      self,
-      'mean_length',
-      0 < self.mean_length < math.inf,
-      'above 0 and finite',
-    )
     period = LANGUAGES[self.language].period
     fits = self.max_length // period * period >= self.min_length
     errors.check_field(
@@ -99,7 +94,7 @@ class FormalLanguageConfig:
 def _draw_parity(rng, config):
   """Draws symbols until a stop of constant probability; odd ones get a 1."""
   low, high = config.min_length, config.max_length
-  keep = config.mean_length / (1 + config.mean_length)
+  keep = _MEAN_LENGTH / (1 + _MEAN_LENGTH)
   while True:
     # The geometric law, given that the length is at least `low`.
     length = min(low + rng.geometric(1 - keep) - 1, high)

@@ -44,7 +44,6 @@ class StoryConfig:
   num_tokens: int = 256  # of a row
   num_facts: int = 6
   vocabulary: Literal['words', 'bytes'] = 'words'
-  num_filler_words: int = 64  # different words of the other sentences
   gap: int = 64  # tokens without fact before the question
   # Other sentences, in bytes: 'stdlib', a folder, a file, or a glob.
   source: str = 'stdlib'
@@ -52,7 +51,6 @@ class StoryConfig:
   def __post_init__(self):
     errors.check_choices(self)
     task.check_at_least(self, 0, 'gap')
-    task.check_at_least(self, 1, 'num_filler_words')
     least = {'qa1': 1, 'qa2': 2, 'qa3': 3}[self.question]
     errors.check_field(
       self,
@@ -85,7 +83,7 @@ class StoryConfig:
     """Returns a tokenizer of bytes, or of the words of stories and filler."""
     if self.vocabulary == 'bytes':
       return task.make_tokenizer('bytes')
-    return _make_word_tokenizer(self.num_filler_words)
+    return _make_word_tokenizer()
 
   def make_row(self, rng, *, evaluating=False):
     """See `task.Task.make_row`."""
@@ -118,8 +116,7 @@ class StoryConfig:
       for number in itertools.count(rng.integers(len(sentences))):
         yield sentences[number % len(sentences)]
     while True:
-      drawn = rng.integers(self.num_filler_words, size=rng.integers(4, 9))
-      yield ' '.join(f'w{word}' for word in drawn) + '.'
+      yield words.draw_filler(rng)
 
   def score(self, output, row):
     """Returns whether the first sentence names only the right place."""
@@ -206,12 +203,12 @@ def _act(rng, kind: str, num_facts: int):
 
 
 @functools.cache
-def _make_word_tokenizer(num_filler_words: int) -> tokenizers.Tokenizer:
+def _make_word_tokenizer() -> tokenizers.Tokenizer:
   """Returns a tokenizer of the words of stories and filler."""
   said = ' '.join(
     [*PEOPLE, *PLACES, *THINGS, *_GO, *_TAKE, *_DROP]
     + ['the there Where is was before . ?']
   )
   listed = sorted(set(said.split()))
-  listed += [f'w{i}' for i in range(num_filler_words)]
-  return words.make_tokenizer(listed, f'stories {num_filler_words}')
+  listed += words.FILLER
+  return words.make_tokenizer(listed, f'stories {len(words.FILLER)}')

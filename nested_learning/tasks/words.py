@@ -55,6 +55,7 @@ NOUNS = tuple(
   'tunnel turtle valley vase velvet village violin wagon wall walnut wave '
   'well whale wheel whistle willow window wolf wool wren'.split()
 )
+FILLER = tuple(f'w{i}' for i in range(64))  # words of other sentences
 _MAX_CHARACTERS = 400_000  # read of a source of sentences
 
 
@@ -74,6 +75,12 @@ def draw_word(rng: np.random.Generator, kind: str) -> str:
     adjective = ADJECTIVES[rng.integers(len(ADJECTIVES))]
     return f'{adjective}-{NOUNS[rng.integers(len(NOUNS))]}'
   return str(uuid.UUID(bytes=rng.bytes(16)))
+
+
+def draw_filler(rng: np.random.Generator) -> str:
+  """Draws a sentence of 4 to 8 words of `FILLER`."""
+  drawn = rng.integers(len(FILLER), size=rng.integers(4, 9))
+  return ' '.join(FILLER[i] for i in drawn) + '.'
 
 
 def make_tokenizer(

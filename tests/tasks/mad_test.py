@@ -97,9 +97,6 @@ class MemorizationTest(parameterized.TestCase):
         self.assertEqual(table.setdefault(key, value), value)
         self.assertBetween(value, 127, 254)
     self.assertLen(set(table.values()), len(table))
-    other = tasks.MemorizationConfig(map_seed=1)
-    (row,) = _rows(other, 1)
-    self.assertNotEqual(table[row.tokens[0]], row.targets[1])
 
 
 if __name__ == '__main__':
