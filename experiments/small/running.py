@@ -92,7 +92,7 @@ def run(
   counts = [f'{verdicts.count(w)} {w}' for w in dict.fromkeys(verdicts)]
   print(f'Gates: {", ".join(counts) or "none of these runs has one"}.')
   print(f'{written.page} has the results.')
-  return _say_what_is_left(outcome, options.workdir)
+  return _report_failures(outcome, options.workdir)
 
 
 def _count_seeds(workdir: pathlib.Path, cells: Sequence[sweeps.Cell]) -> int:
@@ -127,7 +127,7 @@ def _environment(options: Options) -> dict[str, str]:
   return environment
 
 
-def _say_what_is_left(outcome: sweeps.Outcome, workdir: pathlib.Path) -> int:
+def _report_failures(outcome: sweeps.Outcome, workdir: pathlib.Path) -> int:
   """Prints the runs that did not finish; returns the exit code."""
   say = lambda text: print(text, file=sys.stderr)
   if outcome.failures:

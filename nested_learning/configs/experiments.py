@@ -62,7 +62,7 @@ def load_experiment(spec: str) -> Experiment:
       )
   else:
     file, at, path = spec.rpartition('.py@')
-    if at:  # the classes of the config are in a file of the user's
+    if at:  # a file of the user defines the classes of the config
       files.load(pathlib.Path(file + '.py'))
     module, config = _read_json(path)
   run = getattr(module, 'run', None)

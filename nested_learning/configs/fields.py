@@ -64,7 +64,7 @@ def item_kinds(kind: Any, length: int) -> tuple[Any, ...]:
 def make(
   cls: type, values: dict[str, Any], path: str, *, now: Any = None
 ) -> Any:
-  """Makes a dataclass, and says where in the config a mistake is.
+  """Makes a dataclass; errors name the path in the config.
 
   Args:
     cls: The dataclass.
@@ -106,7 +106,7 @@ def make(
 
 
 def unknown(cls: type, name: str, path: str, nearest: str) -> str:
-  """Writes that a class has no field `name`, and which one is meant.
+  """Returns the error for an unknown field `name` of a class.
 
   A class may name its renamed fields in `RENAMED`, from old to new name.
 

@@ -12,7 +12,7 @@ from nested_learning import errors
 from nested_learning import files
 
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
-_CHECKOUT = _PACKAGE.parent  # if the package is not installed without one
+_CHECKOUT = _PACKAGE.parent  # or another folder, if installed from a wheel
 _LOOSE = 'experiment_file_'  # before the name of a file outside experiments/
 _loaded: set[str] = set()  # names of the modules of files that a user named
 

@@ -92,7 +92,7 @@ def _apply(value: Any, kind: Any, changes: _Changes, path: str, root: Any):
 def _apply_below(
   children: dict[str, Any], cls: type, changes: _Changes, path: str, root: Any
 ) -> dict[str, Any]:
-  """Returns the fields of a `cls` that change, from their values now."""
+  """Returns the changed fields of a `cls`, from their present values."""
   kinds, changed = fields.annotations(cls), {}
   for name, change in changes.below.items():
     if name not in kinds:
@@ -129,7 +129,7 @@ def _choose(cls: type, changes: _Changes, path: str, root: Any) -> Any:
 
 
 def _unknown(cls: type, name: str, path: str, root: Any) -> str:
-  """Says that `cls` has no field `name`, and which one was meant."""
+  """Returns the error for an unknown field `name` of `cls`."""
   data = serialization.encode(root, '')
   known = [p for p, _ in serialization.leaves(data, '', inner=True) if p]
   siblings = [field.name for field in fields.init_fields(cls)]

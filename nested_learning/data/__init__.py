@@ -1,4 +1,4 @@
-"""Text as deterministic batches of tokens."""
+"""Text as deterministic batches of tokens; see README.md."""
 
 from nested_learning.data.documents import Documents
 from nested_learning.data.formats import open_documents

@@ -21,19 +21,19 @@ from nested_learning import files
 from nested_learning.data import documents as documents_lib
 from nested_learning.data import tokenizers
 
-# Part of a cache's name: what another version wrote is not read.
+# Hashed into the name of a cache, so that caches of other versions are ignored.
 _VERSION = b'corpus 2'
 _INDEX = ('starts', 'places', 'contents', 'fingerprint', 'lost', 'checksum')
-_SAMPLE = 2**20  # characters that are decoded again, to see what is lost
-_NOTICED_LOSS = 1e-3  # share of the bytes below which nobody is warned
+_SAMPLE = 2**20  # characters that are decoded again to measure loss
+_NOTICED_LOSS = 1e-3  # share of lost bytes above which a warning is logged
 
 
 class Corpus(NamedTuple):
-  """Document i is tokens[starts[i]:starts[i + 1]], or empty.
+  """The tokens of documents; document i is tokens[starts[i]:starts[i + 1]].
 
   Attributes:
-    tokens: [tokens], memory-mapped, or an object that an array of positions
-      indexes in the same way.
+    tokens: [tokens], memory-mapped, or another object that is indexed by an
+      array of positions.
     starts: int64 [documents + 1].
     places: float64 [documents] in [0, 1), from the documents' names; see
       `streams.split`.
@@ -115,7 +115,7 @@ def check_index(
   contents: np.ndarray,
   num_tokens: int,
 ) -> None:
-  """Raises ValueError unless an index fits itself and the number of tokens."""
+  """Raises ValueError if the arrays of an index do not fit together."""
   num_documents = len(starts) - 1
   if (
     starts.shape != (num_documents + 1,)
@@ -150,7 +150,7 @@ def _checksum(path: pathlib.Path, size: int, mtime: int) -> int:
 
 
 def warn_of_loss(tokenizer: str, lost: float) -> None:
-  """Logs that a tokenizer does not give back all of the text, if it does not.
+  """Logs a warning if a tokenizer loses a part of the text.
 
   Args:
     tokenizer: Its fingerprint.
@@ -219,7 +219,7 @@ class IndexBuilder:
     self._num_bytes += num_bytes
     self._num_lost += max(num_bytes - num_kept, 0)
     if self._sample_left > 0:
-      # Letters that became others keep the number of bytes.
+      # The number of bytes does not show letters that became other letters.
       self._sample_left -= len(text)
       self._sample_bytes += num_bytes
       self._sample_lost += tokenizers.lost_bytes(
@@ -248,7 +248,7 @@ class IndexBuilder:
 
   @property
   def lost(self) -> float:
-    """Share of the bytes of the text that the tokens do not give back."""
+    """Share of the bytes of the text that the tokens do not decode to."""
     return max(
       self._num_lost / max(self._num_bytes, 1),
       self._sample_lost / max(self._sample_bytes, 1),
@@ -262,7 +262,7 @@ def place(name: str) -> float:
 
 
 def default_cache_dir() -> str:
-  """Returns the folder of token caches where data.cache_dir is None."""
+  """Returns the folder of token caches for data.cache_dir=None."""
   root = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
   return os.path.join(root, 'nested_learning', 'tokens')
 
@@ -294,7 +294,7 @@ def _write(
 
 
 def _write_header(file: BinaryIO, dtype: Any, size: int) -> None:
-  """Writes the header of a .npy file; it is as long for every size."""
+  """Writes the header of a .npy file, whose length is the same for any size."""
   np.lib.format.write_array_header_1_0(
     file,
     {'descr': np.dtype(dtype).str, 'fortran_order': False, 'shape': (size,)},
@@ -302,7 +302,7 @@ def _write_header(file: BinaryIO, dtype: Any, size: int) -> None:
 
 
 def _read(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> Corpus:
-  """Reads a cache; raises exceptions of many types where it is damaged."""
+  """Reads a cache; raises exceptions of many types if it is damaged."""
   with np.load(folder / 'index.npz') as index:  # a zip file has checksums
     starts, places, contents, fingerprint, lost, expected = (
       index[name] for name in _INDEX

@@ -53,12 +53,12 @@ class Documents:
 
 
 class Files(Documents):
-  """Documents in files; a base of formats.
+  """Documents in files; a base class of formats.
 
   Args:
     spec: The source as the config names it.
     path: The source without its prefix.
-    endings: Of a folder, the files whose names end so, in any case; () is all.
+    endings: Endings of the files to read in a folder, in any case; () is all.
   """
 
   def __init__(self, spec: str, path: str, *, endings: tuple[str, ...] = ()):
@@ -103,7 +103,7 @@ class TextFiles(Files):
 
 
 class Rows(Files):
-  """One document per row of several files; a base of formats.
+  """One document per row of several files; a base class of formats.
 
   A format defines `_num_rows` and `_read`.
   """
@@ -114,7 +114,7 @@ class Rows(Files):
     super().__init__(spec, path, endings=endings)
     self._field = text_field
     self._ends: list[int] = []  # for each file, rows up to its end
-    self._kept: Any = None  # what the next read may use again
+    self._kept: Any = None  # reused by the next read
     self._lock = threading.Lock()  # Grain reads from several threads
 
   def __getstate__(self):  # locks do not travel to other processes
@@ -174,7 +174,7 @@ class Rows(Files):
 
 
 class JsonLines(Rows):
-  """A JSON object per line; a gzipped file is fast only in order."""
+  """One document per line of JSON; gzipped files are slow out of order."""
 
   def __init__(self, spec: str, path: str, text_field: str):
     super().__init__(

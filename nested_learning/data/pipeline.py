@@ -36,12 +36,12 @@ class DataConfig:
   tokenizer: str = 'bytes'  # or the path of a .model or .json file
   sequence_length: int = 1024  # tokens per row
   batch_size: int = 8  # rows per step, over all processes
-  # Forget at document starts, or never.
+  # Where memories forget: at document starts, or never.
   reset: Literal['document', 'never'] = 'document'
-  # Share of the documents that is held out; of the tokens, where a source is a
+  # Share of the documents that is held out; of the tokens, if a source is a
   # single text. 0 trains without validation.
   validation_fraction: float = 0.05
-  seed: int = 0  # of the order of documents and rows
+  seed: int = 0  # for the order of documents and rows
   cache_dir: str | None = None  # for tokens; None: in the user's cache
 
   def __post_init__(self):
@@ -63,12 +63,12 @@ class DataConfig:
 
   @property
   def has_validation(self) -> bool:
-    """Whether a part of the text is held out."""
+    """True if a part of the text is held out."""
     return self.validation_fraction > 0
 
   @property
   def carries_state(self) -> bool:
-    """Whether a row of a batch goes on where the batch before it stopped."""
+    """True if a row of a batch continues the same row of the batch before."""
     return self.reset == 'never'
 
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 from nested_learning import errors
 from nested_learning import files
 
-# Below the standard library: other people's code, tests (some of which are
-# badly encoded on purpose), and the two packages that are generated tables.
+# Folders of the standard library that are skipped: installed packages, tests
+# (some are badly encoded on purpose), and two packages of generated tables.
 _NOT_IN_STDLIB = frozenset(
   [
     'site-packages',
@@ -195,9 +195,9 @@ def _walk(
 def _folders(
   root: pathlib.Path, *, skip: frozenset[str] = frozenset()
 ) -> Iterator[pathlib.Path]:
-  """Yields a folder and those below it, each once however links lead to it."""
+  """Yields a folder and all folders below it, each once, following links."""
   seen: set[str] = set()
-  # Links wait until all plain folders have been listed, which keep their names.
+  # Links come last, so that plain folders are listed by their own names.
   waiting, links = [root], []
   while waiting or links:
     folder = waiting.pop() if waiting else links.pop(0)
@@ -224,13 +224,13 @@ def _list(folder: pathlib.Path) -> list[os.DirEntry]:
 def _without_repeats(
   root: pathlib.Path, paths: Sequence[pathlib.Path]
 ) -> list[pathlib.Path]:
-  """Keeps one path of every file: one without links, else the first by name."""
+  """Keeps one path of each file: one without links if there is one."""
   base, kept = os.path.realpath(root), {}
   real_folder = functools.cache(os.path.realpath)
   for path in sorted(paths):
     if os.path.islink(path):
       real = os.path.realpath(path)
-    else:  # resolving every path anew is slow where there are many
+    else:  # resolving every path anew is slow for many files
       real = os.path.join(real_folder(path.parent), path.name)
     plain = os.path.join(base, path.relative_to(root)) == real
     if plain or real not in kept:

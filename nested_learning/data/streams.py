@@ -20,7 +20,7 @@ from nested_learning import errors
 from nested_learning.data import corpus as corpus_lib
 
 _TERM = re.compile(r'(\d+\.?\d*|\.\d+)\*(.+)', re.DOTALL)
-# How often a pass may repeat a source; more is a slip in the weights.
+# Repetitions of a source in one pass; more are taken for a mistake.
 _MAX_REPEATS = 1000
 
 
@@ -114,7 +114,7 @@ def _choose(
       held_out[own[places[own].argmin()]] = True
     elif len(own) and held_out[own].all():
       held_out[own[places[own].argmax()]] = False
-  for own in texts:  # a text that two corpora share may have changed sides
+  for own in texts:  # a text of two corpora may have changed sides above
     is_mixed = is_cut[own].any() or len(np.unique(held_out[own])) == 2
     if len(own) and not is_mixed:
       is_cut[own[places[own].argmin()]] = True

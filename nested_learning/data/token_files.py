@@ -151,7 +151,7 @@ def load(source: str, tokenizer: tokenizers.Tokenizer) -> corpus_lib.Corpus:
       for name in _ARRAYS
       if name in _array_names(summary)
     }
-    # Without hashes of the texts, equal ones are not known as such.
+    # The old format has no hashes of contents: every document is its own text.
     contents = arrays.get('contents', arrays['places'].view(np.uint64))
     corpus_lib.check_index(
       arrays['starts'], arrays['places'], contents, summary['num_tokens']
@@ -191,7 +191,7 @@ def load(source: str, tokenizer: tokenizers.Tokenizer) -> corpus_lib.Corpus:
 
 
 def _read_summary(folder: pathlib.Path) -> dict[str, Any]:
-  """Reads tokens.json; raises ValueError where it or a file is not as made."""
+  """Reads tokens.json; raises ValueError if it or a file was changed."""
   summary = json.loads((folder / _SUMMARY).read_text(encoding='utf-8'))
   if not isinstance(summary, dict):
     raise ValueError(f'{_SUMMARY} is not an object')
@@ -216,7 +216,7 @@ def _read_summary(folder: pathlib.Path) -> dict[str, Any]:
       raise ValueError(f'{name} is missing')
     if path.stat().st_size != file['bytes']:
       raise ValueError(f'{name} has {path.stat().st_size} bytes')
-    # Shards are not read as a whole: each of their records has a checksum.
+    # Shards are not read here; ArrayRecord has a checksum per record.
     if path.suffix == '.npy' and corpus_lib.checksum(path) != file['crc32']:
       raise ValueError(f'{name} has another checksum')
   return summary

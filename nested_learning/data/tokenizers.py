@@ -75,7 +75,7 @@ class Tokenizer:
     """
     context = np.asarray(context, np.int64).reshape(-1)
     marks = np.flatnonzero(context == self.document_id)
-    if len(marks):  # a document does not depend on the one before
+    if len(marks):  # a document is decoded without the one before
       context = context[marks[-1] + 1 :]
     context = context[-_WINDOW:]
     together = np.concatenate([context, np.asarray(tokens, np.int64)])
@@ -91,7 +91,7 @@ class Tokenizer:
         mark and ids[max(end - len(mark), 0) : end].tolist() == mark
       ):
         return text
-    return self.decode(ids)  # bytes that are no text
+    return self.decode(ids)  # more than an unfinished character
 
   @functools.cached_property
   def _replacement(self) -> np.ndarray:

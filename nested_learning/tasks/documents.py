@@ -1,4 +1,4 @@
-"""Documents of lines with an attribute each, one of which is asked for.
+"""Documents of lines with an attribute each; one value is asked for.
 
     Harbour: lemon river      ... other lines ...      Colour:   -> falcon
 
@@ -85,7 +85,7 @@ class DocumentConfig:
 
   @property
   def vocab_size(self) -> int:
-    """That of the tokenizer."""
+    """Number of ids of the tokenizer."""
     return self.make_tokenizer().vocab_size
 
   @property

@@ -1,4 +1,4 @@
-"""Tasks whose rows define what has to be learned from them.
+"""Tasks that are learned in context: associative recall and regression.
 
 References:
   Arora et al., Zoology, arXiv:2312.04927, 2023, section 3 and appendix
@@ -73,7 +73,7 @@ class MqarConfig:
     num_keys, half = self.num_pairs, self.vocab_size // 2
     keys = 1 + rng.choice(half - 1, num_keys, replace=False)
     values = half + rng.choice(half, self.num_writes, replace=False)
-    written = np.arange(self.num_writes)  # which key a pair writes
+    written = np.arange(self.num_writes)  # number of each pair's key
     if self.num_rewrites:
       written[num_keys:] = rng.integers(num_keys, size=self.num_rewrites)
       rng.shuffle(written)

@@ -78,7 +78,7 @@ class NeedleConfig:
 
   @property
   def vocab_size(self) -> int:
-    """Three marks, then ids of keys, values and hay."""
+    """Number of ids: three marks, then keys, values and hay."""
     return 3 + _KEY_IDS + _VALUE_IDS + _HAY_IDS
 
   @property

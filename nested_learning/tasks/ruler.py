@@ -75,7 +75,7 @@ class RulerConfig:
 
   @property
   def vocab_size(self) -> int:
-    """That of the tokenizer."""
+    """Number of ids of the tokenizer."""
     return self.make_tokenizer().vocab_size
 
   @property

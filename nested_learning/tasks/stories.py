@@ -58,7 +58,7 @@ class StoryConfig:
       self.num_facts >= least,
       f'at least {least}, which the answer to {self.question} needs',
     )
-    # 8 words, or 50 letters, are room for the longest fact or question.
+    # The longest fact or question has at most 8 words, or 50 letters.
     longest = 8 if self.vocabulary == 'words' else 50
     needed = (self.num_facts + 2) * longest + self.gap
     errors.check_field(
@@ -71,7 +71,7 @@ class StoryConfig:
 
   @property
   def vocab_size(self) -> int:
-    """That of the tokenizer."""
+    """Number of ids of the tokenizer."""
     return self.make_tokenizer().vocab_size
 
   @property

@@ -1,4 +1,4 @@
-"""The interface of a task, and parts that tasks share.
+"""The interface of a task, and functions that tasks share.
 
 A task is a frozen dataclass. Its fields are its settings, checked when it is
 made; `make_row` draws one row with a random generator, so a row is a pure

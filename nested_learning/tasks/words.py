@@ -149,7 +149,7 @@ def _docstrings(code):
   kinds = ast.Module | ast.ClassDef | ast.FunctionDef
   for node in ast.walk(ast.parse(code)):
     if isinstance(node, kinds) and (text := ast.get_docstring(node)):
-      # Paragraphs of words; tables and examples are no prose.
+      # Keep paragraphs of words; skip tables and examples.
       for paragraph in text.split('\n\n'):
         words = paragraph.split()
         plain = sum(word.strip('.,;:()\'"').isalpha() for word in words)

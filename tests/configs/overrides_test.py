@@ -180,7 +180,7 @@ class OverrideTest(parameterized.TestCase):
     self.assertNotIn('\n', str(caught.exception))
 
   @parameterized.parameters('train.num_steps', '=3', '')
-  def test_text_that_is_no_assignment(self, text):
+  def test_text_without_an_assignment(self, text):
     with self.assertRaisesRegex(errors.UserError, 'write path=value'):
       configs.override(Config(), [text])
 

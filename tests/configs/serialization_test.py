@@ -107,7 +107,7 @@ class SerializationTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, 'which is no config class'):
       configs.from_json(json.dumps({'_type': self.tag[:-6] + 'Other'}))
 
-  def test_names_the_experiment_that_is_gone(self):
+  def test_names_a_missing_experiment(self):
     with self.assertRaisesRegex(errors.UserError, r'made by experiments\.gone'):
       configs.from_json('{"_type": "experiments.gone.Config"}')
 

@@ -73,7 +73,7 @@ class CorpusTest(absltest.TestCase):
       file.write('text')
     self.assertLen(self.load().starts, len(_TEXTS) + 2)
 
-  def test_large_vocabulary_is_kept(self):
+  def test_large_vocabulary_has_larger_type(self):
     tokenizer = tokenizers.Tokenizer(
       vocab_size=100_001,
       document_id=100_000,
@@ -87,7 +87,7 @@ class CorpusTest(absltest.TestCase):
       loaded.tokens[:4].tolist(), [100_000, 70_000, 70_001, 70_002]
     )
 
-  def test_process_that_comes_second_uses_the_first_ones_cache(self):
+  def test_race_for_a_cache(self):
     first = self.load()
     real_exists = pathlib.Path.exists
     calls = []
@@ -102,7 +102,7 @@ class CorpusTest(absltest.TestCase):
     np.testing.assert_array_equal(first.tokens, second.tokens)
     self.assertLen(os.listdir(self.cache), 1)
 
-  def test_nothing_is_left_of_a_failure(self):
+  def test_failure_leaves_no_files(self):
     (self.root / 'text' / 'z.bin').write_bytes(b'\0')
     with self.assertRaisesRegex(errors.UserError, 'z.bin is a binary file'):
       self.load()

@@ -1,4 +1,4 @@
-"""Every format that text comes in, from small real files of it."""
+"""Tests of every format, with small real files."""
 
 import gzip
 import importlib.util
@@ -150,7 +150,7 @@ class DocumentsTest(parameterized.TestCase):
         data.make_iterator(config).set_state(iterator.get_state())
 
   @parameterized.named_parameters(_FORMATS[1], _FORMATS[2], _FORMATS[4])
-  def test_travels_to_another_process(self, write):
+  def test_can_be_pickled(self, write):
     documents = data.open_documents(write(self, self.root))
     documents[1]
     again = pickle.loads(pickle.dumps(documents))
@@ -166,7 +166,7 @@ class DocumentsTest(parameterized.TestCase):
     documents = data.open_documents(f'text:{_jsonl(self, self.root)}')
     self.assertLen(documents, 2)
 
-  def test_another_field(self):
+  def test_text_field(self):
     (self.root / 'a.jsonl').write_text('{"content": "hello"}\n')
     source = str(self.root / 'a.jsonl')
     documents = data.open_documents(source, text_field='content')

@@ -43,7 +43,7 @@ class PipelineTest(parameterized.TestCase):
     return data.make_iterator(config, **others)
 
   def split_texts(self, split):
-    """The documents of a split in the order of their names, as tokens."""
+    """Returns the documents of a split in order, as tokens."""
     names = sorted(f'{i}.txt' for i in range(_NUM_FILES))
     held_out = [corpus.place(name) < 0.25 for name in names]
     return [
@@ -211,7 +211,7 @@ class PipelineTest(parameterized.TestCase):
       expected = [{k: v[rows] for k, v in b.items()} for b in whole[3:]]
       self.assert_same(list(new), expected)
 
-  def test_lanes_run_on_for_ever(self):
+  def test_lanes_are_endless(self):
     total = sum(map(len, self.split_texts('train')))
     num_steps = 3 * total // 16  # Three times around for every lane.
     batches = list(itertools.islice(self.make(reset='never'), num_steps))
@@ -257,7 +257,7 @@ class PipelineTest(parameterized.TestCase):
     ('reset', {'reset': 'never'}),
     ('split', {'split': 'validation'}),
   )
-  def test_state_of_other_data(self, name, settings):
+  def test_state_of_other_settings(self, name, settings):
     with self.assertRaisesRegex(
       errors.UserError, f'was made on data with {name}=.* Restore the text'
     ):
@@ -269,7 +269,7 @@ class PipelineTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, 'on data with text='):
       self.make().set_state(state)
 
-  def test_state_of_something_else(self):
+  def test_malformed_state(self):
     with self.assertRaisesRegex(errors.UserError, 'on data with .*=None'):
       self.make().set_state({'next_index': 3})
 
@@ -319,7 +319,7 @@ class PipelineTest(parameterized.TestCase):
     batch = next(self.make(num_epochs=1, batch_size=1, **settings))
     self.assertEqual(batch['tokens'].shape, (1, 16))
 
-  def test_no_validation_is_asked_for(self):
+  def test_training_without_validation(self):
     self.assertTrue(self.config.has_validation)
     config = dataclasses.replace(self.config, validation_fraction=0.0)
     self.assertFalse(config.has_validation)

@@ -149,7 +149,7 @@ class SourcesTest(parameterized.TestCase):
       ['1.txt', 'to_b/2.txt'],
     )
 
-  def test_glob_is_that_of_python_without_links(self):
+  def test_glob_agrees_with_the_standard_library(self):
     for name in ('b.txt', 'a/c.txt', 'a/.d.txt', '.e/f.txt', 'a/g[1]/h.txt'):
       self.write(name, 'text')
     for pattern in (

@@ -13,7 +13,7 @@ from nested_learning.data import streams
 
 
 def _corpus(documents, names=None):
-  """A corpus of lists of ids, named by their numbers if not otherwise."""
+  """Makes a corpus of lists of ids."""
   names = names or [f'{i}.txt' for i in range(len(documents))]
   return corpus_lib.Corpus(
     tokens=np.array(list(itertools.chain(*documents)), np.uint16),
@@ -70,7 +70,7 @@ class PackTest(parameterized.TestCase):
 
 class SplitTest(parameterized.TestCase):
   def split(self, *corpora, fraction=0.3):
-    """For each corpus, the documents or parts on both sides, as tuples."""
+    """Returns the documents on both sides of each corpus, as tuples."""
     found = []
     for corpus, split in zip(
       corpora, streams.split(corpora, fraction), strict=True
@@ -140,22 +140,22 @@ class SplitTest(parameterized.TestCase):
 
 
 class MixturesTest(parameterized.TestCase):
-  def test_parses(self):
+  def test_parses_a_mixture(self):
     self.assertEqual(
       streams.parse_mixture('3*a/*.jsonl + 1.0*c++ + 4*b'),
       {'a/*.jsonl': 0.375, 'c++': 0.125, 'b': 0.5},
     )
 
   @parameterized.parameters('stdlib', 'a + b', '7*.txt', 'a+b', '')
-  def test_is_one_source(self, source):
+  def test_parses_one_source(self, source):
     self.assertEqual(streams.parse_mixture(source), {source: 1.0})
 
   @parameterized.parameters('0.5*a + b', '0*a + 1*b', '1*a + 2*a', '1*a + -1*b')
-  def test_refuses(self, source):
+  def test_refuses_bad_weights(self, source):
     with self.assertRaisesRegex(errors.UserError, 'is not WEIGHT.SOURCE with'):
       streams.parse_mixture(source)
 
-  def test_order_keeps_the_shares_all_along(self):
+  def test_order_keeps_the_shares(self):
     rng = np.random.default_rng(0)
     lengths = [rng.integers(1, 50, n) for n in (400, 30, 100)]
     weights = [0.5, 0.2, 0.3]
@@ -245,7 +245,7 @@ class MixedBatchesTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, 'on data with text='):
       self.make((0.5, 0.5)).set_state(state)
 
-  def test_validation_is_every_source_once(self):
+  def test_validation_reads_every_source_once(self):
     found = {}
     for weights in ((0.25, 0.75), (0.5, 0.5)):
       batches = self.make(weights, split='validation')

@@ -48,7 +48,7 @@ class TokenFilesTest(parameterized.TestCase):
       self.assertEqual(corpus.tokens[places].tolist(), tokens)
 
   @parameterized.parameters('document', 'never')
-  def test_trains_as_the_text_itself(self, reset):
+  def test_gives_the_batches_of_its_text(self, reset):
     for name, text in _TEXTS.items():
       (self.root / 'text').mkdir(exist_ok=True)
       (self.root / 'text' / name).write_text(text)
@@ -96,7 +96,7 @@ class TokenFilesTest(parameterized.TestCase):
     ):
       token_files.load(str(self.folder), other)
 
-  def test_damage(self):
+  def test_missing_and_empty_files(self):
     self.write()
     last = max(self.folder.glob('*.array_record'))
     os.rename(last, self.root / 'away')
@@ -160,7 +160,7 @@ class TokenFilesTest(parameterized.TestCase):
     corpus = token_files.load(str(self.folder), self.tokenizer)
     self.assertLen(corpus.places, 20)
 
-  def test_is_whole_or_not_there(self):
+  def test_is_written_whole_or_not_at_all(self):
     with self.assertRaisesRegex(errors.UserError, 'holds no text'):
       self.write({'empty': ''})
 

@@ -67,7 +67,7 @@ def _byte_level(special=(), *, prefix=False):
 
 
 def _llama_like():
-  """SentencePiece pieces with byte fallback, as Llama 2 has in JSON."""
+  """Makes SentencePiece pieces with byte fallback in JSON, as in Llama 2."""
   fallback = [f'<0x{i:02X}>' for i in range(256)]
   content = _train_hugging_face(
     hf.models.BPE(unk_token='<unk>', byte_fallback=True, fuse_unk=True),

@@ -1,4 +1,4 @@
-"""Documents of attributes, against what they say."""
+"""Tests of documents with attributes."""
 
 import re
 
@@ -15,14 +15,14 @@ def _rows(task, count=20):
 
 
 def _text(task, row):
-  """What stands before the answer; lines end where words say no more."""
+  """Returns the text before the answer."""
   tokens = row.tokens[1 : 1 + np.flatnonzero(row.mask)[0]]
   return task.make_tokenizer().decode(tokens)
 
 
 class DocumentsTest(parameterized.TestCase):
   @parameterized.product(num_readings=(1, 2), max_attributes=(4, 8))
-  def test_one_line_of_the_words_answers(self, num_readings, max_attributes):
+  def test_one_line_answers_in_words(self, num_readings, max_attributes):
     task = tasks.make_config(
       'documents_small',
       num_readings=num_readings,
@@ -51,7 +51,7 @@ class DocumentsTest(parameterized.TestCase):
       self.assertLessEqual(row.mask.sum(), task.answer_tokens)
     self.assertEqual(counts, set(range(4, max_attributes + 1)))
 
-  def test_one_line_of_the_text_answers(self):
+  def test_one_line_answers_in_bytes(self):
     task = tasks.make_config('documents', num_tokens=2048)
     for row in _rows(task):
       text = _text(task, row)

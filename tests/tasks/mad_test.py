@@ -71,7 +71,7 @@ class RecallTest(parameterized.TestCase):
 
 
 class CopyingTest(parameterized.TestCase):
-  def test_copies_what_is_not_blank(self):
+  def test_targets_are_the_tokens_that_are_not_blank(self):
     task = tasks.SelectiveCopyingConfig()
     for row in _rows(task):
       copied = row.tokens[row.tokens < 14]

@@ -1,4 +1,4 @@
-"""Formal languages and word problems, against what they mean."""
+"""Tests of formal languages and word problems."""
 
 import itertools
 import re
@@ -14,7 +14,7 @@ _BINS = ((2, 50), (51, 100), (151, 200))
 
 
 def _strings(language, low, high, count=60):
-  """Strings with the labels of their prefixes, whose ids are from 0 on."""
+  """Yields strings with the labels of their prefixes, counted from 0."""
   task = tasks.FormalLanguageConfig(language, low, high)
   letters = '()[]' if language == 'shuffle2' else 'abc'
   letters = '01' if language == 'parity' else letters
@@ -107,7 +107,7 @@ class WordProblemTest(parameterized.TestCase):
     right = table[np.arange(order)[:, None, None], table]
     np.testing.assert_array_equal(left, right)
 
-  def test_only_the_right_ones_commute(self):
+  def test_only_cyclic_groups_commute(self):
     for name in state_tracking.GROUPS:
       table = state_tracking.multiplication_table(name)
       self.assertEqual((table == table.T).all(), name[0] == 'Z')

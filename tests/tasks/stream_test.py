@@ -1,4 +1,4 @@
-"""Batches of a task: sharded, resumed, never mixed between splits."""
+"""Tests of batches of a task."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ class StreamTest(parameterized.TestCase):
       for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
-  def test_a_batch_has_what_a_batch_of_text_has(self):
+  def test_batch_has_the_arrays_of_text(self):
     _, (batch,) = _take(1)
     self.assertEqual(set(batch), {'tokens', 'targets', 'mask', 'reset'})
     for name, dtype in (
@@ -40,7 +40,7 @@ class StreamTest(parameterized.TestCase):
       self.assertEqual(batch[name].dtype, dtype)
     self.assertEqual(batch['reset'].nonzero()[1].tolist(), [0] * 4)
 
-  def test_a_batch_is_its_rows(self):
+  def test_batch_consists_of_rows(self):
     _, batches = _take(3)
     data = tasks.TaskDataConfig(_TASK, batch_size=4)
     for step, batch in enumerate(batches):

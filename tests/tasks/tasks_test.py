@@ -13,7 +13,7 @@ from nested_learning import tasks
 
 
 def _small(name):
-  """A task of the registry with text short enough for a test."""
+  """Returns a task of the registry with short text."""
   config = tasks.TASKS[name]
   if config.num_tokens > 2000:
     return dataclasses.replace(config, num_tokens=1536)
