@@ -62,40 +62,10 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
       optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
     )
 
-  delta_grad = optimizers.value_and_delta_grad(loss_fn)
-  functions = {
-    'gradients': jax.jit(jax.grad(loss_fn)),
-    'delta gradients': jax.jit(lambda p, t: delta_grad(p, t)[1:]),
+  seconds, best = _time_steps(config, loss_fn, params, tokens)
+  step = {
+    name: best['gradients'] + best[name] for name in ('Muon', 'M3', 'AdamW')
   }
-  seconds = {name: [] for name in functions}
-  updates = {name: rules.RULES[name](1e-3) for name in ('Muon', 'M3')}
-  updates['AdamW'] = optax.adamw(1e-3, 0.9, 0.95)
-  seconds |= {name: [] for name in updates}
-  seconds['M3, slow step'] = []
-
-  gradients = functions['gradients'](params, tokens)
-  compiled = {
-    name: jax.jit(tx.update, donate_argnums=1) for name, tx in updates.items()
-  }
-  for repeat in range(config.repeats + 1):
-    for name, function in functions.items():
-      seconds[name].append(_time(function, params, tokens)[0])
-    for name, tx in updates.items():
-      state = tx.init(params)
-      spent, (_, state) = _time(compiled[name], gradients, state, params)
-      seconds[name].append(spent)
-      if name == 'M3':
-        state = _at_step(state, 15)  # The slow momentum is due next.
-        spent, _ = _time(compiled[name], gradients, state, params)
-        seconds['M3, slow step'].append(spent)
-      del state
-    if repeat == 0:  # It compiled.
-      seconds = {name: [] for name in seconds}
-
-  best = {name: min(values) for name, values in seconds.items()}
-  # One step in sixteen orthogonalises the slow momentum as well.
-  best['M3'] = (15 * best['M3'] + best.pop('M3, slow step')) / 16
-  step = {name: best['gradients'] + best[name] for name in updates}
   summary = {
     'parameters': num_params,
     'tokens_per_step': config.num_tokens,
@@ -112,9 +82,8 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
     size = sum(
       leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
     )
-    summary[f'state_bytes_per_parameter_{report_files.key(name)}'] = (
-      size / num_params
-    )
+    key = f'state_bytes_per_parameter_{report_files.key(name)}'
+    summary[key] = size / num_params
     rows.append((name, size / num_params))
   report_files.write(
     workdir,
@@ -145,6 +114,52 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
       report_files.table(('optimiser', 'bytes per parameter'), rows),
     ],
   )
+
+
+def _time_steps(config, loss_fn, params, tokens):
+  """Times gradients and updates.
+
+  Args:
+    config: The benchmark.
+    loss_fn: Function of (params, tokens).
+    params: The parameters.
+    tokens: The batch.
+
+  Returns:
+    Seconds of every repeat, by name, and the fastest ones. The fastest of M3 is
+    the mean over a period of its slow momentum.
+  """
+  delta_grad = optimizers.value_and_delta_grad(loss_fn)
+  functions = {
+    'gradients': jax.jit(jax.grad(loss_fn)),
+    'delta gradients': jax.jit(lambda p, t: delta_grad(p, t)[1:]),
+  }
+  updates = {name: rules.RULES[name](1e-3) for name in ('Muon', 'M3')}
+  updates['AdamW'] = optax.adamw(1e-3, 0.9, 0.95)
+  compiled = {
+    name: jax.jit(tx.update, donate_argnums=1) for name, tx in updates.items()
+  }
+  gradients = functions['gradients'](params, tokens)
+  names = (*functions, *updates, 'M3, slow step')
+  seconds = {name: [] for name in names}
+  for repeat in range(config.repeats + 1):
+    for name, function in functions.items():
+      seconds[name].append(_time(function, params, tokens)[0])
+    for name, tx in updates.items():
+      state = tx.init(params)
+      spent, (_, state) = _time(compiled[name], gradients, state, params)
+      seconds[name].append(spent)
+      if name == 'M3':
+        state = _at_step(state, 15)  # The slow momentum is due next.
+        spent, _ = _time(compiled[name], gradients, state, params)
+        seconds['M3, slow step'].append(spent)
+      del state  # Only one optimiser's state fits beside the parameters.
+    if repeat == 0:  # It compiled.
+      seconds = {name: [] for name in names}
+  best = {name: min(values) for name, values in seconds.items()}
+  # One step in sixteen orthogonalises the slow momentum as well.
+  best['M3'] = (15 * best['M3'] + best.pop('M3, slow step')) / 16
+  return seconds, best
 
 
 def _init_params(config):

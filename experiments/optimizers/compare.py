@@ -100,58 +100,10 @@ def run(config: CompareConfig, workdir: str, mode: str) -> None:
     'trains all parameters that are no maps (embeddings, norms, biases).',
   ]
   for task in config.tasks:
-    loss_fn, params, batches, evaluate, title = tasks[task](config)
-    evaluate = jax.jit(evaluate)
-    rows, curves, scores = [], {}, {}
-    for name in rules.NAMES:
-      sweep = rules.sweep(name, loss_fn, params, batches, rates=config.rates)
-      measured = rules.measure(evaluate, sweep.params)
-      validation = np.mean(measured['validation_loss'], axis=1)
-      found = rules.best(validation)
-      picked = {key: value[found] for key, value in measured.items()}
-      curves[name] = np.mean(sweep.losses[found], axis=0)
-      scores[name] = validation
-      rows.append(
-        (
-          name,
-          f'{config.rates[found]:g}',
-          *(_mean(values) for values in picked.values()),
-        )
-      )
-      for key, values in picked.items():
-        summary[f'{task}_{report_files.key(name)}_{key}'] = float(
-          np.mean(values)
-        )
-      summary[f'{task}_{report_files.key(name)}_rate'] = float(
-        config.rates[found]
-      )
-      metrics += [
-        {'task': task, 'optimizer': name, 'step': i, 'loss': float(loss)}
-        for i, loss in enumerate(curves[name])
-      ]
-      print(f'{task}: {rows[-1]}', flush=True)
-    order = np.argsort(
-      [
-        np.nan_to_num(
-          summary[f'{task}_{report_files.key(n)}_validation_loss'], nan=9e9
-        )
-        for n in rules.NAMES
-      ]
-    )
-    _plot(folder / f'{task}.png', config, curves, scores)
-    sections += [
-      f'## {title}',
-      report_files.table(
-        (
-          'optimiser',
-          'best rate',
-          *(key.replace('_', ' ') for key in measured),
-        ),
-        [rows[i] for i in order],
-      ),
-      f'![Training loss, and validation loss by rate]({task}.png)',
-    ]
-    summary[f'{task}_best'] = rules.NAMES[order[0]]
+    section, numbers, losses = _compare(task, tasks[task], config, folder)
+    sections += section
+    summary |= {f'{task}_{key}': value for key, value in numbers.items()}
+    metrics += losses
   report_files.write(
     workdir,
     config,
@@ -160,6 +112,55 @@ def run(config: CompareConfig, workdir: str, mode: str) -> None:
     metrics=metrics,
     sections=sections,
   )
+
+
+def _compare(task, make_task, config, folder):
+  """Trains with every optimiser on one task, and draws its plot.
+
+  Args:
+    task: Name of the task.
+    make_task: Function of the config that makes it.
+    config: The experiment.
+    folder: Folder of the plot.
+
+  Returns:
+    Sections of the report, numbers by name, and losses by optimiser and step.
+  """
+  loss_fn, params, batches, evaluate, title = make_task(config)
+  evaluate = jax.jit(evaluate)
+  rows, curves, scores, numbers, losses = {}, {}, {}, {}, []
+  for name in rules.NAMES:
+    sweep = rules.sweep(name, loss_fn, params, batches, rates=config.rates)
+    measured = rules.measure(evaluate, sweep.params)  # leaves [rate, seed]
+    scores[name] = np.mean(measured['validation_loss'], axis=1)
+    found = rules.best(scores[name])
+    picked = {key: value[found] for key, value in measured.items()}
+    curves[name] = np.mean(sweep.losses[found], axis=0)  # [step]
+    rate, prefix = config.rates[found], report_files.key(name)
+    rows[name] = (name, f'{rate:g}', *map(_mean, picked.values()))
+    for key, values in picked.items():
+      numbers[f'{prefix}_{key}'] = float(np.mean(values))
+    numbers[f'{prefix}_rate'] = float(rate)
+    losses += [
+      {'task': task, 'optimizer': name, 'step': i, 'loss': float(loss)}
+      for i, loss in enumerate(curves[name])
+    ]
+    print(f'{task}: {rows[name]}', flush=True)
+  _plot(folder / f'{task}.png', config, curves, scores)
+
+  def validation_loss(name):  # diverged runs last
+    loss = numbers[f'{report_files.key(name)}_validation_loss']
+    return loss if np.isfinite(loss) else math.inf
+
+  order = sorted(rules.NAMES, key=validation_loss)
+  numbers['best'] = order[0]
+  header = ('optimiser', 'best rate', *(k.replace('_', ' ') for k in measured))
+  section = [
+    f'## {title}',
+    report_files.table(header, [rows[name] for name in order]),
+    f'![Training loss, and validation loss by rate]({task}.png)',
+  ]
+  return section, numbers, losses
 
 
 class _Classifier(nn.Module):
