@@ -7,9 +7,9 @@ from nested_learning.levels.inner import InnerConfig
 from nested_learning.levels.inner import make_levels
 from nested_learning.levels.reader import make_reader
 from nested_learning.levels.reader import Reader
-from nested_learning.levels.reader import ReaderSpec
 from nested_learning.levels.reader import Segment
 from nested_learning.levels.reader import State
+from nested_learning.levels.rows import ReaderSpec
 from nested_learning.levels.steps import InnerLevel
 from nested_learning.levels.steps import segment_size
 from nested_learning.levels.steps import StepSpec

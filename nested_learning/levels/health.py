@@ -1,4 +1,4 @@
-"""How the levels of a stream are doing, and which of them are dead."""
+"""Health of levels that learn inside a sequence: norms, drift, dead levels."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -11,26 +11,26 @@ from nested_learning.levels import reader
 from nested_learning.levels import steps
 from nested_learning.levels import trees
 
-# A step of less than this of the weights' norm moves no float32 weight.
+# A step below this share of the weights' norm changes no float32 weight.
 _LEAST_RATIO = 1e-7
-# Of the largest gradient among the levels. A slow level that started cold was
-# seen to fall from 1e-4 to 2e-6 in absolute numbers, and never learned.
+# Least gradient of a living level, as a share of the largest among the levels.
+# A slow level without a warm start fell from 1e-4 to 2e-6 and never learned.
 _LEAST_SHARE = 1e-4
-_FEWEST_UPDATES = 2  # before anything is said
+_FEWEST_UPDATES = 2  # before a level can be called dead
 
 
 class Health(NamedTuple):
-  """One level, by row [b].
+  """Health of one level, by row [b].
 
   Attributes:
     num_updates: Steps so far.
-    gradient_norm: Of the last step.
-    update_norm: Of the last step.
-    update_ratio: Of the last step, over the norm of the weights.
-    drift: Distance of the weights from their start, over the start's norm.
-    frozen: Whether the level diverged and rests since.
-    dead: Whether the level takes steps that change nothing, or gets next to
-      no gradient beside the other levels.
+    gradient_norm: Norm of the gradient of the last step.
+    update_norm: Norm of the last step.
+    update_ratio: Norm of the last step over the norm of the weights.
+    drift: Distance of the weights from their start over the norm of the start.
+    frozen: Whether the level has diverged, and rests since.
+    dead: Whether the steps change nothing, or the gradient is negligible beside
+      those of other levels.
   """
 
   num_updates: jax.Array
@@ -43,22 +43,23 @@ class Health(NamedTuple):
 
 
 def measure_health(state: reader.State) -> dict[str, Health]:
-  """Measures the levels of a stream.
+  """Measures the levels of streams.
 
   Args:
-    state: Of a model whose levels learn.
+    state: State of a model whose levels learn.
 
   Returns:
-    By name of level, fastest first.
+    Health by level name, fastest first.
   """
   gradients = [level.gradient_norm for level in state.levels.values()]
-  largest = jnp.max(jnp.stack(gradients), axis=0)
+  largest = jnp.max(jnp.stack(gradients), axis=0)  # [b]
   return {
     name: _measure(level, largest) for name, level in state.levels.items()
   }
 
 
 def _measure(level: steps.InnerLevel, largest: jax.Array) -> Health:
+  # The floor keeps the ratio of a level at zero finite.
   ratio = level.update_norm / jnp.maximum(trees.norm(level.params), 1e-12)
   silent = level.gradient_norm <= _LEAST_SHARE * largest
   dead = (ratio < _LEAST_RATIO) | silent
@@ -75,13 +76,13 @@ def _measure(level: steps.InnerLevel, largest: jax.Array) -> Health:
 
 
 def health_warnings(measured: Mapping[str, Health]) -> list[str]:
-  """What is wrong with levels, one sentence for each that something is.
+  """Describes levels that have diverged or are dead.
 
   Args:
-    measured: From `measure_health`.
+    measured: Result of `measure_health`.
 
   Returns:
-    Sentences; none where all is well.
+    One sentence per problem; none if all levels are well.
   """
   sentences = []
   for name, level in measured.items():
@@ -89,8 +90,8 @@ def health_warnings(measured: Mapping[str, Health]) -> list[str]:
     rows = f'in {{}} of {level.frozen.size} streams'
     if level.frozen.any():
       sentences.append(
-        f'level {name!r} diverged {rows.format(level.frozen.sum())}: it is '
-        'back at its start and frozen; lower its learning rate.'
+        f'level {name!r} diverged {rows.format(level.frozen.sum())}: its '
+        'weights are back at their start and frozen; lower its learning rate.'
       )
     if level.dead.any():
       ratio = level.update_ratio[level.dead].max()

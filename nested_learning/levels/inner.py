@@ -1,4 +1,4 @@
-"""Which levels learn inside a sequence, and how: as a config."""
+"""Config of the levels that learn inside a sequence."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -16,7 +16,7 @@ from nested_learning import optimizers
 _OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
   'sgd': optax.sgd,
   'momentum': lambda rate: optax.sgd(rate, momentum=0.9),
-  # eps_root: a root has no derivative at a gradient of zero.
+  # eps_root: the root has no derivative at a gradient of zero.
   'adam': lambda rate: optax.adam(rate, b1=0.9, b2=0.95, eps_root=1e-20),
   'm3': optimizers.m3,
   'delta_momentum': optimizers.delta_momentum,
@@ -26,34 +26,18 @@ _OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
 
 @dataclasses.dataclass(frozen=True)
 class InnerConfig:
-  """How the levels of a chain learn from what they read.
+  """How the levels of a chain learn inside a sequence.
 
-  Tuples have one entry per level of the chain, fastest first.
-
-  By `depth`, only the chains of the last blocks learn, a quarter of them as in
-  TTT-E2E; those of the others rest. A gradient of the next-token loss costs a
-  backward pass through the blocks that learn, about twice their forward. On two
-  CPU cores, a Transformer of four blocks and three levels reads at 0.79 of its
-  speed with one block learning, at 0.22 with all of them and at 0.54 with all
-  and a local objective (experiments/benchmarks/levels.py). What is lost: on 16K
-  bytes of code, a Transformer of two blocks comes from 2.54 nats per byte to
-  1.91 with one block learning, and to 1.87 with both.
-
-  The objective 'in_segment' leaves alone what a stream does not speak of. Of
-  150 classes read in ten tasks, a learner whose levels are not trained for it
-  knows 38 % at the end, and 12 % with 'next_token', which knows more of the
-  last task (72 % against 58 %; one seed of experiments/continual/classes.py).
-  It is for streams whose parts speak of different things: that what is not read
-  is unlikely is something that levels do not learn by it. Elsewhere it can be
-  worse: of the facts of experiments/continual/facts.py 23 % are left after 16K
-  tokens, and 94 % with 'next_token'.
+  Tuples have one entry per level of the chain, fastest first. Only the chains
+  of the last blocks learn, see `depth`: the gradient of a next-token loss costs
+  a backward pass through the blocks that learn.
 
   References:
     Sun et al., arXiv:2512.23675, 2025 (the last quarter of the blocks).
   """
 
-  # Tokens of a row between two steps of a level; None: it rests. () is off.
-  # The papers have 512, 2K, 8K and 32K.
+  # Tokens of a row between two steps of a level; None for a level that rests.
+  # () turns learning off. The papers use 512, 2K, 8K and 32K.
   update_every: tuple[int | None, ...] = ()
   learning_rates: tuple[float, ...] = (1.0,)  # one per level, or one for all
   optimizer: Literal[
@@ -64,18 +48,19 @@ class InnerConfig:
     'delta_momentum',
     'preconditioned_momentum',
   ] = 'sgd'
-  clip_norm: float | None = 1.0  # longest gradient of a level; None is any
-  # What a level minimises: 'next_token' is the model's loss, 'in_segment' the
-  # same among the tokens that a segment has, 'l2' and 'dot' are of the level's
-  # own input and output (`layers.cms.LocalLoss`) and need no backward pass.
+  clip_norm: float | None = 1.0  # largest gradient norm of a level; None is any
+  # Loss of a level: 'next_token' is the model's; 'in_segment' is the same among
+  # the tokens of a segment, and does not lower the probability of all others;
+  # 'l2' and 'dot' are local losses of a level's own input and output
+  # (`layers.cms.LocalLoss`), which need no backward pass.
   objective: Literal['next_token', 'in_segment', 'l2', 'dot'] = 'next_token'
-  depth: float = 0.25  # share of the blocks that learn, the last; 1.0 is all
-  # How the gradients of a chunk are reduced; 'sum' is the paper's.
+  depth: float = 0.25  # share of the blocks that learn, the last ones
+  # Reduction of the gradients between two steps; the paper's is 'sum'.
   reduce: Literal['mean', 'sum'] = 'mean'
-  # How training differentiates the steps: through them, or 'first_order', with
-  # inner gradients as constants.
+  # How training differentiates the steps: 'second_order' through them,
+  # 'first_order' with the inner gradients as constants.
   gradient: Literal['first_order', 'second_order'] = 'second_order'
-  max_drift: float = 1.0  # norms of its start that a level may go from there
+  max_drift: float = 1.0  # distance from the start, in norms of the start
 
   RENAMED: ClassVar = {'chunk_sizes': 'update_every'}
 
@@ -102,21 +87,21 @@ class InnerConfig:
     return any(size is not None for size in self.update_every)
 
   def num_blocks(self, of: int) -> int:
-    """How many of a model's blocks learn: the share `depth`, rounded up."""
+    """Returns how many of a model's blocks learn: `depth`, rounded up."""
     return math.ceil(self.depth * of - 1e-9)
 
 
 def make_levels(
   config: InnerConfig, names: Sequence[str]
 ) -> list[optimizers.Level]:
-  """The levels that learn, with their clocks and optimisers.
+  """Makes the levels that learn, with their clocks and optimisers.
 
   Args:
-    config: How they learn.
-    names: Of the levels of the chain, fastest first.
+    config: How levels learn.
+    names: Names of the levels of the chain, fastest first.
 
   Returns:
-    One `Level` for each that does not rest.
+    One `optimizers.Level` for each level that does not rest.
 
   Raises:
     errors.UserError: The config is for another number of levels, or lists a
@@ -146,7 +131,7 @@ def make_levels(
 def make_optimizer(
   config: InnerConfig, learning_rate: float
 ) -> optax.GradientTransformation:
-  """The optimiser of a level with this rate."""
+  """Makes the optimiser of a level with this learning rate."""
   made = _OPTIMIZERS[config.optimizer](learning_rate)
   if config.clip_norm is None:
     return made
@@ -154,7 +139,7 @@ def make_optimizer(
 
 
 def _clip(max_norm: float) -> optax.GradientTransformation:
-  """`optax.clip_by_global_norm`, with a derivative also where all is zero.
+  """`optax.clip_by_global_norm`, differentiable at a gradient of zero.
 
   A segment without targets has a gradient of zero, and an outer gradient goes
   through its norm.

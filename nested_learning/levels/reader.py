@@ -42,16 +42,14 @@ References:
 """
 
 from collections.abc import Callable, Mapping
-import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from nested_learning import errors
+from nested_learning.levels import rows
 from nested_learning.levels import steps
 from nested_learning.levels import trees
 from nested_learning.memory import layout
@@ -120,35 +118,7 @@ class Reader(NamedTuple):
   losses: Callable[..., tuple[jax.Array, State]]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ReaderSpec:
-  """A model and how its levels learn.
-
-  Attributes:
-    forward: `forward` of the model, see `models.make_model`.
-    init_state: `init_state` of the model.
-    steps: Which levels learn, when and how.
-    gradient: How an outer loss is differentiated: 'second_order' through the
-      steps, 'first_order' with inner gradients as constants.
-    in_segment: Whether a token's loss tells it from the other targets of its
-      segment only.
-    local_gradients: `local_gradients(params, state, tokens, counts, *, reset)`
-      returns logits, the state and, at the paths of the levels' parameters, the
-      gradients of a local objective summed over the tokens, each weighted by
-      counts [b, t]. They replace those of the next-token loss; None for these.
-    prepare: See `Reader`. `steps.labels` are those of prepared parameters.
-  """
-
-  forward: Callable[..., tuple[jax.Array, Any]]
-  init_state: Callable[[Any, int], Any]
-  steps: steps.StepSpec
-  gradient: str = 'second_order'
-  in_segment: bool = False
-  local_gradients: Callable[..., tuple[jax.Array, Any, Any]] | None = None
-  prepare: Callable[[Any], Any] = lambda params: params
-
-
-def make_reader(spec: ReaderSpec) -> Reader:
+def make_reader(spec: rows.ReaderSpec) -> Reader:
   """Makes a model's levels learn from the tokens that it reads.
 
   Args:
@@ -200,8 +170,15 @@ def _read(spec, params, state, tokens, *, reset=None, mask=None, write=True):
       return _read_segments(spec, params, state, tokens, reset=reset)
   state = _init_state(spec, params, batch_size) if state is None else state
   if not write or not num_tokens:
-    logits, model = _forward_rows(
-      spec, params, state, tokens, reset, mask, False
+    logits, model = rows.forward(
+      spec,
+      params,
+      state.levels,
+      state.model,
+      tokens,
+      reset=reset,
+      mask=mask,
+      write=False,
     )
     # No level learns from these tokens. In a row at the start of a segment,
     # they are read before it.
@@ -218,7 +195,7 @@ def _read(spec, params, state, tokens, *, reset=None, mask=None, write=True):
   take = lambda x, i: layout.take(x, i, 1)
   tokens, reset = take(tokens.astype(jnp.int32), order), take(reset, order)
   total = jnp.sum(mask, axis=1, dtype=jnp.int32)  # [b]
-  width, rows = min(size, num_tokens), jnp.arange(batch_size)[:, None]
+  width, row = min(size, num_tokens), jnp.arange(batch_size)[:, None]
 
   def body(carry, _):
     """Reads up to the end of each row's open segment, and learns there."""
@@ -246,18 +223,27 @@ def _read(spec, params, state, tokens, *, reset=None, mask=None, write=True):
     body, (state, jnp.zeros_like(total)), None, length=num_pieces
   )
   out = jnp.zeros((batch_size, num_tokens, logits.shape[-1]), logits.dtype)
-  out = out.at[rows, places].set(logits, mode='drop')
+  out = out.at[row, places].set(logits, mode='drop')
   return layout.take(out, place, 1), state
 
 
 def _read_piece(spec, params, state, tokens, *, reset, mask):
   """Reads tokens within the open segment, see `Reader.read_piece`."""
-  logits, model = _forward_rows(spec, params, state, tokens, reset, mask, True)
-  segment, rows = state.segment, jnp.arange(tokens.shape[0])[:, None]
+  logits, model = rows.forward(
+    spec,
+    params,
+    state.levels,
+    state.model,
+    tokens,
+    reset=reset,
+    mask=mask,
+    write=True,
+  )
+  segment, row = state.segment, jnp.arange(tokens.shape[0])[:, None]
   places = segment.count[:, None] + jnp.arange(tokens.shape[1])
   # Padding gets a place beyond the buffer, where it is dropped.
   places = jnp.where(mask, places, spec.steps.segment_size)
-  put = lambda into, x: into.at[rows, places].set(x, mode='drop')
+  put = lambda into, x: into.at[row, places].set(x, mode='drop')
   segment = segment._replace(
     tokens=put(segment.tokens, tokens),
     reset=put(segment.reset, reset),
@@ -272,7 +258,7 @@ def _end_segments(spec, params, state):
 
   def end(state):
     segment = state.segment
-    gradients, _, model, num_targets = _gradients_rows(
+    gradients, _, model, num_targets = rows.gradients(
       spec, params, state.levels, segment.model, segment.tokens, segment.reset
     )
     num_segments = state.num_segments + full
@@ -335,7 +321,7 @@ def _scan_segments(spec, params, state, tokens, reset, extra, emit):
   def body(carry, inputs):
     model, num_segments, states = carry
     tokens, reset, extra = inputs
-    gradients, logits, model, num_targets = _gradients_rows(
+    gradients, logits, model, num_targets = rows.gradients(
       spec, params, states, model, tokens, reset
     )
     num_segments = num_segments + 1
@@ -362,85 +348,6 @@ def _scan_segments(spec, params, state, tokens, reset, extra, emit):
   outputs = outputs.reshape(batch_size, num_tokens, *outputs.shape[3:])
   segment = state.segment._replace(model=model)
   return outputs, State(model, segment, num_segments, states)
-
-
-def _forward_rows(spec, params, state, tokens, reset, mask, write):
-  """Returns logits [b, t, v] and the model's state, each row by its levels."""
-  axes = trees.row_axes(spec.init_state, params)
-  weights = {name: level.params for name, level in state.levels.items()}
-  row = functools.partial(_forward_row, spec, params, axes, write)
-  return jax.vmap(row)(weights, state.model, tokens, reset, mask)
-
-
-def _forward_row(
-  spec, params, axes, write, weights, model, tokens, reset, mask
-):
-  """Returns logits [t, v] and the model's state of one row."""
-  add_axis = lambda x: None if x is None else x[None]
-  logits, model = spec.forward(
-    trees.merge(params, spec.steps.labels, weights),
-    trees.add_row_axis(axes, model),
-    tokens[None],
-    reset=add_axis(reset),
-    mask=add_axis(mask),
-    write=write,
-  )
-  return logits[0], trees.drop_row_axis(axes, model)
-
-
-def _gradients_rows(spec, params, levels, model, tokens, reset):
-  """Reads one full segment per row.
-
-  Returns:
-    Gradients by level [b, ...], logits [b, s, v], the model's state, and the
-    number of predictions with a loss, float32 [b].
-  """
-  axes = trees.row_axes(spec.init_state, params)
-  weights = {name: level.params for name, level in levels.items()}
-  row = functools.partial(_gradients_row, spec, params, axes)
-  gradients, *rest = jax.vmap(row)(weights, model, tokens, reset)
-  if spec.gradient == 'first_order':
-    gradients = jax.lax.stop_gradient(gradients)
-  return gradients, *rest
-
-
-def _gradients_row(spec, params, axes, weights, model, tokens, reset):
-  """Reads a full segment [s] of one row; see `_gradients_rows`."""
-  counts = jnp.ones((tokens.shape[0] - 1,), jnp.float32)  # of targets
-  if reset is not None:  # a document does not predict the next one
-    counts = 1 - reset[1:].astype(jnp.float32)
-  labels = spec.steps.labels
-  if spec.local_gradients is not None:
-    logits, model, found = spec.local_gradients(
-      trees.merge(params, labels, weights),
-      trees.add_row_axis(axes, model),
-      tokens[None],
-      jnp.pad(counts, (0, 1))[None],
-      reset=None if reset is None else reset[None],
-    )
-    gradients = {name: trees.select(found, labels, name) for name in weights}
-    model = trees.drop_row_axis(axes, model)
-    return gradients, logits[0], model, jnp.sum(counts)
-
-  def loss(weights):
-    logits, after = _forward_row(
-      spec, params, axes, True, weights, model, tokens, reset, None
-    )
-    predicted, targets = logits[:-1], tokens[1:]
-    if spec.in_segment:
-      predicted = _among(targets, predicted)
-    losses = optax.softmax_cross_entropy_with_integer_labels(predicted, targets)
-    return jnp.sum(losses * counts), (logits, after)
-
-  gradients, (logits, model) = jax.grad(loss, has_aux=True)(weights)
-  return gradients, logits, model, jnp.sum(counts)
-
-
-def _among(tokens, logits):
-  """Restricts logits [t, v] to the tokens [t]."""
-  is_there = jnp.zeros(logits.shape[-1:], bool).at[tokens].set(True)
-  # Half of the smallest number, so that sums with it stay finite.
-  return jnp.where(is_there, logits, jnp.finfo(logits.dtype).min / 2)
 
 
 def _scan(body, carry, inputs):

@@ -1,19 +1,19 @@
-r"""How long a level keeps what it was told: measured, not read off its clock.
+r"""Measures how long each level retains a fact.
 
-Two streams begin alike; one reads a fact where the other reads something else,
-then both read the same filler. What level l alone has kept of the fact after n
-tokens of filler is what it does for the loss of the fact,
+Two streams begin alike. One reads a fact where the other reads something else;
+then both read the same filler. The fact that level l alone has retained after n
+tokens of filler is the gain
 
 .. math:: g_l(n) = \ell(\text{fact} \mid \theta_B(n))
-    - \ell(\text{fact} \mid \theta_B(n) \text{ with } \theta_A^{(l)}(n)),
+    - \ell(\text{fact} \mid \theta_B(n) \text{ with } \theta_A^{(l)}(n))
 
-in nats per token, with A the stream that read it and B the one that did not;
-both losses are of a fresh stream that begins with these weights. A level that
-learned nothing has 0, whatever the others know. Its timescale is the number of
-tokens after its peak until half of the peak is left. So a level whose weights
-stand still between its updates keeps a fact for one of its chunks at least, and
-one that a nested chain begins anew for no longer than the chunk of the next
-slower one.
+in nats per token, where A is the stream that read the fact and B the other one.
+Both losses are those of a new stream that begins with these weights. The gain
+of a level that learned nothing is 0, whatever other levels know. The timescale
+of a level is the number of tokens from the peak of its gain to half the peak.
+Weights are constant between updates, so a level retains a fact for at least one
+period of its clock. In a nested chain it retains nothing for longer than the
+period of the next slower level, which restarts it.
 """
 
 from collections.abc import Mapping
@@ -28,12 +28,12 @@ from nested_learning.levels import reader as reader_lib
 
 
 class Readability(NamedTuple):
-  """What levels keep of a fact.
+  """Gains of the levels of streams, over the filler that was read.
 
   Attributes:
     tokens: int [n + 1], tokens of filler that were read; the first is 0.
-    gains: From name of level to nats per token of the fact, [n + 1, b].
-    together: The same for all levels of the stream that read the fact.
+    gains: Gain of each level alone by name, nats per token, [n + 1, b].
+    together: Gain of all levels together, [n + 1, b].
   """
 
   tokens: np.ndarray
@@ -49,15 +49,15 @@ def measure_readability(
   instead: jax.Array,
   filler: jax.Array,
 ) -> Readability:
-  """Plants a fact, reads on, and asks each level for it after every segment.
+  """Reads a fact, then filler, and measures each level after every segment.
 
   Args:
     reader: A model whose levels learn.
     params: Its parameters.
-    fact: int [b, t], of whole segments; the first segment is what is asked for,
-      so a fact is best one segment, and repeated.
-    instead: int [b, t], what the other stream reads.
-    filler: int [b, n s], of whole segments.
+    fact: int [b, t], full segments. The loss is that of the first segment, so a
+      fact is best one segment, repeated.
+    instead: int [b, t], tokens that the other stream reads.
+    filler: int [b, n s], full segments.
 
   Returns:
     A `Readability`.
@@ -68,7 +68,7 @@ def measure_readability(
 
   @jax.jit
   def ask(params, knows, other):
-    """Losses of the fact by row: for each level, for all, for none."""
+    """Returns the gains of each level, and of all together, by row."""
     fresh = reader.init_state(params, num_rows)
     names = list(other.levels)
 
@@ -106,15 +106,15 @@ def measure_readability(
 
 
 def effective_timescale(tokens: np.ndarray, gain: np.ndarray) -> np.ndarray:
-  """Tokens from the peak of a gain until half of it is left, by row.
+  """Returns the tokens from the peak of a gain to half the peak, by row.
 
   Args:
-    tokens: int [n], rising.
-    gain: [n, b], of a level.
+    tokens: int [n], increasing.
+    gain: [n, b], gain of a level.
 
   Returns:
-    float [b]: interpolated between two measurements; inf where more than half
-    is left at the end, and 0 where the gain was never positive.
+    float [b], interpolated between two measurements. It is inf if more than
+    half is left at the end, and 0 if the gain was never positive.
   """
   return np.array([_half_life(tokens, row) for row in np.asarray(gain).T])
 
