@@ -1,31 +1,26 @@
-"""What it costs that levels learn while they read: ratios of one run.
+"""Cost of levels that learn while they read: ratios of one run.
 
 Command:
   python launch/run.py --config=experiments/benchmarks/levels.py \
     --workdir=runs/levels
 
-Writes summary.json: session_over_frozen (tokens per second of a session whose
-levels step every 512, 2K and 8K tokens, in the last quarter of the blocks, over
-those of the same model, read by the same segments, with its levels at rest),
-the same with all blocks learning, session_over_frozen_all_blocks, and with a
-local objective in all of them, session_over_frozen_all_blocks_local; bound_* of
-each, the ratio by matmul operations alone, which no machine changes;
-flatness_to_1m (time per token at the end of a stream of `stream_tokens` over
-that at its start; the length is in the summary, and
-experiments/benchmarks/levels.py:long is a million), state_bytes_growth (the
-state's size at the end over that at the start), and meta_memory_exponent (the
-power of the number of segments with which the temporary memory of an outer
-gradient grows, as compiled: 0.5 is a square root; the parts that do not grow
-are in it).
-
 Hardware: two CPU cores.
+Result: experiments/results/benchmarks/README.md. A session runs at 0.79 of the
+speed of its model with the last quarter of the blocks learning.
 
-Result: session_over_frozen 0.79 (bound 0.82), with all blocks learning 0.22
-(0.39), with a local objective in all of them 0.54 (0.54). Those below were
-counted on one core: flatness_to_1m 0.99 after 65,536 tokens and 1.08 after a
-million, with state_bytes_growth 1.0 both times; meta_memory_exponent 0.30,
-where what grows is a square root (1.6 MB from 16 to 64 segments, 3.3 more to
-256).
+summary.json has
+  session_over_frozen: tokens per second of a session whose levels step every
+    512, 2K and 8K tokens in the last quarter of the blocks, over those of the
+    model at rest that reads the same segments;
+  session_over_frozen_all_blocks, session_over_frozen_all_blocks_local: with all
+    blocks learning, and with a local objective in all of them;
+  bound and bound_*: the same ratios by matmul operations alone;
+  flatness_to_1m: time per token at the end of a stream of `stream_tokens` over
+    the time at its start; experiments/benchmarks/levels.py:long reads a million
+    tokens;
+  state_bytes_growth: size of the state at the end over its size at the start;
+  meta_memory_exponent: power of the number of segments with which the temporary
+    memory of an outer gradient grows; 0.5 is a square root.
 """
 
 import dataclasses
@@ -48,23 +43,23 @@ from nested_learning.layers import attention
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
-  """Sizes of the model and of what it reads."""
+  """Sizes of the model and of its streams."""
 
   num_layers: int = 4
   embed_dim: int = 256
   mlp_dim: int = 256  # of each of three levels
-  window: int = 512  # tokens that attention sees
+  window: int = 512  # tokens of attention
   update_every: tuple[int, ...] = (512, 2048, 8192)  # tokens
-  num_segments: int = 16  # that are timed, of each kind
-  stream_tokens: int = 65_536  # read for the flatness
-  meta_segments: tuple[int, ...] = (16, 64, 256)  # of an outer gradient
-  meta_update_every: int = 16  # tokens; short, so that what is carried counts
+  num_segments: int = 16  # timed segments of each kind
+  stream_tokens: int = 65_536  # tokens of the stream of the flatness
+  meta_segments: tuple[int, ...] = (16, 64, 256)  # rows of outer gradients
+  meta_update_every: int = 16  # tokens; few, so that carried states dominate
   meta_embed_dim: int = 64
-  repeats: int = 3  # the fastest of so many counts
+  repeats: int = 3  # runs of each function; the fastest counts
 
 
 def get_config(arg: str | None = None) -> BenchmarkConfig:
-  """The benchmark; 'long' reads a million tokens, 'small' is for tests."""
+  """Returns the benchmark; 'long' reads a million tokens, 'small' few."""
   if arg == 'small':
     return BenchmarkConfig(
       num_layers=1,
@@ -87,7 +82,7 @@ def get_config(arg: str | None = None) -> BenchmarkConfig:
 
 
 def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
-  """Times everything in turn and writes the ratios."""
+  """Measures all parts and writes the ratios."""
   report_files.check_mode(mode)
   summary = {}
   for part in tqdm.tqdm((_speed, _stream, _memory), desc='benchmark'):
@@ -108,7 +103,7 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
     print(f'{name}: {value:.4g}')
 
 
-# What learns in a session, and by which objective.
+# Changes of `InnerConfig` for each measured session.
 _VARIANTS = {
   'session_over_frozen': {},
   'session_over_frozen_all_blocks': {'depth': 1.0},
@@ -143,7 +138,7 @@ def _tokens(num_tokens: int) -> np.ndarray:
 
 
 def _speed(config: BenchmarkConfig) -> dict[str, float]:
-  """Sessions against their model, which reads the same segments."""
+  """Measures sessions against their model, which reads the same segments."""
   sessions = {
     name: _session(config, **changes) for name, changes in _VARIANTS.items()
   }
@@ -168,7 +163,7 @@ def _speed(config: BenchmarkConfig) -> dict[str, float]:
   for function in functions.values():
     function()
   times = dict.fromkeys(functions, np.inf)
-  for _ in range(config.repeats):  # in turn: what else runs here hits them all
+  for _ in range(config.repeats):  # in turn, so that other load is shared
     for name, function in functions.items():
       times[name] = min(times[name], _seconds(function))
   return {
@@ -187,7 +182,7 @@ def _feed(session: inference.Session, tokens: np.ndarray) -> None:
 
 
 def _bound(session: inference.Session) -> float:
-  """Matmul operations of the model over those of the session, per segment."""
+  """Counts matmul operations of the model over those of the session."""
   model = session.model
   reader = models.make_model(model.config, session.inner).reader
   tokens = jax.ShapeDtypeStruct((1, session.segment_size), np.int32)
@@ -201,9 +196,9 @@ def _bound(session: inference.Session) -> float:
 
 
 def _stream(config: BenchmarkConfig) -> dict[str, float]:
-  """Time per token and state, at the start and at the end of a stream."""
+  """Measures time per token and state at both ends of a stream."""
   session = _session(config)
-  part = max(config.update_every)  # so that every part has the same steps
+  part = max(config.update_every)  # every part has the same steps
   tokens = _tokens(part)
   session.fork().feed(tokens)  # compiles
   begin = sum(x.nbytes for x in jax.tree.leaves(session.state))
@@ -221,7 +216,7 @@ def _stream(config: BenchmarkConfig) -> dict[str, float]:
 
 
 def _memory(config: BenchmarkConfig) -> dict[str, float]:
-  """Temporary memory of an outer gradient, at several numbers of segments."""
+  """Measures the memory of outer gradients of rows of several lengths."""
   size, width = config.meta_update_every, config.meta_embed_dim
   learner = models.make_model(
     models.ModelConfig(

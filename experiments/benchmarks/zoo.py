@@ -1,59 +1,24 @@
-"""How fast every family of the zoo is: ratios to Transformer++, one machine.
+"""Time and memory of every family of the zoo, over Transformer++'s.
 
 Command:
   python launch/run.py --config=experiments/benchmarks/zoo.py \
     --workdir=runs/zoo
 
 Hardware: two CPU cores, 20 minutes with --set=repeats=1.
-Result of one run, two idle cores, huge pages; tokens per second of a gradient
-over Transformer++'s (14,261, 3,618 and 494 at the three lengths), seconds per
-token of decoding over its own, bytes of a stream, and what a gradient at 1K
-needs beside its arguments over its 0.7 GB:
-
-                              1K     4K    16K   decode       bytes  memory
-  hope                      0.57   1.90   10.0     0.17     541,712    1.23
-  hope_attention            0.87   0.95    0.9     1.16   8,519,696    1.21
-  transformer               1.00   1.00    1.0     1.00   8,519,696    1.00
-  sliding_window            1.18   4.98   24.1     0.12     133,136    0.62
-  samba                     1.56   6.10   21.9     0.10     103,948    1.08
-  linear_attention          1.77   7.05   35.0     0.11      74,760    0.92
-  retnet                    1.68   7.01   35.6     0.09      74,760    0.96
-  gated_linear_attention    1.55   6.87   31.5     0.10      74,760    1.08
-  deltanet                  1.31   4.03   18.7     0.10      74,760    1.19
-  gated_deltanet            1.30   4.69   25.7     0.10      74,760    1.33
-  ttt_linear                1.30   5.25   30.8     0.11      74,760    0.94
-  ttt_mlp                   0.80   2.54   20.5     0.15     533,512    1.40
-  titans                    1.21   4.36   18.5     0.11     205,832    1.29
-  tnt                       0.85   3.18   19.9     0.14     336,928    1.80
-  yaad                      1.01   3.93   18.0     0.13     533,512    1.40
-  moneta                    1.02   3.66   20.6     0.15     533,512    1.40
-  memora                    0.95   3.51   17.1     0.15     533,512    1.40
-  omeganet                  0.79   2.94   14.6     0.19     548,086    1.61
-  atlas                     0.03   0.12    0.7     0.33     810,230    2.57
-  deltattt                  1.05   4.07   19.1     0.13     140,296    1.21
-  titans_mac                0.47   1.61    8.3     0.15     281,632    0.62
-  titans_mag                0.52   1.73   10.0     0.14     338,968    1.59
-  titans_mal                0.70   2.52   16.7     0.15     338,968    1.48
-
-`deltanet_over_reference` 1.17, `gated_deltanet_over_reference` 1.18 (the
-fastest of 20 calls; all else is of one call each, and tokens per second of two
-runs differed by up to a third). Attention scores blocks of 256 queries, causal
-ones with the keys up to the end of their group, and sliding windows one block
-at a time. Atlas makes every token's step orthogonal: its forward pass has
-38 million operations of matmuls per token at 1K, Transformer++'s 1.5 and Hope's
-2.1.
+Result: experiments/results/benchmarks/README.md. Hope's gradient runs at 0.57,
+1.90 and 10.0 times the speed of Transformer++'s at 1K, 4K and 16K tokens.
 
 Models have equal blocks around their mixers, not equal parameter counts. For
-each family summary.json has `<family>/training_<length>` (tokens per second of
-a gradient, over Transformer++'s at the same length), `<family>/decode` (seconds
-per generated token over Transformer++'s), `<family>/state_bytes` (one stream)
-and `<family>/temporary_bytes_<length>` (what the gradient's program needs
-beside its arguments). `deltanet_over_reference` and
-`gated_deltanet_over_reference` compare the engine's forward and backward with
-the chunked form of the gated delta rule alone, written in `delta_rule.py` as
-its papers give it: above 1 the engine is faster.
+each family, summary.json has `<family>/training_<length>` (tokens per second of
+a gradient over Transformer++'s at the same length), `<family>/decode` (seconds
+per generated token over Transformer++'s), `<family>/state_bytes` (of one
+stream) and `<family>/temporary_bytes_<length>` (memory of the gradient's
+program beside its arguments). `deltanet_over_reference` and
+`gated_deltanet_over_reference` compare forward and backward of the engine with
+the chunked gated delta rule of the papers, `delta_rule.py`; above 1 the engine
+is faster.
 
-`:hope,transformer` times these families alone.
+`:hope,transformer` measures these families alone.
 """
 
 import dataclasses
@@ -75,19 +40,19 @@ _BASE = 'transformer'
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
-  """Which families, how large, on how many tokens."""
+  """Families, their size and the lengths of rows."""
 
   families: tuple[str, ...] = tuple(models.zoo.FAMILIES)
   num_layers: int = 2
   embed_dim: int = 128
   num_heads: int = 4
   mlp_dim: int = 384
-  window: int = 256  # tokens that sliding-window attention sees
+  window: int = 256  # tokens of sliding-window attention
   lengths: tuple[int, ...] = (1024, 4096, 16_384)  # tokens of a row
-  step_tokens: int = 16_384  # of all rows of a gradient
+  step_tokens: int = 16_384  # tokens of a gradient, in all rows
   decode_steps: int = 32  # tokens generated
-  repeats: int = 2  # the fastest of so many counts
-  rule_repeats: int = 20  # of the delta rule alone, which takes a moment
+  repeats: int = 2  # runs of each function; the fastest counts
+  rule_repeats: int = 20  # runs of the delta rule alone, which is short
 
   def __post_init__(self):
     unknown = set(self.families) - set(models.zoo.FAMILIES)
@@ -103,7 +68,7 @@ class BenchmarkConfig:
 
 
 def get_config(arg: str | None = None) -> BenchmarkConfig:
-  """The benchmark of all families, of those named, or 'small' for tests."""
+  """Returns the benchmark of all or the named families, or a small one."""
   if arg == 'small':
     return BenchmarkConfig(
       families=(_BASE, 'deltanet'),
@@ -124,7 +89,7 @@ def get_config(arg: str | None = None) -> BenchmarkConfig:
 
 
 def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
-  """Times everything and writes the ratios."""
+  """Measures all families and writes the ratios."""
   report_files.check_mode(mode)
   seconds, facts = {}, {}
   lengths = config.lengths
@@ -173,7 +138,7 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
 
 
 def _temporaries(config, facts):
-  """A row for each family; nothing where the compiler does not say."""
+  """Returns a row per family; empty if the compiler does not report memory."""
 
   def ratio(family, length):
     name = f'temporary_bytes_{length}'
@@ -239,7 +204,7 @@ def _decoding(config, facts):
 
 
 def _delta_rules(config):
-  """The engine's gated delta rule over the rule written on its own."""
+  """Measures the gated delta rule of the engine over `delta_rule.py`."""
   heads, dim = config.num_heads, config.embed_dim // config.num_heads
   length = min(config.lengths)
   shape = max(config.step_tokens // length, 1), heads, length

@@ -1,19 +1,18 @@
-r"""The Continuum Memory System: MLPs that learn at different clocks.
+r"""The Continuum Memory System: a chain of MLPs that learn at different clocks.
 
-Each level is a pre-norm residual SwiGLU MLP, f_1 the fastest. They are
-connected in one of three ways:
+Each level is a pre-norm residual SwiGLU MLP, f_1 the fastest. The chain
+connects them in one of three ways:
 
 * 'sequential': x <- x + f_l(x) for one level after the other;
-* 'independent': every level sees the chain's input and a learned weighted sum
-  is added, x + \sum_l w_l f_l(x); with weights of 1, where they start, this is
-  one MLP as wide as all levels together;
-* 'nested': sequential, and a level that learns inside a sequence starts anew
-  from its parameters at every update of the next slower one.
+* 'independent': every level reads the chain's input, and a learned weighted sum
+  of the outputs is added, x + \sum_l w_l f_l(x). The weights start at 1, where
+  this is one MLP as wide as all levels together;
+* 'nested': sequential, and a level that learns inside a sequence restarts from
+  its parameters at every update of the next slower one.
 
-A Transformer's MLP is the chain of one level. On what clock a level's
-parameters change is not this file's matter: see
-`nested_learning.optimizers.multi_timescale` for training and
-`nested_learning.levels.reader` for learning inside a sequence.
+A Transformer's MLP is the chain of one level. This file computes the chain;
+`nested_learning.optimizers.multi_timescale` updates levels in training, and
+`nested_learning.levels` inside a sequence.
 
 References:
   Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eqs. 70-74, 97.
@@ -34,7 +33,7 @@ from nested_learning.layers import base
 from nested_learning.layers import norm
 from nested_learning.memory import objectives
 
-# Names are parts of parameters' paths and of metrics' names.
+# Names are part of the paths of parameters and of the names of metrics.
 _NAME = re.compile(r'[A-Za-z][A-Za-z0-9_-]{0,63}')
 LOCAL_OBJECTIVES = ('l2', 'dot')  # of `memory.objectives`
 
@@ -96,7 +95,7 @@ class LevelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ChainConfig:
-  """How the levels are connected; the default is the paper's Figure 5."""
+  """How levels are connected; the default is Figure 5 of the paper."""
 
   # Eqs. 73, 74 and 72.
   connection: Literal['sequential', 'independent', 'nested'] = 'sequential'
@@ -108,10 +107,10 @@ class ChainConfig:
 
 
 def check(levels: Sequence[LevelConfig], chain: ChainConfig) -> None:
-  """Refuses levels that do not make the chain.
+  """Checks that levels make a chain.
 
   Args:
-    levels: As in a model's config, listed fastest first.
+    levels: The levels, fastest first.
     chain: How they are connected.
 
   Raises:
@@ -126,49 +125,34 @@ def check(levels: Sequence[LevelConfig], chain: ChainConfig) -> None:
         f'two levels are named {name!r}; give every level a name of its own.'
       )
   for faster, slower in itertools.pairwise(levels):
-    check_pair(
-      (faster.name, faster.train_every),
-      (slower.name, slower.train_every),
-      chain,
-    )
-
-
-def check_pair(
-  faster: tuple[str, int | None],
-  slower: tuple[str, int | None],
-  chain: ChainConfig,
-) -> None:
-  """Refuses two neighbours of a chain; see `check`.
-
-  Args:
-    faster: Name and tokens between updates; None is every step.
-    slower: Those of the level after it.
-    chain: How they are connected.
-  """
-  (name, size), (next_name, next_size) = faster, slower
-  if size is not None and (next_size is None or next_size < size):
-    raise errors.UserError(
-      f'level {name!r} (train_every={size}) is listed before {next_name!r} '
-      f'(train_every={next_size}), which is faster; list levels fastest first '
-      "(model.chain.order='slowest_first' lets the slowest act first)."
-    )
-  if chain.connection == 'nested' and size is not None and next_size % size:
-    raise errors.UserError(
-      f'level {next_name!r} has train_every={next_size}, no multiple of the '
-      f'{size} of level {name!r} inside it; in a nested chain set it to '
-      f'{next_size // size * size} or {(next_size // size + 1) * size}.'
-    )
+    every, next_every = faster.train_every, slower.train_every
+    if every is None:
+      continue
+    if next_every is None or next_every < every:
+      raise errors.UserError(
+        f'level {faster.name!r} (train_every={every}) is listed before '
+        f'{slower.name!r} (train_every={next_every}), which is faster; list '
+        "levels fastest first (model.chain.order='slowest_first' lets the "
+        'slowest act first).'
+      )
+    if chain.connection == 'nested' and next_every % every:
+      below = next_every // every * every
+      raise errors.UserError(
+        f'level {slower.name!r} has train_every={next_every}, no multiple of '
+        f'the {every} of level {faster.name!r} inside it; in a nested chain '
+        f'set it to {below} or {below + every}.'
+      )
 
 
 def table(levels: Sequence[LevelConfig], *, embed_dim: int) -> parameters.Table:
-  """The parameters of the levels, one entry per level."""
+  """Returns the parameters of the levels, one entry per level."""
   return {level.name: _level_table(level, embed_dim) for level in levels}
 
 
 def mix_table(
   levels: Sequence[LevelConfig], chain: ChainConfig
 ) -> parameters.Table:
-  """What a chain has beside its levels: 'mix' [levels], if independent."""
+  """Returns the parameters of the connection: 'mix' [levels] or none."""
   if chain.connection != 'independent':
     return {}
   return {
@@ -191,9 +175,9 @@ def apply(
   Args:
     levels: The levels, fastest first.
     params: Parameters of `table`.
-    x: [b, t, e], its dtype is that of the arithmetic.
+    x: [b, t, e]; the arithmetic has its dtype.
     chain: How they are connected.
-    mix: [levels], the parameter of `mix_table` where levels are independent.
+    mix: [levels], parameter of `mix_table` if levels are independent.
 
   Returns:
     [b, t, e].
@@ -211,26 +195,23 @@ def apply_with_gradients(
   chain: ChainConfig = ChainConfig(),
   mix: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-  r"""Passes x through the chain; how its levels would learn a target by it.
+  r"""Passes x through the chain and computes gradients of local losses.
 
-  With a level's input x and output f(x), before it is added to the stream, and
-  a target v of e numbers, it minimises over the tokens that count
+  For a level's input x, output f(x) before the residual addition, and a target
+  v of e numbers, the loss is the sum over tokens, weighted by `counts`, of
 
   .. math::
     \frac{1}{2e} |f(x_t) - v_t|^2 \quad \text{('l2')}, \qquad
     -\frac{1}{e} \langle f(x_t), v_t \rangle \quad \text{('dot')}.
 
-  Its gradient is made where the level is computed, and nothing is passed back
-  to what is before it. 'l2' makes a level say the target instead of what it
-  said before; 'dot' pulls it there for as long as it lasts. So they are for
-  models that were trained through such steps: the checkpoint of
-  `levels.InnerConfig`'s numbers, which was not, goes from 2.54 nats per byte to
-  2.64 with 'l2' at a rate of 0.1, and to 4.17 with 'dot'.
+  The gradient of a level is computed together with its output; none flows to
+  earlier layers. 'l2' replaces the output by the target, and 'dot' moves it
+  towards the target without a limit. Both are meant for models trained through
+  such steps; others get worse by them.
 
-  The papers leave open what a level's own key and value are (NL sections 7.1
-  and 7.3). Here the key is the level's input, and the target is the caller's;
-  `models.LanguageHead` takes the next token's embedding, since what comes next
-  is what the chain is asked for.
+  The papers leave a level's own key and value open (NL sections 7.1 and 7.3).
+  Here the key is the level's input and the value is the caller's target, in
+  `models.LanguageHead` the embedding of the next token.
 
   Args:
     levels: As for `apply`.
@@ -241,8 +222,8 @@ def apply_with_gradients(
     mix: As for `apply`.
 
   Returns:
-    What `apply` gives, and the gradients: from each name of `local_loss` to a
-    tree like the level's parameters, summed over rows and tokens.
+    The result of `apply`, and the gradients by level name, trees like the
+    levels' parameters, summed over rows and tokens.
   """
   gradients = {}
   objective = objectives.OBJECTIVES[local_loss.objective]
@@ -253,6 +234,7 @@ def apply_with_gradients(
 
     def loss(weights):
       output = _mlp(weights, x)
+      # Errors and their sum are float32 at least: bfloat16 loses them.
       wide = output.astype(jnp.promote_types(output.dtype, jnp.float32))
       values = objective(wide, local_loss.target)  # [b, t]
       return jnp.sum(local_loss.counts * values) / x.shape[-1], output
@@ -271,7 +253,7 @@ def _connect(
   chain: ChainConfig,
   mix: jax.Array | None,
 ) -> jax.Array:
-  """The chain, whose MLPs `mlp(name, x)` computes."""
+  """Connects levels whose MLPs `mlp(name, x)` computes."""
   if chain.connection == 'independent':
     outputs = [mlp(level.name, x) for level in levels]
     weights = mix.astype(x.dtype)
@@ -283,6 +265,7 @@ def _connect(
 
 
 def _mlp(params: Any, x: jax.Array) -> jax.Array:
+  """Computes one level's f(x) [b, t, e]."""
   weights = jax.tree.map(lambda w: w.astype(x.dtype), params)
   normed = norm.rms_norm(params['norm'], x)
   gate = jnp.einsum('bte,ef->btf', normed, weights['gate'])
@@ -290,6 +273,7 @@ def _mlp(params: Any, x: jax.Array) -> jax.Array:
   return _gated_projection(gate, up, weights['down'])
 
 
+# The product [b, t, f] is recomputed: gate and up are kept anyway.
 @base.recomputed
 def _gated_projection(gate, up, down):
   return jnp.einsum('btf,fe->bte', jax.nn.silu(gate) * up, down)

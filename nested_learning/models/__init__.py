@@ -7,10 +7,10 @@ from nested_learning.models.heads import CompressionHead
 from nested_learning.models.heads import Head
 from nested_learning.models.heads import LanguageHead
 from nested_learning.models.heads import RegressionHead
+from nested_learning.models.model import add_level
 from nested_learning.models.model import level_labels
 from nested_learning.models.model import make_model
 from nested_learning.models.model import Model
 from nested_learning.models.trunk import make_trunk
 from nested_learning.models.trunk import max_stream_length
 from nested_learning.models.trunk import ModelConfig
-from nested_learning.models.warm_start import add_level

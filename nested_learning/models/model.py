@@ -8,6 +8,7 @@ anywhere, also token by token, gives the same logits.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 from typing import Any, Literal, NamedTuple
 
@@ -136,15 +137,13 @@ def level_labels(
   *,
   of: Literal['training', 'chain'] = 'training',
 ) -> Any:
-  """The level of each parameter: its name, or 'base' outside the chain.
-
-  In training, a level without `train_every` takes every step and is labelled
-  'base' as well.
+  """Labels each parameter with its level, or 'base' outside the chain.
 
   Args:
     config: The model.
-    table: Of another model around the same trunk; None for the language model.
-    of: Whether the clocks are those of training, or only the chain is asked.
+    table: Table of a model with another head; None for the language model.
+    of: 'chain' labels every level; 'training' labels levels without
+      `train_every` 'base' as well, since they take every step.
 
   Returns:
     A tree of names with the table's structure.
@@ -167,13 +166,62 @@ def level_labels(
   )
 
 
+def add_level(
+  config: trunk_lib.ModelConfig,
+  params: Any,
+  *,
+  name: str,
+  train_every: int | None = None,
+) -> tuple[trunk_lib.ModelConfig, Any]:
+  """Adds a level after the slowest one and starts it warm.
+
+  The new level has the norm, gate and features of the slowest level, and an
+  output of zero. So the logits of the model do not change, bit for bit, and the
+  first gradient of the new level is one of trained features. Levels with random
+  features tend to stay silent. NL section 7 names no start; this is one way of
+  stacking.
+
+  Args:
+    config: The model.
+    params: Its parameters.
+    name: Name of the new level.
+    train_every: Tokens between its updates in training, see `LevelConfig`.
+
+  Returns:
+    Config and parameters of the model with the level.
+
+  Raises:
+    errors.UserError: The name is taken, or the level is not slower than the
+      others.
+  """
+  slowest = config.levels[-1]
+  level = cms.LevelConfig(name, slowest.mlp_dim, train_every)
+  config = dataclasses.replace(config, levels=(*config.levels, level))
+
+  def extend(block):
+    source = block['levels'][slowest.name]
+    new = {**source, 'down': jnp.zeros_like(source['down'])}
+    block = {**block, 'levels': {**block['levels'], name: new}}
+    if 'mix' in block:  # [blocks, levels]
+      one = jnp.ones_like(block['mix'][:, :1])
+      block['mix'] = jnp.concatenate([block['mix'], one], axis=1)
+    return block
+
+  blocks = params['blocks']
+  if isinstance(config.mixer, tuple):
+    blocks = {place: extend(block) for place, block in blocks.items()}
+  else:
+    blocks = extend(blocks)
+  return config, jax.tree.map(jnp.asarray, {**params, 'blocks': blocks})
+
+
 def _make_reader(
   model: Model, trunk: base.Layer, inner: levels.InnerConfig
 ) -> levels.Reader:
-  """Makes the levels of a language model learn while they read.
+  """Makes the levels of a model's last blocks learn while it reads.
 
-  The levels' weights in the reader's state are those of the last blocks, split
-  as by `stacks.split_blocks`.
+  The levels' weights in the reader's state are split like the parameters of
+  `stacks.split_blocks`.
   """
   config = model.config
   learning = levels.make_levels(inner, [level.name for level in config.levels])

@@ -1,4 +1,4 @@
-"""Blocks in stacks: those that learn inside a sequence apart from the rest."""
+"""Stacks of equal blocks; blocks that learn inside a sequence are apart."""
 
 from typing import Any, NamedTuple
 
@@ -10,15 +10,15 @@ from nested_learning.layers import cms
 
 
 class Stacks(NamedTuple):
-  """The blocks in stacks that are read one after the other.
+  """Blocks in three stacks, lowest first.
 
-  The lowest block that learns is apart, so that no gradient of its levels goes
-  through its mixer, and none through a block below.
+  The lowest block that learns is apart, so that the gradient of its levels
+  passes neither through its mixer nor through a block below.
 
   Attributes:
-    below: Blocks that do not learn; None if there are none.
-    first: The lowest one that learns, a stack of one.
-    rest: Those above it; None if there are none.
+    below: Blocks that do not learn; None if all learn.
+    first: The lowest block that learns, a stack of one.
+    rest: The blocks above it, which learn; None if there are none.
   """
 
   below: Any
@@ -27,14 +27,15 @@ class Stacks(NamedTuple):
 
 
 def split_blocks(params: Any, num_last: int) -> Any:
-  """A model's parameters with its blocks in `Stacks`.
+  """Splits the blocks of a model's parameters into `Stacks`.
 
   Args:
-    params: Of a model; if its blocks are in stacks, they stay as they are.
-    num_last: Blocks that learn, or groups of them where the mixer is a pattern.
+    params: Parameters of a model; blocks in `Stacks` are returned as they are.
+    num_last: Number of blocks that learn, or of groups if the mixer is a
+      pattern.
 
   Returns:
-    Parameters that `forward` takes as well.
+    Parameters that the model takes as well.
   """
   blocks = params['blocks']
   if isinstance(blocks, Stacks):
@@ -54,15 +55,15 @@ def split_blocks(params: Any, num_last: int) -> Any:
 
 
 def split_labels(labels: Any, num_blocks: int, num_last: int) -> Any:
-  """The labels of `level_labels` for what `split_blocks` makes.
+  """Splits `level_labels` like `split_blocks` splits parameters.
 
   Args:
-    labels: Of the parameters as they are kept.
-    num_blocks: Blocks, or groups of them, of the model.
-    num_last: As for `split_blocks`.
+    labels: Labels of the parameters.
+    num_blocks: Number of blocks, or of groups, of the model.
+    num_last: See `split_blocks`.
 
   Returns:
-    A tree of names; nothing below the blocks that learn is of a level.
+    A tree of names; parameters of blocks that do not learn are 'base'.
   """
   blocks = labels['blocks']
   stacks = Stacks(
@@ -74,15 +75,15 @@ def split_labels(labels: Any, num_blocks: int, num_last: int) -> Any:
 
 
 def init_state(group: base.Layer, blocks: Any, batch_size: int) -> Any:
-  """The states of all blocks, stacked, however the blocks are.
+  """Returns the stacked states of all blocks at the start of streams.
 
   Args:
-    group: What is stacked.
-    blocks: A stack of its parameters, or `Stacks`.
-    batch_size: Rows.
+    group: The layer that is stacked.
+    blocks: Stacked parameters, or `Stacks` of them.
+    batch_size: Number of rows.
 
   Returns:
-    The states, lowest first.
+    The states, lowest block first.
   """
   init = jax.vmap(lambda params: group.init_state(params, batch_size))
   stacks = blocks if isinstance(blocks, Stacks) else [blocks]
@@ -96,17 +97,17 @@ def apply(
   x: jax.Array,
   info: base.TokenInfo,
 ) -> tuple[jax.Array, Any]:
-  """Reads x through all blocks.
+  """Passes x through all blocks.
 
   Args:
-    group: What is stacked.
-    blocks: A stack of its parameters, or `Stacks`.
-    state: Of `init_state`, or None for a stream's start.
+    group: The layer that is stacked.
+    blocks: Stacked parameters, or `Stacks` of them.
+    state: States of all blocks, or None at a stream's start.
     x: [b, t, e].
-    info: A local loss in them is for the blocks of `Stacks` that learn.
+    info: Facts about the tokens; a local loss in it is for blocks that learn.
 
   Returns:
-    [b, t, e], and the states; with a local loss, `cms.StateAndGradients`.
+    [b, t, e] and the states, with a local loss in `cms.StateAndGradients`.
   """
   if not isinstance(blocks, Stacks):
     body = lambda x, both: group.apply(*both, x, info)
@@ -121,7 +122,7 @@ def apply(
     learns = info.local_loss is not None and name != 'below'
     own = info if learns else info._replace(local_loss=None)
     body = lambda x, both, own=own: group.apply(*both, x, own)
-    if name == 'first':
+    if name == 'first':  # no scan, whose backward pass would reach its mixer
       x, out = body(x, jax.tree.map(lambda a: a[0], (stack, part)))
       out = jax.tree.map(lambda a: a[None], out)
     else:
@@ -137,7 +138,7 @@ def apply(
 
 
 def _join(states):
-  """Stacked states of blocks as one."""
+  """Joins stacked states of blocks along the stack."""
   if len(states) == 1:
     return states[0]
   return jax.tree.map(lambda *x: jnp.concatenate(x), *states)

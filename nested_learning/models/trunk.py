@@ -31,17 +31,17 @@ MixerConfig = (
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder of blocks: a mixer across tokens, then the levels.
+  """A decoder of blocks: a mixer across tokens, then a chain of levels.
 
-  Blocks are equal, or repeat the pattern of a tuple of mixers: with (memory,
-  attention) every second block is one of attention.
+  All blocks have the same mixer, or repeat a tuple of mixers: with (memory,
+  attention) every second block has attention.
   """
 
   vocab_size: int
   num_layers: int
   embed_dim: int
-  mixer: MixerConfig | tuple[MixerConfig, ...]  # or a pattern
-  levels: tuple[cms.LevelConfig, ...]  # the CMS chain, fastest first
+  mixer: MixerConfig | tuple[MixerConfig, ...]  # or the pattern of the blocks
+  levels: tuple[cms.LevelConfig, ...]  # chain of a block, fastest first
   max_length: int = 4096  # tokens of a call, and of full attention's state
   chain: cms.ChainConfig = cms.ChainConfig()  # how the levels are connected
   # Type of the projections and MLPs.
@@ -64,21 +64,21 @@ class ModelConfig:
 
   @property
   def pattern(self) -> tuple[MixerConfig, ...]:
-    """The mixers that blocks repeat; a single one where all are equal."""
+    """The mixers that the blocks repeat; one if all blocks are equal."""
     return self.mixer if isinstance(self.mixer, tuple) else (self.mixer,)
 
 
 def make_trunk(config: ModelConfig) -> base.Layer:
-  """Makes what is between embedding and logits, for inputs of any kind.
+  """Makes the trunk: all blocks and the final norm.
 
   Args:
-    config: Sizes, mixer and levels; the trunk has no use for vocab_size.
+    config: Sizes, mixer and levels; vocab_size is not used.
 
   Returns:
-    A `Layer` with the parameters 'blocks' and 'norm': x [b, t, e] through every
-    block and the final norm. It may be given a model's parameters, among which
-    it finds its own, also those of `stacks.split_blocks`. With a local
-    loss in its `TokenInfo`, its state is a `layers.cms.StateAndGradients`.
+    A `Layer` [b, t, e] -> [b, t, e] with the parameters 'blocks' and 'norm'. It
+    takes all parameters of a model, also those of `stacks.split_blocks`. With a
+    local loss in the `TokenInfo`, it returns a `layers.cms.StateAndGradients`
+    as its state.
   """
   if isinstance(config.mixer, tuple):
     group = _make_group([_make_block(config, mixer) for mixer in config.mixer])
@@ -99,7 +99,6 @@ def make_trunk(config: ModelConfig) -> base.Layer:
         f'{x.shape[1]} tokens in a call, but model.max_length='
         f'{config.max_length}; raise it or feed the stream in pieces.'
       )
-
     x, state = stacks.apply(group, params['blocks'], state, x, info)
     return norm.rms_norm(params['norm'], x), state
 
@@ -107,14 +106,14 @@ def make_trunk(config: ModelConfig) -> base.Layer:
 
 
 def max_stream_length(config: ModelConfig) -> int | None:
-  """Tokens that one stream may have; None where the state holds any number."""
+  """Returns the most tokens of a stream, or None if there is no limit."""
   if all(mixer.holds_any_length for mixer in config.pattern):
     return None
   return config.max_length
 
 
 def _make_block(config: ModelConfig, mixer_config: MixerConfig) -> base.Layer:
-  """One mixer and the levels after it, with their residual connections."""
+  """Makes a block: a mixer and a chain, both residual."""
   mixer = mixer_config.make(
     embed_dim=config.embed_dim,
     max_length=config.max_length,
@@ -132,6 +131,7 @@ def _make_block(config: ModelConfig, mixer_config: MixerConfig) -> base.Layer:
 
   def apply(params, state, x, info):
     def block(params, state, x):
+      # Gathers the block's weights over 'fsdp'; rows stay where they are.
       params, x = sharding.gather(params, table), sharding.keep_rows(x)
       normed = norm.rms_norm(params['norm'], x)
       mixed, state = mixer.apply(params['mixer'], state, normed, info)
@@ -142,7 +142,7 @@ def _make_block(config: ModelConfig, mixer_config: MixerConfig) -> base.Layer:
       x, gradients = cms.apply_with_gradients(*inputs, info.local_loss, **chain)
       return x, cms.StateAndGradients(state, {'levels': gradients})
 
-    if config.remat == 'layer':
+    if config.remat == 'layer':  # keeps only the block's input [b, t, e]
       block = jax.checkpoint(block)
     return block(params, state, x)
 
@@ -150,7 +150,7 @@ def _make_block(config: ModelConfig, mixer_config: MixerConfig) -> base.Layer:
 
 
 def _make_group(blocks: Sequence[base.Layer]) -> base.Layer:
-  """Blocks one after the other, as one layer; parameters by their index."""
+  """Joins blocks into one layer; parameters are named by their index."""
   named = {str(i): block for i, block in enumerate(blocks)}
 
   def init_state(params, batch_size):

@@ -1,14 +1,14 @@
-"""The zoo: every family of model at every named size.
+"""The zoo: every family of models at every named size.
 
     config = zoo.make_config('hope_170m')
 
-A family is a row of `FAMILIES`: how tokens are mixed, and what follows.
+A family is a row of `FAMILIES`: a mixer and a chain of levels.
 
 Widths, depths and heads of 170M to 760M are those of Miras, arXiv:2504.13173,
 and of 1.3B those of Atlas, arXiv:2505.23735, whose tables Nested Learning
-follows where it says nothing. No paper gives the width of the MLPs: here it is
-what makes Hope as large as its name; the other families get the same blocks and
-the same levels around another mixer.
+follows where it states nothing. No paper gives the width of the MLPs; here it
+makes Hope as large as its name. Other families have the same sizes and another
+mixer.
 """
 
 from collections.abc import Callable
@@ -28,15 +28,15 @@ from nested_learning.models import trunk
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """Width and depth of a model, whatever its mixer."""
+  """Width and depth of a model with any mixer."""
 
   num_layers: int
-  embed_dim: int  # the heads together are as wide
+  embed_dim: int  # also the width of all heads together
   num_heads: int
-  mlp_dim: int  # of all levels of a block together
+  mlp_dim: int  # hidden width of all levels of a block together
   vocab_size: int = 32_000
   max_length: int = 4096  # tokens
-  window: int = 512  # tokens that sliding-window attention sees
+  window: int = 512  # tokens of sliding-window attention
 
   @property
   def head_dim(self) -> int:
@@ -51,22 +51,22 @@ SIZES = {
   '340m': Size(24, 1024, 16, 2304),
   '760m': Size(24, 1536, 16, 3600),
   '1p3b': Size(18, 2048, 8, 7104),
-  '7b': Size(32, 4096, 16, 9984),  # no paper's
-  '70b': Size(80, 8192, 32, 21_120),  # no paper's
+  '7b': Size(32, 4096, 16, 9984),  # in no paper
+  '70b': Size(80, 8192, 32, 21_120),  # in no paper
 }
 
-# Tokens between updates of the three levels of a CMS, fastest first, at half a
-# million tokens per step; the fastest level takes every step.
+# Tokens between updates of Hope's three levels, fastest first, with half a
+# million tokens per step. The fastest level takes every step.
 _PERIODS = (('fast', None), ('middle', 2**21), ('slow', 2**23))
 
 
 class Family(NamedTuple):
-  """What the models of a family have in common, whatever their size.
+  """A family of models of any size.
 
   Attributes:
-    mixer: `mixer(size)` gives a mixer's config, or a tuple of them, which the
-      blocks repeat.
-    levels: `levels(size)` gives the chain of every block.
+    mixer: `mixer(size)` returns the config of the mixer, or a tuple of them
+      that the blocks repeat.
+    levels: `levels(size)` returns the chain of a block.
   """
 
   mixer: Callable[[Size], Any]
@@ -87,7 +87,7 @@ def _chain(size: Size) -> tuple[cms.LevelConfig, ...]:
 def _memory(
   *, expansion: int = 1, **settings
 ) -> Callable[[Size], memory_mixer.MemoryMixerConfig]:
-  """A memory per head with these settings; hidden layers so much wider."""
+  """Makes a memory per head, its hidden layer `expansion` heads wide."""
   return lambda size: memory_mixer.MemoryMixerConfig(
     size.num_heads,
     size.head_dim,
@@ -97,28 +97,28 @@ def _memory(
 
 
 def _attention(**settings) -> Callable[[Size], attention.AttentionConfig]:
-  """Attention to all tokens, four heads to a key."""
+  """Makes attention to all tokens, with a key per four heads."""
   return lambda size: attention.AttentionConfig(
     size.num_heads, max(size.num_heads // 4, 1), size.head_dim, **settings
   )
 
 
 def _window(**settings) -> Callable[[Size], attention.AttentionConfig]:
-  """Attention to the last tokens."""
+  """Makes attention to the last `window` tokens."""
   return lambda size: _attention(window=size.window, **settings)(size)
 
 
 def _with(make, *parts) -> Callable[[Size], Any]:
-  """A config made of the configs of its parts."""
+  """Makes a config of the configs of its parts."""
   return lambda size: make(*(part(size) for part in parts))
 
 
 def _pattern(*parts) -> Callable[[Size], tuple[Any, ...]]:
-  """Mixers that the blocks repeat."""
+  """Makes a tuple of mixers that the blocks repeat."""
   return lambda size: tuple(part(size) for part in parts)
 
 
-# Keys, values and rates are projections, and what is learned is the value.
+# Keys, values and rates are projections; the memory learns values.
 _STATIC = {
   'learns': 'every_map',
   'adaptive': (),
@@ -130,8 +130,8 @@ _STATIC = {
 _MATRIX = {**_STATIC, 'kind': 'matrix', 'initial': 'zero', 'objective': 'dot'}
 _LINEAR = {**_MATRIX, 'erase': 'none', 'inner_lr': 'one'}
 _DELTA = {**_MATRIX, 'erase': 'input'}
-# Errors are of a chunk's start and nothing is erased: the steps of a chunk add
-# up, and larger ones overshoot.
+# Errors are those at the start of a chunk and nothing is erased, so that the
+# steps of a chunk add up and larger ones overshoot.
 _DESCENT = {
   **_STATIC,
   'objective': 'l2',
@@ -145,7 +145,7 @@ _WIDE = {'expansion': 4, 'activation': 'gelu'}
 
 
 def _tnt(size: Size) -> tnt.TntConfig:
-  """One local memory; shards are as long as the global memory's chunks."""
+  """Makes TNT with one local memory and shards as long as global chunks."""
   shard = 4 * size.window
   # The paper bounds nothing. Without a bound the steps of a whole chunk, which
   # one anchor's errors make, overflow where keys repeat.
@@ -243,22 +243,21 @@ FAMILIES = {
 
 
 def names() -> list[str]:
-  """Every name that `make_config` knows."""
+  """Returns every name that `make_config` takes."""
   return list(_named())
 
 
 def make_config(name: str, **changes) -> trunk.ModelConfig:
-  """The config of a named model.
+  """Returns the config of a named model.
 
   Args:
     name: Family and size, for instance 'hope_170m' or 'titans_mac_tiny'.
-    **changes: Fields of the config to set otherwise, for instance
-      dtype='bfloat16'.
+    **changes: Fields of the config to replace, for instance dtype='bfloat16'.
 
   Returns:
     A `ModelConfig`. Hope and Hope-Attention have three levels, every other
-    model one MLP as wide as these together. A pattern of mixers is repeated
-    until there are at least as many layers as the size has.
+    model one MLP as wide as these together. A pattern of mixers repeats until
+    there are at least as many layers as the size has.
 
   Raises:
     errors.UserError: The zoo has no such model.
@@ -273,12 +272,12 @@ def make_config(name: str, **changes) -> trunk.ModelConfig:
 
 
 def make_sized(family: str, size: Size, **changes) -> trunk.ModelConfig:
-  """The config of a family at any size; see `make_config`.
+  """Returns the config of a family at any size; see `make_config`.
 
   Args:
     family: One of `FAMILIES`.
     size: Its width and depth.
-    **changes: Fields of the config to set otherwise.
+    **changes: Fields of the config to replace.
 
   Returns:
     A `ModelConfig`.

@@ -1,4 +1,4 @@
-"""What the contract of the zoo leaves: sharding, settings, labels, counts."""
+"""Tests of the trunk beside the contract of the zoo."""
 
 import dataclasses
 
@@ -60,7 +60,7 @@ def loss(model, params, tokens, reset):
   return jnp.mean(losses)
 
 
-class LanguageModelTest(parameterized.TestCase):
+class TrunkTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     rng = np.random.default_rng(0)
@@ -252,10 +252,10 @@ class LanguageModelTest(parameterized.TestCase):
 
 
 class BackwardPassTest(absltest.TestCase):
-  """How much of each token the backward pass of a block keeps."""
+  """Counts the residuals of a block's backward pass."""
 
   def test_keeps_little_of_a_token(self):
-    """In Hope, 24 times as many numbers as a token has; 67 if all were kept."""
+    """Hope keeps 24 times the width of a token; 67 without recomputation."""
     wide, heads = 64, 4
     dim = wide // heads
     mixer = layers.MemoryMixerConfig(
