@@ -109,6 +109,8 @@ class HouseTest(parameterized.TestCase):
     'launch/README.md',
     'experiments/README.md',
     'nested_learning/data/README.md',
+    'nested_learning/evaluation/README.md',
+    'nested_learning/inference/README.md',
   )
   def test_paths_in_the_documents_exist(self, document):
     text = (_ROOT / document).read_text()

@@ -249,6 +249,8 @@ def forget(
 def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
   """Makes the programs of sessions on a model.
 
+  Sessions on equal configs share them, so that loading one compiles nothing.
+
   Args:
     model: From `models.make_model`.
     inner: How its levels learn.
@@ -256,14 +258,18 @@ def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
   Returns:
     The functions; each is compiled once per shape of its arguments.
   """
-  plain = models.make_model(model.config, head=model.head)
-  reader = models.make_model(model.config, inner, head=model.head).reader
-  vocab_size = model.config.vocab_size
+  return _make_programs(model.config, model.head, inner)
+
+
+@functools.lru_cache(maxsize=16)
+def _make_programs(config, head, inner) -> Programs:
+  plain = models.make_model(config, head=head)
+  reader = models.make_model(config, inner, head=head).reader
 
   def init(params, num_rows):
     return SessionState(
       reader.init_state(params, num_rows),
-      jnp.zeros((num_rows, vocab_size), jnp.float32),
+      jnp.zeros((num_rows, config.vocab_size), jnp.float32),
     )
 
   def shapes(params, num_rows):
@@ -331,8 +337,8 @@ def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
     return reader.read_piece(params, stream, tokens, reset=reset, mask=mask)
 
   @functools.cache
-  def make_draw(config):
-    draw = sampling.make_draw(continue_row, config)
+  def make_draw(settings):
+    draw = sampling.make_draw(continue_row, settings)
 
     def draw_rows(params, state, key):
       keys = sampling.row_keys(key, jnp.arange(len(state.logits)))
@@ -342,7 +348,7 @@ def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
 
   return Programs(
     reader.segment_size,
-    models.max_stream_length(model.config),
+    models.max_stream_length(config),
     jax.jit(reader.prepare),
     jax.jit(init, static_argnums=1),
     shapes,

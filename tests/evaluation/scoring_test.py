@@ -1,6 +1,9 @@
+import contextlib
 import dataclasses
 import functools
 import io
+import pathlib
+import re
 
 from absl import logging
 from absl.testing import absltest
@@ -12,6 +15,7 @@ import sentencepiece
 
 from nested_learning import data
 from nested_learning import errors
+from nested_learning import evaluation
 from nested_learning import layers
 from nested_learning import models
 from nested_learning import sharding
@@ -220,6 +224,14 @@ class ScoreTest(parameterized.TestCase):
       [scoring.Request(prompt, np.array([below]))]
     )
     self.assertTrue(found.is_greedy)
+
+  def test_examples_of_the_readme_run(self):
+    page = pathlib.Path(evaluation.__file__).with_name('README.md').read_text()
+    blocks = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+    output = io.StringIO()
+    with compiling.quickly(), contextlib.redirect_stdout(output):
+      exec('\n'.join(blocks), {})
+    self.assertLen(re.findall('-[0-9.]+ (True|False)', output.getvalue()), 2)
 
   def test_rows_over_devices(self):
     mesh = sharding.make_mesh(sharding.MeshConfig(data=4, model=2))

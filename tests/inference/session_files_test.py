@@ -195,6 +195,21 @@ class SessionFilesTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, 'no such file'):
       session_files.read(self.folder / 'none')
 
+  def test_locks_only_what_can_be_a_file(self):
+    (self.folder / 'file').touch()
+    for path, message in (
+      (self.folder, 'is a folder or a device'),
+      ('/dev/full', 'is a folder or a device'),
+      (self.folder / 'file' / 'a.session', 'Not a directory|File exists'),
+    ):
+      with (
+        self.assertRaisesRegex(errors.UserError, message),
+        session_files.lock(path),
+      ):
+        pass
+    with session_files.lock(self.folder / 'new' / 'a.session'):
+      self.assertTrue((self.folder / 'new').is_dir())
+
   def test_follows_and_keeps_symbolic_links(self):
     target, precious = self.folder / 'b', self.folder / 'precious'
     precious.write_text('precious')

@@ -1,7 +1,10 @@
 """Tests of sessions: feeding, saving, forking and rolling back are exact."""
 
+import contextlib
 import functools
+import io
 import pathlib
+import re
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -298,6 +301,14 @@ class SessionsTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, message):
       session.feed(tokens)
     assert_equal(session, base())
+
+  def test_examples_of_the_readme_run(self):
+    page = pathlib.Path(inference.__file__).with_name('README.md').read_text()
+    blocks = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+      exec('\n'.join(blocks), {})
+    self.assertIn('[320]', output.getvalue())
 
   def test_refuses_sessions_that_cannot_learn_or_have_no_rows(self):
     model, params = base().model, base().params
