@@ -1,17 +1,17 @@
-"""Any model of the zoo on any generated task, small enough for minutes.
+"""Trains any model of the zoo on any generated task, in minutes.
 
 Command:
   python launch/run.py --config=experiments/tasks.py:hope,mqar_small \
     --workdir=runs/mqar
 
 The argument is a family of `models.zoo` and a name of `tasks.TASKS`. Models
-have two layers, 64 wide, all of whose levels take every step, and memories
-whose chunks are 16 tokens long: rows are short, and what a memory does at the
-borders of its chunks is learned where there are some. Any setting can be
-another: --set=data.task.num_rewrites=8 --set=data.longer=2,8.
+have two layers of width 64, and all their levels take every step. Chunks of
+memories have 16 tokens, because rows are short and a memory learns to cross the
+border of a chunk only if there is one. Every setting can be changed:
+--set=data.task.num_rewrites=8 --set=data.longer=2,8.
 
-Hardware: two CPU cores, one to five minutes. What models learn is in
-experiments/results/small, which experiments/bench_small.py makes.
+Hardware: two CPU cores, one to five minutes. Results are in
+experiments/results/small, written by experiments/bench_small.py.
 """
 
 import dataclasses
@@ -30,7 +30,11 @@ _STEP = 2**13  # tokens, at most 32 rows and at least 4
 
 
 def get_config(arg: str | None = None) -> training.ExperimentConfig:
-  """The experiment; `arg` is 'family,task', by default 'hope,mqar_small'."""
+  """Returns the experiment.
+
+  Args:
+    arg: 'family,task', by default 'hope,mqar_small'.
+  """
   family, _, name = (arg or _FAMILY).partition(',')
   name = name or _TASK
   task = tasks.make_config(name)
@@ -55,14 +59,14 @@ def get_config(arg: str | None = None) -> training.ExperimentConfig:
 
 
 def make_model(family: str, task: tasks.TaskConfig) -> models.ModelConfig:
-  """A small model of a family with room for a task.
+  """Returns a small model of a family with room for a task.
 
   Args:
-    family: Of the zoo.
-    task: What it learns.
+    family: A family of the zoo.
+    task: The task.
 
   Returns:
-    The config: two layers 64 wide, of two heads.
+    A config of two layers of width 64, with two heads.
 
   Raises:
     errors.UserError: There is no such family.

@@ -1,7 +1,7 @@
-"""Where the processes of a run are: what launchers and clusters say of it.
+"""Finds the processes of a run from the environment of its launcher.
 
 `jax.distributed` finds TPU pods, Slurm, and Open MPI up to 4 by itself. This
-adds Open MPI 5 and environment variables of its own.
+module adds Open MPI 5 and three environment variables.
 """
 
 from collections.abc import Mapping
@@ -24,23 +24,23 @@ def find(
   num_processes: int | None = None,
   process_id: int | None = None,
 ) -> dict[str, Any] | None:
-  """Arguments for `jax.distributed.initialize`, or None for one process.
+  """Returns the arguments of `jax.distributed.initialize`.
 
-  What is given comes first, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
-  and JAX_PROCESS_ID (or the JOB_COMPLETION_INDEX of a Kubernetes job), then
-  Open MPI, Slurm and TPUs.
+  Arguments take precedence over JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID (or the JOB_COMPLETION_INDEX of a Kubernetes job), and these
+  over Open MPI, Slurm and TPUs.
 
   Args:
     environ: The environment.
     coordinator_address: Host and port of process 0.
-    num_processes: How many there are.
-    process_id: Which one this is.
+    num_processes: Number of processes.
+    process_id: Index of this process.
 
   Returns:
-    The arguments; empty where JAX finds them itself.
+    The arguments; empty if JAX finds them itself, None for one process.
 
   Raises:
-    errors.UserError: Some are there and others are missing or wrong.
+    errors.UserError: Some are missing or wrong.
   """
   address = coordinator_address or environ.get(ADDRESS)
   count = _integer(num_processes, COUNT, environ)
@@ -62,7 +62,7 @@ def find(
 
 
 def _explicit(address, count, index) -> dict[str, Any] | None:
-  """The three that describe a cluster, all there and fitting together."""
+  """Checks the three values that describe a cluster and returns them."""
   missing = [
     name
     for name, value in ((ADDRESS, address), (COUNT, count), (INDEX, index))
@@ -93,7 +93,7 @@ def _explicit(address, count, index) -> dict[str, Any] | None:
 
 
 def _open_mpi(address, environ) -> dict[str, Any] | None:
-  """Open MPI; from version 5 on it no longer says where process 0 is."""
+  """Finds Open MPI, which from version 5 on does not say where process 0 is."""
   count = int(environ['OMPI_COMM_WORLD_SIZE'])
   if count == 1:
     return None
@@ -105,7 +105,7 @@ def _open_mpi(address, environ) -> dict[str, Any] | None:
         f'Open MPI started {count} processes on several machines and does not '
         f'say where process 0 is; set {ADDRESS}=host:port (mpirun -x).'
       )
-    # A port of its own for every run on this machine.
+    # Each run on this machine gets a port of its own.
     run = environ.get('PMIX_NAMESPACE', '')
     address = f'localhost:{61440 + zlib.crc32(run.encode()) % 4096}'
   return {
@@ -117,11 +117,11 @@ def _open_mpi(address, environ) -> dict[str, Any] | None:
 
 
 def _may_be_tpu(environ) -> bool:
-  """Whether JAX should ask for a TPU pod around this machine."""
+  """Returns whether JAX should ask for a TPU pod around this machine."""
   hosts = environ.get('TPU_PROCESS_ADDRESSES') or environ.get(
     'TPU_WORKER_HOSTNAMES'
   )
-  if hosts is not None:  # Kubernetes says it all
+  if hosts is not None:  # set by Kubernetes
     num_slices = int(environ.get('MEGASCALE_NUM_SLICES') or 1)
     return ',' in hosts or num_slices > 1
   if importlib.util.find_spec('libtpu') is None:

@@ -1,15 +1,14 @@
-"""Several processes as one run: how they meet, agree, wait and end.
+"""Runs several processes as one: they join, agree, wait and end together.
 
-`cluster.py` finds them. This module has what a run needs when something goes
-wrong: a process that is lost, fails or hangs ends all of them within a stated
-time, with one line that says which and why.
+`cluster.py` finds them. If a process is lost, fails or hangs, all of them end
+within a stated time, with one line that names the process and the reason.
 
 A process that is lost (killed, or its machine is gone) ends the others after
 `heartbeat_seconds`. One that fails ends them after at most ten seconds more
 (`end`). One that hangs ends itself after `hang_seconds`, with the stacks of
 all its threads, and thereby the others.
 
-JAX is imported late: a launcher that starts no process does without it.
+JAX is imported late, because a launcher that starts no process needs none.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,15 +25,15 @@ from typing import Any
 from nested_learning import cluster
 from nested_learning import errors
 
-# The exit code of a failure that is worth another attempt; so are the codes
-# from 128 on, which are signals.
+# The exit code of a failure that is worth a retry; so are the codes from 128
+# on, which are signals.
 EXIT_RETRY = 42
 
 _START_SECONDS = 1800  # a cold pod takes longer than JAX's default of 300
 _END_SECONDS = 10  # for the others to fail as well
 
-_numbers = itertools.count()  # of barriers: no name is used twice
-_watchdog: '_Watchdog | None' = None  # of this process, as in faulthandler
+_numbers = itertools.count()  # numbers barriers: no name is used twice
+_watchdog: '_Watchdog | None' = None  # one per process, as in faulthandler
 
 
 def initialize(
@@ -47,17 +46,17 @@ def initialize(
 ) -> None:
   """Joins the other processes of the run, if there are any.
 
-  Call it before anything that uses a device. With one process it does nothing.
+  Call it before any use of a device. With one process it does nothing.
 
   Args:
     coordinator_address: See `cluster.find`; from the environment by default.
     num_processes: See `cluster.find`.
     process_id: See `cluster.find`.
-    heartbeat_seconds: A process that is silent for so long is lost, and all
+    heartbeat_seconds: A process that is silent for this long is lost, and all
       others end.
-    hang_seconds: A process that does not call `progress` for so long dumps the
-      stacks of its threads and ends with EXIT_RETRY. Longer than compilation,
-      an evaluation and a save take.
+    hang_seconds: A process that does not call `progress` for this long dumps
+      the stacks of its threads and ends with EXIT_RETRY. Must be longer than
+      compilation, an evaluation and a save.
 
   Raises:
     errors.UserError: The cluster is described in part or wrongly, or not all
@@ -103,7 +102,7 @@ def is_first() -> bool:
 
 
 def progress() -> None:
-  """Says that this process is alive; see `hang_seconds` of `initialize`."""
+  """Reports that this process is alive; see `hang_seconds` of `initialize`."""
   if _watchdog is not None:
     _watchdog.rearm()
 
@@ -112,8 +111,8 @@ def barrier(name: str, *, timeout_seconds: float = 600) -> None:
   """Waits until all processes are here.
 
   Args:
-    name: Of the place, for the error.
-    timeout_seconds: How long to wait.
+    name: Name of the barrier, for the error.
+    timeout_seconds: Longest time to wait.
 
   Raises:
     TimeoutError: Not all came in time; it names those that are missing.
@@ -123,14 +122,14 @@ def barrier(name: str, *, timeout_seconds: float = 600) -> None:
 
 
 def first_does(name: str, function: Callable[[], str | None]) -> str | None:
-  """Calls a function in process 0 alone; all processes wait and learn of it.
+  """Calls a function in process 0 and returns its result in all processes.
 
   Args:
-    name: Of what is done, for the error of a process that waits in vain.
+    name: Name of the call, for the error of a process that waits in vain.
     function: Called without arguments. Returns a string or None.
 
   Returns:
-    What the function returned in process 0, in all of them.
+    The result of process 0.
 
   Raises:
     errors.UserError: The function raised it in process 0; then all raise it.
@@ -153,17 +152,17 @@ def first_does(name: str, function: Callable[[], str | None]) -> str | None:
 
 
 def gather(name: str, text: str) -> list[str]:
-  """What every process says, in all of them.
+  """Exchanges a text between all processes.
 
   Args:
-    name: Of what is asked, for the error of a process that waits in vain.
-    text: What this process says.
+    name: Name of the exchange, for the error of a process that waits in vain.
+    text: The text of this process.
 
   Returns:
     The texts, by process.
 
   Raises:
-    TimeoutError: Not all said something in time.
+    TimeoutError: Not all processes called it in time.
   """
   if not is_together():
     return [text]
@@ -179,10 +178,10 @@ def gather(name: str, text: str) -> list[str]:
 
 
 def check_equal(values: Mapping[str, Any]) -> None:
-  """Refuses to start with processes that do not fit together.
+  """Checks that values are the same in all processes.
 
   Args:
-    values: By what they are called; each must be the same in all processes.
+    values: Values by name.
 
   Raises:
     errors.UserError: One differs; all processes raise it.
@@ -207,10 +206,10 @@ def check_equal(values: Mapping[str, Any]) -> None:
 
 
 def check_alike(config: str) -> None:
-  """Refuses processes with another config, JAX or number of devices.
+  """Checks that all processes have the same config, JAX and devices.
 
   Args:
-    config: What the run depends on, as text.
+    config: The config as text.
 
   Raises:
     errors.UserError: Something differs; all processes raise it.
@@ -228,12 +227,12 @@ def check_alike(config: str) -> None:
 
 
 def end(code: int, message: str | None = None) -> None:
-  """Prints an error and ends this process, the others not being forgotten.
+  """Prints an error and ends this process so that the others end as well.
 
-  If all processes fail, for instance by the same setting, process 0 alone says
-  so, and this returns. If the others still work this does not return: it ends
-  the process at once, because the ordinary way out of Python would wait for
-  them, and they for it.
+  If all processes fail, for instance because of a setting, process 0 prints the
+  error and this returns. If others still work, this does not return: it ends
+  the process at once, because the ordinary exit of Python would wait for them,
+  and they for it.
 
   Args:
     code: The exit code.
@@ -285,7 +284,7 @@ def _wait(place: str, seconds: float) -> None:
 
 
 class _Watchdog:
-  """A thread that ends the process when nobody has called `rearm` for long."""
+  """A thread that ends the process if `rearm` is not called in time."""
 
   def __init__(self, seconds: float):
     self._seconds = seconds
@@ -297,7 +296,7 @@ class _Watchdog:
     now = time.monotonic()
     if now - self._armed > min(1, self._seconds / 10):
       self._armed = now
-      # Where a thread holds the interpreter, `_run` cannot; this needs no
+      # If a thread holds the interpreter, `_run` cannot run. This needs no
       # interpreter, but its exit code is 1.
       faulthandler.dump_traceback_later(self._seconds + 30, exit=True)
 
@@ -320,14 +319,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _client() -> Any:
-  """The connection to process 0; JAX has no public name for it."""
+  """Returns the connection to process 0; JAX has no public name for it."""
   from jax._src import distributed
 
   return distributed.global_state.client
 
 
 def _index_and_count() -> tuple[int, int]:
-  """Which process this is, of how many; (0, 0) if it has not joined any.
+  """Returns index and number of processes; (0, 0) before `initialize`.
 
   `jax.process_index` would start the devices, which may fail or hang.
   """
