@@ -21,9 +21,9 @@ from nested_learning import sharding
 from nested_learning.planning import suggestions
 from nested_learning.planning import tables
 from nested_learning.training import config as config_lib
+from nested_learning.training import make_workload
 from nested_learning.training import optimizer as optimizer_lib
 from nested_learning.training import step as step_lib
-from nested_learning.training import subjects
 
 
 def run(
@@ -101,33 +101,33 @@ def compile_for(
       'devices, and the others would be idle; raise mesh.model or '
       'data.batch_size, or choose a smaller slice.'
     )
-  computed = subjects.make_computed(config)
-  optimizer = optimizer_lib.make_optimizer(config, computed.model.table)
-  state = step_lib.abstract_state(config, computed.model, optimizer, mesh)
+  spec = make_workload.make_step_spec(config)
+  optimizer = optimizer_lib.make_optimizer(config, spec.model.table)
+  state = step_lib.abstract_state(config, spec.model, optimizer, mesh)
   traced = step_lib.trace_step(
     config,
-    computed.model,
+    spec.model,
     optimizer,
     mesh,
-    row=computed.row,
-    token_loss=computed.token_loss,
+    row=spec.row,
+    token_loss=spec.token_loss,
   )
-  model_flops = 3 * _forward_flops(config, computed)  # forward and backward
+  model_flops = 3 * _forward_flops(config, spec)  # forward and backward
   return {
     'name': config.name,
     'topology': str(topology),
     'num_devices': len(devices),
     'mesh': dict(mesh.shape),
     'accumulate': config.train.accumulate,
-    'parameters': parameters.count(computed.model.table),
+    'parameters': parameters.count(spec.model.table),
     'batch_tokens': config.batch_tokens,
     'hbm_bytes': int(topology.hbm_bytes),
     **_compile(traced, topology, mesh, model_flops, config.batch_tokens),
     'decode': _compile(
-      _trace_decode(config, computed.model, state.params, mesh),
+      _trace_decode(config, spec.model, state.params, mesh),
       topology,
       mesh,
-      _decode_flops(config, computed.model, state.params),
+      _decode_flops(config, spec.model, state.params),
       config.micro_batch_size,
     ),
     'assumptions': list(compilation.ASSUMPTIONS),
@@ -215,14 +215,14 @@ def _memory(compiled: Any) -> dict[str, int]:
   }
 
 
-def _forward_flops(config, computed) -> int:
+def _forward_flops(config, spec) -> int:
   """Counts the FLOPs of the forward pass over the tokens of a step."""
-  model = computed.model
+  model = spec.model
   params = parameters.abstract(model.table)
-  shape, dtype = computed.row['tokens']
+  shape, dtype = spec.row['tokens']
   rows = config.micro_batch_size
   tokens = jax.ShapeDtypeStruct((rows, *shape), dtype)
-  reset = jax.ShapeDtypeStruct((rows, *computed.row['reset'][0]), bool)
+  reset = jax.ShapeDtypeStruct((rows, *spec.row['reset'][0]), bool)
   flops = compilation.matmul_flops(
     lambda params, tokens, reset: model.forward(
       params, None, tokens, reset=reset

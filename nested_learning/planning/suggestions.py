@@ -13,9 +13,9 @@ from nested_learning import models
 from nested_learning import parameters
 from nested_learning import sharding
 from nested_learning.training import config as config_lib
+from nested_learning.training import make_workload
 from nested_learning.training import optimizer as optimizer_lib
 from nested_learning.training import step as step_lib
-from nested_learning.training import subjects
 
 _MOST_TRIED = 4  # compilations, of minutes each
 # Float32 arrays of a parameter's size in a step: the parameter, its gradient,
@@ -104,16 +104,16 @@ def _try(config, devices) -> str | None:
   mesh = sharding.make_mesh(
     config.mesh, num_rows=config.micro_batch_size, devices=devices
   )
-  computed = subjects.make_computed(config)
-  optimizer = optimizer_lib.make_optimizer(config, computed.model.table)
+  spec = make_workload.make_step_spec(config)
+  optimizer = optimizer_lib.make_optimizer(config, spec.model.table)
   _, needed = compilation.compile(
     step_lib.trace_step(
       config,
-      computed.model,
+      spec.model,
       optimizer,
       mesh,
-      row=computed.row,
-      token_loss=computed.token_loss,
+      row=spec.row,
+      token_loss=spec.token_loss,
     )
   )
   return needed

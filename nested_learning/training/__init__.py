@@ -1,4 +1,4 @@
-"""Training: an experiment's config, the trainer, and what a run can do."""
+"""Training: the config of an experiment, the trainer, the modes of a run."""
 
 from nested_learning.training.config import ExperimentConfig
 from nested_learning.training.config import TrainConfig
@@ -13,4 +13,5 @@ from nested_learning.training.step import make_init
 from nested_learning.training.step import make_step
 from nested_learning.training.step import trace_step
 from nested_learning.training.step import TrainState
+from nested_learning.training.trainer import fit
 from nested_learning.training.trainer import train

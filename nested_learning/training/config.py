@@ -1,4 +1,4 @@
-"""The config of an experiment: one object says everything about a run."""
+"""The config of an experiment."""
 
 import dataclasses
 import math
@@ -12,7 +12,6 @@ from nested_learning import levels
 from nested_learning import models
 from nested_learning import sharding
 from nested_learning import tasks
-from nested_learning.training import long_rows
 
 
 def _check(config: Any, name: str, passed: bool, rule: str) -> None:
@@ -24,24 +23,24 @@ def _check(config: Any, name: str, passed: bool, rule: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """How long to train, with which optimiser, and what to keep."""
+  """Length of training, optimiser and checkpoints."""
 
   num_steps: int = 1000  # optimiser steps, one global batch each
-  learning_rate: float = 1e-3  # at its peak
+  learning_rate: float = 1e-3  # peak
   warmup_steps: int = 50  # steps of linear rise to the peak
   final_fraction: float = 0.1  # of the peak, where the cosine ends
   weight_decay: float = 0.1  # of matrices, times the learning rate, per update
-  clip_norm: float = 1.0  # longest gradient, over all parameters
+  clip_norm: float = 1.0  # largest norm of the gradient of all parameters
   # Steps with a loss or gradient that is not finite are skipped, and so are
   # gradients longer than spike_factor times their running mean; None: of any
   # length.
   spike_factor: float | None = None
   max_skipped: int = 10  # steps skipped in a row; one more ends the run
-  accumulate: int = 1  # micro-batches that a batch is cut into, one at a time
+  accumulate: int = 1  # micro-batches of a batch, one after the other
   log_every: int = 10  # steps between two lines of metrics
-  evaluate_every: int = 200  # steps between two looks at the validation split
+  evaluate_every: int = 200  # steps between two evaluations
   checkpoint_every: int = 200  # steps between two checkpoints
-  keep_checkpoints: int = 2  # latest ones, beside the best one
+  keep_checkpoints: int = 2  # latest ones, in addition to the best one
 
   def __post_init__(self):
     for name in (
@@ -68,7 +67,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-  """Everything that a run depends on, beside the machine."""
+  """All settings of a run, except for the machine."""
 
   name: str
   model: models.ModelConfig
@@ -79,7 +78,7 @@ class ExperimentConfig:
   )
   generate: inference.GenerateConfig = inference.GenerateConfig()
   mesh: sharding.MeshConfig = sharding.MeshConfig()
-  # Levels that learn inside every row, in training and evaluation.
+  # How levels learn inside every row, in training and evaluation.
   inner: levels.InnerConfig = levels.InnerConfig()
   session: inference.SessionConfig = inference.SessionConfig()
   seed: int = 0  # of the initial parameters
@@ -116,10 +115,10 @@ class ExperimentConfig:
       if num_tokens % size:
         raise errors.UserError(
           f'data.sequence_length={num_tokens} is not a multiple of the {size} '
-          'tokens between two looks at inner.update_every='
+          'tokens of a segment of inner.update_every='
           f'{self.inner.update_every}; change the one or the other.'
         )
-    long_rows.check(self)
+    _check_context(self)
     limit = models.max_stream_length(self.model)
     if self.carries_state and limit is not None:
       longest = num_tokens * max(
@@ -134,12 +133,12 @@ class ExperimentConfig:
 
   @property
   def batch_tokens(self) -> int:
-    """Tokens that one optimiser step consumes, over all devices."""
+    """Tokens of one optimiser step, over all devices."""
     return self.data.batch_size * self.data.sequence_length
 
   @property
   def micro_batch_size(self) -> int:
-    """Rows that are worked on at a time, over all devices."""
+    """Rows of one micro-batch, over all devices."""
     return self.data.batch_size // self.train.accumulate
 
   @property
@@ -159,5 +158,38 @@ class ExperimentConfig:
 
   @property
   def carries_state(self) -> bool:
-    """Whether a row of a batch goes on where the batch before it stopped."""
+    """Whether each row continues that row of the batch before."""
     return self.data.carries_state
+
+
+def _check_context(config: ExperimentConfig) -> None:
+  """Checks that the tokens of a row can be shared among devices.
+
+  Raises:
+    errors.UserError: Tokens do not divide over the mesh axis 'context', or only
+      in the middle of chunks; or a row cannot begin in its middle.
+  """
+  context, num_tokens = config.mesh.context, config.data.sequence_length
+  if context == 1:
+    return
+  if config.inner.is_on:
+    raise errors.UserError(
+      f'levels that learn inside a row (inner.update_every='
+      f'{config.inner.update_every}) read it in one piece; set mesh.context='
+      f'{context} to 1.'
+    )
+  if config.carries_state:
+    raise errors.UserError(
+      "with data.reset='never' a row begins where another stopped, which "
+      f'mesh.context={context} cannot share among devices; set it to 1, or '
+      "use data.reset='document'."
+    )
+  for mixer in config.model.pattern:
+    together = mixer.granularity
+    if num_tokens % (context * together):
+      of_chunks = '' if together == 1 else f' chunks of {together} tokens on'
+      raise errors.UserError(
+        f'data.sequence_length={num_tokens} does not divide into{of_chunks} '
+        f'mesh.context={context} devices; set it to a multiple of '
+        f'{context * together}, or change mesh.context.'
+      )

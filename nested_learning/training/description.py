@@ -1,4 +1,4 @@
-"""What an experiment would take, before anything is allocated."""
+"""Describes the sizes of an experiment without allocating anything."""
 
 import math
 from typing import Any
@@ -16,10 +16,10 @@ from nested_learning.training import step as step_lib
 
 
 def describe(config: config_lib.ExperimentConfig) -> str:
-  """Parameters, levels and memory per device, as Markdown tables.
+  """Returns parameters, levels and memory per device as Markdown tables.
 
-  Everything is read off shapes, so a model of any size and a mesh of more
-  devices than there are can be described.
+  All numbers come from shapes, so the model can have any size and the mesh more
+  devices than exist.
 
   Args:
     config: The experiment.
@@ -67,9 +67,9 @@ def describe(config: config_lib.ExperimentConfig) -> str:
 
 
 def layout(config: config_lib.ExperimentConfig, mesh: Any) -> str:
-  """Which parameter lies along which axis of a mesh, as a Markdown table.
+  """Returns the sharding of every parameter as a Markdown table.
 
-  The optimiser keeps what it knows of a parameter where the parameter is.
+  The optimiser's state of a parameter is sharded like the parameter.
 
   Args:
     config: The experiment.
@@ -101,7 +101,7 @@ def layout(config: config_lib.ExperimentConfig, mesh: Any) -> str:
 
 
 def _mesh(config: config_lib.ExperimentConfig) -> Any:
-  """The mesh of a config, or its shape where it needs other devices."""
+  """Returns the mesh of a config as an abstract mesh."""
   mesh = config.mesh
   within = mesh.fsdp, mesh.context, mesh.model
   shape = mesh.data, *within
@@ -115,7 +115,7 @@ def _mesh(config: config_lib.ExperimentConfig) -> Any:
 
 
 def _groups(model: models.Model) -> list[tuple[str, ...]]:
-  """One line per group of parameters: a part of the mixer, a level, ..."""
+  """Returns a row per group of parameters: a part of the mixer, a level."""
   total, sizes = parameters.count(model.table), {}
   depth = 4 if isinstance(model.config.mixer, tuple) else 3
   for path, x in jax.tree.leaves_with_path(parameters.abstract(model.table)):
@@ -129,7 +129,7 @@ def _groups(model: models.Model) -> list[tuple[str, ...]]:
 def _levels(
   config: config_lib.ExperimentConfig, params: Any
 ) -> list[tuple[str, ...]]:
-  """One line per clock: what it owns and how often it is updated."""
+  """Returns a row per clock: its parameters and number of updates."""
   sizes: dict[str, int] = {}
   labels = models.level_labels(
     config.model,
@@ -157,7 +157,7 @@ def _levels(
 
 
 def _bytes(tree: Any) -> int:
-  """Bytes of a tree of abstract arrays on one device."""
+  """Returns the bytes of a tree of abstract arrays on one device."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     for x in jax.tree.leaves(tree)

@@ -106,7 +106,7 @@ def ending(message: str) -> Iterator[None]:
   For the work after the last save, where nothing can be lost.
 
   Args:
-    message: What is saved and how to go on. Process 0 prints it.
+    message: A line that says how to resume. Process 0 prints it.
 
   Yields:
     Nothing.

@@ -1,10 +1,10 @@
 """Reports the numbers of a run: progress bar, JSON lines, TensorBoard.
 
 Metrics never stop a run: a file that cannot be written is reported once, and
-the run goes on without it.
+the run continues without it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import json
 import math
@@ -24,7 +24,9 @@ from nested_learning import errors
 from nested_learning import files
 from nested_learning.training import config as config_lib
 from nested_learning.training import optimizer
-from nested_learning.training import subject as subject_lib
+from nested_learning.training import workload as workload_lib
+
+_FLUSH_SECONDS = 60  # longest delay of what TensorBoard shows
 
 
 class RunLog:
@@ -83,7 +85,7 @@ class RunLog:
         act(writer)
 
   @contextlib.contextmanager
-  def _dropping(self, name: str):
+  def _dropping(self, name: str) -> Iterator[None]:
     """Reports an error of a writer, and drops it."""
     try:
       yield
@@ -132,7 +134,7 @@ class RunLog:
     self._each(lambda writer: writer.write(step, metrics))
 
   def write_evaluation(
-    self, step: int, evaluated: subject_lib.Evaluated
+    self, step: int, evaluated: workload_lib.EvaluationResult
   ) -> None:
     """Writes and shows the numbers of an evaluation."""
     numbers = evaluated.numbers
@@ -154,7 +156,8 @@ class RunLog:
     in_a_row = int(metrics.pop('skipped_in_a_row'))
     if in_a_row:
       self._report_skipped(step, metrics, in_a_row)
-    self._bar.update(step - self._step)
+    with contextlib.suppress(OSError):  # a terminal that was closed
+      self._bar.update(step - self._step)
     self._step = step
     train = self._config.train
     if step % train.log_every == 0 or step == train.num_steps:
@@ -205,8 +208,8 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     path: The file; it may be missing.
 
   Returns:
-    Its lines. A line that is no object with a step is left out, such as the
-    last one of a process that died while it was writing.
+    Its lines, except those that are no objects with a step, such as the last
+    line of a process that died while it was writing.
   """
   lines = []
   if path.exists():
@@ -256,6 +259,7 @@ class _Board:
     # TensorBoard drops what an earlier process wrote from this step on.
     begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._event(step=start + 1, session_log=begin)
+    self._flushed = time.monotonic()
 
   def _event(self, **fields) -> None:
     self._file.write_event(event_pb2.Event(wall_time=time.time(), **fields))
@@ -263,9 +267,12 @@ class _Board:
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     for name, value in metrics.items():
       self._event(step=step, summary=summary_lib.scalar(name, value))
+    if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+      self.flush()
 
   def flush(self) -> None:
     self._file.flush()
+    self._flushed = time.monotonic()
 
   def close(self) -> None:
     self._file.close()

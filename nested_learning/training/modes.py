@@ -1,4 +1,4 @@
-"""What a run can do: train, evaluate, generate, hold a session, describe."""
+"""The modes of a run: train, evaluate, generate, hold a session, describe."""
 
 from collections.abc import Iterator
 import contextlib
@@ -13,7 +13,6 @@ from typing import Any, Literal
 import jax
 
 from nested_learning import configs
-from nested_learning import distributed
 from nested_learning import errors
 from nested_learning import files
 from nested_learning import models
@@ -21,14 +20,15 @@ from nested_learning import parameters
 from nested_learning import sharding
 from nested_learning import tasks
 from nested_learning.training import checkpoint_files
+from nested_learning.training import checkpoint_restore
 from nested_learning.training import checkpoints
 from nested_learning.training import config as config_lib
 from nested_learning.training import description
 from nested_learning.training import interrupts
+from nested_learning.training import make_workload
 from nested_learning.training import metrics as metrics_lib
 from nested_learning.training import report
 from nested_learning.training import session
-from nested_learning.training import subjects
 from nested_learning.training import trainer
 
 
@@ -39,22 +39,22 @@ def run(
 ) -> None:
   """Runs an experiment in one of its modes.
 
-  'train' goes on from the latest checkpoint in `workdir` or begins, and ends
-  with an evaluation, a sample, report.md and, last of all, summary.json.
-  'eval' evaluates the latest checkpoint and leaves evaluation.json: a text with
-  writes on and off, with the table and the plot by position, a task at every
-  length. 'generate' prints what follows the prompt, or an answer to the task.
-  'session' feeds a session files and a prompt, and keeps what it learned.
-  'describe' prints sizes, and needs no workdir.
+  * 'train' resumes from the latest checkpoint in `workdir` or starts, and ends
+    with an evaluation, a sample, report.md and, last of all, summary.json.
+  * 'eval' evaluates the latest checkpoint and writes evaluation.json: a text
+    with writes on and off, by position; a task at every length.
+  * 'generate' prints a continuation of the prompt, or an answer to the task.
+  * 'session' feeds files and a prompt to a session, and saves the session.
+  * 'describe' prints sizes, and needs no workdir.
 
   Args:
     config: The experiment.
     workdir: The run's folder.
-    mode: What to do.
+    mode: One of the modes.
 
   Raises:
-    errors.UserError: Something the user can mend is wrong.
-    SystemExit: After SIGTERM (code 143) or Ctrl-C (130), once all is saved.
+    errors.UserError: A setting or a file is wrong, or training has diverged.
+    SystemExit: After a signal, with 128 plus its number, once all is saved.
   """
   if mode == 'describe':
     print(description.describe(config))
@@ -74,7 +74,7 @@ def run(
     )
   with _explain_disk(workdir):
     checkpoint_files.home(workdir)  # refuses a name that cannot be used
-    modes[mode](config, workdir, subjects.make_subject(config))
+    modes[mode](config, workdir, make_workload.make_workload(config))
 
 
 def restore_params(
@@ -82,7 +82,19 @@ def restore_params(
   workdir: pathlib.Path,
   tokenizer_fingerprint: str,
 ) -> tuple[Any, int]:
-  """Parameters of the latest checkpoint, on the config's mesh, and its step."""
+  """Restores the parameters of the latest checkpoint.
+
+  Args:
+    config: The experiment.
+    workdir: The run's folder.
+    tokenizer_fingerprint: Fingerprint of the tokens in use.
+
+  Returns:
+    The parameters, sharded over the mesh of the config, and the step.
+
+  Raises:
+    errors.UserError: There is no checkpoint of this experiment.
+  """
   if not (workdir / 'checkpoints').is_dir():
     raise errors.UserError(
       f'{workdir} holds no checkpoint; run --mode=train first, or give the '
@@ -96,7 +108,7 @@ def restore_params(
     sharding.param_shardings(table, mesh),
   )
   with checkpoints.open_manager(workdir, read_only=True) as manager:
-    restored = checkpoints.restore(
+    restored = checkpoint_restore.restore(
       manager,
       {'params': abstract},
       config=config,
@@ -126,31 +138,24 @@ def _explain_disk(workdir: pathlib.Path) -> Iterator[None]:
     ) from error
 
 
-def _train(config, workdir, subject):
+def _train(config, workdir, workload):
   workdir.mkdir(parents=True, exist_ok=True)
-  with contextlib.ExitStack() as stack:
-
-    def lock():
-      path = workdir / '.training.lock'
-      stack.enter_context(files.lock(path, f'--workdir={workdir}'))
-
-    distributed.first_does('lock', lock)
-    config_path = workdir / 'config.json'
-    if jax.process_index() == 0 and not config_path.exists():
-      files.write_whole(config_path, configs.to_json(config))
-    begin = time.perf_counter()
-    outcome = trainer.train(config, workdir, subject)
-    with interrupts.ending(trainer.trained_message(config, workdir)):
-      _finish(config, workdir, subject, outcome, begin)
+  config_path = workdir / 'config.json'
+  if jax.process_index() == 0 and not config_path.exists():
+    files.write_whole(config_path, configs.to_json(config))
+  begin = time.perf_counter()
+  outcome = trainer.train(config, workdir, workload)
+  with interrupts.ending(trainer.trained_message(config, workdir)):
+    _finish(config, workdir, workload, outcome, begin)
 
 
-def _finish(config, workdir, subject, outcome, begin):
+def _finish(config, workdir, workload, outcome, begin):
   """Evaluates, samples and reports; the summary is written last of all."""
   mesh = trainer.make_mesh(config)
-  numbers = _conclude(
-    subject, outcome.params, workdir, mesh, outcome.evaluation
+  numbers = _summarize(
+    workload, outcome.params, workdir, mesh, outcome.evaluation
   )
-  sample = subject.sample(outcome.params, mesh)
+  sample = workload.sample(outcome.params, mesh)
   if jax.process_index() != 0:
     return
   num_tokens = config.train.num_steps * config.batch_tokens
@@ -160,7 +165,7 @@ def _finish(config, workdir, subject, outcome, begin):
     'name': config.name,
     'steps': config.train.num_steps,
     'tokens': num_tokens,
-    'num_parameters': parameters.count(subject.model.table),
+    'num_parameters': parameters.count(workload.model.table),
     **({'loss': losses[-1]} if losses else {}),
     **numbers,
     'tokens_per_second': num_tokens / outcome.train_seconds,
@@ -173,14 +178,14 @@ def _finish(config, workdir, subject, outcome, begin):
     'dtype': config.model.dtype,
   }
   files.write_whole(workdir / report.SAMPLE, sample)
-  report.write_report(workdir, config, subject, summary)
+  report.write_report(workdir, config, workload, summary)
   _write_json(workdir / 'summary.json', summary)
-  print(subject.verdict(summary))
+  print(workload.verdict(summary))
 
 
-def _conclude(subject, params, workdir, mesh, evaluated) -> dict[str, Any]:
+def _summarize(workload, params, workdir, mesh, evaluated) -> dict[str, Any]:
   try:
-    return subject.conclude(params, workdir, mesh, evaluated)
+    return workload.summarize(params, workdir, mesh, evaluated)
   except FloatingPointError as error:
     raise errors.UserError(
       f'{error}: the model in {workdir} has diverged. Lower '
@@ -188,19 +193,19 @@ def _conclude(subject, params, workdir, mesh, evaluated) -> dict[str, Any]:
     ) from error
 
 
-def _evaluate(config, workdir, subject):
-  params, step = restore_params(config, workdir, subject.fingerprint)
+def _evaluate(config, workdir, workload):
+  params, step = restore_params(config, workdir, workload.fingerprint)
   mesh = trainer.make_mesh(config)
-  numbers = _conclude(subject, params, workdir, mesh, None)
+  numbers = _summarize(workload, params, workdir, mesh, None)
   if jax.process_index() == 0:
     _write_json(workdir / 'evaluation.json', {'steps': step, **numbers})
     summary_path = workdir / 'summary.json'
     summary = _read_summary(summary_path)
     if summary is not None:
       summary |= numbers
-      report.write_report(workdir, config, subject, summary)
+      report.write_report(workdir, config, workload, summary)
       _write_json(summary_path, summary)
-    print(subject.verdict(numbers))
+    print(workload.verdict(numbers))
 
 
 def _read_summary(path: pathlib.Path) -> dict[str, Any] | None:
@@ -221,15 +226,15 @@ def _read_summary(path: pathlib.Path) -> dict[str, Any] | None:
   return summary
 
 
-def _generate(config, workdir, subject):
-  params, _ = restore_params(config, workdir, subject.fingerprint)
-  text = subject.sample(params, trainer.make_mesh(config))
+def _generate(config, workdir, workload):
+  params, _ = restore_params(config, workdir, workload.fingerprint)
+  text = workload.sample(params, trainer.make_mesh(config))
   if jax.process_index() == 0:
     files.write_whole(workdir / report.SAMPLE, text)
     print(text)
 
 
-def _session(config, workdir, subject):
+def _session(config, workdir, workload):
   if isinstance(config.data, tasks.TaskDataConfig):
     raise errors.UserError(
       '--mode=session reads text, and this run learned a task; give the '
@@ -239,7 +244,7 @@ def _session(config, workdir, subject):
     raise errors.UserError(
       '--mode=session is for one process; leave out --target.'
     )
-  params, _ = restore_params(config, workdir, subject.fingerprint)
+  params, _ = restore_params(config, workdir, workload.fingerprint)
   with jax.set_mesh(trainer.make_mesh(config)):
     session.run_session(config, params)
 

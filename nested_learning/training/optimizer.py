@@ -1,4 +1,4 @@
-"""The optimiser: AdamW for every level, on the level's own clock."""
+"""The optimiser: AdamW for every level, on the clock of the level."""
 
 from typing import Any
 
@@ -16,15 +16,15 @@ _BETAS = (0.9, 0.95)
 
 
 def make_schedule(config: config_lib.TrainConfig) -> optax.Schedule:
-  """Linear warm-up to the peak, then a cosine to a fraction of it.
+  """Makes a linear warm-up to the peak, then a cosine to a fraction of it.
 
-  Step 0 already learns: its rate is peak / warmup_steps.
+  Step 0 already learns, at the rate peak / warmup_steps.
 
   Args:
     config: Peak, warm-up, length and final fraction.
 
   Returns:
-    A schedule, from steps done to the learning rate of the next step.
+    A schedule: `schedule(step)` is the learning rate after `step` steps.
   """
   warmup_steps = min(config.warmup_steps, config.num_steps)
   cosine = optax.cosine_decay_schedule(
@@ -44,11 +44,13 @@ def make_schedule(config: config_lib.TrainConfig) -> optax.Schedule:
 def make_optimizer(
   config: config_lib.ExperimentConfig, table: parameters.Table
 ) -> optax.GradientTransformation:
-  """Clips the whole gradient, then lets each level step on its own clock.
+  """Makes an optimiser that clips the whole gradient and updates by level.
 
   A level takes one AdamW step per train_every tokens, from the mean gradient of
-  those tokens; parameters outside the chain take one at every step. All follow
-  one schedule in steps of training, which a level reads when it updates.
+  those tokens; parameters outside the chain take one at every step. All read
+  one schedule in steps of training. The n-th update of a level that updates
+  every `period` steps reads it at step n * period - 1, whatever the phase of
+  the level: its own step differs from that by less than a period.
 
   Args:
     config: The experiment.
@@ -63,7 +65,7 @@ def make_optimizer(
     for path, is_decayed in jax.tree.leaves_with_path(decay_mask(table))
   }
 
-  def mask(params):  # of one level: the other levels' leaves are not there
+  def mask(params):  # one level's: the leaves of other levels are missing
     return jax.tree_util.tree_map_with_path(
       lambda path, _: decayed[parameters.path_name(path)], params
     )

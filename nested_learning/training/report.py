@@ -1,4 +1,4 @@
-"""The report of a run: what came out, in one page with plots."""
+"""Writes the report of a run: one page with tables and plots."""
 
 from collections.abc import Mapping
 import math
@@ -12,7 +12,7 @@ from nested_learning import files
 from nested_learning import markdown
 from nested_learning.training import config as config_lib
 from nested_learning.training import metrics as metrics_lib
-from nested_learning.training import subject as subject_lib
+from nested_learning.training import workload as workload_lib
 
 LOSS_PLOT = 'loss.png'
 SAMPLE = 'sample.txt'
@@ -21,26 +21,26 @@ SAMPLE = 'sample.txt'
 def write_report(
   workdir: pathlib.Path,
   config: config_lib.ExperimentConfig,
-  subject: subject_lib.Subject,
+  workload: workload_lib.Workload,
   summary: Mapping[str, Any],
 ) -> None:
-  """Writes `report.md` and its plots from what the run left in its folder.
+  """Writes `report.md` and its plots.
 
   Args:
-    workdir: The run's folder, with metrics.jsonl, a sample, and what the
-      subject left.
+    workdir: The run's folder, with metrics.jsonl, a sample, and the files of
+      `workload.summarize`.
     config: The experiment.
-    subject: What it is about.
+    workload: Its workload.
     summary: The numbers of summary.json.
   """
   lines = metrics_lib.read_metrics(workdir / 'metrics.jsonl')
-  _plot_loss(workdir / LOSS_PLOT, lines, subject.watched)
+  _plot_loss(workdir / LOSS_PLOT, lines, workload.watched)
   sections = [
     f'# {config.name}',
-    subject.verdict(summary),
+    workload.verdict(summary),
     markdown.table(('', ''), [(k, _text(v)) for k, v in summary.items()]),
     f'## Loss\n\n![Training and validation loss]({LOSS_PLOT})',
-    *subject.sections(summary),
+    *workload.sections(summary),
     '## Levels\n\n' + _levels(config, lines),
   ]
   sample = workdir / SAMPLE
@@ -59,7 +59,7 @@ def _plot_loss(
   lines: list[Mapping[str, Any]],
   watched: tuple[str, str],
 ) -> None:
-  """Draws the training loss and, below it, what is watched in validation."""
+  """Plots the training loss and, below it, the watched validation number."""
   figure = mpl_figure.Figure(figsize=(7, 5), layout='tight')
   losses, below = figure.subplots(2, 1, sharex=True)
   for axes, name, label in (
@@ -79,7 +79,7 @@ def _plot_loss(
 def _levels(
   config: config_lib.ExperimentConfig, lines: list[Mapping[str, Any]]
 ) -> str:
-  """What each level's clock did, from the last line that has it."""
+  """Returns a table of the levels' updates, from the last lines of metrics."""
   clocks = {level.name: level.train_every for level in config.model.levels}
   last: dict[str, Any] = {}
   for line in lines:

@@ -16,7 +16,7 @@ from nested_learning import models
 from nested_learning.data import sources
 from nested_learning.inference import session_files
 from nested_learning.training import config as config_lib
-from nested_learning.training import on_text
+from nested_learning.training import text_workload
 
 _SEGMENTS = 4  # read between two moves of the progress bar
 
@@ -47,7 +47,7 @@ def run_session(config: config_lib.ExperimentConfig, params: Any) -> None:
     raise errors.UserError(
       'nothing to read; give --feed=FILE, --prompt=TEXT, or both.'
     )
-  tokenizer = on_text.make_tokenizer(config)
+  tokenizer = text_workload.make_tokenizer(config)
   texts = [(path, _read(path)) for path in settings.feed]
   with session_files.lock(settings.path):
     _run(config, params, tokenizer, texts)

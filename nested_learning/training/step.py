@@ -1,6 +1,6 @@
-"""The training state, where its parts lie on a mesh, and one step of it."""
+"""The training state, its sharding, and one training step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,27 +14,89 @@ from nested_learning import models
 from nested_learning import optimizers
 from nested_learning import sharding
 from nested_learning.training import config as config_lib
-from nested_learning.training import guard as guard_lib
+from nested_learning.training import workload as workload_lib
 
-# Of `memory.State`, [b, h, ...].
+# Fields of `memory.State` that are [b, h, ...].
 _PER_HEAD = ('memory', 'anchor', 'trace')
+# The running mean of the gradient norm is a plain mean until this many steps,
+# then it forgets exponentially. No norm counts as a spike before.
+NUM_STEPS = 50
+
+
+class Guard(NamedTuple):
+  """Counts of the steps so far; every field is a scalar.
+
+  Attributes:
+    num_taken: int32, steps that were taken.
+    num_skipped: int32, steps that were skipped.
+    num_in_a_row: int32, steps skipped since the last one that was taken.
+    usual_norm: float32, running mean of the gradient norm of the steps taken.
+  """
+
+  num_taken: jax.Array
+  num_skipped: jax.Array
+  num_in_a_row: jax.Array
+  usual_norm: jax.Array
+
+
+def init_guard() -> Guard:
+  """Returns the guard before the first step."""
+  zero = jnp.zeros((), jnp.int32)
+  return Guard(zero, zero, zero, jnp.zeros((), jnp.float32))
+
+
+def check_step(
+  guard: Guard,
+  *,
+  loss: jax.Array,
+  gradient_norm: jax.Array,
+  spike_factor: float | None,
+) -> tuple[jax.Array, Guard]:
+  """Decides whether to take a step.
+
+  Steps with a loss or gradient norm that is not finite, or a gradient norm
+  above `spike_factor` times the running mean, are skipped and counted.
+
+  Args:
+    guard: The guard before the step.
+    loss: Loss of the batch, a scalar.
+    gradient_norm: Norm of the whole gradient, before clipping.
+    spike_factor: Largest norm, in running means; None allows any finite norm.
+
+  Returns:
+    Whether to take the step, a bool scalar, and the guard after it.
+  """
+  sound = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+  if spike_factor is not None:
+    known = guard.num_taken >= NUM_STEPS
+    sound &= ~known | (gradient_norm <= spike_factor * guard.usual_norm)
+  taken = sound.astype(jnp.int32)
+  num_taken = guard.num_taken + taken
+  rate = 1 / jnp.clip(num_taken, 1, NUM_STEPS)
+  usual = guard.usual_norm + rate * (gradient_norm - guard.usual_norm)
+  return sound, Guard(
+    num_taken=num_taken,
+    num_skipped=guard.num_skipped + 1 - taken,
+    num_in_a_row=(guard.num_in_a_row + 1) * (1 - taken),
+    usual_norm=jnp.where(sound, usual, guard.usual_norm),
+  )
 
 
 class TrainState(NamedTuple):
-  """What a step takes and gives.
+  """The state of training between two steps.
 
   Attributes:
     params: The model's parameters.
     optimizer: State of the optimiser.
-    stream: The model's state between steps, one per micro-batch along a leading
-      axis; None where every batch starts streams of its own.
-    guard: What is known of the steps that were taken and left out.
+    stream: The model's state, one per micro-batch along a leading axis; None if
+      every batch starts streams of its own.
+    guard: Counts of the steps taken and skipped.
   """
 
   params: Any
   optimizer: Any
   stream: Any
-  guard: guard_lib.Guard
+  guard: Guard
 
 
 def make_init(
@@ -53,9 +115,7 @@ def make_init(
       stream = jax.tree.map(
         lambda x: jnp.broadcast_to(x, (num_micro, *x.shape)), start
       )
-    return TrainState(
-      params, optimizer.init(params), stream, guard_lib.init_guard()
-    )
+    return TrainState(params, optimizer.init(params), stream, init_guard())
 
   return init
 
@@ -66,57 +126,55 @@ def make_step(
   optimizer: optax.GradientTransformation,
   token_loss: Callable[..., jax.Array] = evaluation.cross_entropy,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+  """Makes the step of an experiment; see `make_update`."""
+  return make_update(
+    model,
+    optimizer,
+    token_loss,
+    num_micro=config.train.accumulate,
+    carries_state=config.carries_state,
+    spike_factor=config.train.spike_factor,
+  )
+
+
+def make_update(
+  model: models.Model,
+  optimizer: optax.GradientTransformation,
+  token_loss: Callable[..., jax.Array] = evaluation.cross_entropy,
+  *,
+  num_micro: int = 1,
+  carries_state: bool = False,
+  spike_factor: float | None = None,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
   """Makes `step(state, batch) -> (state, metrics)`.
 
-  The loss is the mean over the targets of the whole batch, however many
-  micro-batches it is cut into. A stream that goes on from step to step carries
-  no gradient across: what came before a step is a constant.
+  The loss is the mean over the targets of the whole batch, whatever the number
+  of micro-batches. No gradient flows from a step into the steps before it: the
+  state of a stream that continues is a constant.
 
-  A step whose loss or gradient is not finite, or whose gradient is a spike
-  (`train.spike_factor`), leaves the state as it was and counts itself.
+  A step that `check_step` refuses returns the state unchanged, but for its
+  counts.
 
   Args:
-    config: The experiment.
-    model: Its model.
+    model: The model.
     optimizer: Its optimiser.
-    token_loss: From the model's outputs and the targets to the loss [b, t].
+    token_loss: `token_loss(outputs, targets)` is the loss [b, t].
+    num_micro: Micro-batches of a batch, computed one after the other.
+    carries_state: Whether rows continue those of the batch before.
+    spike_factor: See `check_step`.
 
   Returns:
     A function to be jitted. Batches hold tokens and targets int [b, t], mask
-    and reset bool [b, t]; metrics are float32 scalars.
+    [b, t] of bools or of weights, and reset bool [b, t]; metrics are float32
+    scalars.
   """
-  num_micro = config.train.accumulate
-
-  def split(x):
-    # Row i goes to micro-batch i mod num_micro, so no row changes device.
-    return jnp.swapaxes(x.reshape(-1, num_micro, *x.shape[1:]), 0, 1)
+  compute = _make_gradients(model, token_loss, num_micro, carries_state)
 
   def step(state, batch):
-    num_targets = jnp.maximum(jnp.sum(batch['mask']), 1)
-
-    def mean_loss(params, stream, micro):
-      tokens, targets, reset = (
-        micro[name] for name in ('tokens', 'targets', 'reset')
-      )
-      if model.losses is None:
-        outputs, stream = model.forward(params, stream, tokens, reset=reset)
-        loss = token_loss(outputs, targets)
-      else:
-        loss, stream = model.losses(
-          params, stream, tokens, targets, token_loss, reset=reset
-        )
-      loss = jnp.sum(loss * micro['mask']) / num_targets
-      return loss, stream if config.carries_state else None
-
-    def add_micro(total, stream_and_micro):
-      (loss, stream), gradients = jax.value_and_grad(mean_loss, has_aux=True)(
-        state.params, *stream_and_micro
-      )
-      return jax.tree.map(jnp.add, total, (loss, gradients)), stream
-
-    zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
-    (loss, gradients), stream = jax.lax.scan(
-      add_micro, zero, (state.stream, jax.tree.map(split, batch))
+    loss, gradients, stream = compute(state.params, state.stream, batch)
+    norm = optax.tree.norm(gradients)
+    sound, guard = check_step(
+      state.guard, loss=loss, gradient_norm=norm, spike_factor=spike_factor
     )
 
     def take():
@@ -125,17 +183,11 @@ def make_step(
       )
       return optax.apply_updates(state.params, updates), opt_state, stream
 
-    def leave_out():
+    def skip():
       return state.params, state.optimizer, state.stream
 
-    norm = optax.tree.norm(gradients)
-    sound, guard = guard_lib.judge(
-      state.guard,
-      loss=loss,
-      gradient_norm=norm,
-      spike_factor=config.train.spike_factor,
-    )
-    params, opt_state, stream = jax.lax.cond(sound, take, leave_out)
+    # Not jnp.where, which computes the update of a skipped step as well.
+    params, opt_state, stream = jax.lax.cond(sound, take, skip)
     metrics = {
       'loss': loss,
       'gradient_norm': norm,
@@ -149,27 +201,66 @@ def make_step(
   return step
 
 
+def _make_gradients(model, token_loss, num_micro, carries_state):
+  """Makes `compute(params, stream, batch) -> (loss, gradients, stream)`."""
+
+  def split(x):
+    # Row i goes to micro-batch i mod num_micro, so no row changes device.
+    return jnp.swapaxes(x.reshape(-1, num_micro, *x.shape[1:]), 0, 1)
+
+  def compute(params, stream, batch):
+    num_targets = jnp.maximum(jnp.sum(batch['mask']), 1)  # avoids 0 / 0
+
+    def micro_loss(params, stream, micro):
+      tokens, targets, reset = (
+        micro[name] for name in ('tokens', 'targets', 'reset')
+      )
+      if model.losses is None:
+        outputs, stream = model.forward(params, stream, tokens, reset=reset)
+        loss = token_loss(outputs, targets)  # [b, t]
+      else:  # levels that learn inside the row see targets as they go
+        loss, stream = model.losses(
+          params, stream, tokens, targets, token_loss, reset=reset
+        )
+      loss = jnp.sum(loss * micro['mask']) / num_targets
+      return loss, stream if carries_state else None
+
+    def add_micro(total, stream_and_micro):
+      (loss, stream), gradients = jax.value_and_grad(micro_loss, has_aux=True)(
+        params, *stream_and_micro
+      )
+      return jax.tree.map(jnp.add, total, (loss, gradients)), stream
+
+    zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+    (loss, gradients), stream = jax.lax.scan(
+      add_micro, zero, (stream, jax.tree.map(split, batch))
+    )
+    return loss, gradients, stream
+
+  return compute
+
+
 def trace_step(
   config: config_lib.ExperimentConfig,
   model: models.Model,
   optimizer: optax.GradientTransformation,
-  mesh: Any,
+  mesh: jax.sharding.Mesh,
   *,
-  row: Mapping[str, tuple[tuple[int, ...], Any]],
+  row: workload_lib.RowSpec,
   token_loss: Callable[..., jax.Array] = evaluation.cross_entropy,
 ) -> Any:
-  """Traces the step on a mesh, for the compiler; nothing is allocated.
+  """Traces the step on a mesh without allocating anything.
 
   Args:
     config: The experiment.
     model: Its model.
     optimizer: Its optimiser.
-    mesh: The mesh, also of devices that are not there.
-    row: From each array of a batch to the shape of a row and its type.
-    token_loss: From the model's outputs and the targets to the loss [b, t].
+    mesh: The mesh; its devices need not exist.
+    row: Shape and dtype of a row of each array of a batch.
+    token_loss: `token_loss(outputs, targets)` is the loss [b, t].
 
   Returns:
-    A `jax.stages.Traced`, of `step(state, batch) -> (state, metrics)`.
+    A `jax.stages.Traced` of `step(state, batch) -> (state, metrics)`.
   """
   abstract = abstract_state(config, model, optimizer, mesh)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
@@ -194,11 +285,11 @@ def abstract_state(
   config: config_lib.ExperimentConfig,
   model: models.Model,
   optimizer: optax.GradientTransformation,
-  mesh: Any,
+  mesh: jax.sharding.Mesh,
 ) -> TrainState:
-  """The training state as shapes, types and shardings; nothing is allocated.
+  """Returns the training state as shapes, dtypes and shardings.
 
-  Parameters are sharded by their table, and whatever the optimiser keeps of a
+  Parameters are sharded by their table, and the optimiser's state of a
   parameter like the parameter. The stream is sharded over rows and heads.
 
   Args:
@@ -241,7 +332,7 @@ def abstract_state(
 def abstract_stream(
   model: models.Model, params: Any, num_rows: int, mesh: Any
 ) -> Any:
-  """The model's state for `num_rows` rows, as shapes and shardings."""
+  """Returns the model's state for `num_rows` rows as shapes and shardings."""
   shapes = jax.eval_shape(lambda p: model.init_state(p, num_rows), params)
   return _with_shardings(shapes, _shard_rows(model, params, mesh))
 
@@ -255,7 +346,7 @@ def _with_shardings(shapes, shardings):
 
 
 def _shard_like_params(tree, params, shardings, mesh):
-  """Shardings of a tree that holds copies of the parameters' own tree."""
+  """Returns shardings of a tree that holds copies of the parameters' tree."""
   by_path = {
     path: (param.shape, leaf)
     for (path, param), leaf in zip(
@@ -274,10 +365,10 @@ def _shard_like_params(tree, params, shardings, mesh):
 
 
 def _shard_rows(model, params, mesh, *, stacked=False):
-  """Shardings of the model's state over rows, wherever they are counted.
+  """Returns shardings of the model's state over rows and heads.
 
-  The axis that counts rows is the one that grows with their number, and heads
-  follow it in what a memory carries; `stacked` states have one more in front.
+  The axis of rows is the one that grows with their number. In the state of a
+  memory, heads follow it. `stacked` states have one more axis in front.
   """
   one, two = (
     jax.eval_shape(lambda p, size=size: model.init_state(p, size), params)

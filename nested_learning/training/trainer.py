@@ -1,24 +1,29 @@
 """Trains a model, from the first batch to the last checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 import math
 import pathlib
 import time
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+import optax
+import tqdm
 
 from nested_learning import errors
+from nested_learning import evaluation
+from nested_learning import models
 from nested_learning import sharding
+from nested_learning.training import checkpoint_restore
 from nested_learning.training import checkpoints
 from nested_learning.training import config as config_lib
-from nested_learning.training import feeding
 from nested_learning.training import interrupts
+from nested_learning.training import make_workload
 from nested_learning.training import metrics as metrics_lib
 from nested_learning.training import optimizer as optimizer_lib
 from nested_learning.training import step as step_lib
-from nested_learning.training import subject as subject_lib
-from nested_learning.training import subjects
+from nested_learning.training import workload as workload_lib
 
 
 class Outcome(NamedTuple):
@@ -33,7 +38,7 @@ class Outcome(NamedTuple):
   """
 
   params: Any
-  evaluation: subject_lib.Evaluated | None
+  evaluation: workload_lib.EvaluationResult | None
   train_seconds: float
   compile_seconds: float
 
@@ -41,7 +46,7 @@ class Outcome(NamedTuple):
 def train(
   config: config_lib.ExperimentConfig,
   workdir: pathlib.Path,
-  subject: subject_lib.Subject | None = None,
+  workload: workload_lib.Workload | None = None,
 ) -> Outcome:
   """Trains from the latest checkpoint in `workdir`, or from the start.
 
@@ -52,7 +57,7 @@ def train(
   Args:
     config: The experiment.
     workdir: Folder for checkpoints and metrics.
-    subject: The experiment's, if it is there already.
+    workload: The experiment's, if it is there already.
 
   Returns:
     The trained parameters, their evaluation and times.
@@ -64,11 +69,11 @@ def train(
       all are damaged; or the disk is full. The last good checkpoint stays.
     SystemExit: After a signal, with 128 plus its number, once all is saved.
   """
-  subject = subject or subjects.make_subject(config)
+  workload = workload or make_workload.make_workload(config)
   mesh = make_mesh(config)
-  optimizer = optimizer_lib.make_optimizer(config, subject.model.table)
-  batches = feeding.make_batches(subject, 'train', mesh)
-  evaluate = _make_evaluate(config, subject, mesh)
+  optimizer = optimizer_lib.make_optimizer(config, workload.model.table)
+  batches = workload_lib.make_batches(workload, 'train', mesh)
+  evaluate = _make_evaluate(config, workload, mesh)
   with (
     interrupts.deferred() as stop,
     jax.set_mesh(mesh),
@@ -77,11 +82,11 @@ def train(
     ) as manager,
     checkpoints.explain_divergence(manager),
   ):
-    abstract = step_lib.abstract_state(config, subject.model, optimizer, mesh)
+    abstract = step_lib.abstract_state(config, workload.model, optimizer, mesh)
     start, state, train_seconds = _restore_or_init(
-      config, subject, optimizer, abstract, manager, batches
+      config, workload, optimizer, abstract, manager, batches
     )
-    train_step, compile_seconds = _compile(config, subject, optimizer, mesh)
+    train_step, compile_seconds = _compile(config, workload, optimizer, mesh)
     with metrics_lib.RunLog(
       workdir, config, start=start, train_seconds=train_seconds
     ) as log:
@@ -90,7 +95,9 @@ def train(
       for step in range(start, config.train.num_steps + 1):
         stopping = False
         if step > start:
-          state, metrics = train_step(state, feeding.put(next(batches), mesh))
+          state, metrics = train_step(
+            state, workload_lib.put(next(batches), mesh)
+          )
           log.defer(step, metrics)
           evaluated = None
           stopping = stop.requested()
@@ -104,7 +111,7 @@ def train(
             _items(state),
             data=batches.get_state(),
             config=config,
-            tokenizer_fingerprint=subject.fingerprint,
+            tokenizer_fingerprint=workload.fingerprint,
             train_seconds=log.train_seconds,
           )
         # An evaluation that was interrupted at `start` is done now.
@@ -136,6 +143,48 @@ def train(
   return Outcome(state.params, evaluated, log.train_seconds, compile_seconds)
 
 
+def fit(
+  model: models.Model,
+  optimizer: optax.GradientTransformation,
+  batches: Iterable[Mapping[str, np.ndarray]],
+  num_steps: int,
+  *,
+  token_loss: Callable[..., jax.Array] = evaluation.cross_entropy,
+  seed: int = 0,
+  name: str = 'training',
+) -> tuple[Any, np.ndarray]:
+  """Trains a small model in memory, with the trainer's step but without files.
+
+  Args:
+    model: The model.
+    optimizer: Its optimiser.
+    batches: Batches as of `step.make_update`.
+    num_steps: Number of steps.
+    token_loss: `token_loss(outputs, targets)` is the loss [b, t].
+    seed: Seed of the initial parameters.
+    name: Label of the progress bar.
+
+  Returns:
+    The parameters, and the loss of every step [step].
+  """
+  take = step_lib.make_update(model, optimizer, token_loss)
+  take = jax.jit(take, donate_argnums=0)
+
+  def init(key):
+    params = model.init_params(key)
+    opt_state = optimizer.init(params)
+    return step_lib.TrainState(params, opt_state, None, step_lib.init_guard())
+
+  state = jax.jit(init)(jax.random.key(seed))
+  losses = []
+  bar = tqdm.trange(num_steps, desc=name)
+  for _, batch in zip(bar, batches, strict=False):
+    state, metrics = take(state, dict(batch))
+    losses.append(float(metrics['loss']))
+    bar.set_postfix(loss=f'{np.mean(losses[-20:]):.3f}', refresh=False)
+  return state.params, np.array(losses)
+
+
 def _evaluates(train: config_lib.TrainConfig, step: int) -> bool:
   if step == 0:
     return False
@@ -146,7 +195,7 @@ def _saves(train: config_lib.TrainConfig, step: int) -> bool:
   return _evaluates(train, step) or step % train.checkpoint_every == 0
 
 
-def _make_evaluate(config, subject, mesh) -> Callable[..., Any] | None:
+def _make_evaluate(config, workload, mesh) -> Callable[..., Any] | None:
   """Makes `evaluate(params, step, stop)`; None without validation data.
 
   The first batch is made here, so that a fault of the data is found before the
@@ -154,16 +203,16 @@ def _make_evaluate(config, subject, mesh) -> Callable[..., Any] | None:
   """
   if not config.has_validation:
     return None
-  next(iter(feeding.make_batches(subject, 'validation', mesh)))
+  next(iter(workload_lib.make_batches(workload, 'validation', mesh)))
 
   def evaluate(params, step, stop):
-    batches = feeding.validation_batches(
-      subject, config.evaluation.num_batches, mesh
+    batches = workload_lib.validation_batches(
+      workload, config.evaluation.num_batches, mesh
     )
     if stop is not None:
       batches = interrupts.until(stop, batches)
-    evaluated = subject.evaluate(params, batches)
-    for name in (subject.watched[0], 'loss'):
+    evaluated = workload.evaluate(params, batches)
+    for name in (workload.watched[0], 'loss'):
       value = evaluated.numbers.get(name, 0.0)
       if not math.isfinite(value):
         raise FloatingPointError(f'validation/{name} is {value} at step {step}')
@@ -172,19 +221,19 @@ def _make_evaluate(config, subject, mesh) -> Callable[..., Any] | None:
   return evaluate
 
 
-def _restore_or_init(config, subject, optimizer, abstract, manager, batches):
+def _restore_or_init(config, workload, optimizer, abstract, manager, batches):
   """Returns the steps done, the state and the seconds of training so far."""
   if manager.latest_step() is None:
-    init = step_lib.make_init(config, subject.model, optimizer)
+    init = step_lib.make_init(config, workload.model, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     # Under jit every part is made where it will stay.
     init = jax.jit(init, out_shardings=shardings)
     return 0, init(jax.random.key(config.seed)), 0.0
-  restored = checkpoints.restore(
+  restored = checkpoint_restore.restore(
     manager,
     _items(abstract),
     config=config,
-    tokenizer_fingerprint=subject.fingerprint,
+    tokenizer_fingerprint=workload.fingerprint,
   )
   if restored.step > config.train.num_steps:
     raise errors.UserError(
@@ -197,16 +246,16 @@ def _restore_or_init(config, subject, optimizer, abstract, manager, batches):
   return restored.step, state, restored.manifest['train_seconds']
 
 
-def _compile(config, subject, optimizer, mesh) -> tuple[Any, float]:
+def _compile(config, workload, optimizer, mesh) -> tuple[Any, float]:
   """Compiles the step; returns an executable, which cannot recompile."""
   begin = time.perf_counter()
   traced = step_lib.trace_step(
     config,
-    subject.model,
+    workload.model,
     optimizer,
     mesh,
-    row=subject.row,
-    token_loss=subject.token_loss,
+    row=workload.row,
+    token_loss=workload.token_loss,
   )
   return traced.lower().compile(), time.perf_counter() - begin
 
@@ -234,7 +283,7 @@ def trained_message(
   )
 
 
-def make_mesh(config: config_lib.ExperimentConfig) -> Any:
+def make_mesh(config: config_lib.ExperimentConfig) -> jax.sharding.Mesh:
   """Makes the mesh of an experiment on the devices that there are."""
   return sharding.make_mesh(config.mesh, num_rows=config.micro_batch_size)
 

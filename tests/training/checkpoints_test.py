@@ -19,6 +19,7 @@ from nested_learning import errors
 from nested_learning import sharding
 from nested_learning import training
 from nested_learning.training import checkpoint_files
+from nested_learning.training import checkpoint_restore
 from nested_learning.training import checkpoints
 from tests.training import tiny
 
@@ -71,7 +72,9 @@ class CheckpointsTest(parameterized.TestCase):
   def restore(self, **changes):
     arguments = {'config': self.config, 'tokenizer_fingerprint': 'bytes-1'}
     with checkpoints.open_manager(self.root, read_only=True) as manager:
-      return checkpoints.restore(manager, self.abstract, **arguments | changes)
+      return checkpoint_restore.restore(
+        manager, self.abstract, **arguments | changes
+      )
 
   def files(self, step, pattern):
     folder = self.root / 'checkpoints' / str(step)
@@ -133,7 +136,7 @@ class CheckpointsTest(parameterized.TestCase):
         checkpoints.open_manager(self.root, keep=9) as manager,
         self.assertLogs(level='WARNING') as logs,
       ):
-        restored = checkpoints.restore(
+        restored = checkpoint_restore.restore(
           manager,
           self.abstract,
           config=self.config,
@@ -200,7 +203,7 @@ class CheckpointsTest(parameterized.TestCase):
       mock.patch.object(tensorstore, 'open', side_effect=error),
       self.assertRaises(expected),
     ):
-      checkpoints.restore(
+      checkpoint_restore.restore(
         manager,
         self.abstract,
         config=self.config,
@@ -220,7 +223,7 @@ class CheckpointsTest(parameterized.TestCase):
       mock.patch.object(distributed, 'gather', lambda *_: said),
       self.assertRaisesRegex(kind, message),
     ):
-      checkpoints._look_together(lambda: 'fine')
+      checkpoint_restore._look_together(lambda: 'fine')
 
   def test_a_folder_under_another_number_is_damaged(self):
     self.save(3, 6)
@@ -313,7 +316,7 @@ class CheckpointsTest(parameterized.TestCase):
       checkpoints.open_manager(self.root) as manager,
       self.assertRaisesRegex(errors.UserError, '/6 is damaged and cannot be'),
     ):
-      checkpoints.restore(
+      checkpoint_restore.restore(
         manager,
         self.abstract,
         config=self.config,

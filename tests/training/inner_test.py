@@ -12,9 +12,9 @@ from nested_learning import errors
 from nested_learning import levels
 from nested_learning import tasks
 from nested_learning import training
-from nested_learning.training import feeding
-from nested_learning.training import subjects
+from nested_learning.training import make_workload
 from nested_learning.training import trainer
+from nested_learning.training import workload as workload_lib
 from tests import compiling
 from tests.training import tiny
 
@@ -31,18 +31,18 @@ class InnerTest(absltest.TestCase):
 
   def take_steps(self, num_steps, **changes):
     config = tiny.experiment(self.root, **changes)
-    subject = subjects.make_subject(config)
-    optimizer = training.make_optimizer(config, subject.model.table)
-    parts = config, subject.model, optimizer
+    workload = make_workload.make_workload(config)
+    optimizer = training.make_optimizer(config, workload.model.table)
+    parts = config, workload.model, optimizer
     state = jax.jit(training.make_init(*parts))(jax.random.key(0))
-    step = jax.jit(training.make_step(*parts, subject.token_loss))
+    step = jax.jit(training.make_step(*parts, workload.token_loss))
     batches, losses = data.make_iterator(config.data), []
     for _ in range(num_steps):
       batch = next(batches)
       del batch['document']
       state, metrics = step(state, batch)
       losses.append(float(metrics['loss']))
-    return subject, state, losses
+    return workload, state, losses
 
   @pytest.mark.slow
   def test_rates_of_zero_train_like_the_plain_model(self):
@@ -57,16 +57,16 @@ class InnerTest(absltest.TestCase):
     )
 
   def test_learns_to_learn_and_evaluates(self):
-    subject, state, losses = self.take_steps(25, inner=inner(0.3, 0.1))
+    workload, state, losses = self.take_steps(25, inner=inner(0.3, 0.1))
     self.assertLess(losses[-1], losses[0] - 1)
     mesh = trainer.make_mesh(tiny.experiment(self.root))  # a row per device
     with jax.set_mesh(mesh):
-      batches = list(feeding.validation_batches(subject, 2, mesh))
-      learned = subject.evaluate(state.params, batches).loss
-      plain = subjects.make_subject(tiny.experiment(self.root))
+      batches = list(workload_lib.validation_batches(workload, 2, mesh))
+      learned = workload.evaluate(state.params, batches).loss
+      plain = make_workload.make_workload(tiny.experiment(self.root))
       rested = plain.evaluate(state.params, batches).loss
     self.assertLess(learned, rested - 1e-3)
-    again = subject.conclude(state.params, self.root, mesh, None)
+    again = workload.summarize(state.params, self.root, mesh, None)
     self.assertEqual(again['validation_loss'], learned)
 
   def test_a_stream_carries_its_levels(self):
@@ -88,7 +88,7 @@ class InnerTest(absltest.TestCase):
       tiny.experiment(self.root, inner=levels.InnerConfig((8,)))
     task = tasks.RegressionConfig(num_points=8)
     with self.assertRaisesRegex(errors.UserError, 'no next token'):
-      subjects.make_subject(
+      make_workload.make_workload(
         training.ExperimentConfig(
           name='a',
           model=tiny.MODEL,

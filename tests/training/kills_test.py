@@ -71,7 +71,7 @@ class KillsTest(parameterized.TestCase):
     return {line['step']: line['loss'] for line in lines if 'loss' in line}
 
   def begun(self, name):
-    """What a run that works keeps changing."""
+    """Returns the last step in the metrics, which grows while a run works."""
     found = self.losses(name)
     return max(found, default=0)
 

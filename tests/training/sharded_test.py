@@ -1,4 +1,4 @@
-"""A step on any mesh is the step on one device, and sends nothing in a scan."""
+"""A step on any mesh equals the step on one device, without sends in scans."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from nested_learning import parameters
 from nested_learning import sharding
 from nested_learning import training
 from nested_learning.layers import memory_mixer
-from nested_learning.training import subjects
+from nested_learning.training import make_workload
 from tests import compiling
 
 _ROWS, _LENGTH, _VOCAB = 8, 32, 264
@@ -83,7 +83,7 @@ class _Stepped:
   def __init__(self, config):
     num = math.prod(dataclasses.astuple(config.mesh))
     mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:num])
-    computed = subjects.make_computed(config)
+    computed = make_workload.make_step_spec(config)
     model = computed.model
     optimizer = training.make_optimizer(config, model.table)
     with jax.set_mesh(mesh):

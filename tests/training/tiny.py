@@ -1,4 +1,4 @@
-"""A Transformer of two levels and a corpus that train in a second."""
+"""A Transformer with two levels and a corpus; they train in a second."""
 
 import atexit
 import dataclasses
@@ -40,11 +40,11 @@ def write_corpus(folder: pathlib.Path) -> str:
 
 
 def experiment(root: pathlib.Path, **changes) -> training.ExperimentConfig:
-  """The experiment, with its text below `root`; changes are by dotted name.
+  """Returns the experiment, with its text below `root`.
 
   Args:
     root: A folder of the test's own.
-    **changes: Such as train={'num_steps': 3} or seed=1.
+    **changes: Fields to change, as in train={'num_steps': 3} or seed=1.
   """
   root = pathlib.Path(root)
   config = training.ExperimentConfig(

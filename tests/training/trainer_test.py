@@ -24,9 +24,9 @@ from nested_learning import evaluation
 from nested_learning import training
 from nested_learning.training import checkpoint_files
 from nested_learning.training import checkpoints
-from nested_learning.training import feeding
 from nested_learning.training import metrics
-from nested_learning.training import on_text
+from nested_learning.training import text_workload
+from nested_learning.training import workload as workload_lib
 from tests.training import tiny
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -60,7 +60,7 @@ class TrainerTest(parameterized.TestCase):
   @contextlib.contextmanager
   def signal_at(self, number, step):
     """Sends the process a signal while it puts the batch of a step."""
-    put, calls = feeding.put, []
+    put, calls = workload_lib.put, []
 
     def put_and_signal(*args):
       calls.append(args)
@@ -68,7 +68,7 @@ class TrainerTest(parameterized.TestCase):
         signal.raise_signal(number)
       return put(*args)
 
-    with mock.patch.object(feeding, 'put', put_and_signal):
+    with mock.patch.object(workload_lib, 'put', put_and_signal):
       yield
 
   @parameterized.named_parameters(
@@ -110,7 +110,7 @@ class TrainerTest(parameterized.TestCase):
   ):
     train = {'evaluate_every': 3}
     self.train('straight', train=train)
-    batches, calls = feeding.validation_batches, []
+    batches, calls = workload_lib.validation_batches, []
 
     def signalling(*args):
       calls.append(args)
@@ -119,7 +119,7 @@ class TrainerTest(parameterized.TestCase):
           signal.raise_signal(signal.SIGTERM)
         yield batch
 
-    with mock.patch.object(feeding, 'validation_batches', signalling):
+    with mock.patch.object(workload_lib, 'validation_batches', signalling):
       with self.assertRaises(SystemExit):
         self.train('w', train=train)
     self.assertEqual(max(self.steps('w')), step)
@@ -147,15 +147,15 @@ class TrainerTest(parameterized.TestCase):
     self.assertEmpty(self.evaluations('w'))
 
   def test_finds_before_the_first_step_that_it_cannot_evaluate(self):
-    make = feeding.make_batches
+    make = workload_lib.make_batches
 
-    def broken(subject, split, mesh):
+    def broken(workload, split, mesh):
       if split == 'validation':
         raise errors.UserError('no text for validation')
-      return make(subject, split, mesh)
+      return make(workload, split, mesh)
 
     with (
-      mock.patch.object(feeding, 'make_batches', broken),
+      mock.patch.object(workload_lib, 'make_batches', broken),
       self.assertRaisesRegex(errors.UserError, 'no text for validation'),
     ):
       self.train('w')
@@ -163,7 +163,7 @@ class TrainerTest(parameterized.TestCase):
 
   @parameterized.parameters('replaced', 'removed')
   def test_a_folder_that_goes_during_the_run_is_one_line(self, how):
-    put, folder, calls = feeding.put, self.root / 'w' / 'checkpoints', []
+    put, folder, calls = workload_lib.put, self.root / 'w' / 'checkpoints', []
 
     def put_and_break(*args):
       calls.append(args)
@@ -174,7 +174,7 @@ class TrainerTest(parameterized.TestCase):
       return put(*args)
 
     with (
-      mock.patch.object(feeding, 'put', put_and_break),
+      mock.patch.object(workload_lib, 'put', put_and_break),
       self.assertRaisesRegex(errors.UserError, 'Cannot save step 6 in .*: N'),
     ):
       self.train('w', train={'checkpoint_every': 3})
@@ -188,7 +188,7 @@ class TrainerTest(parameterized.TestCase):
   @contextlib.contextmanager
   def poison(self, *calls):
     """Gives the batches of some calls a loss that is NaN."""
-    put, count = feeding.put, itertools.count(1)
+    put, count = workload_lib.put, itertools.count(1)
     bad = tiny.MODEL.vocab_size - 1  # no byte, so that no text has it
 
     def poisoned_put(batch, mesh):
@@ -201,8 +201,8 @@ class TrainerTest(parameterized.TestCase):
       return jnp.where(targets == bad, jnp.nan, loss)
 
     with (
-      mock.patch.object(feeding, 'put', poisoned_put),
-      mock.patch.object(on_text, 'token_loss', token_loss),
+      mock.patch.object(workload_lib, 'put', poisoned_put),
+      mock.patch.object(text_workload, 'token_loss', token_loss),
     ):
       yield
 

@@ -1,4 +1,4 @@
-"""Learning a task: right answers, at the training length and beyond."""
+"""The workload of a task: right answers, also on rows longer than trained."""
 
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
@@ -12,25 +12,25 @@ import numpy as np
 
 from nested_learning import errors
 from nested_learning import evaluation
+from nested_learning import markdown
 from nested_learning import models
 from nested_learning import sharding
 from nested_learning import tasks
 from nested_learning.training import config as config_lib
-from nested_learning.training import feeding
-from nested_learning.training import subject as subject_lib
+from nested_learning.training import workload as workload_lib
 
 
 class _Kind(NamedTuple):
-  """What depends on the kind of targets.
+  """The parts that depend on the kind of targets.
 
   Attributes:
-    token_loss: From outputs and targets to the loss [b, t].
-    evaluated: From `evaluation.Counts` to an `Evaluated`.
-    watched: See `Subject`.
+    token_loss: `token_loss(outputs, targets)` is the loss [b, t].
+    evaluated: Makes an `EvaluationResult` of `evaluation.Counts`.
+    watched: See `Workload`.
   """
 
   token_loss: Callable[..., jax.Array]
-  evaluated: Callable[[Any], subject_lib.Evaluated]
+  evaluated: Callable[[Any], workload_lib.EvaluationResult]
   watched: tuple[str, str]
 
 
@@ -46,8 +46,10 @@ _NUMBERS = _Kind(
 )
 
 
-def make_subject(config: config_lib.ExperimentConfig) -> subject_lib.Subject:
-  """Makes the subject of an experiment on a task; see `make_subject` there."""
+def make_workload(
+  config: config_lib.ExperimentConfig,
+) -> workload_lib.Workload:
+  """Makes the workload of an experiment on a task; see `make_workload.py`."""
   task = config.data.task
   name = type(task).__name__
   if task.vocab_size > config.model.vocab_size:
@@ -61,7 +63,7 @@ def make_subject(config: config_lib.ExperimentConfig) -> subject_lib.Subject:
   count = evaluation.make_count(model, kind.token_loss)
   row = tasks.make_row(config.data, 0)
   mask = row.mask.shape, np.bool_
-  return subject_lib.Subject(
+  return workload_lib.Workload(
     model=model,
     fingerprint=f'{name} {task.vocab_size}',
     row={
@@ -75,7 +77,7 @@ def make_subject(config: config_lib.ExperimentConfig) -> subject_lib.Subject:
     evaluate=lambda params, batches: kind.evaluated(
       count(params, ([batch] for batch in batches))
     ),
-    conclude=functools.partial(_conclude, config),
+    summarize=functools.partial(_summarize, config),
     sample=functools.partial(_sample, config),
     verdict=functools.partial(_verdict, config),
     sections=lambda summary: ['## By length\n\n' + _table(config, summary)],
@@ -93,8 +95,8 @@ def _make_batches(data, split, *, process_index, process_count):
   )
 
 
-def _conclude(config, params, workdir, mesh, evaluated):
-  """Evaluates at every length; the text tasks also by what is written."""
+def _summarize(config, params, workdir, mesh, evaluated):
+  """Evaluates at every length; tasks in text also by written answers."""
   del workdir
   numbers = {}
   with jax.set_mesh(mesh):
@@ -102,7 +104,7 @@ def _conclude(config, params, workdir, mesh, evaluated):
       if factor > 1 or evaluated is None:
         evaluated = _evaluate_at(config, params, mesh, factor)
       measured = dict(evaluated.numbers)
-      if 'loss' in measured:  # of the summary is that of training
+      if 'loss' in measured:  # in the summary, 'loss' is that of training
         measured['validation_loss'] = measured.pop('loss')
       if isinstance(config.data.task, tasks.TextTask):
         scores = [a.score for a in _write_answers(config, params, factor)]
@@ -116,9 +118,9 @@ def _suffix(factor: int) -> str:
 
 
 def _stretch(config, factor):
-  """The task on longer rows, and the model with room for them.
+  """Returns the task on longer rows, and a model with room for them.
 
-  The room is attention's: other states hold any length, and no parameter
+  Only attention needs room: other states hold any length, and no parameter
   depends on it.
   """
   task = config.data.task
@@ -146,7 +148,9 @@ def _evaluate_at(config, params, mesh, factor):
   )
   pieces = (
     [
-      feeding.put({k: x[:, i : i + length] for k, x in batch.items()}, mesh)
+      workload_lib.put(
+        {k: x[:, i : i + length] for k, x in batch.items()}, mesh
+      )
       for i in range(0, task.num_tokens, length)
     ]
     for batch in itertools.islice(batches, config.evaluation.num_batches)
@@ -159,7 +163,7 @@ def _evaluate_at(config, params, mesh, factor):
 def _write_answers(
   config, params, factor=1, num_rows=None
 ) -> Iterator[evaluation.Answer]:
-  """What the model writes after the prompts of the validation rows."""
+  """Yields the answers of the model to prompts of the validation split."""
   task, model_config = _stretch(config, factor)
   batch_size = config.data.batch_size
   num_rows = num_rows or config.evaluation.num_batches * batch_size
@@ -176,7 +180,7 @@ def _write_answers(
 
 
 def _sample(config, params, mesh):
-  """A row of the validation split, and what the model says of it."""
+  """Returns a row of the validation split with the answers of the model."""
   task = config.data.task
   with jax.set_mesh(mesh):
     if isinstance(task, tasks.TextTask):
@@ -188,8 +192,9 @@ def _sample(config, params, mesh):
     outputs, _ = jax.jit(model.forward)(
       params, None, jnp.asarray(row.tokens)[None]
     )
-  said = np.asarray(outputs)[0]
-  answers = said[:, 0] if _kind(task) is _NUMBERS else said.argmax(axis=-1)
+  outputs = np.asarray(outputs)[0]  # [t, v], or [t, 1] of numbers
+  is_numbers = _kind(task) is _NUMBERS
+  answers = outputs[:, 0] if is_numbers else outputs.argmax(axis=-1)
   lines = ['position, target, answer']
   for position in np.flatnonzero(row.mask):
     lines.append(f'{position}, {row.targets[position]}, {answers[position]}')
@@ -199,7 +204,7 @@ def _sample(config, params, mesh):
 
 
 def _verdict(config, summary: Mapping[str, Any]) -> str:
-  """What came out, at every length, in one sentence."""
+  """Returns the outcome at every length in one sentence."""
   parts = []
   for factor in (1, *config.data.longer):
     end = _suffix(factor)
@@ -215,15 +220,15 @@ def _verdict(config, summary: Mapping[str, Any]) -> str:
 
 
 def _table(config, summary: Mapping[str, Any]) -> str:
-  """The numbers of every length, as Markdown."""
+  """Returns the numbers of every length as a Markdown table."""
   names = [
     name
     for name in ('accuracy', 'macro_accuracy', 'all_right', 'string_match')
     if name in summary
   ] or ['squared_error']
-  lines = [['tokens', *names], ['---'] * (1 + len(names))]
+  rows = []
   for factor in (1, *config.data.longer):
     values = [summary[name + _suffix(factor)] for name in names]
     tokens = f'{config.data.sequence_length * factor:,}'
-    lines.append([tokens, *(f'{value:.4f}' for value in values)])
-  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+    rows.append([tokens, *(f'{value:.4f}' for value in values)])
+  return markdown.table(['tokens', *names], rows)

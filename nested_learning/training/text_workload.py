@@ -1,4 +1,4 @@
-"""Learning a text: bits per byte, memory writes on and off, a sample."""
+"""The workload of a text: bits per byte with memory writes on and off."""
 
 from collections.abc import Mapping
 import functools
@@ -15,16 +15,15 @@ from nested_learning import evaluation
 from nested_learning import inference
 from nested_learning import models
 from nested_learning.training import config as config_lib
-from nested_learning.training import feeding
-from nested_learning.training import subject as subject_lib
+from nested_learning.training import workload as workload_lib
 
 _POSITION_PLOT = 'loss_by_position.png'
 _POSITION_TABLE = 'loss_by_position.csv'
 _BY_POSITION = f"""## Loss by position in the context
 
-Mean loss by the number of tokens of its document that the model has read \
-before. With writes off the memories stay as they were learned, so the \
-difference is what they learn while they read.
+Mean loss by the number of tokens of the document before. With writes off the \
+memories keep their learned initial values, so the difference is the gain from \
+writing.
 
 ![Loss by position, writes on and off]({_POSITION_PLOT})
 
@@ -34,10 +33,12 @@ The numbers are in [{_POSITION_TABLE}]({_POSITION_TABLE})."""
 token_loss = evaluation.cross_entropy
 
 
-def make_subject(config: config_lib.ExperimentConfig) -> subject_lib.Subject:
-  """Makes the subject of an experiment on text; see `subjects.make_subject`."""
+def make_workload(
+  config: config_lib.ExperimentConfig,
+) -> workload_lib.Workload:
+  """Makes the workload of an experiment on text; see `make_workload.py`."""
   tokenizer = make_tokenizer(config)
-  encode_prompt(config, tokenizer)  # refuses one that is too long, early
+  encode_prompt(config, tokenizer)  # refuses a long one before training
   model = models.make_model(config.model, config.inner)
 
   def make_evaluate(write):
@@ -46,19 +47,19 @@ def make_subject(config: config_lib.ExperimentConfig) -> subject_lib.Subject:
       model, lengths, write=write, carry=config.carries_state
     )
 
-  def conclude(params, workdir, mesh, evaluated):
+  def summarize(params, workdir, mesh, evaluated):
     if not config.has_validation:
       return {}
-    batches = lambda: feeding.validation_batches(
-      subject, config.evaluation.num_batches, mesh
+    batches = lambda: workload_lib.validation_batches(
+      workload, config.evaluation.num_batches, mesh
     )
     with jax.set_mesh(mesh):
-      writes_on = evaluated or subject.evaluate(params, batches())
+      writes_on = evaluated or workload.evaluate(params, batches())
       writes_off = make_evaluate(False)(params, batches())
-    for name, evaluation_of in (('on', writes_on), ('off', writes_off)):
-      if not math.isfinite(evaluation_of.loss):  # a plot of it fails as well
+    for name, measured in (('on', writes_on), ('off', writes_off)):
+      if not math.isfinite(measured.loss):  # which no plot can show
         raise FloatingPointError(
-          f'the validation loss with writes {name} is {evaluation_of.loss}'
+          f'the validation loss with writes {name} is {measured.loss}'
         )
     if jax.process_index() == 0:
       for path, write in (
@@ -72,26 +73,24 @@ def make_subject(config: config_lib.ExperimentConfig) -> subject_lib.Subject:
     with jax.set_mesh(mesh):
       return generate_text(config, params, tokenizer)
 
-  subject = subject_lib.Subject(
+  workload = workload_lib.Workload(
     model=model,
     fingerprint=tokenizer.fingerprint,
     row=make_row(config),
     token_loss=token_loss,
     make_batches=functools.partial(_make_batches, config.data),
     evaluate=make_evaluate(True),
-    conclude=conclude,
+    summarize=summarize,
     sample=sample,
     verdict=verdict,
     sections=lambda summary: [_BY_POSITION] if config.has_validation else [],
     watched=('bits_per_byte', 'bits per byte'),
   )
-  return subject
+  return workload
 
 
-def make_row(
-  config: config_lib.ExperimentConfig,
-) -> dict[str, tuple[tuple[int, ...], Any]]:
-  """From each array of a batch to the shape of a row and its type."""
+def make_row(config: config_lib.ExperimentConfig) -> workload_lib.RowSpec:
+  """Returns shape and dtype of a row of each array of a batch."""
   shape = (config.data.sequence_length,)
   return {
     'tokens': (shape, np.int32),
@@ -102,7 +101,11 @@ def make_row(
 
 
 def make_tokenizer(config: config_lib.ExperimentConfig) -> data_lib.Tokenizer:
-  """The tokenizer of an experiment, if the model has room for its tokens."""
+  """Makes the tokenizer of an experiment.
+
+  Raises:
+    errors.UserError: It has more tokens than the model.
+  """
   tokenizer = data_lib.make_tokenizer(config.data.tokenizer)
   if tokenizer.vocab_size > config.model.vocab_size:
     raise errors.UserError(
@@ -116,7 +119,7 @@ def make_tokenizer(config: config_lib.ExperimentConfig) -> data_lib.Tokenizer:
 def byte_lengths(
   config: config_lib.ExperimentConfig, tokenizer: data_lib.Tokenizer
 ) -> np.ndarray:
-  """Bytes of each token of the model, int32 [v]; 0 for unused ones."""
+  """Returns the bytes of each token of the model, int32 [v]; 0 if unused."""
   unused = config.model.vocab_size - tokenizer.vocab_size
   return np.pad(tokenizer.byte_lengths, (0, unused))
 
@@ -124,7 +127,7 @@ def byte_lengths(
 def encode_prompt(
   config: config_lib.ExperimentConfig, tokenizer: data_lib.Tokenizer
 ) -> np.ndarray:
-  """The prompt as the start of a document, int32 [1, t]."""
+  """Encodes the prompt as the start of a document, int32 [1, t]."""
   text = tokenizer.encode(config.generate.prompt)
   tokens = np.concatenate([[tokenizer.document_id], text]).astype(np.int32)
   inference.check_length(config.model, len(tokens), config.generate.num_tokens)
@@ -136,7 +139,7 @@ def generate_text(
   params: Any,
   tokenizer: data_lib.Tokenizer,
 ) -> str:
-  """The prompt and what the model writes after it."""
+  """Returns the prompt and a continuation by the model."""
   settings = config.generate
   generate = inference.make_generate(
     models.make_model(config.model, config.inner),
