@@ -1,13 +1,12 @@
-"""What the experiments on continual learning share: learners and how they read.
+"""Trains and reads streams in the experiments on continual learning.
 
 A model is trained on short generated rows, with an outer gradient through the
-steps that its levels take. Then it reads a stream, and now and then a copy of
-it is asked something, which the stream's reader never hears of.
+steps of its levels. Then it reads a stream. Now and then a copy of its state is
+asked questions, which leave no trace in the stream.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
-import functools
 import pathlib
 from typing import Any, NamedTuple
 
@@ -16,14 +15,14 @@ import jax.numpy as jnp
 from matplotlib import figure as mpl_figure
 import numpy as np
 import optax
-import tqdm
 
 from nested_learning import errors
 from nested_learning import layers
 from nested_learning import levels
 from nested_learning import models
+from nested_learning import training
 
-_PIECE = 1024  # tokens of a row that one program reads
+_PIECE = 1024  # tokens of a row that one call of the program reads
 _CHUNK = 16  # tokens of a memory's chunk
 _WINDOW = 16  # tokens that attention sees, in families that have some
 
@@ -32,8 +31,8 @@ _WINDOW = 16  # tokens that attention sees, in families that have some
 class LearnerConfig:
   """A small model, and how it is trained before it meets a stream."""
 
-  # Of the zoo: what mixes tokens. A memory that forgets nothing, as deltanet's,
-  # says stale things after more tokens than it was trained on.
+  # A family of the zoo. A memory that forgets nothing, such as deltanet's,
+  # answers with stale facts on streams longer than its training rows.
   family: str = 'gated_deltanet'
   num_layers: int = 1
   embed_dim: int = 32
@@ -48,15 +47,15 @@ class LearnerConfig:
 def make_config(
   config: LearnerConfig, vocab_size: int, level_names: Sequence[str]
 ) -> models.ModelConfig:
-  """The config of an experiment's model.
+  """Makes the config of a model that reads streams of any length.
 
   Args:
-    config: Its sizes.
-    vocab_size: Tokens that there are.
-    level_names: Of the chain, fastest first.
+    config: The family and its sizes.
+    vocab_size: Number of tokens.
+    level_names: Names of the levels of the chain, fastest first.
 
   Returns:
-    A config of a model that reads streams of any length.
+    The config.
 
   Raises:
     errors.UserError: The zoo has no such family, or its state is limited.
@@ -91,7 +90,7 @@ def make_config(
       "'gated_deltanet'."
     )
   if isinstance(made.mixer, layers.MemoryMixerConfig):
-    # Segments are short: wider chunks would be padding.
+    # Segments are short; wider chunks would be padding.
     chunks = {'chunk_size': _CHUNK, 'chunk_size_others': _CHUNK}
     mixer = dataclasses.replace(made.mixer, **chunks)
     made = dataclasses.replace(made, mixer=mixer)
@@ -114,16 +113,16 @@ def train(
   seed: int = 0,
   name: str = 'training',
 ) -> tuple[Any, np.ndarray]:
-  """Trains a model on rows, through the steps that its levels take on them.
+  """Trains a model on rows, with a gradient through the steps of its levels.
 
   Args:
     model: The model.
     inner: How its levels learn inside a row.
-    make_row: From a generator of random numbers to tokens int [t] and the
-      weights [t] with which each counts, as predicted by those before it.
-    config: How many steps of what batch, and the peak of the learning rate.
-    seed: Of parameters and rows.
-    name: Of the progress bar.
+    make_row: `make_row(rng)` returns tokens int [t] and the weight [t] of the
+      loss of each, as predicted by the tokens before it.
+    config: Number of steps, batch size and peak learning rate.
+    seed: Seed of parameters and rows.
+    name: Label of the progress bar.
 
   Returns:
     The parameters, and the loss of every step [step].
@@ -140,73 +139,68 @@ def train(
     optax.clip_by_global_norm(1.0), optax.adam(schedule, 0.9, 0.98)
   )
 
-  def loss_fn(params, tokens, weights):
-    targets = jnp.roll(tokens, -1, axis=1)
-    if learner.losses is None:
-      logits, _ = learner.forward(params, None, tokens)
-      losses = _nats(logits, targets)
-    else:
-      losses, _ = learner.losses(params, None, tokens, targets, _nats)
-    weights = jnp.roll(weights, -1, axis=1).at[:, -1].set(0)
-    return jnp.sum(losses * weights) / jnp.sum(weights)
+  def batches():
+    rng = np.random.default_rng(seed)
+    while True:
+      rows = [make_row(rng) for _ in range(config.batch_size)]
+      tokens, weights = (np.stack(x) for x in zip(*rows, strict=True))
+      tokens = tokens.astype(np.int32)  # [b, t]
+      weights = np.roll(weights.astype(np.float32), -1, axis=1)
+      weights[:, -1] = 0  # the last token has no target
+      yield {
+        'tokens': tokens,
+        'targets': np.roll(tokens, -1, axis=1),
+        'mask': weights,
+        'reset': np.zeros(tokens.shape, bool),
+      }
 
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def step(params, state, tokens, weights):
-    loss, gradients = jax.value_and_grad(loss_fn)(params, tokens, weights)
-    updates, state = optimizer.update(gradients, state, params)
-    return optax.apply_updates(params, updates), state, loss
-
-  params = jax.jit(model.init_params)(jax.random.key(seed))
-  state = jax.jit(optimizer.init)(params)
-  rng, curve = np.random.default_rng(seed), []
-  bar = tqdm.trange(config.num_steps, desc=name)
-  for _ in bar:
-    rows = [make_row(rng) for _ in range(config.batch_size)]
-    tokens, weights = (np.stack(x) for x in zip(*rows, strict=True))
-    params, state, loss = step(
-      params, state, tokens.astype(np.int32), weights.astype(np.float32)
-    )
-    curve.append(float(loss))
-    bar.set_postfix(loss=f'{np.mean(curve[-20:]):.3f}', refresh=False)
-  return params, np.array(curve)
+  return training.fit(
+    learner,
+    optimizer,
+    batches(),
+    config.num_steps,
+    token_loss=_nats,
+    seed=seed,
+    name=name,
+  )
 
 
-class Said(NamedTuple):
-  """What a model said of tokens [..., t].
+class Predictions(NamedTuple):
+  """Predictions of tokens [..., t] from the tokens before them.
 
   Attributes:
-    losses: Nats of each token as predicted before it; NaN for the first.
-    answers: The likeliest token in its place; -1 for the first.
+    losses: Loss of each token in nats; NaN for the first.
+    answers: Most likely token at each position; -1 for the first.
   """
 
   losses: np.ndarray
   answers: np.ndarray
 
 
-class Reading(NamedTuple):
-  """A model that reads streams, and learns if it has levels that do.
+class StreamReader(NamedTuple):
+  """A model that reads streams; its levels learn if `inner` says so.
 
   Attributes:
-    segment_size: Tokens of which every call has a multiple.
+    segment_size: Every call reads a multiple of this many tokens.
     start: `start(params, num_rows)` is the state before the first token.
-    read: `read(params, state, tokens)` gives what was `Said` of tokens [b, t]
-      and the state after them.
-    ask: `ask(params, state, questions, *, allowed=None)` gives what is `Said`
-      of questions [n, b, t], each read after the state as if there were no
-      other, with no level learning; answers are among the tokens of allowed
-      [v]. A question has at most a segment.
+    read: `read(params, state, tokens)` returns the `Predictions` of tokens
+      [b, t] and the state after them.
+    ask: `ask(params, state, questions, *, allowed=None)` returns the
+      `Predictions` of questions [n, b, t]. Each is read from the same state,
+      with no level learning; answers are among the tokens of allowed [v]. A
+      question has at most a segment.
   """
 
   segment_size: int
   start: Callable[[Any, int], Any]
-  read: Callable[..., tuple[Said, Any]]
-  ask: Callable[..., Said]
+  read: Callable[..., tuple[Predictions, Any]]
+  ask: Callable[..., Predictions]
 
 
 def make_reading(
   model: models.Model, inner: levels.InnerConfig, *, segment_size: int
-) -> Reading:
-  """Makes a model read streams.
+) -> StreamReader:
+  """Makes a reader of streams.
 
   Args:
     model: The model.
@@ -215,10 +209,10 @@ def make_reading(
       segments of the levels.
 
   Returns:
-    A `Reading`. Reading compiles for two lengths, a segment and many of them.
+    A `StreamReader`. It compiles for two lengths: a segment and many of them.
 
   Raises:
-    errors.UserError: Levels learn from segments that do not fit.
+    errors.UserError: Segments of the levels do not fit.
   """
   if inner.is_on:
     names = [level.name for level in model.config.levels]
@@ -244,14 +238,14 @@ def make_reading(
 
   @jax.jit
   def read_piece(params, state, tokens, targets):
-    judge = lambda logits, targets: _judge(logits, targets, True)
-    return losses(params, state, tokens, targets, judge)
+    score = lambda logits, targets: _score(logits, targets, True)
+    return losses(params, state, tokens, targets, score)
 
   @jax.jit
   def ask_all(params, state, questions, allowed):
     def one(tokens):
       logits, _ = look(params, state, tokens)
-      return _judge(logits, jnp.roll(tokens, -1, axis=-1), allowed)
+      return _score(logits, jnp.roll(tokens, -1, axis=-1), allowed)
 
     return jax.lax.map(one, questions, batch_size=min(16, len(questions)))
 
@@ -264,36 +258,39 @@ def make_reading(
       )
     targets = np.roll(tokens, -1, axis=1)
     long = max(_PIECE // segment_size, 1) * segment_size
-    said, begin = [], 0
+    scores, begin = [], 0
     while begin < num_tokens:
       size = long if num_tokens - begin >= long else segment_size
       part = slice(begin, begin + size)
       piece, state = read_piece(
         params, state, tokens[:, part], targets[:, part]
       )
-      said.append(piece)
+      scores.append(piece)
       begin += size
-    return _said(np.concatenate([np.asarray(x) for x in said], axis=1)), state
+    scores = np.concatenate([np.asarray(x) for x in scores], axis=1)
+    return _predictions(scores), state
 
   def ask(params, state, questions, *, allowed=None):
     if allowed is None:
       allowed = np.ones(model.config.vocab_size, bool)
     questions = np.asarray(questions, np.int32)
-    return _said(np.asarray(ask_all(params, state, questions, allowed)))
+    return _predictions(np.asarray(ask_all(params, state, questions, allowed)))
 
-  return Reading(segment_size, jax.jit(init_state, static_argnums=1), read, ask)
+  return StreamReader(
+    segment_size, jax.jit(init_state, static_argnums=1), read, ask
+  )
 
 
 def only(inner: levels.InnerConfig, which: Iterable[int]) -> levels.InnerConfig:
-  """The same levels, of which all but some rest, on the same segments.
+  """Stops all levels but some from learning, and keeps the segments.
 
   Args:
     inner: How levels learn, fastest first.
-    which: Indices of those that go on learning.
+    which: Indices of the levels that continue to learn.
 
   Returns:
     A config for the same chain. A level faster than all that learn keeps its
-    clock and has a rate of 0, so that the stream is cut as before.
+    clock and gets a rate of 0, so that the segments stay the same.
   """
   which = set(which)
   sizes, count = inner.update_every, len(inner.update_every)
@@ -310,11 +307,11 @@ def only(inner: levels.InnerConfig, which: Iterable[int]) -> levels.InnerConfig:
 
 
 def print_warnings(state: Any, name: str) -> None:
-  """Prints what is wrong with the levels of a stream, if any learn.
+  """Prints warnings about the levels of a stream, if any learn.
 
   Args:
-    state: From a `Reading`.
-    name: Of the learner.
+    state: State of a `StreamReader`.
+    name: Name of the learner.
   """
   if isinstance(state, levels.State):
     for warning in levels.health_warnings(levels.measure_health(state)):
@@ -322,7 +319,7 @@ def print_warnings(state: Any, name: str) -> None:
 
 
 def mean_and_spread(values: Iterable[float]) -> str:
-  """Mean and standard deviation over seeds or streams, as text."""
+  """Formats mean and standard deviation over seeds or streams."""
   values = np.asarray(list(values), np.float64)
   spread = f' ± {np.std(values):.3f}' if len(values) > 1 else ''
   return f'{np.mean(values):.3f}{spread}'
@@ -338,16 +335,17 @@ def plot_lines(
   log_x: bool = True,
   floor: float | None = None,
 ) -> None:
-  """Draws one line per name, with its spread over rows.
+  """Plots one line per name, with its spread over rows.
 
   Args:
-    path: Of the picture.
-    x: [x].
-    curves: From name to values [row, x] or [x].
-    xlabel: What x is.
-    ylabel: What the values are.
-    log_x: Whether x is on a logarithmic axis, linear below its first positive.
-    floor: Where to draw what a guess gives; None for nowhere.
+    path: Path of the picture.
+    x: Values of x, [x].
+    curves: Values [row, x] or [x] by name.
+    xlabel: Label of the x axis.
+    ylabel: Label of the y axis.
+    log_x: Whether the x axis is logarithmic; it is linear below the first
+      positive x.
+    floor: Height of a line for the value of a guess; None draws none.
   """
   figure = mpl_figure.Figure(figsize=(8, 4.5), layout='constrained')
   axes = figure.subplots()
@@ -375,14 +373,14 @@ def _nats(logits, targets):
   )
 
 
-def _judge(logits, targets, allowed):
-  """Nats and likeliest allowed token, float32 [..., 2]."""
+def _score(logits, targets, allowed):
+  """Returns the loss in nats and the likeliest allowed token, [..., 2]."""
   answers = jnp.argmax(jnp.where(allowed, logits, -jnp.inf), axis=-1)
   return jnp.stack([_nats(logits, targets), answers.astype(jnp.float32)], -1)
 
 
-def _said(judged):
-  """What was said at a token, of the next one, as said of that one."""
-  losses, answers = (np.roll(judged[..., i], 1, axis=-1) for i in range(2))
+def _predictions(scores):
+  """Moves the scores [..., t, 2] of next tokens to those tokens."""
+  losses, answers = (np.roll(scores[..., i], 1, axis=-1) for i in range(2))
   losses[..., 0], answers[..., 0] = np.nan, -1
-  return Said(losses, answers.astype(np.int32))
+  return Predictions(losses, answers.astype(np.int32))
