@@ -16,21 +16,23 @@ The exit code is 0 if all runs are finished, also if gates fail; 1, with a line
 for each run that failed; 2, with one line, if a flag is wrong.
 """
 
-import pathlib
+import os
 import sys
 
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
-if str(_ROOT) not in sys.path:
-  sys.path.insert(0, str(_ROOT))  # A checkout runs without being installed.
+_ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+if _ROOT not in sys.path:
+  sys.path.insert(0, _ROOT)  # A checkout runs without being installed.
 
-from launch import startup  # noqa: E402
+from launch import startup
 
 if __name__ == '__main__':
-  startup.begin()
+  startup.begin()  # before the imports, which take longer
 
-from absl import flags  # noqa: E402
+import pathlib
 
-from launch import programs  # noqa: E402
+from absl import flags
+
+from launch import programs
 
 _SEEDS = flags.DEFINE_integer(
   'seeds',

@@ -17,6 +17,18 @@ Exits with 0 if the table has every chosen row, with 1 if one could not be
 compiled, with 2 and one line if a flag is wrong.
 """
 
+import os
+import sys
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+if _ROOT not in sys.path:
+  sys.path.insert(0, _ROOT)  # A checkout runs without being installed.
+
+from launch import startup
+
+if __name__ == '__main__':
+  startup.begin()  # before the imports, which take longer
+
 from collections.abc import Callable, Sequence
 import dataclasses
 import hashlib
@@ -24,24 +36,16 @@ import importlib.metadata
 import json
 import pathlib
 import subprocess
-import sys
 from typing import Any
 
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
-if str(_ROOT) not in sys.path:
-  sys.path.insert(0, str(_ROOT))  # A checkout runs without being installed.
+from absl import flags
 
-from launch import startup  # noqa: E402
+from experiments import report_files
+from launch import programs
+from nested_learning import errors
+from nested_learning import files
 
-if __name__ == '__main__':
-  startup.begin()
-
-from absl import flags  # noqa: E402
-
-from experiments import report_files  # noqa: E402
-from launch import programs  # noqa: E402
-from nested_learning import errors  # noqa: E402
-from nested_learning import files  # noqa: E402
+_EXPERIMENTS = pathlib.Path(_ROOT, 'experiments')
 
 _ONLY = flags.DEFINE_list(
   'only', [], 'Rows to compile: names of experiments, topologies, or both.'
@@ -195,7 +199,7 @@ def compile_in_process(row: Row, workdir: pathlib.Path) -> dict[str, Any]:
   result = subprocess.run(
     [
       sys.executable,
-      str(_ROOT / 'launch' / 'run.py'),
+      os.path.join(_ROOT, 'launch', 'run.py'),
       f'--config={row.spec}',
       '--mode=compile',
       f'--topology={row.topology}',
@@ -320,7 +324,7 @@ def _main() -> int:
   programs.check_path('workdir', _WORKDIR.value, folder=True)
   failed = run(
     choose(_ONLY.value),
-    _ROOT / 'experiments' / 'compiled',
+    _EXPERIMENTS / 'compiled',
     lambda row: compile_in_process(row, pathlib.Path(_WORKDIR.value)),
     again=_AGAIN.value,
   )

@@ -16,26 +16,28 @@ read the published files in --data_dir; others come from --module:
       --tokenizer=data/tokenizer.model --output=data/fineweb_edu
 """
 
+import os
+import sys
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+if _ROOT not in sys.path:
+  sys.path.insert(0, _ROOT)  # A checkout runs without being installed.
+
+from launch import startup
+
+if __name__ == '__main__':
+  startup.begin()  # before the imports, which take longer
+
 from collections.abc import Iterator
 import importlib
 import pathlib
-import sys
 from typing import Any
 
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
-if str(_ROOT) not in sys.path:
-  sys.path.insert(0, str(_ROOT))  # A checkout runs without being installed.
+from absl import flags
+import tqdm
 
-from launch import startup  # noqa: E402
-
-if __name__ == '__main__':
-  startup.begin()
-
-from absl import flags  # noqa: E402
-import tqdm  # noqa: E402
-
-from launch import programs  # noqa: E402
-from nested_learning import errors  # noqa: E402
+from launch import programs
+from nested_learning import errors
 
 _SOURCE = flags.DEFINE_string(
   'source', None, 'The text, as data.source, or seqio:NAME.'

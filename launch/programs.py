@@ -90,20 +90,21 @@ def _run(run, argv, example) -> int | str | None:
       raise errors.UserError(f'Unexpected argument {argv[1]!r}{hint}.')
     return run() or 0
   except BaseException as error:
-    startup.end_on_signals()  # a second signal during the end ends it at once
-    return _end(error)
+    return _end(error, startup.end_on_signals())
 
 
-def _end(error: BaseException) -> int | str | None:
+def _end(
+  error: BaseException, received: signal.Signals | None
+) -> int | str | None:
   """Says why the program ends; returns its exit code."""
   if isinstance(error, SystemExit):  # the trainer has saved, and said so
     code = error.code
     return _fail(code) if isinstance(code, int) else code
-  interruption = _interruption(error)
-  if interruption is not None:
-    number = getattr(interruption, 'signal', signal.SIGINT)
+  # Imports of extensions turn an interruption into errors of their own.
+  if received or isinstance(error, KeyboardInterrupt):
+    received = received or signal.SIGINT
     again = 'run the same command again.'
-    return _fail(128 + number, f'stopped by {number.name}; {again}')
+    return _fail(128 + received, f'stopped by {received.name}; {again}')
   if logging.level_debug():
     traceback.print_exception(error)
   if isinstance(error, errors.UserError):
@@ -118,15 +119,6 @@ def _end(error: BaseException) -> int | str | None:
   return _fail(
     distributed.EXIT_RETRY, f'{name}, see the traceback.' if together else None
   )
-
-
-def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
-  """Returns the signal behind an error: imports wrap it in errors of theirs."""
-  while error is not None:
-    if isinstance(error, KeyboardInterrupt):
-      return error
-    error = error.__cause__ or error.__context__
-  return None
 
 
 def _fail(code: int, message: Exception | str | None = None) -> int:

@@ -11,31 +11,33 @@ runs: in this process, in several, on TPUs or under Slurm; --dry_run prints the
 script instead. launch/README.md describes targets, flags and exit codes.
 """
 
+import os
+import sys
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+if _ROOT not in sys.path:
+  sys.path.insert(0, _ROOT)  # A checkout runs without being installed.
+
+from launch import startup
+
+if __name__ == '__main__':
+  startup.begin(huge_pages=True)  # before the imports, which take longer
+
 import contextlib
 import dataclasses
 import pathlib
 import shlex
-import sys
-
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
-if str(_ROOT) not in sys.path:
-  sys.path.insert(0, str(_ROOT))  # A checkout runs without being installed.
-
-from launch import startup  # noqa: E402
-
-if __name__ == '__main__':
-  startup.begin(huge_pages=True)
 
 # JAX is imported with the config, so that --help and wrong flags are quick.
-from absl import flags  # noqa: E402
+from absl import flags
 
-from launch import programs  # noqa: E402
-from launch import targets  # noqa: E402
-from launch import workdirs  # noqa: E402
-from nested_learning import accelerators  # noqa: E402
-from nested_learning import configs  # noqa: E402
-from nested_learning import distributed  # noqa: E402
-from nested_learning import errors  # noqa: E402
+from launch import programs
+from launch import targets
+from launch import workdirs
+from nested_learning import accelerators
+from nested_learning import configs
+from nested_learning import distributed
+from nested_learning import errors
 
 _CONFIG = flags.DEFINE_string(
   'config',

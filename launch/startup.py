@@ -1,30 +1,29 @@
 """The first lines of every program: signals, the terminal, huge pages.
 
-Imports the standard library alone, so that a program can call `begin` before
-the imports that take seconds.
+Imports little of the standard library, so that a program can call `begin`
+before the imports that take seconds.
 """
 
 import contextlib
 import os
-import pathlib
 import signal
 import sys
 import threading
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_PATIENCE = 5.0  # seconds for the main thread to answer a signal
+_PATIENCE = 10.0  # seconds from a signal to the end of the program
 
 _TUNABLES = 'GLIBC_TUNABLES'
 # The kernel gives huge pages only to processes that ask for them.
 _HUGE_PAGES = 'glibc.malloc.hugetlb=1'
 
+# Signals belong to the process, and so does this state.
+_received: list[signal.Signals] = []
+_ending = threading.Event()
+
 
 class Interrupted(KeyboardInterrupt):
   """A signal asks the program to end."""
-
-  def __init__(self, number: int):
-    super().__init__()
-    self.signal = signal.Signals(number)
 
 
 def begin(*, huge_pages: bool = False) -> None:
@@ -46,37 +45,46 @@ def begin(*, huge_pages: bool = False) -> None:
     if _TUNABLES not in os.environ:
       os.environ[_TUNABLES] = _HUGE_PAGES
       os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-  end_on_signals()
+  _install(lambda number, _: _end(number))
   for stream in (sys.stdout, sys.stderr):
     if stream is not None:  # it is closed
       stream.reconfigure(errors='backslashreplace')
 
 
-def end_on_signals() -> None:
-  """Lets a signal end the process at once, with one line."""
-  _install(lambda number, _: _end(number))
-
-
 def raise_on_signals() -> None:
   """Lets a signal raise `Interrupted` in the main thread.
 
-  Python runs handlers between two of its instructions. If the main thread is
-  inside a long call, such as a compilation, a second thread ends the process
-  after a few seconds.
+  Finalisers, callbacks and extensions cannot raise: they print exceptions and
+  go on. There the signal ends the process at once. Python runs handlers only
+  between two of its instructions, not inside a long call such as a
+  compilation: a second thread ends the process if it has not reached
+  `end_on_signals` after a few seconds.
   """
-  answered = threading.Event()
 
   def handler(number, _):
-    answered.set()
-    raise Interrupted(number)
+    _received.append(signal.Signals(number))
+    raise Interrupted
 
   def watch():
     while number := os.read(reading, 1):
-      if signal.getsignal(number[0]) is not handler:
-        continue  # the trainer defers it until a checkpoint is saved
-      if not answered.wait(_PATIENCE):
-        _end(number[0])
+      # Another handler is there while the trainer waits for a checkpoint.
+      if signal.getsignal(number[0]) is handler:
+        if not _ending.wait(_PATIENCE):
+          _end(number[0])
 
+  print_exception, print_unraisable = sys.excepthook, sys.unraisablehook
+
+  def on_print(kind, value, trace):
+    if issubclass(kind, Interrupted):
+      _end(_received[0])
+    print_exception(kind, value, trace)
+
+  def on_unraisable(unraisable):
+    if issubclass(unraisable.exc_type, Interrupted):
+      _end(_received[0])
+    print_unraisable(unraisable)
+
+  sys.excepthook, sys.unraisablehook = on_print, on_unraisable
   reading, writing = os.pipe()
   os.set_blocking(writing, False)
   _install(handler)
@@ -84,9 +92,20 @@ def raise_on_signals() -> None:
   threading.Thread(target=watch, daemon=True).start()
 
 
+def end_on_signals() -> signal.Signals | None:
+  """Lets a signal end the process at once, with one line.
+
+  Returns:
+    The signal that raised `Interrupted` before, or None.
+  """
+  _ending.set()
+  _install(lambda number, _: _end(number))
+  return _received[0] if _received else None
+
+
 def program_name() -> str:
   """Returns the name of the program, for its messages."""
-  return pathlib.Path(sys.argv[0]).name
+  return os.path.basename(sys.argv[0])
 
 
 def _install(handler) -> None:

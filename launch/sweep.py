@@ -18,32 +18,33 @@ The exit code is 0 when all runs are finished, 1 with a line for each failed run
 if some are not, and otherwise as for launch/run.py (launch/README.md).
 """
 
+import os
+import sys
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+if _ROOT not in sys.path:
+  sys.path.insert(0, _ROOT)  # A checkout runs without being installed.
+
+from launch import startup
+
+if __name__ == '__main__':
+  startup.begin()  # before the imports, which take longer
+
 import dataclasses
 import hashlib
-import os
 import pathlib
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
-if str(_ROOT) not in sys.path:
-  sys.path.insert(0, str(_ROOT))  # A checkout runs without being installed.
+from absl import flags
 
-from launch import startup  # noqa: E402
-
-if __name__ == '__main__':
-  startup.begin()
-
-from absl import flags  # noqa: E402
-
-from launch import programs  # noqa: E402
-from launch import sweeps  # noqa: E402
-from nested_learning import configs  # noqa: E402
-from nested_learning import errors  # noqa: E402
-from nested_learning import files  # noqa: E402
+from launch import programs
+from launch import sweeps
+from nested_learning import configs
+from nested_learning import errors
+from nested_learning import files
 
 _CONFIG = flags.DEFINE_string(
   'config',
@@ -217,8 +218,8 @@ def _make_base(spec, assignments):
 
 def _arguments(run: sweeps.Run) -> list[str]:
   """Returns the command of a run, without the Python in front."""
-  path = _ROOT / 'launch' / 'run.py'
-  if pathlib.Path.cwd() == _ROOT:
+  path = pathlib.Path(_ROOT, 'launch', 'run.py')
+  if pathlib.Path.cwd() == pathlib.Path(_ROOT):
     path = path.relative_to(_ROOT)
   where, target = str(run.folder), []
   if _TARGET.value == 'tpu-vm':
@@ -329,7 +330,7 @@ def _report(outcome: sweeps.Outcome, workdir: pathlib.Path) -> int:
 
 def _commit() -> tuple[str, ...]:
   """Returns the commit of the code, if it is known."""
-  command = ['git', '-C', str(_ROOT), 'describe', '--always', '--dirty']
+  command = ['git', '-C', _ROOT, 'describe', '--always', '--dirty']
   try:
     result = subprocess.run(command, capture_output=True, text=True, check=True)
   except (OSError, subprocess.CalledProcessError):

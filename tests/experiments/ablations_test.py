@@ -1,4 +1,4 @@
-"""Tests of the prepared sweeps."""
+"""Tests of the ablations."""
 
 import pathlib
 

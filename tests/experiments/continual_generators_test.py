@@ -1,4 +1,4 @@
-"""What the experiments on continual learning feed their learners."""
+"""Tests of the streams, tasks and scores of continual learning."""
 
 from absl.testing import absltest
 from absl.testing import parameterized

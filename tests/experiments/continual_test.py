@@ -1,4 +1,4 @@
-"""The experiments on continual learning, each at its smallest."""
+"""Tests of the experiments on continual learning, at the smallest size."""
 
 import json
 import pathlib
@@ -34,9 +34,7 @@ class ReadingTest(parameterized.TestCase):
     self.questions = rng.integers(20, size=(3, 2, 8))
 
   @parameterized.parameters([()], [(0, 1)])
-  def test_a_question_is_answered_as_if_it_were_read_and_then_forgotten(
-    self, which
-  ):
+  def test_questions_leave_the_state_unchanged(self, which):
     inner = reading.only(levels.InnerConfig((8, 16), (0.5,)), which)
     learner = reading.make_reading(self.model, inner, segment_size=8)
     _, state = learner.read(

@@ -1,4 +1,4 @@
-"""Readers of intents, on files as they are distributed but small."""
+"""Tests of the readers of intents, on small files of the same form."""
 
 import json
 import pathlib

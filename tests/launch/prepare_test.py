@@ -1,4 +1,4 @@
-"""The command that prepares text, as a user calls it."""
+"""Tests of launch/prepare.py, called as a user calls it."""
 
 import importlib.util
 import itertools

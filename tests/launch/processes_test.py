@@ -1,4 +1,4 @@
-"""Runs of several processes: the same numbers, through all that can happen."""
+"""Tests of runs of several processes, also when some are killed or hang."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def run(config, workdir, mode):
     int(config.text)
 """
 
-# What a process does after it has joined; `me` is its number.
+# A process that joins the others and runs `body`; `me` is its index.
 _JOIN = """
 import os, signal, sys, time
 import jax
@@ -61,7 +61,7 @@ except errors.UserError as error:
 
 
 def _children(pid: int) -> dict[int, int]:
-  """From the number of a process of the run to its process id."""
+  """Returns the process ids of the processes of a run, by index."""
   path = pathlib.Path(f'/proc/{pid}/task/{pid}/children')
   found = {}
   for child in map(int, path.read_text().split()):
@@ -201,7 +201,7 @@ class RunTest(absltest.TestCase):
 
 @pytest.mark.slow
 class EndTest(parameterized.TestCase):
-  """What the others do when one of two processes does not go on."""
+  """Tests the other process when one of two stops."""
 
   def run_both(self, body, environs=None):
     """Returns exit codes, outputs and seconds since both had joined."""
@@ -253,7 +253,7 @@ class EndTest(parameterized.TestCase):
       },
     ),
   )
-  def test_meet(self, environ):
+  def test_processes_meet(self, environ):
     codes, outputs, _ = self.run_both(
       """
       print('number', me, 'of', jax.process_count(), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Tests of the launcher, as a user calls it."""
+"""Tests of launch/run.py, called as a user calls it."""
 
 import json
 import os
@@ -10,10 +10,11 @@ from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import pytest
 
 _RUN = pathlib.Path(__file__).resolve().parents[2] / 'launch' / 'run.py'
 
-# Needs no JAX, so that a call takes a tenth of a second.
+# An experiment without JAX, so that a call is quick.
 _FILE = """
 import dataclasses
 import errno
@@ -138,7 +139,7 @@ class RunTest(parameterized.TestCase):
     self.assertEqual((self.workdir / 'config.json').read_bytes(), before)
 
   @absltest.skipUnless(sys.platform.startswith('linux'), 'glibc is on Linux')
-  def test_process_has_huge_pages_unless_told_otherwise(self):
+  def test_process_has_huge_pages_unless_glibc_tunables_is_set(self):
     arguments = ['--config=experiments/toy.py', '--set=fail=tunables']
     arguments += ['--mode=describe']
     with mock.patch.dict(os.environ):
@@ -372,6 +373,60 @@ class RunTest(parameterized.TestCase):
     result = self._toy(*args)
     self.assertEqual(result.returncode, 2)
     self.assertIn(message, result.stderr)
+
+
+_TINY = """
+from tests.training import tiny
+
+def get_config(arg):
+  return tiny.experiment(arg, train={'num_steps': 4, 'checkpoint_every': 2})
+"""
+
+
+@pytest.mark.slow
+class TrainerTest(absltest.TestCase):
+  """Tests of a real run in a workdir with a hostile name."""
+
+  def setUp(self):
+    super().setUp()
+    folder = self.create_tempdir()
+    self.root = pathlib.Path(folder.full_path)
+    folder.create_file('experiments/small.py', content=_TINY)
+
+  def call(self, *args, workdir='{lr}, %s$HOME\'"`&;\n☃ ', code=0):
+    result = subprocess.run(
+      [sys.executable, _RUN, f'--workdir={workdir}', *args],
+      cwd=self.root,
+      env={**os.environ, 'PYTHONPATH': str(_RUN.parents[1])},
+      capture_output=True,
+      text=True,
+    )
+    self.assertEqual(result.returncode, code, result.stderr)
+    return result.stdout + result.stderr
+
+  def test_name_that_is_a_pattern_is_refused_before_the_first_step(self):
+    config = f'--config=experiments/small.py:{self.root}'
+    error = self.call(config, workdir='lr[3e-3]', code=2)
+    self.assertLen(error.splitlines(), 1)
+    self.assertIn('choose another name', error)
+    self.assertFalse((self.root / 'lr[3e-3]' / 'metrics.jsonl').exists())
+
+  def test_what_is_saved_is_read_back(self):
+    config = f'--config=experiments/small.py:{self.root}'
+    # A run that ends in the middle, and its second half.
+    self.call(config, '--set=train.num_steps=2')
+    (workdir,) = self.root.glob('{lr}*')
+    for name in ('config.json', 'summary.json'):
+      (workdir / name).unlink()
+    self.assertIn('Going on from step 2', self.call(config))
+    self.assertIn('4', self.call('--mode=inspect'))
+    self.call('--mode=eval')
+    self.assertIn('line', self.call('--mode=generate', '--prompt=line'))
+    session = ('--mode=session', '--session=me[1]*?.session')
+    feed = str(self.root / 'text' / '0.txt')
+    self.call(*session, f'--feed={feed}')
+    self.assertTrue((self.root / 'me[1]*?.session').is_file())
+    self.call(*session, '--prompt=line')
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
-"""Scripts with hostile values, run against stand-ins for the clouds' programs.
+"""Tests that scripts pass values on unchanged, and run nothing else.
 
-Every value has to arrive to the letter, and nothing else may run.
+The scripts run with hostile values, against stand-ins for the programs of
+clouds and clusters.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from launch.targets import jobs
 from nested_learning import accelerators
 from nested_learning import errors
 
-# Each leaves a file if a shell runs a part of it.
+# A shell that runs a part of a value makes the file PWNED.
 _RUN = 'touch PWNED'
 _VALUES = (
   f'$({_RUN})',
@@ -74,12 +75,12 @@ class ScriptsTest(parameterized.TestCase):
   @parameterized.parameters(
     'fast', '--a b', '--c=d\n#SBATCH -e', '', '-', '-\0'
   )
-  def test_what_is_no_directive_is_refused(self, option):
+  def test_malformed_directive_is_refused(self, option):
     with self.assertRaises(errors.UserError):
       scripts.directive(option)
 
   @parameterized.parameters('a\nb', 'a\\b')
-  def test_folder_that_no_log_can_have_is_refused(self, folder):
+  def test_folder_unfit_for_logs_is_refused(self, folder):
     with self.assertRaisesRegex(errors.UserError, '--workdir='):
       scripts.log_directive(folder, '%j.log')
 
@@ -93,7 +94,7 @@ class FuzzTest(parameterized.TestCase):
     self.bin = self.folder / 'bin'
     self.bin.mkdir()
     self.calls = self.folder / 'calls'
-    # Notes its name and its arguments, each call and argument with a mark.
+    # Appends its name and arguments to the calls, with separators.
     self.note = (
       f'#!/bin/bash\nprintf "%s\\0" "${{0##*/}}" "$@" >> {self.calls}\n'
       f'printf "\\1" >> {self.calls}\n'
@@ -102,7 +103,7 @@ class FuzzTest(parameterized.TestCase):
       self.program(name)
     for name in ('pkill', 'pgrep'):  # no run of before is at work
       self.program(name, 'exit 1')
-    # A tree in a folder of an evil name, and the machine that it goes to.
+    # A tree in a folder with a hostile name, and a home on another machine.
     self.tree = self.folder / 'tree $(touch PWNED);\'"`'
     for name in jobs.TREE:
       (self.tree / name).mkdir(parents=True)
@@ -139,13 +140,13 @@ class FuzzTest(parameterized.TestCase):
     return [call.split('\0')[:-1] for call in calls]
 
   def environment_of(self, name):
-    """What the stand-in of that name saw."""
+    """Returns the environment that a stand-in wrote to a file."""
     entries = (self.folder / name).read_bytes().decode().split('\0')[:-1]
     return dict(entry.partition('=')[::2] for entry in entries)
 
   @contextlib.contextmanager
   def launcher(self):
-    """This launcher, in the evil folder and with a Python that takes notes."""
+    """Moves the launcher to the hostile folder, with a stand-in for Python."""
     noting = self.program('python', f'env -0 > {self.folder}/environment')
     with (
       mock.patch.object(jobs, 'ROOT', self.tree),

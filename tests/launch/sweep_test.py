@@ -1,4 +1,4 @@
-"""Tests of sweeps, as a user calls them."""
+"""Tests of launch/sweep.py, called as a user calls it."""
 
 import csv
 import json
@@ -18,8 +18,8 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SWEEP = _ROOT / 'launch' / 'sweep.py'
 _ABLATION = _ROOT / 'experiments' / 'ablations' / 'retain_to.py'
 
-# Needs no JAX, so that a run takes a tenth of a second. A run leaves a letter
-# in attempts.txt each time that it is started.
+# An experiment without JAX, so that a run is quick. Every start of a run
+# appends a letter to its attempts.txt.
 _FILE = """
 import dataclasses
 import json
@@ -94,7 +94,7 @@ def get_sweep():
   )
 """
 
-# Runs the tasks of an array one after the other, as a cluster would at once.
+# A stand-in for sbatch that runs the tasks of an array one after the other.
 _SBATCH = """#!/bin/bash
 tasks=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$1")
 for ((i = 0; i <= tasks; i++)); do
@@ -103,7 +103,7 @@ done
 """
 
 
-# Has every machine and bucket; the only file in these is a summary.
+# A stand-in for gcloud that has every machine, and a summary in every bucket.
 _GCLOUD = """#!/bin/bash
 echo "$*" >> "$(dirname "$0")/gcloud.log"
 case "$*" in
@@ -150,7 +150,7 @@ class SweepTest(parameterized.TestCase):
     )
 
   def _attempts(self):
-    """How often each run was started."""
+    """Returns how often each run was started."""
     return {
       str(path.parent.relative_to(self.workdir / 'cells')): len(
         path.read_text()
@@ -159,7 +159,7 @@ class SweepTest(parameterized.TestCase):
     }
 
   def _read_page(self):
-    """The page, its tables without the blanks that align them."""
+    """Returns the page, without the blanks that align its tables."""
     page = (self.workdir / 'README.md').read_text()
     return re.sub(' +', ' ', page)
 

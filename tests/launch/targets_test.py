@@ -1,8 +1,4 @@
-"""What each target would run, and that the scripts do it.
-
-The clouds' own programs are stood in for by scripts that write down how they
-were called.
-"""
+"""Tests of the targets' scripts, with stand-ins for the clouds' programs."""
 
 import contextlib
 import importlib.util
@@ -45,7 +41,7 @@ def _job(topology=None, **changes):
 
 
 def _here(script, end):
-  """The text between a heredoc's marks."""
+  """Returns the text of a here-document."""
   return script.split(f"<<'{end}'\n")[1].split(f'\n{end}')[0] + '\n'
 
 
@@ -160,7 +156,7 @@ class JobTest(parameterized.TestCase):
 
 
 class ScriptTest(parameterized.TestCase):
-  """Runs scripts with programs that write down how they were called."""
+  """Tests of scripts, with programs that log their calls."""
 
   def setUp(self):
     super().setUp()
@@ -320,7 +316,7 @@ class ScriptTest(parameterized.TestCase):
     self.assertEqual(attributes['bucketName'], 'bucket')
 
   def gcloud(self, *codes):
-    """A gcloud whose machines are taken away when a run ends with 255."""
+    """Makes a gcloud that takes the machines away when a run ends with 255."""
     state, left = self.folder / 'state', self.folder / 'codes'
     left.write_text('\n'.join(map(str, codes)) + '\n')
     self.program(
@@ -410,7 +406,7 @@ class ScriptTest(parameterized.TestCase):
     )
 
   def slurm(self, code, restarts=0):
-    """The batch script as sbatch gets it, run with a `srun` of that code."""
+    """Submits a job and runs its batch script, with an exit code of srun."""
     self.program('sbatch', f'cat > {self.folder}/batch')
     self.program('srun', f'exit {code}')
     self.program('scontrol', 'exit 0')
@@ -460,7 +456,7 @@ class ScriptTest(parameterized.TestCase):
 
 
 class LocalProcsTest(parameterized.TestCase):
-  """Processes of plain Python under the launcher."""
+  """Tests of the launcher with processes of plain Python."""
 
   def setUp(self):
     super().setUp()

@@ -1,4 +1,4 @@
-"""Tests of the cells that rows and grids make."""
+"""Tests of rows, grids and the cells that they make."""
 
 import os
 
@@ -119,7 +119,7 @@ class GridTest(parameterized.TestCase):
 
 
 class SweepTest(parameterized.TestCase):
-  def test_refuses_what_cannot_be_a_table(self):
+  def test_refuses_duplicate_rows_and_fields(self):
     for kwargs, message in (
       ({'rows': (sweeps.Row('a'), sweeps.Row('a'))}, "the name 'a'"),
       ({'grid': ('size=1', 'size=2')}, 'size twice'),

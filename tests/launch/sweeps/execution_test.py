@@ -1,4 +1,4 @@
-"""Tests of runs on this machine, in ways that a shell cannot show."""
+"""Tests of executing the runs of a sweep, here and as a Slurm array."""
 
 import fcntl
 import pathlib
@@ -112,7 +112,7 @@ class SlurmTest(absltest.TestCase):
     self.assertEqual(output, f'{folder}\nit is --only=b=$x/seed_0\n')
     self.assertIn('#SBATCH --array=0-1\n', script)
 
-  def test_refuses_what_is_no_option(self):
+  def test_refuses_malformed_options(self):
     for option in ('fast', '--array=0-5'):
       with self.assertRaisesRegex(errors.UserError, option):
         sweeps.make_array_script(

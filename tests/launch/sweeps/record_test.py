@@ -1,4 +1,4 @@
-"""Tests of what a sweep's folder keeps and what may be added to it."""
+"""Tests of the record of a sweep and of additions to it."""
 
 import dataclasses
 import pathlib

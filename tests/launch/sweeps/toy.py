@@ -1,4 +1,4 @@
-"""A config without a model, and sweeps of it."""
+"""A config without a model, and sweeps of it, for tests."""
 
 import dataclasses
 import pathlib
@@ -22,7 +22,7 @@ def get_config(arg=None):
 
 
 def write_experiment(folder: str, name: str) -> str:
-  """Writes an experiment file with a module name of its own; returns it."""
+  """Writes an experiment file with its own module name; returns its path."""
   path = pathlib.Path(folder, 'experiments', f'{name}.py')
   path.parent.mkdir(exist_ok=True)
   path.write_text(EXPERIMENT)
@@ -30,7 +30,7 @@ def write_experiment(folder: str, name: str) -> str:
 
 
 def make_record(spec: str, *grid: str, **changes) -> sweeps.Record:
-  """The record of a sweep over a grid."""
+  """Returns the record of a sweep over a grid."""
   sweep = sweeps.Sweep(grid=grid)
   assignments = changes.pop('assignments', ())
   record = sweeps.Record(
