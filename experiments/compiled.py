@@ -76,7 +76,7 @@ class Row:
   def spec(self) -> str:
     """The experiment, as for --config."""
     size = self.name.removeprefix('hope_')
-    return f'{_ROOT / "experiments" / "hope.py"}:{size}'
+    return f'{_EXPERIMENTS / "hope.py"}:{size}'
 
   @property
   def key(self) -> str:

@@ -145,6 +145,7 @@ def _run(workdir: pathlib.Path) -> int:
       stored = dataclasses.replace(stored, metrics=tuple(_METRICS.value))
     return _collect(stored, workdir)
   record = _plan(stored)
+  _check_named(record)
   runs = sweeps.list_runs(record, workdir, only=_ONLY.value)
   left = [run for run in runs if not run.finished]
   if _DRY_RUN.value:
@@ -184,14 +185,11 @@ def _plan(stored: sweeps.Record | None) -> sweeps.Record:
       )
     if _GRID.value or assignments:
       raise errors.UserError('--grid and --set need the --config of the sweep.')
-    record = dataclasses.replace(
-      stored,
-      base=_make_base(stored.spec, stored.assignments),
-      num_seeds=_SEEDS.value or stored.num_seeds,
-      metrics=metrics or stored.metrics,
-    )
-    return sweeps.update(record, stored)
+    return _plan_again(stored, metrics)
   sweep = sweeps.load_sweep(spec)
+  is_plain = not (_GRID.value or assignments or sweep.rows or sweep.grid)
+  if stored is not None and stored.spec == spec and is_plain:
+    return _plan_again(stored, metrics)
   sweep = dataclasses.replace(
     sweep,
     grid=(*sweep.grid, *_GRID.value),
@@ -212,8 +210,45 @@ def _plan(stored: sweeps.Record | None) -> sweeps.Record:
   return sweeps.update(record, stored)
 
 
-def _make_base(spec, assignments):
-  return configs.override(configs.load(spec), assignments)
+def _plan_again(
+  stored: sweeps.Record, metrics: tuple[str, ...]
+) -> sweeps.Record:
+  """Returns the stored sweep, with the seeds and metrics of the flags."""
+  _check_named(stored)
+  record = dataclasses.replace(
+    stored,
+    base=_make_base(stored.spec, stored.assignments),
+    num_seeds=_SEEDS.value or stored.num_seeds,
+    metrics=metrics or stored.metrics,
+  )
+  return sweeps.update(record, stored)
+
+
+def _make_base(spec, assignments) -> str:
+  return configs.to_json(configs.override(configs.load(spec), assignments))
+
+
+def _check_named(record: sweeps.Record) -> None:
+  """Raises an error if a stored sweep names a file that the user did not.
+
+  sweep.json is data, perhaps somebody else's: no Python file runs because it
+  names one, except for the experiments of this checkout.
+  """
+  ours = os.path.join(_ROOT, 'experiments', '')
+  named = _experiment_file(_CONFIG.value or '')
+  for spec in (record.spec, *(cell.spec for cell in record.cells)):
+    file = _experiment_file(spec)
+    if file and file != named and not file.startswith(ours):
+      raise errors.UserError(
+        f'{_WORKDIR.value} holds a sweep of {spec}, which is not an experiment '
+        f'of this checkout; name it too, as in --config={spec}.'
+      )
+
+
+def _experiment_file(spec: str) -> str | None:
+  """Returns the Python file that a --config names, if any."""
+  match = re.match(r'(.*?\.py)(?:[:@]|$)', spec, re.DOTALL)
+  return match and os.path.realpath(match[1])
 
 
 def _arguments(run: sweeps.Run) -> list[str]:
@@ -271,12 +306,15 @@ def _show(runs, left, workdir) -> None:
 
 
 def _make_script(left, workdir) -> str:
+  # The experiment without the argument of a row: cells have their own.
+  spec = _CONFIG.value or sweeps.load(workdir).spec
   return sweeps.make_array_script(
     [run.name for run in left],
     [
       sys.executable,
       str(pathlib.Path(__file__).resolve()),
       f'--workdir={workdir}',
+      f'--config={spec}',
       *(f'--run_flag={flag}' for flag in _RUN_FLAG.value),
     ],
     folder=os.getcwd(),
@@ -319,7 +357,10 @@ def _report(outcome: sweeps.Outcome, workdir: pathlib.Path) -> int:
     for name, reason in outcome.failures.items():
       print(f'  {workdir}/cells/{name}: {reason}', file=sys.stderr)
   if outcome.received is not None:
-    again = shlex.join(['python', 'launch/sweep.py', f'--workdir={workdir}'])
+    again = ['python', 'launch/sweep.py', f'--workdir={workdir}']
+    if _CONFIG.value:
+      again.append(f'--config={_CONFIG.value}')
+    again = shlex.join(again)
     programs.print_error(
       f'{outcome.received.name}: stopped {outcome.num_stopped} runs, and '
       f'{outcome.num_waiting} have not begun; to go on from there: {again}'

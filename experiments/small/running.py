@@ -55,7 +55,7 @@ def run(
   record = sweeps.Record(
     spec='experiments/bench_small.py',
     assignments=(),
-    base=None,  # every cell has its own
+    base='',  # every cell has its own
     fields=(),
     cells=cells,
     num_seeds=max(options.seeds, _count_seeds(options.workdir, cells)),

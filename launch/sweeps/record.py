@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import fnmatch
+import json
 import os
 import pathlib
 import re
@@ -13,6 +14,7 @@ from launch.sweeps import cells as cells_lib
 from nested_learning import configs
 from nested_learning import errors
 from nested_learning import files
+from nested_learning.configs import serialization
 
 _FILE = 'sweep.json'
 SUMMARY = 'summary.json'
@@ -32,7 +34,7 @@ class Record:
 
   spec: str  # --config
   assignments: tuple[str, ...]  # --set of all cells
-  base: Any  # config that the cells change
+  base: str  # JSON of the config that the cells change
   fields: tuple[str, ...]  # paths of the grid
   cells: tuple[cells_lib.Cell, ...]
   num_seeds: int = 1
@@ -78,8 +80,7 @@ def load(workdir: pathlib.Path) -> Record | None:
   if path.is_file():
     try:
       text = path.read_text(encoding='utf-8')
-      # The classes moved; the sweeps from before still go on.
-      record = configs.from_json(text.replace(_OLD_ROOM, _ROOM))
+      record = configs.from_json(_modernise(text))
     except (OSError, UnicodeDecodeError) as error:
       raise errors.UserError(f'Cannot read {path}: {error}.') from error
     except errors.UserError as error:
@@ -124,7 +125,7 @@ def update(record: Record, stored: Record | None) -> Record:
   ):
     if ours != theirs:
       raise _refuse(f'{what} {theirs}, and this one is {what} {ours}')
-  changed = configs.differences(record.base, stored.base)
+  changed = _differences(record.base, stored.base)
   for path, (ours, theirs) in changed.items():
     more = f' and {len(changed) - 1} more' if len(changed) > 1 else ''
     raise _refuse(f'with {path}={theirs!r}{more}, and here it is {ours!r}')
@@ -203,6 +204,27 @@ def list_runs(
   for run in runs:
     _check_same(run)
   return runs
+
+
+def _modernise(text: str) -> str:
+  """Turns a sweep.json of an earlier version into one of this version."""
+  data = serialization.decode(text.replace(_OLD_ROOM, _ROOM))
+  if isinstance(data.get('base'), dict):
+    data['base'] = json.dumps(data['base'])
+  return json.dumps(data)
+
+
+def _differences(ours: str, theirs: str) -> dict[str, tuple[Any, Any]]:
+  """Returns the fields in which two configs, given as JSON, differ."""
+  left, right = (
+    dict(serialization.leaves(json.loads(text), '')) for text in (ours, theirs)
+  )
+  absent = '(absent)'
+  return {
+    path: (left.get(path, absent), right.get(path, absent))
+    for path in left | right
+    if left.get(path, absent) != right.get(path, absent)
+  }
 
 
 def _check_same(run: Run) -> None:

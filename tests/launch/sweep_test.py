@@ -211,7 +211,10 @@ class SweepTest(parameterized.TestCase):
     self.assertStartsWith(
       read('size=2,fail=silent'), 'ended without summary.json'
     )
-    again = self._call('--only=*fail=once', config=None)
+    refused = self._call(config=None)  # sweep.json is only data
+    self.assertEqual(refused.returncode, 2)
+    self.assertIn('--config=experiments/toy.py', refused.stderr)
+    again = self._call('--only=*fail=once')
     self.assertEqual(again.returncode, 0, again.stderr)
     self.assertEqual(
       self._attempts(),
@@ -250,7 +253,7 @@ class SweepTest(parameterized.TestCase):
     for folder in folders:
       self.assertTrue((folder / 'saved.txt').exists())
       self.assertFalse((folder / 'error.txt').exists())
-    result = self._call('--only=size=[12]', config=None)
+    result = self._call('--only=size=[12]')
     self.assertEqual(result.returncode, 0, result.stderr)
     self.assertEqual(self._attempts(), {'size=1/seed_0': 2, 'size=2/seed_0': 2})
 
@@ -259,7 +262,7 @@ class SweepTest(parameterized.TestCase):
     lost = self._call(*grid)
     self.assertEqual(lost.returncode, 2)
     self.assertIn('sbatch runs/a/slurm.sh', lost.stderr)
-    self._call('--only=size=2', config=None)
+    self._call('--only=size=2')
     sbatch = self.folder.create_file('bin/sbatch', content=_SBATCH)
     os.chmod(sbatch.full_path, 0o755)
     folder = os.path.dirname(sbatch.full_path)

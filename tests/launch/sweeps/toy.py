@@ -36,7 +36,7 @@ def make_record(spec: str, *grid: str, **changes) -> sweeps.Record:
   record = sweeps.Record(
     spec=spec,
     assignments=assignments,
-    base=configs.override(configs.load(spec), assignments),
+    base=configs.to_json(configs.override(configs.load(spec), assignments)),
     fields=tuple(sweeps.parse_grid(text)[0] for text in grid),
     cells=sweeps.make_cells(spec, sweep, assignments=assignments),
     seed_fields=('seed',),
