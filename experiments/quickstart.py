@@ -1,19 +1,18 @@
-"""A small Hope language model on the Python standard library's sources.
+"""A small Hope language model on the source files of Python's standard library.
 
 Command:
   make demo
   python launch/run.py --config=experiments/quickstart.py \
     --workdir=runs/quickstart
 
-Hardware: two CPU cores, about three minutes of training, four in all (6,559
+Hardware: two CPU cores, three minutes of training and four in all (6,559
 tokens/s beside other work).
 Result, one seed: 2.054 bits per byte of held-out files, 2.772 with memory
 writes off.
 
-`--config=experiments/quickstart.py:transformer` trains the Transformer++ of the
-same width, depth and data instead: 2.142 bits per byte after the same
-tokens. Of more devices than its four rows it uses four; --set=data.batch_size=8
-is for eight.
+`--config=experiments/quickstart.py:transformer` trains Transformer++ of the
+same width and depth on the same data: 2.142 bits per byte. A batch has four
+rows, for up to four devices; --set=data.batch_size=8 is for eight.
 """
 
 from nested_learning import data
@@ -29,7 +28,7 @@ _TOKENS = 512
 
 
 def get_config(arg: str | None = None) -> training.ExperimentConfig:
-  """The experiment; `arg` is the mixer, 'hope' (default) or 'transformer'."""
+  """Returns the experiment; `arg` is 'hope' (default) or 'transformer'."""
   if arg in (None, 'hope'):
     mixer = memory_mixer.MemoryMixerConfig(num_heads=4, head_dim=32)
     levels = (

@@ -1,4 +1,4 @@
-"""How many levels, with the chain as wide and each half as often as the last.
+"""Levels in a chain of constant width, each updated half as often as the last.
 
 Command:
   python launch/sweep.py --config=experiments/ablations/levels.py \
@@ -6,13 +6,13 @@ Command:
     --results=experiments/results/ablations/levels
 
 Hardware: two CPU cores, a minute or two for each of the 5 runs.
-Result: experiments/results/ablations/levels/README.md. Bits per byte, one seed
-(those of `components.py` spread by 0.016): one level 2.775, two 2.815, three
-2.840, four 2.845, two on one clock 2.785. In 200 steps a level that learns half
-as often is behind; what slow clocks are worth in a long training is open.
+Result: experiments/results/ablations/levels/README.md. Bits per byte, one seed:
+one level 2.775, two 2.815, three 2.840, four 2.845, two on one clock 2.785 (the
+spread over seeds of `components.py` is 0.016). A level that updates half as
+often is behind after 200 steps; long trainings were not measured.
 
-One level is a Transformer's MLP. The last row has two levels that both learn
-at every step: what clocks alone are worth is the row `levels_2` against it.
+One level is a Transformer's MLP. Both levels of the last row update at every
+step: its difference from `levels_2` is the effect of clocks alone.
 """
 
 from experiments.ablations import small
@@ -24,7 +24,7 @@ _MOST = 4
 
 
 def get_config(arg: str | None = None) -> training.ExperimentConfig:
-  """The experiment; `arg` is the number of levels, 2 if left out."""
+  """Returns the experiment; `arg` is the number of levels, 2 by default."""
   choices = [str(n) for n in range(1, _MOST + 1)]
   if arg is not None and arg not in choices:
     raise errors.UserError(f'{arg!r} must be one of {", ".join(choices)}.')
@@ -32,7 +32,7 @@ def get_config(arg: str | None = None) -> training.ExperimentConfig:
 
 
 def get_sweep() -> sweeps.Sweep:
-  """One to four levels, and two without clocks."""
+  """Returns the rows: one to four levels, and two on one clock."""
   return sweeps.Sweep(
     rows=(
       *(sweeps.Row(f'levels_{n}', arg=str(n)) for n in range(1, _MOST + 1)),

@@ -1,7 +1,7 @@
-"""The small Hope that every ablation starts from.
+"""The small Hope that ablations change.
 
-The quickstart's language model at half its width, on rows half as long, for a
-third of its tokens.
+It is the quickstart's language model with half the width, rows half as long and
+a third of the tokens.
 """
 
 from nested_learning import data
@@ -26,9 +26,10 @@ def make_config(name: str, *, num_levels: int = 2) -> training.ExperimentConfig:
   """Makes the experiment.
 
   Args:
-    name: Of the experiment.
-    num_levels: In the chain; together they are as wide whatever their number.
-      Each learns half as often as the one before, the first at every step.
+    name: Name of the experiment.
+    num_levels: Number of levels of the chain, which together have a constant
+      width. Each updates half as often as the one before it, the first at every
+      step.
 
   Returns:
     The config.

@@ -1,4 +1,4 @@
-"""What is said of levels: of those that learn, and of those that do not."""
+"""Tests of the health of levels: measurements and warnings."""
 
 from absl.testing import absltest
 import jax
@@ -13,7 +13,7 @@ _ROWS, _VOCAB, _SIZE = 2, 7, 4
 
 
 def make_reader(rates):
-  """Levels that are rows of logits, added to one another."""
+  """Makes a reader whose levels are tables of logits, which it adds up."""
   params = {
     name: jax.random.normal(jax.random.key(i), (_VOCAB, _VOCAB))
     for i, name in enumerate(rates)
@@ -43,7 +43,7 @@ def read(rates, num_tokens=32):
 
 
 class HealthTest(absltest.TestCase):
-  def test_measures_what_the_levels_did(self):
+  def test_measures_steps(self):
     measured = read({'fast': 0.1, 'slow': 0.2})
     np.testing.assert_array_equal(measured['fast'].num_updates, [8, 8])
     np.testing.assert_array_equal(measured['slow'].num_updates, [4, 4])
@@ -63,7 +63,7 @@ class HealthTest(absltest.TestCase):
     (warning,) = levels.health_warnings(measured)
     self.assertRegex(warning, "'slow' is dead in 2 of 2 .* after 4 updates")
 
-  def test_few_updates_are_no_death(self):
+  def test_a_level_with_few_updates_is_not_dead(self):
     measured = read({'fast': 0.1, 'slow': 1e-9}, num_tokens=8)
     self.assertEqual(levels.health_warnings(measured), [])
 

@@ -1,4 +1,4 @@
-"""Levels with objectives of their own, against loops written by hand."""
+"""Tests of local losses of levels, against loops in NumPy."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -33,7 +33,7 @@ def normalize(x):
 
 
 def mlp(params, x):
-  """A level on one token [e], and what its gradient is made of."""
+  """Applies a level to one token [e]; returns intermediates for gradients."""
   normed = normalize(x) * params['norm']
   gate, up = normed @ params['gate'], normed @ params['up']
   sigmoid = 1 / (1 + np.exp(-gate))
@@ -42,7 +42,7 @@ def mlp(params, x):
 
 
 def gradient(params, x, error):
-  """Of error . output with respect to the weights, rule by rule."""
+  """Returns the gradient of error . output with respect to the weights."""
   _, (normed, gate, up, sigmoid, hidden) = mlp(params, x)
   to_hidden = params['down'] @ error
   to_up = to_hidden * gate * sigmoid
@@ -67,7 +67,7 @@ def draw(seed=0):
 
 
 def init():
-  """Parameters in float64 whose mixers say nothing: tokens are alone."""
+  """Makes float64 parameters with mixers of output zero."""
   params = compiling.jit(models.make_model(_CONFIG).init_params)(
     jax.random.key(0)
   )
@@ -78,7 +78,7 @@ def init():
 
 
 def loop(params, tokens, reset, objective, num_last):
-  """Reads a row token by token; logits, and the weights by level and block."""
+  """Reads a row token by token; returns logits and weights."""
   embedding = params['embedding']
   block = lambda i, name: jax.tree.map(
     lambda x: x[i].copy(), params['blocks']['levels'][name]
@@ -223,7 +223,7 @@ class LocalObjectivesTest(parameterized.TestCase):
     np.testing.assert_array_equal(after[:, :6], logits[:, :6])
     self.assertTrue(np.any(after[:, 8:] != logits[:, 8:]))
 
-  def test_rates_of_zero_are_the_model(self):
+  def test_rates_of_zero_equal_the_model(self):
     params, (tokens, _) = jax.tree.map(jnp.asarray, init()), draw()
     model = models.make_model(_CONFIG)
     inner = levels.InnerConfig((_FAST, _SLOW), (0.0,), objective='dot')

@@ -1,4 +1,4 @@
-"""Levels that learn inside a sequence, against the loop they stand for."""
+"""Tests of levels that learn inside a sequence, against an explicit loop."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ _INNER = levels.InnerConfig(
 
 
 def learning(config=_CONFIG, **changes):
-  """The model, and the same one learning."""
+  """Makes the model, at rest and with levels that learn."""
   model = models.make_model(config)
   inner = dataclasses.replace(_INNER, **changes)
   return model, models.make_model(config, inner)
@@ -48,7 +48,7 @@ def own(params, name):
 
 
 def learned(level):
-  """A level's weights [b, blocks that learn, ...], as `own` names them."""
+  """Returns a level's weights [b, blocks that learn, ...], named like `own`."""
   blocks = level.params['blocks']
   parts = [part for part in (blocks.first, blocks.rest) if part is not None]
   join = lambda *x: np.concatenate(x, axis=1)
@@ -61,7 +61,7 @@ def init(dtype=np.float32, num_layers=1):
   params = compiling.jit(models.make_model(config).init_params)(
     jax.random.key(0)
   )
-  # Sharper than at the start, so that losses and their steps have a size.
+  # Larger than initial values, so that losses and steps are not negligible.
   return jax.tree.map(lambda x: jnp.asarray(1.5 * x, dtype), params)
 
 
@@ -72,7 +72,7 @@ def draw(seed=0):
 
 
 def segment_loss(model, objective, params, state, tokens, reset):
-  """Sum over the transitions of a segment that cross no reset."""
+  """Sums the losses of a segment's transitions within documents."""
   said, state = model.forward(params, state, tokens, reset=reset)
   logits, targets = said[:, :-1], tokens[:, 1:, None]
   rivals = jnp.ones(_VOCAB)
@@ -87,7 +87,7 @@ def segment_loss(model, objective, params, state, tokens, reset):
 def loop(
   params, tokens, reset, *, nested=False, num_last=1, objective='next_token'
 ):
-  """The definition, for one row [1, t]: both levels with Adam."""
+  """Runs the definition on one row [1, t], both levels with Adam."""
   num_layers = params['blocks']['norm'].shape[0]
   model = models.make_model(dataclasses.replace(_CONFIG, num_layers=num_layers))
   grad = compiling.jit(
@@ -184,7 +184,7 @@ class ReaderTest(parameterized.TestCase):
       self.assertGreater(state.levels['slow'].drift.min(), 0)
 
   @parameterized.parameters(1.0, 0.5)
-  def test_the_last_blocks_alone_learn(self, depth):
+  def test_only_the_last_blocks_learn(self, depth):
     params, num_last = init(num_layers=3), round(3 * depth + 0.1)
     _, learner = learning(
       dataclasses.replace(_CONFIG, num_layers=3), depth=depth
@@ -211,7 +211,7 @@ class ReaderTest(parameterized.TestCase):
     whole, after = read(init(), start, reset, np.ones_like(reset))
     rng = np.random.default_rng(1)
     for num_calls in (2, 5):
-      # Calls are masks of one shape, each row cut at places of its own.
+      # Calls are masks of one shape, each row split at its own places.
       call = np.sort(rng.integers(num_calls, size=tokens.shape), axis=1)
       state, total = start, 0.0
       for i in range(num_calls):
@@ -226,7 +226,7 @@ class ReaderTest(parameterized.TestCase):
     assert_close(logits, whole)
     assert_close((state.model, state.levels), (after.model, after.levels))
 
-  def test_token_by_token_updates_come_at_their_counts(self):
+  def test_updates_come_at_their_counts_token_by_token(self):
     _, learner = learning()
     tokens, reset = draw()
     read = compiling.jit(lambda p, s, t, r: learner.forward(p, s, t, reset=r))
@@ -244,7 +244,7 @@ class ReaderTest(parameterized.TestCase):
     )
     assert_close(np.concatenate(outputs, axis=1), whole(init())[0])
 
-  def test_a_logit_sees_nothing_after_its_token(self):
+  def test_is_causal(self):
     _, learner = learning()
     read = compiling.jit(lambda t: learner.forward(init(), None, t)[0])
     tokens, _ = draw()
@@ -257,7 +257,7 @@ class ReaderTest(parameterized.TestCase):
       differs = np.abs(after - before).max(axis=(0, 2))
       self.assertTrue(np.all(differs[t:] > 0))
 
-  def test_rates_of_zero_are_the_plain_model_bit_for_bit(self):
+  def test_rates_of_zero_equal_the_model_bit_for_bit(self):
     tokens, reset = draw()
     for optimizer in ('sgd', 'm3'):
       model, learner = learning(
@@ -291,7 +291,7 @@ class ReaderTest(parameterized.TestCase):
         own(init(), 'slow'),
       )
 
-  def test_writes_off_changes_no_level(self):
+  def test_write_false_changes_no_level(self):
     model, learner = learning()
     tokens, reset = draw()
     off = lambda f, s: compiling.jit(
@@ -302,7 +302,7 @@ class ReaderTest(parameterized.TestCase):
     assert_close(logits, off(model.forward, model.init_state(init(), _ROWS))[0])
     assert_equal(state.levels, start.levels)
 
-  def test_rows_are_alone_whatever_the_optimiser(self):
+  def test_rows_are_independent_with_every_optimiser(self):
     tokens, _ = draw()
     for optimizer in ('momentum', 'delta_momentum'):
       _, learner = learning(optimizer=optimizer, learning_rates=(0.02,))
@@ -330,7 +330,7 @@ class ReaderTest(parameterized.TestCase):
       drift['sum'], (_FAST - 1) * drift['mean'], rtol=1e-3
     )
 
-  def test_a_level_that_diverges_is_frozen_alone(self):
+  def test_only_the_diverged_level_is_frozen(self):
     _, learner = learning(learning_rates=(1e3, 1e-2))
     tokens, _ = draw()
     read = compiling.jit(lambda s: learner.forward(init(), s, tokens))
@@ -345,7 +345,7 @@ class ReaderTest(parameterized.TestCase):
     np.testing.assert_array_equal(slow.frozen, [False, False])
     np.testing.assert_array_equal(slow.num_updates, [2, 2])
 
-  def test_a_row_that_is_not_finite_is_frozen_alone(self):
+  def test_only_the_row_that_is_not_finite_is_frozen(self):
     _, learner = learning()
     tokens, _ = draw()
     read = compiling.jit(lambda s: learner.forward(init(), s, tokens))
@@ -374,7 +374,7 @@ class ReaderTest(parameterized.TestCase):
     )
     slopes = {}
     for gradient in ('second_order', 'first_order'):
-      # SGD: Adam's first step is a sign, whose slope is nothing to go by.
+      # SGD: Adam's first step is a sign, which has no slope.
       _, learner = learning(
         config,
         optimizer='sgd',
@@ -415,9 +415,9 @@ class ReaderTest(parameterized.TestCase):
     assert_close(found, expected, 1e-6)
 
   @parameterized.parameters('sgd', 'adam')
-  def test_a_segment_that_teaches_nothing_has_a_meta_gradient(self, optimizer):
-    # One token alone has no rival: a gradient of zero, which clipping divides
-    # by its norm.
+  def test_a_segment_with_gradient_zero_has_a_meta_gradient(self, optimizer):
+    # A vocabulary of one token has a gradient of zero, and clipping divides by
+    # its norm.
     _, learner = learning(
       optimizer=optimizer, objective='in_segment', clip_norm=1.0
     )

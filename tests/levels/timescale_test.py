@@ -1,4 +1,4 @@
-"""How long levels keep what they were told."""
+"""Tests of the time that levels retain a fact."""
 
 from absl.testing import absltest
 import jax
@@ -9,12 +9,12 @@ from nested_learning import levels
 from nested_learning import optimizers
 from tests import compiling
 
-_ROWS, _VOCAB, _SIZE, _SLOW = 2, 7, 4, 8  # tokens of the two chunks
+_ROWS, _VOCAB, _SIZE, _SLOW = 2, 7, 4, 8  # tokens of the periods
 _RATES = {'fast': 4.0, 'slow': 1.0}
 
 
 def measure(*, nested=False, num_tokens=32):
-  """Levels that are rows of logits, added to one another."""
+  """Measures levels that are tables of logits, which the model adds up."""
   params = {
     name: 0.1 * jax.random.normal(jax.random.key(i), (_VOCAB, _VOCAB))
     for i, name in enumerate(_RATES)
@@ -47,23 +47,23 @@ class TimescaleTest(absltest.TestCase):
     super().setUp()
     self.enterContext(compiling.quickly())
 
-  def test_a_planted_fact_is_read_from_the_level_that_has_it(self):
+  def test_a_fact_is_found_in_the_level_that_learned_it(self):
     found = measure()
     np.testing.assert_array_equal(found.tokens, np.arange(9) * _SIZE)
     fast, slow = found.gains['fast'], found.gains['slow']
     self.assertEqual(fast.shape, (9, _ROWS))
-    # The fast level has it at once, the slow one after its first chunk.
+    # The fast level learns it at once, the slow one at the end of its period.
     self.assertGreater(fast[0].min(), 0.1)
     np.testing.assert_array_equal(slow[0], [0, 0])
     self.assertGreater(slow[1].min(), 0.05)
     np.testing.assert_allclose(found.together[0], fast[0], rtol=1e-5)
     self.assertGreater(found.together[1].min(), slow[1].max())
 
-  def test_a_nested_level_keeps_nothing_beyond_the_chunk_of_the_slower(self):
+  def test_a_nested_level_retains_nothing_beyond_the_slower_period(self):
     found = measure(nested=True)
     fast = found.gains['fast']
     self.assertGreater(fast[0].min(), 0.1)
-    np.testing.assert_allclose(fast[1], 0, atol=1e-6)  # began anew at 8 tokens
+    np.testing.assert_allclose(fast[1], 0, atol=1e-6)  # restarted at 8 tokens
     scale = levels.effective_timescale(found.tokens, fast)
     self.assertTrue(np.all((scale > 0) & (scale <= _SIZE)))
     slow = levels.effective_timescale(found.tokens, found.gains['slow'])

@@ -1,9 +1,9 @@
-"""Levels whose rates are zero: what is read is what the model says, bit by bit.
+"""Tests that levels with learning rates of zero equal the model bit for bit.
 
-The same bits come of the same operations on arrays of the same shapes, so the
-model is fed the same segments, and mapped over rows like one whose levels are
-each row's own. Without that map, XLA sums the products of a memory's maps in
-another order: a Hope of one block then differs by 1.2e-6.
+Equal bits need equal operations on arrays of equal shapes, so the model reads
+the same segments, mapped over rows as levels of each row are. Without that map,
+XLA adds the products of a memory's maps in another order, and a Hope of one
+block differs by 1.2e-6.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ _ROWS, _SIZE, _SEGMENTS, _VOCAB = 2, 8, 3, 17
 
 
 def make(name, **mixer):
-  """A model of one block with short chunks, and its parameters."""
+  """Makes a model of one block with short chunks, and its parameters."""
   config = models.zoo.make_config(name, vocab_size=_VOCAB, max_length=64)
   config = dataclasses.replace(
     config, num_layers=1, mixer=dataclasses.replace(config.mixer, **mixer)
@@ -38,7 +38,7 @@ def draw():
 
 class ZeroRatesTest(absltest.TestCase):
   def check(self, model, params):
-    """Every mode of reading, against the model."""
+    """Compares every way of reading with the model."""
     inner = levels.InnerConfig((_SIZE,) * len(model.config.levels), (0.0,))
     reader, tokens = models.make_model(model.config, inner).reader, draw()
     axes = trees.row_axes(model.init_state, params)
@@ -56,7 +56,7 @@ class ZeroRatesTest(absltest.TestCase):
     nothing = np.zeros((_ROWS, _SIZE), bool)
 
     def expect(read, learn):
-      """Logits by one kind of call, states by another."""
+      """Returns logits of one kind of call, and states of another."""
       state, outputs = model.init_state(params, _ROWS), []
       state = trees.rows_first(axes, state)
       for part in np.split(tokens, _SEGMENTS, axis=1):

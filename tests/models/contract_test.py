@@ -1,8 +1,8 @@
-"""The contract of every family of the zoo, at its smallest size.
+"""Tests that every family of the zoo keeps the contract of a model.
 
-Windows, segments and chunks are cut to a few tokens, so that a short stream
-crosses their borders. All is in float64, where rounding hides no mistake: what
-is written again and again makes a float32 memory lose digits.
+Windows, segments and chunks have a few tokens, so that a short stream crosses
+their borders. The tests run in float64, since a float32 memory loses digits
+with every write and hides mistakes.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from nested_learning import models
 from nested_learning import parameters
 from tests import compiling
 
-# 22 tokens end inside of a chunk: what a state holds of the chunk before it is
-# nobody's business there, and not the same for every way of cutting.
+# 22 tokens end inside a chunk. There, a state may keep unused values of the
+# chunk before, which depend on how the calls were split.
 _BATCH, _LENGTH, _VOCAB, _CHUNK, _WINDOW = 2, 22, 17, 8, 5
 _WHOLE = 2 * _CHUNK  # tokens of the gradient's row
 _SHORT = {
@@ -34,7 +34,7 @@ _SHORT = {
 
 
 def shorten(mixer):
-  """The same mixer with short chunks and windows."""
+  """Returns the mixer with short chunks and windows."""
   if isinstance(mixer, tuple):
     return tuple(map(shorten, mixer))
   changes = {}
@@ -81,11 +81,11 @@ class Stream:
 
   @functools.cached_property
   def whole(self):
-    """Logits of all tokens and the state after them."""
+    """Returns logits of all tokens and the state after them."""
     return self.forward(self.start, self.tokens, self.reset, self.all)
 
   def gradient(self):
-    """Of the loss of whole chunks at a stream's start, and their logits."""
+    """Returns gradients of the loss of whole chunks, and their logits."""
     tokens = self.tokens[:, :_WHOLE]
 
     def loss(params):
@@ -137,7 +137,7 @@ class ContractTest(parameterized.TestCase):
     logits, state = stream.whole
     self.assertEqual(logits.shape, (_BATCH, _LENGTH, _VOCAB))
     self.assertEqual(logits.dtype, jnp.float64)
-    # And what a user has, bfloat16 projections around a float32 state.
+    # Users train with bfloat16 projections around a float32 state.
     config = dataclasses.replace(stream.model.config, dtype='bfloat16')
     model = models.make_model(config)
     params = jax.tree.map(
@@ -194,7 +194,7 @@ class ContractTest(parameterized.TestCase):
     np.testing.assert_array_equal(one[mask], two[mask])
 
   def check_any_split(self, stream):
-    # Calls are masks of one shape, each row cut at places of its own.
+    # Calls are masks of one shape, each row split at its own places.
     rng = np.random.default_rng(1)
     for num_calls in (2, 5):
       call = np.sort(rng.integers(num_calls, size=stream.all.shape), axis=1)

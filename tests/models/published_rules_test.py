@@ -1,4 +1,4 @@
-"""The zoo's rows of settings against each paper's rule, written out by token.
+"""Tests families of the zoo against the rules of their papers, token by token.
 
 One head and one row; S and W are [d, d], tokens are vectors, `n` counts them.
 """

@@ -112,7 +112,7 @@ class TrunkTest(parameterized.TestCase):
     out = blocks.get('0', blocks)['mixer']['out']
     self.assertEqual(out.sharding.shard_shape(out.shape)[1], 1)
 
-  def test_recomputing_layers_changes_nothing(self):
+  def test_remat_changes_no_value(self):
     model, params = self.parts('pattern')
     again = models.make_model(
       dataclasses.replace(_ZOO['pattern'], remat='layer')
@@ -140,7 +140,7 @@ class TrunkTest(parameterized.TestCase):
     self.assertLess(error, 2e-2 * np.abs(expected).max())
     self.assertGreater(error, 0.0)
 
-  def test_a_pattern_is_its_blocks_in_turn(self):
+  def test_a_pattern_repeats_its_blocks(self):
     config = _ZOO['pattern']
     model, params = self.parts('pattern')
     marks = layers.TokenInfo(self.reset)
@@ -176,7 +176,7 @@ class TrunkTest(parameterized.TestCase):
     )
     slow = 0
     for path, label in jax.tree_util.tree_leaves_with_path(labels):
-      # A level without a chunk size takes every step.
+      # A level without `train_every` takes every step.
       is_slow = '/levels/slow/' in parameters.path_name(path)
       self.assertEqual(label, 'slow' if is_slow else 'base')
       slow += is_slow
