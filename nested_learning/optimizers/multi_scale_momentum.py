@@ -220,13 +220,13 @@ def scale_by_m3(
     ValueError: If a setting is out of its range.
   """
   settings.check_choice(('ema', 'paper'), form=form)
-  if isinstance(coefficients, str):
-    settings.check_choice(newton_schulz.COEFFICIENTS, coefficients=coefficients)
-  settings.check_period(num_steps=num_steps)
   settings.check_decay(
     decay=decay, slow_decay=slow_decay, second_decay=second_decay
   )
   settings.check_rate(epsilon=epsilon, damping=damping)
+  settings.check_period(num_steps=num_steps)
+  if isinstance(coefficients, str):
+    settings.check_choice(newton_schulz.COEFFICIENTS, coefficients=coefficients)
   periods, weights = _slow_clocks(slow_every, slow_weight)
   is_ema = form == 'ema'
   add = _average if is_ema else _sum
@@ -265,13 +265,8 @@ def scale_by_m3(
       ahead = _look_ahead(decay, momentum, gradients, step)
     direction = orthogonalize(ahead)
 
-    total = jnp.ones(())  # The sum of the weights of all directions.
-    for slow, period, weight in zip(state.slow, periods, weights, strict=True):
-      direction = jax.tree.map(
-        lambda fast, slow, w=weight: fast + w * slow, direction, slow.direction
-      )
-      total = total + weight * (count >= period)  # Zero before it is known.
-
+    is_known = [count >= period for period in periods]
+    direction, total = _add_slow(direction, state.slow, weights, is_known)
     second_moment = state.second_moment
     if second_decay is not None:
       squares = jax.tree.map(jnp.square, gradients)
@@ -286,29 +281,29 @@ def scale_by_m3(
       direction = jax.tree.map(
         lambda d: d * (_scale(d) / total).astype(d.dtype), direction
       )
-
     update_slow = functools.partial(
-      _update_slow,
-      gradients=gradients,
-      count=count,
-      decay=slow_decay,
-      is_ema=is_ema,
-      orthogonalize=orthogonalize,
+      _update_slow, gradients, count, slow_decay, is_ema, orthogonalize
     )
-    new_state = M3State(
-      count=optax.safe_increment(count),
-      momentum=momentum,
-      slow=tuple(map(update_slow, state.slow, periods)),
-      second_moment=second_moment,
-    )
+    slow = tuple(map(update_slow, state.slow, periods))
+    count = optax.safe_increment(count)
+    new_state = M3State(count, momentum, slow, second_moment)
     return optax.tree.cast_like(direction, updates), new_state
 
   return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _update_slow(
-  slow, period, *, gradients, count, decay, is_ema, orthogonalize
-):
+def _add_slow(direction, slow, weights, is_known):
+  """Adds the slow directions; returns the sum, and the sum of its weights."""
+  total = jnp.ones(())
+  for part, weight, known in zip(slow, weights, is_known, strict=True):
+    direction = jax.tree.map(
+      lambda d, s, w=weight: d + w * s, direction, part.direction
+    )
+    total = total + weight * known  # A direction is zero before its first.
+  return direction, total
+
+
+def _update_slow(gradients, count, decay, is_ema, orthogonalize, slow, period):
   """Adds gradients to a slow momentum; orthogonalises it if it is due.
 
   A slow momentum is not read between its updates, so that it can hold the sum
@@ -316,13 +311,13 @@ def _update_slow(
   gradients are added one by one. That saves a buffer.
 
   Args:
-    slow: The `SlowMomentum`.
-    period: Steps between updates.
     gradients: Gradients of this step.
     count: Steps taken before this one.
-    decay: See `m3`.
+    decay: The `slow_decay` of `m3`.
     is_ema: Whether the form is 'ema'.
     orthogonalize: Function of a tree of matrices.
+    slow: The `SlowMomentum`.
+    period: Steps between updates.
 
   Returns:
     The new `SlowMomentum`.

@@ -126,17 +126,12 @@ def deep_momentum(
         down, up = _literal_step(u, down, up, decay, rate)
         moved = placement.matmul(up, jnp.tanh(down))
       else:
-        square = jnp.mean(jnp.square(u), axis=(-2, -1))
-        mean_square = decay * mean_square + (1 - decay) * square
-        # Corrected for its start at zero; a zero gradient stays zero.
-        scale = jnp.sqrt(mean_square / (1 - decay**step)) + 1e-12
-        u = u / scale[..., None, None]
+        mean_square, u = _normalize(u, mean_square, decay, step)
         for _ in range(inner_steps):
           down, up = _inner_step(u, down, up, 1 - decay)
         held = placement.matmul(up, jnp.tanh(down))
         moved = -rate * (held + (1 - decay) * (u - held))
-      moved = jnp.matrix_transpose(moved).astype(g.dtype)
-      return moved, down, up, mean_square
+      return jnp.matrix_transpose(moved).astype(g.dtype), down, up, mean_square
 
     leaves, structure = jax.tree.flatten(updates)
     memories = state.down, state.up, state.mean_square
@@ -186,6 +181,15 @@ def _init_layers(leaf, state_ratio, key):
 
 def _keep_type(new, old):
   return placement.put(new.astype(old.dtype), placement.spec_of(old), like=old)
+
+
+def _normalize(u, mean_square, decay, step):
+  """Returns the new mean square of gradients, and u over its root."""
+  square = jnp.mean(jnp.square(u), axis=(-2, -1))
+  mean_square = decay * mean_square + (1 - decay) * square
+  # Corrected for its start at zero; a zero gradient stays zero.
+  scale = jnp.sqrt(mean_square / (1 - decay**step)) + 1e-12
+  return mean_square, u / scale[..., None, None]
 
 
 def _inner_step(u, down, up, rate):

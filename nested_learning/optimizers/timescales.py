@@ -165,20 +165,13 @@ def multi_timescale(
     states = {}
     for name, period in periods.items():
       own = params if empty else _select(params, labels, name)
-      states[name] = LevelState(
-        inner=optimizers[name].init(own),
-        accumulated=jax.tree.map(_zeros, own) if period > 1 else (),
-        accumulated_extra={
+      extra = {}
+      if period > 1:
+        extra = {
           key: _init_extra(example, params, labels, name)
           for key, example in accumulate.items()
-          if period > 1
-        },
-        num_accumulated=jnp.zeros((), jnp.int32),
-        num_updates=jnp.zeros((), jnp.int32),
-        gradient_norm=jnp.zeros((), jnp.float32),
-        update_norm=jnp.zeros((), jnp.float32),
-        update_ratio=jnp.zeros((), jnp.float32),
-      )
+        }
+      states[name] = _init_level(optimizers[name], own, extra, period)
     return MultiTimescaleState(jnp.zeros((), jnp.int32), states)
 
   def update_fn(updates, state, params=None, **extra_args):
@@ -232,6 +225,20 @@ def telemetry(state) -> dict[str, jax.Array]:
     for name, level in node.levels.items()
     for field in report
   }
+
+
+def _init_level(optimizer, params, extra, period):
+  """Returns the state of a level before its first step."""
+  return LevelState(
+    inner=optimizer.init(params),
+    accumulated=jax.tree.map(_zeros, params) if period > 1 else (),
+    accumulated_extra=extra,
+    num_accumulated=jnp.zeros((), jnp.int32),
+    num_updates=jnp.zeros((), jnp.int32),
+    gradient_norm=jnp.zeros((), jnp.float32),
+    update_norm=jnp.zeros((), jnp.float32),
+    update_ratio=jnp.zeros((), jnp.float32),
+  )
 
 
 def _update(optimizer, gradients, state, params, extra_args):
