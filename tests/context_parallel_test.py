@@ -1,4 +1,4 @@
-"""Layers over devices that share the tokens of a row are what they were."""
+"""Layers on devices that share a row equal the same layers on one device."""
 
 import functools
 
@@ -51,14 +51,14 @@ class ContextParallelTest(parameterized.TestCase):
     self.cotangent = rng.normal(size=self.x.shape)
 
   def marks(self, name):
-    """No marks, resets, or resets and a mask."""
+    """Returns no marks, resets, or resets and a mask."""
     return layers.TokenInfo(
       None if name == 'none' else self.reset,
       self.mask if name == 'mask' else None,
     )
 
   def run_layer(self, layer, marks, mesh=None):
-    """Outputs, gradients and state; on a mesh also what its program sends."""
+    """Returns outputs, gradients and state, and on a mesh its analysis."""
     params = parameters.init(jax.random.key(1), layer.table, jnp.float64)
 
     def loss(params, x, reset, mask):
@@ -158,7 +158,7 @@ class ContextParallelTest(parameterized.TestCase):
       self.check_hands_over(found, turns=_ROWS + 3 if mesh == 'context' else 3)
 
   def check_hands_over(self, found, turns):
-    """States are sent once per turn, forwards and back, and nothing else is."""
+    """Checks that states alone are sent, once per turn and direction."""
     sent = [
       c for c in found.collectives if c.kind == 'collective-permute' and c.loops
     ]

@@ -1,4 +1,4 @@
-"""The table, and what derives from it."""
+"""The table of parameters and the values derived from it."""
 
 from absl.testing import absltest
 import jax

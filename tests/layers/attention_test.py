@@ -1,4 +1,4 @@
-"""Attention against a softmax in numpy, whole and from its cache."""
+"""Attention against a softmax in NumPy, in one call and from its state."""
 
 import dataclasses
 from unittest import mock
@@ -28,7 +28,7 @@ def make(num_heads=4, num_kv_heads=2):
 
 
 def rotate_by_hand(x, position, theta=10_000.0):
-  """[h, d] turned pair by pair, as complex numbers."""
+  """Rotates pairs of channels of x [h, d] as complex numbers."""
   half = x.shape[-1] // 2
   turn = np.exp(1j * position * theta ** (-np.arange(half) / half))
   turned = (x[:, :half] + 1j * x[:, half:]) * turn
@@ -36,7 +36,7 @@ def rotate_by_hand(x, position, theta=10_000.0):
 
 
 def attend_by_hand(params, x, reset):
-  """One row of tokens [t, e], all there."""
+  """Attends within one row of tokens [t, e] without padding."""
   params = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
   project = lambda name: np.einsum('te,ehd->thd', x, params[name])
   query, key, value = (project(name) for name in ('query', 'key', 'value'))

@@ -1,4 +1,4 @@
-"""What every mixer's config offers to the models around it."""
+"""The contract of mixers' configs and of their layers."""
 
 import dataclasses
 

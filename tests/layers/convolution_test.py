@@ -1,4 +1,4 @@
-"""The causal convolution against a loop, whole and in pieces."""
+"""The causal convolution against a loop, in one call and in several."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -14,7 +14,7 @@ _WIDTH, _CHANNELS = 4, 3
 
 
 def convolve_by_loop(kernel, x, reset):
-  """One row: sums over the taps that lie in the token's document."""
+  """Convolves one row, with the taps that lie in the token's document."""
   out = np.zeros_like(x)
   start = 0
   for t in range(len(x)):
@@ -61,11 +61,11 @@ class ConvolutionTest(parameterized.TestCase):
       arguments = kernel, state, self.x.astype(np.float64)
       first = jax.grad(loss, (0, 1, 2))
       test_util.check_grads(loss, arguments, order=1, modes=['rev'])
-      # The gradient has one, too: levels learn through it.
+      # Second derivatives: levels learn through the gradient.
       norm = lambda *x: sum((g**2).sum() for g in jax.tree.leaves(first(*x)))
       test_util.check_grads(norm, arguments, order=1, modes=['rev'])
 
-  def test_tokens_that_are_not_there_are_skipped(self):
+  def test_padding_is_skipped(self):
     out, _ = self.apply(
       self.params, None, self.x, reset=self.reset, mask=self.mask
     )

@@ -46,14 +46,14 @@ class _Case(parameterized.TestCase):
     self.reset[0, 6] = self.reset[1, 8] = True
 
   def random(self, layer):
-    """Parameters of a layer, none of them at a special value."""
+    """Draws parameters of a layer, none of them at a special value."""
     params = parameters.init(jax.random.key(0), layer.table, jnp.float64)
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda w: w + 0.3 * rng.normal(size=w.shape), params)
 
 
 def read(layer, params, x, reset):
-  """What a layer gives for whole rows."""
+  """Returns the outputs of a layer for whole rows."""
   run = lambda params, x, reset: layer.apply(
     params, None, x, layers.TokenInfo(reset)
   )
@@ -62,7 +62,7 @@ def read(layer, params, x, reset):
 
 class HybridsTest(_Case):
   def parts(self, params):
-    """The memory over whole rows, and attention over whole rows by hand."""
+    """Returns functions of whole rows: the memory, and attention by hand."""
     memory = _MEMORY.make(**_SIZES)
     remember = lambda x: read(memory, params['titans'], x, self.reset)
     attend = lambda x: np.stack(
@@ -104,14 +104,14 @@ class MemoryAsContextTest(_Case):
     self.params = self.random(self.layer)
 
   def by_hand(self):
-    """Token by token, with a copy of the memory each segment began with."""
+    """Computes MAC token by token, from a copy of each segment's memory."""
     memory = _MEMORY.make(**_SIZES)
 
     @compiling.jit_static('write')
     def step(state, token, write):
-      marks = layers.TokenInfo(write=write)
+      info = layers.TokenInfo(write=write)
       out, state = memory.apply(
-        self.params['titans'], state, token[None, None], marks
+        self.params['titans'], state, token[None, None], info
       )
       return out[0, 0], state
 
@@ -159,8 +159,8 @@ class MemoryAsContextTest(_Case):
 
     @compiling.jit_static('write')
     def run(state, write):
-      marks = layers.TokenInfo(write=write)
-      return self.layer.apply(self.params, state, self.x, marks)
+      info = layers.TokenInfo(write=write)
+      return self.layer.apply(self.params, state, self.x, info)
 
     _, state = run(self.layer.init_state(self.params, 2), write=True)
     _, after = run(state, write=False)

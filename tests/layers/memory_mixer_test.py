@@ -1,4 +1,4 @@
-"""The contract of self-modifying Titans, whatever its settings."""
+"""The contract of the memory mixer, for several settings."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def make(config, dtype=jnp.float32):
 
 
 def init(layer):
-  """Random values near the initial ones, so that nothing is exactly zero."""
+  """Draws parameters near their initial values, none of them exactly zero."""
   params = parameters.init(jax.random.key(0), layer.table)
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -58,7 +58,7 @@ def init(layer):
   )
 
 
-class TitansTest(parameterized.TestCase):
+class MemoryMixerTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     rng = np.random.default_rng(0)
@@ -87,7 +87,7 @@ class TitansTest(parameterized.TestCase):
       for leaf in jax.tree.leaves((last.main.memory, last.others)):
         self.assertIn(leaf.dtype, (jnp.float32, jnp.int32))
 
-    with self.subTest('a token changes what comes after it, and nothing else'):
+    with self.subTest('a token changes the outputs from its own on'):
       for t in (3, 11):
         changed = self.x.copy()
         changed[:, t] += 1.0
@@ -98,7 +98,7 @@ class TitansTest(parameterized.TestCase):
         differs = np.abs(after - before).max(axis=(0, 2))
         self.assertTrue(np.all(differs[t:] > 0))
 
-    with self.subTest('any split gives the same, rows cut on their own'):
+    with self.subTest('any split gives the same, also one per row'):
       rng = np.random.default_rng(1)
       for num_calls in (2, 4, _LENGTH):
         call = np.sort(rng.integers(num_calls, size=(_BATCH, _LENGTH)), axis=1)
@@ -113,7 +113,7 @@ class TitansTest(parameterized.TestCase):
           last.main.memory,
         )
 
-    with self.subTest('padding is no token, wherever it stands'):
+    with self.subTest('padding changes nothing, wherever it stands'):
       poison = np.where(self.all[..., None], self.x, 0.0)
       mask = self.all.copy()
       mask[:, ::4] = False
@@ -126,7 +126,7 @@ class TitansTest(parameterized.TestCase):
       )
       jax.tree.map(np.testing.assert_array_equal, state, same)
 
-    with self.subTest('a document is alone'):
+    with self.subTest('documents are independent'):
       border = 10
       reset = np.zeros_like(self.reset)
       reset[:, border] = True
@@ -138,40 +138,23 @@ class TitansTest(parameterized.TestCase):
       self.assertGreater(np.abs(out - again)[:, :border].max(), 1e-3)
 
   @parameterized.parameters(*_CONFIGS)
-  def test_training_form(self, name):
+  def test_gradients_reach_every_parameter(self, name):
     layer = make(_CONFIGS[name])
-    half = make(_CONFIGS[name], jnp.bfloat16)
     params = init(layer)
-
-    def loss(params, write):
-      marks = layers.TokenInfo(self.reset, write=write)
-      out, _ = layer.apply(params, None, self.x, marks)
-      return jnp.sum(jnp.sin(3.0 * out)), out
+    info = layers.TokenInfo(self.reset)
 
     @compiling.jit
     def run(params):
+      def loss(params):
+        out, _ = layer.apply(params, None, self.x, info)
+        return jnp.sum(jnp.sin(3.0 * out)), out
+
       start = layer.init_state(params, _BATCH)
-      return (
-        jax.grad(loss, has_aux=True)(params, True),
-        loss(params, False)[1],
-        layer.apply(params, start, self.x, layers.TokenInfo(self.reset))[0],
-        half.apply(
-          params,
-          None,
-          self.x.astype(jnp.bfloat16),
-          layers.TokenInfo(self.reset),
-        ),
-      )
+      carried, _ = layer.apply(params, start, self.x, info)
+      return *jax.grad(loss, has_aux=True)(params), carried
 
-    (grads, out), unwritten, carried, (low, low_state) = run(params)
+    grads, out, carried = run(params)
     np.testing.assert_allclose(out, carried, rtol=1e-5, atol=1e-5)
-    self.assertGreater(np.abs(out - unwritten).max(), 1e-3)
-    self.assertEqual(low.dtype, jnp.bfloat16)
-    self.assertEqual(low_state.main.memory['in'].dtype, jnp.float32)
-    scale = np.abs(out).max()
-    error = np.abs(np.asarray(low, np.float32) - out)
-    self.assertLess(np.sqrt(np.mean(error**2)), 2e-2 * scale)
-
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
       self.assertTrue(np.all(np.isfinite(grad)))
       self.assertGreater(np.abs(grad).max(), 1e-6, parameters.path_name(path))
@@ -187,9 +170,28 @@ class TitansTest(parameterized.TestCase):
       for role in roles:
         self.assertGreater(np.abs(role).max(), 1e-6)
 
+  def test_writes_and_half_precision(self):
+    layer, half = make(_HOPE), make(_HOPE, jnp.bfloat16)
+    params = init(layer)
+
+    @compiling.jit
+    def run(params):
+      info = layers.TokenInfo(self.reset)
+      return (
+        layer.apply(params, None, self.x, info)[0],
+        layer.apply(params, None, self.x, info._replace(write=False))[0],
+        half.apply(params, None, self.x.astype(jnp.bfloat16), info),
+      )
+
+    out, unwritten, (low, state) = run(params)
+    self.assertGreater(np.abs(out - unwritten).max(), 1e-3)
+    self.assertEqual(low.dtype, jnp.bfloat16)
+    self.assertEqual(state.main.memory['in'].dtype, jnp.float32)
+    error = np.abs(np.asarray(low, np.float32) - out)
+    self.assertLess(np.sqrt(np.mean(error**2)), 2e-2 * np.abs(out).max())
+
   def test_roles_are_read_with_their_norm(self):
-    # Nothing is written, so that all that is left of their norm is the read of
-    # the query.
+    # Nothing is written: the norm acts only through the read of the query.
     config = dataclasses.replace(_CONFIGS['norm'], adaptive=memory_mixer.ROLES)
     params = init(make(config))
     half = params | {
@@ -200,11 +202,11 @@ class TitansTest(parameterized.TestCase):
         )
       }
     }
-    marks = layers.TokenInfo(write=False)
+    info = layers.TokenInfo(write=False)
 
     @compiling.jit
     def run(params):
-      return make(config).apply(params, None, self.x, marks)[0]
+      return make(config).apply(params, None, self.x, info)[0]
 
     self.assertGreater(np.abs(run(params) - run(half)).max(), 1e-3)
 

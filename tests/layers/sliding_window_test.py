@@ -29,7 +29,7 @@ def make(window=5, num_persistent=0, num_kv_heads=2, dtype=jnp.float64):
 
 
 def rotate_by_hand(x):
-  """[t, h, d] turned pair by pair, as complex numbers."""
+  """Rotates pairs of channels of x [t, h, d] as complex numbers."""
   half = x.shape[-1] // 2
   angle = np.arange(len(x))[:, None] * 10_000.0 ** (-np.arange(half) / half)
   turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)[:, None]
@@ -37,7 +37,7 @@ def rotate_by_hand(x):
 
 
 def attend_by_hand(params, x, reset, window):
-  """One row of tokens [t, e], all there; one mask over t x t scores."""
+  """Attends within one row [t, e] without padding, with a mask of t x t."""
   params = jax.tree.map(np.asarray, params)
   project = lambda name: np.einsum('te,ehd->thd', x, params[name])
   query, key, value = (project(name) for name in ('query', 'key', 'value'))
@@ -74,7 +74,7 @@ class SlidingWindowTest(parameterized.TestCase):
     return layer, params, compiling.jit(layer.apply)
 
   def test_gradients_of_blocks_are_those_of_windows_alone(self):
-    """Six blocks of 5, against each token read with its window alone."""
+    """Compares six blocks of 5 with one call per token and its window."""
     layer, params, _ = self.parts(num_persistent=2)
     marks = layers.TokenInfo(self.reset)
 

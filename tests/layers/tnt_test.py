@@ -1,4 +1,4 @@
-"""TNT against its equations, in a loop of numpy, and as a stream."""
+"""TNT against its equations in a NumPy loop, and as a stream."""
 
 import dataclasses
 import itertools
@@ -38,7 +38,7 @@ def make_config(**settings):
 def make(config):
   layer = config.make(**_SIZES)
   params = parameters.init(jax.random.key(0), layer.table, jnp.float64)
-  # Memories that start where they differ, of the size of what they learn.
+  # Random initial memories, of the size of their updates.
   keys = iter(jax.random.split(jax.random.key(1), 100))
   params['memory'] = jax.tree.map(
     lambda x: 0.7 * jax.random.normal(next(keys), x.shape), params['memory']
@@ -59,7 +59,7 @@ def silu(x):
 
 
 class Memory:
-  """M(x) = x + W1 silu(W2 x) and one step down 1/2 |M(k) - v|^2, by hand."""
+  """M(x) = x + W1 silu(W2 x), written by descent on 1/2 |M(k) - v|^2."""
 
   def __init__(self, params, head):
     self.initial = {
@@ -73,7 +73,7 @@ class Memory:
     return x + weights['out'] @ silu(weights['in'] @ x)
 
   def write(self, key, value, rate):
-    """The error is the anchor's; the step is taken from where one is."""
+    """Steps from the current weights, with the error of the anchor."""
     w = self.anchor
     hidden = w['in'] @ key
     error = self.read(w, key) - value
@@ -87,7 +87,7 @@ class Memory:
 
 
 def run_by_hand(config, params, x, reset):
-  """Eqs. 5-7 of the paper, row by row, head by head, token by token."""
+  """Computes eqs. 5-7 of the paper in loops over rows, heads and tokens."""
   projected, _ = memory_projections.project(
     params,
     None,
@@ -125,7 +125,7 @@ def run_by_hand(config, params, x, reset):
           if name == 'global':
             read[b, t, h] += memory.read(memory.anchor, query)
             continue
-          # As the layer normalises: |k|^2 with a grain of sand.
+          # |k|^2 with the epsilon of the layer's normalisation.
           seen[name] = seen[name] + np.outer(key, key) / (key @ key + 1e-6)
           asked = query
           if config.query == 'projected':
@@ -151,7 +151,7 @@ class TntTest(parameterized.TestCase):
     (_LENGTH, 'projected'),
     (_LENGTH - 1, 'plain'),
   )
-  def test_is_what_the_paper_says(self, num_tokens, query):
+  def test_equals_the_papers_equations(self, num_tokens, query):
     config = make_config(query=query)
     layer, params = make(config)
     x, reset = self.x[:, :num_tokens], self.reset[:, :num_tokens]
