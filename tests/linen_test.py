@@ -13,13 +13,12 @@ import optax
 from nested_learning import layers
 from nested_learning import linen
 from nested_learning import models
-from nested_learning.layers import memory_mixer
 from tests import compiling
 
 _MIXER = layers.MemoryMixerConfig(
   num_heads=2, head_dim=4, chunk_size=8, chunk_size_others=4
 )
-_LAYER = memory_mixer.make_memory_mixer(_MIXER, embed_dim=8, dtype=jnp.float32)
+_LAYER = _MIXER.make(embed_dim=8, dtype=jnp.float32)
 _MODEL = models.make_model(
   models.ModelConfig(
     vocab_size=13,

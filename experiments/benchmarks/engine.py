@@ -133,9 +133,7 @@ def _layers(config: BenchmarkConfig, matmul_rate: float) -> dict[str, float]:
     )
   functions = {}
   for name, mixer in mixers.items():
-    made = memory_mixer.make_memory_mixer(
-      mixer, embed_dim=config.embed_dim, dtype=jnp.float32
-    )
+    made = mixer.make(embed_dim=config.embed_dim, dtype=jnp.float32)
     params = parameters.init(jax.random.key(0), made.table)
 
     def loss(params, inputs, made=made):

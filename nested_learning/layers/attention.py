@@ -67,11 +67,16 @@ class AttentionConfig:
     """1: attention has no chunks; see `base.MixerConfig`."""
     return 1
 
-  def make(self, *, embed_dim: int, max_length: int, dtype: Any) -> base.Layer:
+  def make(
+    self, *, embed_dim: int, dtype: Any, max_length: int | None = None
+  ) -> base.Layer:
     """Makes the layer; see `base.MixerConfig`."""
-    return make_attention(
-      self, embed_dim=embed_dim, max_length=max_length, dtype=dtype
-    )
+    if max_length is None and self.window is None:
+      raise errors.UserError(
+        'max_length=None must be a number of tokens: attention without a '
+        'window keeps all of a stream.'
+      )
+    return _make_attention(self, embed_dim, max_length, dtype)
 
 
 class AttentionState(NamedTuple):
@@ -92,21 +97,9 @@ class AttentionState(NamedTuple):
   current: jax.Array
 
 
-def make_attention(
-  config: AttentionConfig, *, embed_dim: int, max_length: int, dtype: Any
+def _make_attention(
+  config: AttentionConfig, embed_dim, max_length, dtype
 ) -> base.Layer:
-  """Makes the attention layer.
-
-  Args:
-    config: Settings of the layer.
-    embed_dim: Width e of inputs and outputs.
-    max_length: Longest stream in tokens, the size of the state. Unused with a
-      window, which allows streams of any length.
-    dtype: Type of the arithmetic; the softmax is in float32 at least.
-
-  Returns:
-    A `Layer`.
-  """
   c = config
   table = _table(c, embed_dim)
 

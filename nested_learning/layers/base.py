@@ -98,13 +98,16 @@ class MixerConfig(Protocol):
   def granularity(self) -> int:
     """Tokens per device must be a multiple of it if devices share a row."""
 
-  def make(self, *, embed_dim: int, max_length: int, dtype: Any) -> Layer:
+  def make(
+    self, *, embed_dim: int, dtype: Any, max_length: int | None = None
+  ) -> Layer:
     """Makes the layer.
 
     Args:
       embed_dim: Width e of inputs and outputs.
-      max_length: Longest stream in tokens, if `holds_any_length` is False.
       dtype: Type of the projections.
+      max_length: Longest stream in tokens; needed if `holds_any_length` is
+        False.
 
     Returns:
       A `Layer`.

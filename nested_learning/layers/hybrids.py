@@ -69,7 +69,9 @@ class _PartsConfig:
 class MemoryAsLayerConfig(_PartsConfig):
   """A memory, and attention to its outputs."""
 
-  def make(self, *, embed_dim: int, max_length: int, dtype: Any) -> base.Layer:
+  def make(
+    self, *, embed_dim: int, dtype: Any, max_length: int | None = None
+  ) -> base.Layer:
     """Makes the layer; see `base.MixerConfig`."""
     parts = _make_parts(self, embed_dim, max_length, dtype)
     return _make_memory_as_layer(parts, embed_dim)
@@ -79,7 +81,9 @@ class MemoryAsLayerConfig(_PartsConfig):
 class MemoryAsGateConfig(_PartsConfig):
   """Attention and a memory side by side, the one gated by the other."""
 
-  def make(self, *, embed_dim: int, max_length: int, dtype: Any) -> base.Layer:
+  def make(
+    self, *, embed_dim: int, dtype: Any, max_length: int | None = None
+  ) -> base.Layer:
     """Makes the layer; see `base.MixerConfig`."""
     parts = _make_parts(self, embed_dim, max_length, dtype)
     return _make_memory_as_gate(parts, embed_dim)
@@ -120,7 +124,9 @@ class MemoryAsContextConfig:
     """Tokens of a segment; see `base.MixerConfig`."""
     return self.memory.chunk_size
 
-  def make(self, *, embed_dim: int, max_length: int, dtype: Any) -> base.Layer:
+  def make(
+    self, *, embed_dim: int, dtype: Any, max_length: int | None = None
+  ) -> base.Layer:
     """Makes the layer; see `base.MixerConfig`."""
     del max_length
     return _make_memory_as_context(self, embed_dim, dtype)
@@ -143,7 +149,7 @@ class ContextState(NamedTuple):
 
 
 def _make_parts(config, embed_dim, max_length, dtype) -> dict[str, base.Layer]:
-  sizes = {'embed_dim': embed_dim, 'max_length': max_length, 'dtype': dtype}
+  sizes = {'embed_dim': embed_dim, 'dtype': dtype, 'max_length': max_length}
   return {
     'titans': config.memory.make(**sizes),
     'attention': config.attention.make(**sizes),
@@ -204,18 +210,14 @@ def _gate(scale, x, by):
   return x * jax.nn.silu(norm.rms_norm(scale, by))
 
 
-def _make_memory_as_context(config, embed_dim, dtype) -> base.Layer:
+def _make_memory_as_context(
+  config: MemoryAsContextConfig, embed_dim, dtype
+) -> base.Layer:
   size = config.memory.chunk_size
-  memory = memory_mixer.make_memory_mixer(
-    config.memory, embed_dim=embed_dim, dtype=dtype
-  )
+  memory = config.memory.make(embed_dim=embed_dim, dtype=dtype)
   # Each token of a segment adds two keys, its read and itself; all are visible.
-  attend = attention.make_attention(
-    dataclasses.replace(config.attention, window=2 * size),
-    embed_dim=embed_dim,
-    max_length=2 * size,
-    dtype=dtype,
-  )
+  window = dataclasses.replace(config.attention, window=2 * size)
+  attend = window.make(embed_dim=embed_dim, dtype=dtype)
   table = {
     'titans': memory.table,
     'attention': attend.table,

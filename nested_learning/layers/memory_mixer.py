@@ -164,10 +164,12 @@ class MemoryMixerConfig:
     others = self.chunk_size_others if self.adaptive else 1
     return math.lcm(self.chunk_size, others)
 
-  def make(self, *, embed_dim: int, max_length: int, dtype: Any) -> base.Layer:
+  def make(
+    self, *, embed_dim: int, dtype: Any, max_length: int | None = None
+  ) -> base.Layer:
     """Makes the layer; see `base.MixerConfig`."""
     del max_length
-    return make_memory_mixer(self, embed_dim=embed_dim, dtype=dtype)
+    return _make_memory_mixer(self, embed_dim, dtype)
 
   @property
   def rates(self) -> Mapping[str, str]:
@@ -268,19 +270,9 @@ class MemoryMixerState(NamedTuple):
   main: memory.State
 
 
-def make_memory_mixer(
-  config: MemoryMixerConfig, *, embed_dim: int, dtype: Any
+def _make_memory_mixer(
+  config: MemoryMixerConfig, embed_dim, dtype
 ) -> base.Layer:
-  """Makes the layer.
-
-  Args:
-    config: Settings of the memories.
-    embed_dim: Width e of inputs and outputs.
-    dtype: Type of the projections; memories are float32 at least.
-
-  Returns:
-    A `Layer`.
-  """
   c = config
   groups = ('main', 'others') if c.adaptive else ('main',)
   tables = {group: c.network(group).table for group in groups}

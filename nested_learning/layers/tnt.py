@@ -109,10 +109,12 @@ class TntConfig:
     shards = (local.shard_size for local in self.locals)
     return math.lcm(self.memory.chunk_size, *shards)
 
-  def make(self, *, embed_dim: int, max_length: int, dtype: Any) -> base.Layer:
+  def make(
+    self, *, embed_dim: int, dtype: Any, max_length: int | None = None
+  ) -> base.Layer:
     """Makes the layer; see `base.MixerConfig`."""
     del max_length
-    return make_tnt(self, embed_dim=embed_dim, dtype=dtype)
+    return _make_tnt(self, embed_dim, dtype)
 
   def rules(self) -> dict[str, memory.Rule]:
     """Returns the engine's rule of each memory; V is read at its anchors."""
@@ -157,17 +159,7 @@ class _Shared(NamedTuple):
   position: jax.Array
 
 
-def make_tnt(config: TntConfig, *, embed_dim: int, dtype: Any) -> base.Layer:
-  """Makes the layer.
-
-  Args:
-    config: Settings of the memories.
-    embed_dim: Width e of inputs and outputs.
-    dtype: Type of the projections; memories are float32 at least.
-
-  Returns:
-    A `Layer`.
-  """
+def _make_tnt(config: TntConfig, embed_dim, dtype) -> base.Layer:
   c = config.memory
   wide = jnp.promote_types(dtype, jnp.float32)
   tables = {name: c.network().table for name in config.rules()}

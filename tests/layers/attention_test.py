@@ -13,18 +13,16 @@ import numpy as np
 from nested_learning import errors
 from nested_learning import layers
 from nested_learning import parameters
-from nested_learning.layers import attention
 from nested_learning.layers import dot_product
 from tests import compiling
 
 _EMBED, _LENGTH = 6, 24
+_SIZES = {'embed_dim': _EMBED, 'max_length': _LENGTH, 'dtype': jnp.float32}
 
 
 def make(num_heads=4, num_kv_heads=2):
   config = layers.AttentionConfig(num_heads, num_kv_heads, head_dim=4)
-  return attention.make_attention(
-    config, embed_dim=_EMBED, max_length=_LENGTH, dtype=jnp.float32
-  )
+  return config.make(**_SIZES)
 
 
 def rotate_by_hand(x, position, theta=10_000.0):
@@ -114,11 +112,8 @@ class AttentionTest(parameterized.TestCase):
 
   def test_persistent_tokens_have_no_place(self):
     config = layers.AttentionConfig(4, 2, head_dim=4, num_persistent=3)
-    sizes = {'embed_dim': _EMBED, 'max_length': _LENGTH, 'dtype': jnp.float32}
-    full = attention.make_attention(config, **sizes)
-    wide = attention.make_attention(
-      dataclasses.replace(config, window=17), **sizes
-    )
+    full = config.make(**_SIZES)
+    wide = dataclasses.replace(config, window=17).make(**_SIZES)
     params = parameters.init(jax.random.key(0), full.table)
     marks = layers.TokenInfo(self.reset)
     out, _ = compiling.jit(full.apply)(params, None, self.x, marks)
@@ -133,9 +128,7 @@ class AttentionTest(parameterized.TestCase):
   )
   def test_blocks_of_queries_give_the_same(self, marked, carried, num_groups):
     config = layers.AttentionConfig(4, 2, head_dim=4, num_persistent=3)
-    layer = attention.make_attention(
-      config, embed_dim=_EMBED, max_length=_LENGTH, dtype=jnp.float32
-    )
+    layer = config.make(**_SIZES)
     params = parameters.init(jax.random.key(0), layer.table)
     marks = layers.TokenInfo(*(self.reset, self.mask) if marked else ())
     there = self.mask[..., None] if marked else True
@@ -185,6 +178,11 @@ class AttentionTest(parameterized.TestCase):
     sizes = {'num_heads': 4, 'num_kv_heads': 4, 'head_dim': 4} | changes
     with self.assertRaisesRegex(errors.UserError, f'^{message}'):
       layers.AttentionConfig(**sizes)
+
+  def test_attention_to_all_tokens_needs_the_length_of_a_stream(self):
+    config = layers.AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4)
+    with self.assertRaisesRegex(errors.UserError, 'max_length=None must be'):
+      config.make(embed_dim=_EMBED, dtype=jnp.float32)
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ from tests import compiling
 from tests.layers import sliding_window_test
 
 _EMBED, _LENGTH, _SIZE = 6, 11, 4
-_SIZES = {'embed_dim': _EMBED, 'max_length': 1, 'dtype': jnp.float64}
+_SIZES = {'embed_dim': _EMBED, 'dtype': jnp.float64}
 _MEMORY = layers.MemoryMixerConfig(
   num_heads=2,
   head_dim=4,

@@ -39,9 +39,7 @@ _CONFIGS = {
 
 
 def make(config, dtype=jnp.float32):
-  return memory_mixer.make_memory_mixer(
-    config, embed_dim=_EMBED, dtype=jnp.dtype(dtype)
-  )
+  return config.make(embed_dim=_EMBED, dtype=jnp.dtype(dtype))
 
 
 def init(layer):

@@ -9,7 +9,6 @@ import numpy as np
 from nested_learning import compilation
 from nested_learning import layers
 from nested_learning import parameters
-from nested_learning.layers import attention
 from tests import compiling
 
 _EMBED, _LENGTH = 6, 29
@@ -23,9 +22,7 @@ def make(window=5, num_persistent=0, num_kv_heads=2, dtype=jnp.float64):
     window=window,
     num_persistent=num_persistent,
   )
-  return attention.make_attention(
-    config, embed_dim=_EMBED, max_length=8, dtype=dtype
-  )
+  return config.make(embed_dim=_EMBED, dtype=dtype)
 
 
 def rotate_by_hand(x):

@@ -17,7 +17,7 @@ from nested_learning.layers import memory_projections
 from tests import compiling
 
 _ROWS, _LENGTH, _EMBED, _HEADS, _DIM = 2, 24, 6, 2, 3
-_SIZES = {'embed_dim': _EMBED, 'max_length': 1, 'dtype': jnp.float64}
+_SIZES = {'embed_dim': _EMBED, 'dtype': jnp.float64}
 
 
 def make_config(**settings):

@@ -15,7 +15,6 @@ from nested_learning import levels
 from nested_learning import models
 from nested_learning import parameters
 from nested_learning import sharding
-from nested_learning.layers import attention
 from nested_learning.layers import cms
 from nested_learning.layers import norm
 from tests import compiling
@@ -150,9 +149,7 @@ class TrunkTest(parameterized.TestCase):
 
     @compiling.jit_static('mixer_config')
     def run_block(block, x, mixer_config):
-      mixer = attention.make_attention(
-        mixer_config, embed_dim=8, max_length=24, dtype=jnp.float32
-      )
+      mixer = mixer_config.make(embed_dim=8, max_length=24, dtype=jnp.float32)
       normed = norm.rms_norm(block['norm'], x)
       mixed, _ = mixer.apply(block['mixer'], None, normed, marks)
       return cms.apply(config.levels, block['levels'], x + mixed)

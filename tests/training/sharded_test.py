@@ -18,7 +18,6 @@ from nested_learning import models
 from nested_learning import parameters
 from nested_learning import sharding
 from nested_learning import training
-from nested_learning.layers import memory_mixer
 from nested_learning.training import make_workload
 from tests import compiling
 
@@ -161,9 +160,7 @@ class ShardedTest(parameterized.TestCase):
 
   def test_nothing_is_sent_while_a_memory_is_written(self):
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, model=2))
-    layer = memory_mixer.make_memory_mixer(
-      _MIXERS['hope'], embed_dim=32, dtype=jnp.float32
-    )
+    layer = _MIXERS['hope'].make(embed_dim=32, dtype=jnp.float32)
     shardings = sharding.param_shardings(layer.table, mesh)
 
     def loss(params, x, reset):
