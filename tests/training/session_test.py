@@ -7,10 +7,12 @@ import io
 import pathlib
 
 from absl.testing import absltest
+import jax
 
 from nested_learning import errors
 from nested_learning import inference
 from nested_learning import levels
+from nested_learning import models
 from nested_learning import tasks
 from nested_learning import training
 from nested_learning.inference import session_files
@@ -65,6 +67,15 @@ class SessionTest(absltest.TestCase):
     self.assertNotEqual(self.path.read_bytes(), first)
     self.assertEqual(digest(self.root / 'run' / 'checkpoints'), before)
 
+  def test_refuses_and_keeps_files_that_do_not_fit(self):
+    # Without a trained run: parameters are all that a session takes of it.
+    params = models.make_model(tiny.MODEL).init_params(jax.random.key(0))
+
+    def run(config):
+      with contextlib.redirect_stdout(io.StringIO()):
+        session.run_session(config, params)
+
+    run(self.config())
     kept = self.path.read_bytes()
     empty = self.root / 'empty.txt'
     empty.touch()
@@ -81,21 +92,22 @@ class SessionTest(absltest.TestCase):
       (dataclasses.replace(self.config(), inner=other), 'was begun with'),
     ):
       with self.assertRaisesRegex(errors.UserError, message):
-        self.run_session(config)
+        run(config)
       self.assertEqual(self.path.read_bytes(), kept)
     for content, message in (
       (kept[: len(kept) // 2], 'cut short'),
+      (b'', 'is not a session'),
       (b'some notes', 'is not a session'),
     ):
       self.path.write_bytes(content)
       with self.assertRaisesRegex(errors.UserError, message):
-        self.run_session(self.config())
+        run(self.config())
       self.assertEqual(self.path.read_bytes(), content)
     with (
       session_files.lock(self.path),
       self.assertRaisesRegex(errors.UserError, 'in use by process'),
     ):
-      self.run_session(self.config())
+      run(self.config())
 
   def test_reads_line_ends_as_training_does(self):
     self.text.write_bytes(b'one\r\ntwo\r\n')
