@@ -58,7 +58,7 @@ def print_error(error: Exception | str) -> None:
 
 
 def check_path(flag: str, path: str | None, *, folder: bool = False) -> None:
-  """Refuses a path that is too long for the file system.
+  """Raises an error if a path is too long for the file system.
 
   Args:
     flag: Name of the flag that gives it.
@@ -132,7 +132,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
   try:
     for argument in argv:
       if not argument.isprintable():
-        argument.encode()  # what is not UTF-8 has become lone surrogates
+        argument.encode()  # bytes that are not UTF-8 became lone surrogates
     argv = flags.FLAGS(argv)
   except UnicodeEncodeError:
     encoding = sys.getfilesystemencoding().upper()

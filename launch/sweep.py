@@ -8,11 +8,11 @@
     python launch/sweep.py --workdir=runs/abl --collect
 
 A cell is one choice of settings. Every cell and seed is a run of launch/run.py
-in --workdir/cells/NAME/seed_0. The same command again, or --workdir alone, runs
-everything that is not finished; interrupted and failed runs resume. Rows,
-values and seeds can be added; other changes need another --workdir. The
-finished runs make README.md, results.csv, summary.json and plots; --collect
-makes these at any time.
+in --workdir/cells/NAME/seed_0. The same command again, or --workdir alone (with
+--config for an experiment outside this checkout), runs everything that is not
+finished; interrupted and failed runs resume. Rows, values and seeds can be
+added; other changes need another --workdir. The finished runs make README.md,
+results.csv, summary.json and plots; --collect makes these at any time.
 
 The exit code is 0 when all runs are finished, 1 with a line for each failed run
 if some are not, and otherwise as for launch/run.py (launch/README.md).
@@ -332,8 +332,8 @@ def _submit(left, workdir) -> int:
   (workdir / 'slurm').mkdir(exist_ok=True)  # for the logs of the tasks
   if shutil.which('sbatch') is None:
     raise errors.UserError(
-      f'There is no sbatch here to start {len(left)} runs; where there is one: '
-      f'sbatch {shlex.quote(_argument(path))}.'
+      f'sbatch is not on PATH to start {len(left)} runs; on a machine that has '
+      f'it: sbatch {shlex.quote(_argument(path))}.'
     )
   return subprocess.run(['sbatch', _argument(path)], check=False).returncode
 

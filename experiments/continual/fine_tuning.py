@@ -168,15 +168,11 @@ def tune(
     new = [tasks.part(seed, task) for seed in range(num_seeds)]
     steps = max(config.epochs * max(map(len, new)) // config.batch_size, 1)
     for _ in range(steps):
-      picks = []
-      for rng, fresh, old in zip(rngs, new, kept, strict=True):
-        pool = fresh if method != 'joint' else np.concatenate([fresh, old])
-        pick = rng.choice(pool, config.batch_size)
-        if method == 'replay' and len(old):
-          half = config.batch_size // 2
-          pick[:half] = rng.choice(old, half)
-        picks.append(pick)
-      batch = tasks.train[np.stack(picks)]
+      picks = [
+        _draw_batch(rng, fresh, old, config.batch_size, method)
+        for rng, fresh, old in zip(rngs, new, kept, strict=True)
+      ]
+      batch = tasks.train[np.stack(picks)]  # [seed, b, EXAMPLE]
       params, state = tuning.step(params, state, batch, anchor)
     if method == 'ewc':
       picks = [rng.choice(x, 64) for rng, x in zip(rngs, new, strict=True)]
@@ -191,6 +187,17 @@ def tune(
     ]
     scores.append(tasks.score(answer, task))
   return np.stack(scores, axis=1)
+
+
+def _draw_batch(rng, fresh, old, batch_size, method):
+  """Draws the examples of a step, new ones and those kept of earlier tasks."""
+  if method == 'joint':
+    return rng.choice(np.concatenate([fresh, old]), batch_size)
+  batch = rng.choice(fresh, batch_size)
+  if method == 'replay' and len(old):
+    half = batch_size // 2
+    batch[:half] = rng.choice(old, half)
+  return batch
 
 
 def _keep(tasks, rng, places, per_class):

@@ -44,7 +44,7 @@ class FrequenciesConfig:
   slowest: tuple[int, ...] = (128, 256, 1024)  # tokens; the paper: 512, 2K, 8K
   trained_at: int = 256  # clock of the slowest level in training
   num_levels: tuple[int, ...] = (0, 1, 2, 3, 4)
-  rates: tuple[float, ...] = (0.3, 1.0)  # times those of training
+  rates: tuple[float, ...] = (0.3, 1.0)  # times the learning rates of training
   train_plant: int = 512  # tokens, as in `facts.py`
   train_gap: int = 1536
   gaps: tuple[int, ...] = (1024, 16_384)

@@ -145,7 +145,8 @@ def plan(job: jobs.Job) -> jobs.Plan:
   # The default network blocks JAX's own port.
   env = {'JAX_COORDINATOR_PORT': '8476', **job.env}
   command = ['launch/run.py', *jobs.remote_arguments('tpu-vm', job)]
-  ours = f'launch/run[.]py .*--workdir={re.escape(bucket.workdir)}'
+  # The end keeps runs in folders of longer names alive.
+  ours = f'launch/run[.]py .*--workdir={re.escape(bucket.workdir)}( |$)'
   start = _START.format(
     bucket=bucket.name,
     mount=bucket.mount,
