@@ -170,26 +170,36 @@ def _read(spec, params, state, tokens, *, reset=None, mask=None, write=True):
       return _read_segments(spec, params, state, tokens, reset=reset)
   state = _init_state(spec, params, batch_size) if state is None else state
   if not write or not num_tokens:
-    logits, model = rows.forward(
-      spec,
-      params,
-      state.levels,
-      state.model,
-      tokens,
-      reset=reset,
-      mask=mask,
-      write=False,
-    )
-    # No level learns from these tokens. In a row at the start of a segment,
-    # they are read before it.
-    at_start = state.segment.count == 0
-    segment = state.segment._replace(
-      model=trees.where(at_start, model, state.segment.model)
-    )
-    return logits, state._replace(model=model, segment=segment)
+    return _read_at_rest(spec, params, state, tokens, reset, mask)
   shape = batch_size, num_tokens
   mask = jnp.ones(shape, bool) if mask is None else mask
   reset = jnp.zeros(shape, bool) if reset is None else reset & mask
+  return _read_pieces(spec, params, state, tokens, reset, mask)
+
+
+def _read_at_rest(spec, params, state, tokens, reset, mask):
+  """Reads tokens that neither memories nor levels learn from."""
+  logits, model = rows.forward(
+    spec,
+    params,
+    state.levels,
+    state.model,
+    tokens,
+    reset=reset,
+    mask=mask,
+    write=False,
+  )
+  # In a row at the start of a segment, the tokens come before the segment.
+  at_start = state.segment.count == 0
+  segment = state.segment._replace(
+    model=trees.where(at_start, model, state.segment.model)
+  )
+  return logits, state._replace(model=model, segment=segment)
+
+
+def _read_pieces(spec, params, state, tokens, reset, mask):
+  """Reads and learns, in pieces that end where each row's segments do."""
+  (batch_size, num_tokens), size = tokens.shape, spec.steps.segment_size
   # Gathers put unmasked tokens first; the logits return to their places below.
   order, place = layout.present_first(mask)
   take = lambda x, i: layout.take(x, i, 1)

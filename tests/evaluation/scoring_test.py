@@ -16,7 +16,9 @@ import sentencepiece
 from nested_learning import data
 from nested_learning import errors
 from nested_learning import evaluation
+from nested_learning import inference
 from nested_learning import layers
+from nested_learning import levels
 from nested_learning import models
 from nested_learning import sharding
 from nested_learning.evaluation import scoring
@@ -194,6 +196,21 @@ class ScoreTest(parameterized.TestCase):
     )
     ((_, tokens, num_scored),) = scoring.make_windows(0, text, None)
     self.assertEqual((len(tokens), num_scored), (11, 10))
+
+  @pytest.mark.slow
+  def test_a_model_that_learns_scores_as_its_session_reads(self):
+    self.enterContext(compiling.quickly())
+    inner = levels.InnerConfig((4, 4), (0.5,), objective='dot')
+    params, asked = init_params(_ATTENTION), request(1, 19)
+    score = scoring.make_score(models.make_model(_ATTENTION, inner))
+    session = inference.Session(models.make_model(_ATTENTION), params, inner)
+    losses = session.feed(np.concatenate(asked))
+    (found,) = score(params, [asked])
+    self.assertAlmostEqual(found.log_likelihood, -np.nansum(losses), delta=1e-3)
+    (plain,) = make_score(_ATTENTION)([asked])
+    self.assertNotAlmostEqual(
+      found.log_likelihood, plain.log_likelihood, delta=0.1
+    )
 
   def test_empty_continuation_has_log_likelihood_zero(self):
     score = make_score(_ATTENTION)
