@@ -27,9 +27,9 @@ class Param:
     axes: Logical name of each axis ('embed', 'heads', 'mlp', 'vocab', ...), or
       None for an axis that is never sharded.
     init: `init(key, shape, dtype)` returns the initial value.
-    decay: Whether weight decay pulls it to zero. True for the matrices that
-      project activations; False for scales, biases, filters, embeddings and
-      initial memories, whose size is part of what they say.
+    decay: Whether weight decay acts on it. True for matrices that project
+      activations; False for scales, biases, filters, embeddings and initial
+      memories, whose size carries information.
   """
 
   shape: tuple[int, ...]

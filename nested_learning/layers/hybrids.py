@@ -14,16 +14,16 @@ y_1 ... y_t, token t of the segment is
    y_t &= norm(A(P, h_1, x_1, ..., h_t, x_t)) \\
    o_t &= y_t \odot silu(norm(M_t(y_t)))
 
-MAC differs from the paper in two readings, which make it causal. In the paper a
+MAC differs from the paper in two points, which make it causal. In the paper a
 segment attends to the reads of all its tokens, and o is read from the memory
 after the writes of the whole segment: both look ahead. Here a token sees the
 reads up to its own, and o_t is read after the writes up to its own. At the last
 token of a segment the two agree. h and x share the projections of attention,
-reads and writes those of the memory; the convolution of the reads runs over x,
-that of the writes over y.
+reads and writes share those of the memory; reads are convolved over x, writes
+over y.
 
-Persistent tokens P are `AttentionConfig.num_persistent`; what they would have
-written into the memory is part of its learned initial memory. The paper leaves
+Persistent tokens P are `AttentionConfig.num_persistent`. They do not write into
+the memory, whose initial value is learned anyway. The paper leaves
 the gate open ("normalised with learnable vectors, followed by a
 non-linearity"). The norm between the layers of MAL is ours.
 
@@ -210,17 +210,34 @@ def _gate(scale, x, by):
   return x * jax.nn.silu(norm.rms_norm(scale, by))
 
 
+class _Parts(NamedTuple):
+  """Layers of MAC.
+
+  Attributes:
+    size: Tokens of a segment, c.
+    memory: The memory, whose chunks are the segments.
+    attend: Attention to all reads and tokens of a segment.
+  """
+
+  size: int
+  memory: base.Layer
+  attend: base.Layer
+
+
 def _make_memory_as_context(
   config: MemoryAsContextConfig, embed_dim, dtype
 ) -> base.Layer:
   size = config.memory.chunk_size
-  memory = config.memory.make(embed_dim=embed_dim, dtype=dtype)
   # Each token of a segment adds two keys, its read and itself; all are visible.
   window = dataclasses.replace(config.attention, window=2 * size)
-  attend = window.make(embed_dim=embed_dim, dtype=dtype)
+  parts = _Parts(
+    size,
+    memory=config.memory.make(embed_dim=embed_dim, dtype=dtype),
+    attend=window.make(embed_dim=embed_dim, dtype=dtype),
+  )
   table = {
-    'titans': memory.table,
-    'attention': attend.table,
+    'titans': parts.memory.table,
+    'attention': parts.attend.table,
     'norm': {
       name: norm.scale_param(embed_dim)
       for name in ('read', 'attention', 'titans')
@@ -228,66 +245,13 @@ def _make_memory_as_context(
   }
 
   def init_state(params, batch_size):
-    titans_state = memory.init_state(params['titans'], batch_size)
+    titans_state = parts.memory.init_state(params['titans'], batch_size)
     return ContextState(
       reads=titans_state.conv,
       titans=titans_state,
-      attention=attend.init_state(params['attention'], batch_size),
+      attention=parts.attend.init_state(params['attention'], batch_size),
       offset=jnp.zeros((batch_size,), jnp.int32),
     )
-
-  def segment(params, write, state, tokens):
-    """Reads one segment [b, 1, c, e], or its tokens that the mask leaves."""
-    x, reset, mask = tokens
-    x = x[:, 0]  # [b, c, e]
-    batch_size, length, _ = x.shape
-    read, after = memory.apply(
-      params['titans'],
-      _at_segment_start(state),
-      x,
-      base.TokenInfo(reset, mask, write=False),
-    )
-    read = norm.rms_norm(params['norm']['read'], read)
-    is_whole = mask is None and length == size
-    pairs, attention_state = attend.apply(
-      params['attention'],
-      None if is_whole else state.attention,
-      jnp.stack([read, x], axis=2).reshape(batch_size, 2 * length, -1),
-      base.TokenInfo(
-        None if reset is None else _interleave(reset, jnp.zeros_like(reset)),
-        None if mask is None else _interleave(mask, mask),
-      ),
-    )
-    y = norm.rms_norm(params['norm']['attention'], pairs[:, 1::2])
-    remembered, titans_state = memory.apply(
-      params['titans'], state.titans, y, base.TokenInfo(reset, mask, write)
-    )
-    out = _gate(params['norm']['titans'], y, remembered)
-    count = length if mask is None else jnp.sum(mask, 1, dtype=jnp.int32)
-    offset = (state.offset + count) % size
-    empty = attend.init_state(params['attention'], batch_size)
-    attention_state = layout.where(offset == 0, empty, attention_state)
-    state = ContextState(after.conv, titans_state, attention_state, offset)
-    return state, out[:, None]
-
-  def scan(params, write, state, tokens, *, is_aligned):
-    """Reads all segments of inputs [b, t, e]."""
-    inputs, reset, mask = tokens
-    # The engine lays out tokens [b, h, t, ...]: here with one head.
-    segments, restore = layout.lay_out(
-      size,
-      state.offset,
-      inputs[:, None],
-      is_aligned=is_aligned,
-      reset=reset,
-      mask=mask,
-    )
-    run = functools.partial(segment, params, write)
-    # Recomputed in the backward pass, which keeps one state per segment.
-    run = jax.checkpoint(run, prevent_cse=False)
-    tokens = segments.inputs, segments.reset, segments.mask
-    state, out = jax.lax.scan(run, state, tokens)
-    return restore(out)[:, 0], state
 
   def apply(params, state, inputs, info):
     num_tokens = inputs.shape[1]
@@ -297,23 +261,78 @@ def _make_memory_as_context(
       state = init_state(params, inputs.shape[0])
     if num_tokens == 1:
       tokens = inputs[:, None], info.reset, info.mask
-      state, out = segment(params, info.write, state, tokens)
+      state, out = _read_segment(parts, params, info.write, state, tokens)
       return out[:, 0], state
     if num_parts == 1 or not is_aligned:
-      tokens = inputs, info.reset, info.mask
-      return scan(params, info.write, state, tokens, is_aligned=is_aligned)
+      return _scan_segments(
+        parts, params, state, inputs, info, is_aligned=is_aligned
+      )
+
+    def scan(params, state, tokens):
+      inputs, reset = tokens
+      own = info._replace(reset=reset)
+      return _scan_segments(parts, params, state, inputs, own, is_aligned=True)
+
     return context_parallel.hand_over(
-      lambda params, state, tokens: scan(
-        params, info.write, state, (*tokens, None), is_aligned=True
-      ),
-      params,
-      state,
-      (inputs, info.reset),
-      in_axes=1,
-      out_axes=1,
+      scan, params, state, (inputs, info.reset), in_axes=1, out_axes=1
     )
 
   return base.make_layer(table, init_state, apply)
+
+
+def _scan_segments(parts, params, state, inputs, info, *, is_aligned):
+  """Reads inputs [b, t, e] segment by segment."""
+  # The engine lays out tokens [b, h, t, ...]: here with one head.
+  segments, restore = layout.lay_out(
+    parts.size,
+    state.offset,
+    inputs[:, None],
+    is_aligned=is_aligned,
+    reset=info.reset,
+    mask=info.mask,
+  )
+  run = functools.partial(_read_segment, parts, params, info.write)
+  # Recomputed in the backward pass, which keeps one state per segment.
+  run = jax.checkpoint(run, prevent_cse=False)
+  tokens = segments.inputs, segments.reset, segments.mask
+  state, out = jax.lax.scan(run, state, tokens)
+  return restore(out)[:, 0], state
+
+
+def _read_segment(parts, params, write, state, tokens):
+  """Reads one segment [b, 1, c, e], or its tokens that the mask leaves."""
+  x, reset, mask = tokens
+  x = x[:, 0]  # [b, c, e]
+  batch_size, length, _ = x.shape
+  read, after = parts.memory.apply(
+    params['titans'],
+    _at_segment_start(state),
+    x,
+    base.TokenInfo(reset, mask, write=False),
+  )
+  read = norm.rms_norm(params['norm']['read'], read)
+  # A whole segment sees no key of an earlier call: attention needs no state.
+  is_whole = mask is None and length == parts.size
+  pairs, attention_state = parts.attend.apply(
+    params['attention'],
+    None if is_whole else state.attention,
+    jnp.stack([read, x], axis=2).reshape(batch_size, 2 * length, -1),
+    base.TokenInfo(
+      None if reset is None else _interleave(reset, jnp.zeros_like(reset)),
+      None if mask is None else _interleave(mask, mask),
+    ),
+  )
+  y = norm.rms_norm(params['norm']['attention'], pairs[:, 1::2])  # [b, c, e]
+  remembered, titans_state = parts.memory.apply(
+    params['titans'], state.titans, y, base.TokenInfo(reset, mask, write)
+  )
+  out = _gate(params['norm']['titans'], y, remembered)
+  count = length if mask is None else jnp.sum(mask, 1, dtype=jnp.int32)
+  offset = (state.offset + count) % parts.size
+  empty = parts.attend.init_state(params['attention'], batch_size)
+  attention_state = layout.where(offset == 0, empty, attention_state)
+  state = ContextState(after.conv, titans_state, attention_state, offset)
+  return state, out[:, None]
 
 
 def _at_segment_start(state: ContextState) -> memory_mixer.MemoryMixerState:

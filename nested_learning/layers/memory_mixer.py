@@ -54,8 +54,8 @@ from nested_learning.memory import extensions
 
 RATES = ('inner_lr', 'retention')  # roles that give a number
 ROLES = (*memory_projections.ROLES, *RATES)
-# Roles that give a vector. 'k' is last, beside the numbers, which read as it
-# does: the network reads them in one slice.
+# Roles that give a vector. 'k' is last, next to the numbers: all of these have
+# the same input, so that the network reads them in one slice.
 _VECTORS = ('v', 'q', 'k')
 
 

@@ -79,8 +79,8 @@ def attend(
       preferred_element_type=log_sum.dtype,
     )
     scores *= query.shape[-1] ** -0.5
-    beside = jax.nn.logsumexp(scores, axis=-1)
-    share = jax.nn.sigmoid(log_sum - beside)[..., None]
+    learned_sum = jax.nn.logsumexp(scores, axis=-1)
+    share = jax.nn.sigmoid(log_sum - learned_sum)[..., None]
     learned = jnp.einsum(
       'btkgs,skd->btkgd', jax.nn.softmax(scores), persistent.value
     )

@@ -154,10 +154,10 @@ def _attend_blocks(query, document, spans, window, theta, persistent):
 
   def look(block):
     query, key, value, visible = block
-    beside = persistent and dot_product.Persistent(query, *persistent)
+    learned = persistent and dot_product.Persistent(query, *persistent)
     query = dot_product.rotate(query, position[-size:], theta)
     key = dot_product.rotate(key, position, theta)
-    return dot_product.attend(query, key, value, visible, persistent=beside)
+    return dot_product.attend(query, key, value, visible, persistent=learned)
 
   blocks = query, key, value, visible
   if num_blocks == 1:

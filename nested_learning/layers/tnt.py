@@ -22,10 +22,10 @@ Training begins with long chunks. A second stage shortens the chunks of the
 local memories for the last steps (`locals.0.chunk_size`): no parameter has a
 chunk in its shape, so that the model stays the same.
 
-Retention, momentum, the delta rule and the other settings of a memory are those
-of `MemoryMixerConfig`. The equations leave the output open: its norm and gate
-are those of `memory_mixer`. A document border restarts local memories but does
-not move the borders of shards, which are counted from a stream's start.
+`MemoryMixerConfig` sets retention, momentum, the delta rule and the network of
+all memories. The equations leave the output open: it is normalised and gated as
+in `memory_mixer`. A document border restarts local memories but does not move
+the borders of shards, which are counted from a stream's start.
 
 References:
   Li et al., TNT, arXiv:2511.07343, 2025, eqs. 5-7 and 15.
@@ -146,7 +146,7 @@ class TntState(NamedTuple):
 
 
 class _Shared(NamedTuple):
-  """What all memories of a call share.
+  """Arguments that all memories of a call share.
 
   Attributes:
     config: A `TntConfig`.
