@@ -155,7 +155,7 @@ def _run(workdir: pathlib.Path) -> int:
     commits = dict.fromkeys((*record.commits, *_commit()))
     record = dataclasses.replace(record, commits=tuple(commits))
   if record != stored:
-    sweeps.save(record, workdir)
+    record = sweeps.save(record, workdir)
   if left and _TARGET.value == 'slurm':
     return _submit(left, workdir)
   outcome = sweeps.run_all(

@@ -1,6 +1,7 @@
 """The record of a sweep in its folder, and its runs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import fnmatch
 import json
@@ -8,6 +9,7 @@ import os
 import pathlib
 import re
 import shlex
+import time
 from typing import Any, NamedTuple
 
 from launch.sweeps import cells as cells_lib
@@ -17,6 +19,8 @@ from nested_learning import files
 from nested_learning.configs import serialization
 
 _FILE = 'sweep.json'
+_LOCK = '.lock'
+_PATIENCE = 30  # seconds for others to write sweep.json
 SUMMARY = 'summary.json'
 ERROR = 'error.txt'
 LOG = 'log.txt'
@@ -87,16 +91,30 @@ def load(workdir: pathlib.Path) -> Record | None:
       raise errors.UserError(f'{path}: {error}') from error
     if isinstance(record, Record):
       return record
-  elif not workdir.is_dir() or not any(workdir.iterdir()):
+  elif not workdir.is_dir() or {p.name for p in workdir.iterdir()} <= {_LOCK}:
     return None
   raise errors.UserError(
     f'{workdir} holds no sweep but other files; use another --workdir.'
   )
 
 
-def save(record: Record, workdir: pathlib.Path) -> None:
-  """Writes sweep.json, whole or not at all."""
-  files.write_whole(workdir / _FILE, configs.to_json(record))
+def save(record: Record, workdir: pathlib.Path) -> Record:
+  """Adds a sweep to the sweep.json of its folder.
+
+  Another process may have added to it since this one read it, so the file is
+  read again under a lock.
+
+  Returns:
+    The sweep as it is written.
+
+  Raises:
+    errors.UserError: The folder is not writable, or holds another sweep now.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  with _lock(workdir):
+    record = update(record, load(workdir))
+    files.write_whole(workdir / _FILE, configs.to_json(record))
+  return record
 
 
 def update(record: Record, stored: Record | None) -> Record:
@@ -204,6 +222,23 @@ def list_runs(
   for run in runs:
     _check_same(run)
   return runs
+
+
+@contextlib.contextmanager
+def _lock(workdir: pathlib.Path) -> Iterator[None]:
+  """Waits for the lock of a sweep's folder, and holds it."""
+  deadline = time.monotonic() + _PATIENCE
+  with contextlib.ExitStack() as held:
+    while True:
+      try:
+        held.enter_context(files.lock(workdir / _LOCK, f'--workdir={workdir}'))
+        break
+      except errors.UserError as error:
+        is_busy = isinstance(error.__cause__, BlockingIOError)
+        if not is_busy or time.monotonic() > deadline:
+          raise
+      time.sleep(0.05)
+    yield
 
 
 def _modernise(text: str) -> str:

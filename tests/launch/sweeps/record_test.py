@@ -26,6 +26,13 @@ class RecordTest(parameterized.TestCase):
     sweeps.save(record, self.workdir)
     self.assertEqual(sweeps.load(self.workdir), record)
 
+  def test_two_processes_add_to_the_same_folder(self):
+    # Both read the folder while it was empty.
+    sweeps.save(toy.make_record(self.spec, 'size=1'), self.workdir)
+    both = sweeps.save(toy.make_record(self.spec, 'size=2'), self.workdir)
+    self.assertEqual([cell.name for cell in both.cells], ['size=1', 'size=2'])
+    self.assertEqual(sweeps.load(self.workdir), both)
+
   def test_folder_with_something_else_is_refused(self):
     self.workdir.mkdir()
     self.assertIsNone(sweeps.load(self.workdir))
