@@ -133,9 +133,10 @@ class Interpreter:
         return jax.lax.switch(inputs[0], branches, *inputs[1:])
       if name == 'scan':
         return self._scan(eqn, inputs, sources, probes)
-      if not _makes_data(eqn) and not any(_follow(eqn, sources)):
-        for source in filter(None, sources):
-          self._lose(source, name)
+      if not any(_follow(eqn, sources)):
+        for source, var in zip(sources, eqn.invars, strict=True):
+          if source is not None and not _makes_data(eqn, var):
+            self._lose(source, name)
     outputs = bind(*inputs)
     return outputs if eqn.primitive.multiple_results else [outputs]
 
@@ -212,15 +213,20 @@ def _find_weights(eqn, sources) -> int | None:
   return None
 
 
-def _makes_data(eqn) -> bool:
-  """Returns whether an operation turns a parameter into data.
+def _makes_data(eqn, var) -> bool:
+  """Returns whether an operation turns an input, a parameter, into data.
 
   A lookup of rows does, as in an embedding, and a broadcast over samples, as of
   a bias or a scale. A lookup of whole matrices does not.
   """
-  if eqn.primitive.name == 'gather':
-    return sum(size > 1 for size in eqn.params['slice_sizes']) < 2
-  return eqn.primitive.name == 'broadcast_in_dim'
+  match eqn.primitive.name:
+    case 'gather':
+      return sum(size > 1 for size in eqn.params['slice_sizes']) < 2
+    case 'broadcast_in_dim':
+      return True
+    case 'add' | 'sub' | 'mul' | 'div':  # broadcast axes of size 1 themselves
+      return var.aval.size != eqn.outvars[0].aval.size
+  return False
 
 
 def _follow(eqn, sources) -> list[Origin | None]:

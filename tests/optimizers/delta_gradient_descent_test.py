@@ -411,6 +411,19 @@ class DgdTest(parameterized.TestCase):
     self.assertLen(rules, 9)
     self.assertEqual(set(rules.values()), {'dgd'})
 
+  def test_does_not_warn_about_biases_of_attention(self):
+    x = jnp.ones((2, 3, 4))
+    model = nn.MultiHeadDotProductAttention(2)  # biases [heads, head_dim]
+    params = model.init(jax.random.key(0), x)
+    with warnings.catch_warnings():
+      warnings.simplefilter('error')
+      optimizers.dgd_for_model(
+        lambda params, x: jnp.mean(model.apply(params, x)),
+        params,
+        x,
+        learning_rate=0.1,
+      )
+
   def test_warns_about_matrices_that_it_cannot_follow(self):
     @jax.custom_vjp
     def multiply(w, x):
