@@ -10,7 +10,7 @@ and training needs neither the text nor the tokenizer's library.
     tokenizer.model or .json  a copy of the tokenizer, if it is a file
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 import contextlib
 import json
 import os
@@ -42,6 +42,7 @@ _FIELDS = {
 _MAX_BLOCK = 2**24
 _BLOCK = 8192  # tokens per record
 _SHARD_BLOCKS = 2**14  # records per file, so that a file is about 250 MB
+_SHARD = '.array_record'
 _OPTIONS = 'group_size:1,zstd:1'  # every record can be read alone
 
 
@@ -81,42 +82,7 @@ def write(
         f'{files.shown(folder)} exists; name another folder.'
       )
     with files.whole_folder(folder) as draft:
-      index = corpus_lib.IndexBuilder(tokenizer)
-      with contextlib.closing(_Blocks(draft, index.dtype)) as blocks:
-        for name, document in documents:
-          blocks.add(index.add(name, document))
-      num_tokens = int(index.starts[-1])
-      if not num_tokens:
-        raise errors.UserError(f'{source!r} holds no text.')
-      for name in _ARRAYS:
-        np.save(draft / f'{name}.npy', getattr(index, name))
-      path = pathlib.Path(os.path.expanduser(spec))
-      if os.path.isfile(path):
-        shutil.copyfile(path, draft / f'tokenizer{path.suffix}')
-      summary = {
-        'format': _FORMAT,
-        'source': tokenizers.replace_surrogates(source),
-        'num_tokens': num_tokens,
-        'num_documents': len(index.places),
-        'fingerprint': index.fingerprint,
-        'tokenizer': tokenizers.replace_surrogates(spec),
-        'tokenizer_fingerprint': tokenizer.fingerprint,
-        'vocab_size': tokenizer.vocab_size,
-        'lost': index.lost,
-        'dtype': np.dtype(index.dtype).name,
-        'block': _BLOCK,
-        'files': {
-          path.name: {
-            'bytes': path.stat().st_size,
-            'crc32': corpus_lib.checksum(path),
-          }
-          for path in sorted(draft.iterdir())
-        },
-      }
-      summary['crc32'] = _own_checksum(summary)
-      (draft / _SUMMARY).write_text(
-        json.dumps(summary, indent=2) + '\n', encoding='utf-8'
-      )
+      return _fill(draft, documents, tokenizer, spec=spec, source=source)
   except (OSError, ValueError) as error:
     if isinstance(error, ValueError) and 'null byte' not in str(error):
       raise
@@ -124,6 +90,46 @@ def write(
       f'{files.shown(folder)} cannot be written ({_reason(error)}); name a '
       'folder with room that you may write to.'
     ) from error
+
+
+def _fill(
+  folder: pathlib.Path,
+  documents: Iterable[tuple[str, str | np.ndarray]],
+  tokenizer: tokenizers.Tokenizer,
+  *,
+  spec: str,
+  source: str,
+) -> dict[str, Any]:
+  """Writes shards, index, tokenizer and summary into an empty folder."""
+  index = corpus_lib.IndexBuilder(tokenizer)
+  with contextlib.closing(_Blocks(folder, index.dtype)) as blocks:
+    for name, document in documents:
+      blocks.add(index.add(name, document))
+  num_tokens = int(index.starts[-1])
+  if not num_tokens:
+    raise errors.UserError(f'{source!r} holds no text.')
+  for name in _ARRAYS:
+    np.save(folder / f'{name}.npy', getattr(index, name))
+  path = pathlib.Path(os.path.expanduser(spec))
+  if os.path.isfile(path):
+    shutil.copyfile(path, folder / f'tokenizer{path.suffix}')
+  summary = {
+    'format': _FORMAT,
+    'source': tokenizers.replace_surrogates(source),
+    'num_tokens': num_tokens,
+    'num_documents': len(index.places),
+    'fingerprint': index.fingerprint,
+    'tokenizer': tokenizers.replace_surrogates(spec),
+    'tokenizer_fingerprint': tokenizer.fingerprint,
+    'vocab_size': tokenizer.vocab_size,
+    'lost': index.lost,
+    'dtype': np.dtype(index.dtype).name,
+    'block': _BLOCK,
+    'files': {path.name: _describe(path) for path in folder.iterdir()},
+  }
+  summary['crc32'] = _own_checksum(summary)
+  content = json.dumps(summary, indent=2) + '\n'
+  (folder / _SUMMARY).write_text(content, encoding='utf-8')
   return summary
 
 
@@ -216,10 +222,19 @@ def _read_summary(folder: pathlib.Path) -> dict[str, Any]:
       raise ValueError(f'{name} is missing')
     if path.stat().st_size != file['bytes']:
       raise ValueError(f'{name} has {path.stat().st_size} bytes')
-    # Shards are not read here; ArrayRecord has a checksum per record.
-    if path.suffix == '.npy' and corpus_lib.checksum(path) != file['crc32']:
+    if 'crc32' in file and corpus_lib.checksum(path) != file['crc32']:
       raise ValueError(f'{name} has another checksum')
   return summary
+
+
+def _describe(path: pathlib.Path) -> dict[str, int]:
+  """Returns the size of a file and, except for shards, its checksum."""
+  described = {'bytes': path.stat().st_size}
+  # Shards may be too large to be read as a whole when they are opened, and
+  # ArrayRecord has a checksum per record.
+  if path.suffix != _SHARD:
+    described['crc32'] = corpus_lib.checksum(path)
+  return described
 
 
 def _array_names(summary: dict[str, Any]) -> tuple[str, ...]:
@@ -254,18 +269,32 @@ class _Blocks:
     if len(self._left):
       self._write(self._left)
     if self._writer is not None:
-      self._writer.close()
+      with self._as_os_error():
+        self._writer.close()
+
+  @contextlib.contextmanager
+  def _as_os_error(self) -> Iterator[None]:
+    """Raises the errors of ArrayRecord as OSError."""
+    try:
+      yield
+    except (RuntimeError, ValueError) as error:
+      raise OSError(errors.first_line(error)) from error
 
   def _write(self, block: np.ndarray) -> None:
     if self._num_blocks % _SHARD_BLOCKS == 0:
       from array_record.python import array_record_module
 
       if self._writer is not None:
-        self._writer.close()
+        with self._as_os_error():
+          self._writer.close()
       shard = self._num_blocks // _SHARD_BLOCKS
-      path = self._folder / f'tokens-{shard:05d}.array_record'
-      self._writer = array_record_module.ArrayRecordWriter(str(path), _OPTIONS)
-    self._writer.write(block.astype(block.dtype.newbyteorder('<')).tobytes())
+      path = self._folder / f'tokens-{shard:05d}{_SHARD}'
+      with self._as_os_error():
+        self._writer = array_record_module.ArrayRecordWriter(
+          str(path), _OPTIONS
+        )
+    with self._as_os_error():
+      self._writer.write(block.astype(block.dtype.newbyteorder('<')).tobytes())
     self._num_blocks += 1
 
 
@@ -276,7 +305,7 @@ class _Tokens:
     self._source = source
     self._block = summary['block']
     self._dtype = np.dtype(summary['dtype']).newbyteorder('<')
-    paths = sorted(folder.glob('tokens-*.array_record'))
+    paths = sorted(folder.glob(f'tokens-*{_SHARD}'))
     self._records = formats.open_records(paths, source)
 
   def __len__(self) -> int:
