@@ -1,30 +1,46 @@
-# The two commands are `make demo` and `make test`; each installs what it needs.
+# `make demo` and `make test` are all one needs; each installs what it needs.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+EXTRAS := .venv/installed-extras
 HARNESS := .venv/installed-lm-eval
+SEQIO := .venv/installed-seqio
 TEST_FLAGS ?= -n 2
 BENCH_FLAGS ?=
+PYTEST := $(BIN)/python -m pytest $(TEST_FLAGS) -rs
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	-c constraints.txt
 
-.PHONY: demo test test-slow harness test-harness bench-small lint format clean
+.PHONY: demo test test-rest test-all extras harness test-harness \
+	seqio bench-small lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python launch/run.py --config=experiments/quickstart.py \
 	  --workdir=runs/quickstart
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(TEST_FLAGS)
+	$(PYTEST)
 
-test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest $(TEST_FLAGS) -m 'slow and not gpu and not network'
+# All that `make test` leaves out: slow tests, and those of optional packages.
+test-rest: $(EXTRAS) $(HARNESS) $(SEQIO)
+	$(PYTEST) -m 'slow or extra'
 
-# lm-evaluation-harness: half a gigabyte, so that only what needs it installs it.
-harness: $(HARNESS)
+# Everything that this machine can run.
+test-all: $(EXTRAS) $(HARNESS) $(SEQIO)
+	$(PYTEST) -m ''
 
 test-harness: $(HARNESS)
-	$(BIN)/python -m pytest tests/evaluation/harness_test.py \
-	  tests/experiments/lm_eval_test.py
+	$(PYTEST) tests/evaluation/harness_test.py tests/experiments/lm_eval_test.py
+
+# Formats, scores and libtpu: 1.2 GB in .venv, for their tests.
+extras: $(EXTRAS)
+
+# lm-evaluation-harness: half a gigabyte.
+harness: $(HARNESS)
+
+# seqio and TensorFlow Datasets, with TensorFlow: two gigabytes.
+seqio: $(SEQIO)
 
 # Small models on generated tasks: experiments/results/small/README.md.
 # BENCH_FLAGS=--seeds=3 or --only=hope,mqar; see experiments/bench_small.py.
@@ -41,7 +57,7 @@ format: $(INSTALLED)
 
 # Removes what can be made again; keeps the runs.
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .cache build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt Makefile
@@ -52,14 +68,22 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt Makefile
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 \
 	  || $(PYTHON) -m venv --clear .venv
 	@echo 'Installing the pinned dependencies into .venv (once).'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  -c constraints.txt setuptools
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  -c constraints.txt --no-build-isolation -e '.[test,tokenizers]'
+	@$(PIP) setuptools
+	@$(PIP) --no-build-isolation -e '.[test,tokenizers]'
+	@touch $@
+
+$(EXTRAS): $(INSTALLED)
+	@echo 'Installing optional formats, scores and libtpu into .venv (once).'
+	@$(PIP) --no-build-isolation \
+	  -e '.[array-record,parquet,datasets,experiments,tpu]'
 	@touch $@
 
 $(HARNESS): $(INSTALLED)
 	@echo 'Installing lm-evaluation-harness into .venv (once).'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  -c constraints.txt --no-build-isolation -e '.[lm-eval]'
+	@$(PIP) --no-build-isolation -e '.[lm-eval]'
+	@touch $@
+
+$(SEQIO): $(INSTALLED)
+	@echo 'Installing seqio and TensorFlow Datasets into .venv (once).'
+	@$(PIP) --no-build-isolation -e '.[seqio,tfds]'
 	@touch $@

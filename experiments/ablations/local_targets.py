@@ -1,4 +1,4 @@
-"""Where an MLP memory's errors come from: its output, or each map's own.
+"""Errors of an MLP memory: from its output, or each map's own.
 
 Command:
   python launch/sweep.py --config=experiments/ablations/local_targets.py \

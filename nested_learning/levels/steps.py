@@ -46,7 +46,7 @@ class InnerLevel(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepSpec:
-  """Which levels take steps inside a sequence, when, and how.
+  """Spec of the levels that take steps inside a sequence: which, when and how.
 
   Attributes:
     levels: `optimizers.Level`s with clocks in tokens of a row, fastest first.

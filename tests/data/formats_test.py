@@ -10,9 +10,12 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import grain
 import numpy as np
+import pytest
 
 from nested_learning import data
 from nested_learning import errors
+
+pytestmark = pytest.mark.extra
 
 _TEXTS = ['one', 'two two', 'na\u00efve \u2603\n', '', 'the end', 'x' * 300]
 

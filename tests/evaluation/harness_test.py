@@ -12,6 +12,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
+import pytest
 
 from nested_learning import data
 from nested_learning import errors
@@ -48,6 +49,7 @@ class MissingPackageTest(absltest.TestCase):
       harness.make_lm(models.make_model(tiny.MODEL), None, _BYTES)
 
 
+@pytest.mark.extra
 @unittest.skipUnless(
   importlib.util.find_spec('lm_eval'), 'needs lm_eval: make test-harness'
 )

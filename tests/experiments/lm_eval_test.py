@@ -10,6 +10,7 @@ from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import pytest
 
 from experiments import lm_eval as experiment
 from experiments import lm_eval_report
@@ -77,6 +78,7 @@ class SettingsTest(parameterized.TestCase):
           self.assertLess(line['answer'], len(set(line['choices'])))
 
 
+@pytest.mark.extra
 @needs_harness
 class RunTest(absltest.TestCase):
   def setUp(self):

@@ -10,6 +10,7 @@ import sys
 from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
+import pytest
 
 from nested_learning import data
 from nested_learning.data import token_files
@@ -115,6 +116,7 @@ class PrepareTest(parameterized.TestCase):
     self.assertIn(message.lower(), result.stderr.lower())
     self.assertEqual([p.name for p in self.root.iterdir()], ['text'])
 
+  @pytest.mark.extra
   def test_makes_tokens_of_seqio(self):
     if importlib.util.find_spec('seqio') is None:
       self.skipTest('needs seqio: pip install "nested-learning[seqio]"')

@@ -17,6 +17,7 @@ from unittest import mock
 from absl.testing import absltest
 from absl.testing import flagsaver
 from absl.testing import parameterized
+import pytest
 import yaml
 
 from launch import targets
@@ -596,6 +597,7 @@ class XlaFlagsTest(absltest.TestCase):
       )
       self.assertEqual(result.returncode == 0, known, result.stderr)
 
+  @pytest.mark.extra
   def test_tpu_flags_are_known(self):
     if not (
       importlib.util.find_spec('libtpu') or os.environ.get('TPU_LIBRARY_PATH')

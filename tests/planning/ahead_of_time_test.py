@@ -192,6 +192,7 @@ class SuggestionsTest(parameterized.TestCase):
 class CompilerTest(parameterized.TestCase):
   """The compilers of accelerators, where they are installed."""
 
+  @pytest.mark.extra
   def test_compiles_for_tpus(self):
     self.compile_for_tpus('transformer')
 
