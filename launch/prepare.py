@@ -89,16 +89,18 @@ def _main() -> None:
 
 def _run(source: str, output: pathlib.Path) -> str:
   """Makes the output; returns a line to print."""
+  is_model = output.suffix == '.model'
+  if is_model and source.startswith('seqio:'):
+    raise errors.UserError(
+      f'--source={source} is made of tokens; learn a tokenizer from a source '
+      'of text.'
+    )
+  # Importing takes seconds; mistakes in flags are answered before.
   from nested_learning.data import token_files
   from nested_learning.data import tokenizer_training
   from nested_learning.data import tokenizers
 
-  if output.suffix == '.model':
-    if source.startswith('seqio:'):
-      raise errors.UserError(
-        f'--source={source} is made of tokens; learn a tokenizer from a source '
-        'of text.'
-      )
+  if is_model:
     tokenizer_training.train_sentencepiece(
       (text for _, text in _read(source)),
       output,

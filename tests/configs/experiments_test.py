@@ -3,8 +3,6 @@
 import json
 import os
 import pathlib
-import subprocess
-import sys
 from unittest import mock
 
 from absl.testing import absltest
@@ -168,25 +166,26 @@ class LoadTest(parameterized.TestCase):
     self.assertEqual(again.run, experiment.run)
 
   def test_experiments_of_the_checkout_are_found_from_anywhere(self):
-    code = (
-      'from nested_learning import configs\n'
-      'experiment = configs.load_experiment("config.json")\n'
-      'print(type(experiment.config).__module__, experiment.module)'
-    )
-    facts = configs.load_experiment(
-      str(_ROOT / 'experiments' / 'continual' / 'facts.py')
-    )
+    checkout = pathlib.Path(configs.__file__).parents[2]
+    self.assertEqual(configs.files._CHECKOUT, checkout)
+    self.assertTrue((checkout / 'launch' / 'run.py').is_file())
+    # Files of a checkout made here are as good, and import less.
+    made = self.create_tempdir('checkout')
+    made.create_file('launch/run.py')
+    made.create_file(f'experiments/part/{self.name}.py', content=_FILE + _RUN)
+    name = f'experiments.part.{self.name}'
     self.folder.create_file(
-      'config.json', content=configs.to_json(facts.config, facts.module)
+      'config.json',
+      content=json.dumps({'_type': f'{name}.Config', '_run': name}),
     )
-    output = subprocess.check_output(
-      [sys.executable, '-c', code],
-      text=True,
-      cwd=self.folder.full_path,
-      env=os.environ | {'PYTHONPATH': str(_ROOT)},
-    )
-    name = 'experiments.continual.facts'
-    self.assertEqual(output.split(), [name, name])
+    with self.assertRaisesRegex(errors.UserError, 'Name its file too'):
+      configs.load_experiment('config.json')
+    with mock.patch.object(
+      configs.files, '_CHECKOUT', pathlib.Path(made.full_path)
+    ):
+      experiment = configs.load_experiment('config.json')
+    self.assertEqual(experiment.module, name)
+    self.assertEqual(experiment.config.size, 'small')
 
   def test_bug_of_another_module_keeps_its_traceback(self):
     path = self._write('import ast\ndef get_config():\n  ast.parse(3)\n')

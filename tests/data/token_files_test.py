@@ -160,6 +160,12 @@ class TokenFilesTest(parameterized.TestCase):
     corpus = token_files.load(str(self.folder), self.tokenizer)
     self.assertLen(corpus.places, 20)
 
+  def test_folder_below_a_file(self):
+    (self.root / 'file').write_text('text')
+    self.folder = self.root / 'file' / 'tokens'
+    with self.assertRaisesRegex(errors.UserError, 'cannot be written .Not a d'):
+      self.write()
+
   def test_is_written_whole_or_not_at_all(self):
     with self.assertRaisesRegex(errors.UserError, 'holds no text'):
       self.write({'empty': ''})

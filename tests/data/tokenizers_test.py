@@ -13,6 +13,7 @@ import tokenizers as hf
 
 from nested_learning import errors
 from nested_learning.data import sources
+from nested_learning.data import tokenizer_training
 from nested_learning.data import tokenizers
 
 _TEXTS = (
@@ -147,6 +148,32 @@ _KINDS = (
 
 def _make(name):
   return tokenizers.make_tokenizer(_PATHS.get(name, name))
+
+
+class TrainingTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.root = pathlib.Path(self.create_tempdir().full_path)
+
+  def test_output_that_cannot_be_written(self):
+    (self.root / 'file').write_text('text')
+    for name in ('file/a.model', 'x' * 300 + '.model', 'file'):
+      with self.assertRaises(errors.UserError) as caught:
+        tokenizer_training.train_sentencepiece(
+          iter(()), self.root / name, vocab_size=300
+        )
+      self.assertNotIn('\n', str(caught.exception))
+
+  def test_error_of_the_source_is_raised(self):
+    def texts():
+      yield from _corpus()
+      raise errors.UserError('The last text is damaged.')
+
+    with self.assertRaisesRegex(errors.UserError, 'last text is damaged'):
+      tokenizer_training.train_sentencepiece(
+        texts(), self.root / 'a.model', vocab_size=300
+      )
+    self.assertEmpty(list(self.root.iterdir()))
 
 
 class TokenizersTest(parameterized.TestCase):

@@ -99,12 +99,6 @@ class PrepareTest(parameterized.TestCase):
     (['--source=none', '--output=a'], "'none' does not exist"),
     (['--source=seqio:c4', '--output=a.model'], 'is made of tokens'),
     (['--source=text', '--output=a', '--split'], 'split'),
-    (['--source=text', '--output=text/a.jsonl/b.model'], 'cannot be written'),
-    (['--source=text', '--output=text/a.jsonl/b'], 'cannot be written'),
-    (
-      ['--source=jsonl:text', '--text_field=x', '--output=a.model'],
-      "no field 'x' among text",
-    ),
     (
       ['--source=text/a.jsonl', '--output=a.model', '--vocab_size=9000'],
       'No vocabulary of 9000 pieces',
