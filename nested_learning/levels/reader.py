@@ -42,7 +42,6 @@ References:
 """
 
 from collections.abc import Callable, Mapping
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +51,7 @@ from nested_learning import errors
 from nested_learning.levels import rows
 from nested_learning.levels import steps
 from nested_learning.levels import trees
+from nested_learning.memory import chunk_scan
 from nested_learning.memory import layout
 
 
@@ -352,32 +352,11 @@ def _scan_segments(spec, params, state, tokens, reset, extra, emit):
     )
   )
   carry = state.model, state.num_segments, dict(state.levels)
-  carry, outputs = _scan(body, carry, jax.tree.map(cut, (tokens, reset, extra)))
+  carry, outputs = chunk_scan.scan_groups(
+    body, carry, jax.tree.map(cut, (tokens, reset, extra)), kept=1
+  )
   model, num_segments, states = carry
   outputs = jnp.swapaxes(outputs, 0, 1)  # [b, n, s, ...]
   outputs = outputs.reshape(batch_size, num_tokens, *outputs.shape[3:])
   segment = state.segment._replace(model=model)
   return outputs, State(model, segment, num_segments, states)
-
-
-def _scan(body, carry, inputs):
-  """`jax.lax.scan` whose backward pass keeps about 2 sqrt(n) carries.
-
-  Groups of sqrt(n) steps are recomputed from their start, and each step in a
-  group from its own start.
-  """
-  num_steps = jax.tree.leaves(inputs)[0].shape[0]
-  size = math.isqrt(num_steps)
-  whole = num_steps // size * size
-  body = jax.checkpoint(body)
-  group = jax.checkpoint(lambda carry, xs: jax.lax.scan(body, carry, xs))
-  groups = jax.tree.map(
-    lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), inputs
-  )
-  carry, outputs = jax.lax.scan(group, carry, groups)
-  outputs = outputs.reshape(whole, *outputs.shape[2:])
-  if whole < num_steps:
-    rest = jax.tree.map(lambda x: x[whole:], inputs)
-    carry, last = jax.lax.scan(body, carry, rest)
-    outputs = jnp.concatenate([outputs, last])
-  return carry, outputs

@@ -1,5 +1,6 @@
 """The engine chunk by chunk: equal to the token loop, in matmuls."""
 
+from collections.abc import Callable
 import functools
 import math
 from typing import Any, NamedTuple
@@ -249,7 +250,7 @@ def _scan_written(body, rule, initial, state, chunks):
   """
   is_written = {name: writes.learns(rule, name, initial) for name in initial}
   if all(is_written.values()):
-    return _scan_groups(body, state, chunks)
+    return scan_groups(body, state, chunks, kept=_KEPT_CHUNKS)
   fields = ('memory', 'anchor', 'trace')
 
   def select(state, written):
@@ -271,33 +272,49 @@ def _scan_written(body, rule, initial, state, chunks):
     state, result = body(merge(state), chunk)
     return select(state, True), result
 
-  state, result = _scan_groups(body_of_written, select(state, True), chunks)
+  state, result = scan_groups(
+    body_of_written, select(state, True), chunks, kept=_KEPT_CHUNKS
+  )
   return merge(state), result
 
 
-def _scan_groups(body, state, chunks):
-  """Scans with a backward pass that recomputes every chunk.
+def scan_groups(
+  body: Callable[[Any, Any], tuple[Any, Any]],
+  state: Any,
+  inputs: Any,
+  *,
+  kept: int,
+) -> tuple[Any, Any]:
+  """`jax.lax.scan` with a backward pass that recomputes every step.
 
-  Only the memory at each chunk's start is kept, little beside what the tokens
-  keep in other layers. Of more than `_KEPT_CHUNKS` chunks, only the start of
-  every sqrt(n)-th is kept, and a group of chunks is recomputed at a time.
+  It keeps the state before each of up to `kept` steps. Of more steps, it keeps
+  the state before every sqrt(n)-th, and recomputes a group of steps at a time.
+
+  Args:
+    body: `body(state, x) -> (state, y)`.
+    state: The initial state.
+    inputs: Tree of [n, ...], n >= 1.
+    kept: Number of steps up to which every state is kept.
+
+  Returns:
+    The last state, and the tree of outputs [n, ...].
   """
   # Inside of a scan no common-subexpression elimination can undo the
   # recomputation, so that nothing has to prevent it.
   body = jax.checkpoint(body, prevent_cse=False)
-  num_chunks = jax.tree.leaves(chunks)[0].shape[0]
-  if num_chunks <= _KEPT_CHUNKS:
-    return jax.lax.scan(body, state, chunks)
-  group = math.isqrt(num_chunks)
-  whole = num_chunks - num_chunks % group
+  num_steps = jax.tree.leaves(inputs)[0].shape[0]
+  if num_steps <= kept:
+    return jax.lax.scan(body, state, inputs)
+  group = math.isqrt(num_steps)
+  whole = num_steps - num_steps % group
   scan = jax.checkpoint(
     lambda state, xs: jax.lax.scan(body, state, xs), prevent_cse=False
   )
   split = lambda x: x[:whole].reshape(-1, group, *x.shape[1:])
-  state, result = jax.lax.scan(scan, state, jax.tree.map(split, chunks))
-  result = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), result)
-  if whole == num_chunks:
-    return state, result
-  state, last = scan(state, jax.tree.map(lambda x: x[whole:], chunks))
+  state, outputs = jax.lax.scan(scan, state, jax.tree.map(split, inputs))
+  outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+  if whole == num_steps:
+    return state, outputs
+  state, last = scan(state, jax.tree.map(lambda x: x[whole:], inputs))
   join = lambda a, b: jnp.concatenate([a, b])
-  return state, jax.tree.map(join, result, last)
+  return state, jax.tree.map(join, outputs, last)
