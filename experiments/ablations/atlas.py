@@ -26,7 +26,7 @@ from nested_learning import training
 
 
 def get_config() -> training.ExperimentConfig:
-  """The experiment."""
+  """Returns the experiment."""
   config = small.make_config('atlas')
   size = models.zoo.Size(
     num_layers=config.model.num_layers,
@@ -40,7 +40,7 @@ def get_config() -> training.ExperimentConfig:
 
 
 def get_sweep() -> sweeps.Sweep:
-  """The parts, one at a time, and OmegaNet, which has no trace either."""
+  """Returns Atlas without each part, and OmegaNet, which has no trace."""
   mixer = 'model.mixer'
   # Plain steps of a window need the bounds that `models.zoo` gives OmegaNet.
   omega = models.zoo.FAMILIES['omeganet'].mixer(models.zoo.SIZES['tiny'])

@@ -19,7 +19,7 @@ from nested_learning import training
 
 
 def get_config() -> training.ExperimentConfig:
-  """The experiment."""
+  """Returns the experiment."""
   config = small.make_config('local_targets')
   size = models.zoo.Size(
     num_layers=config.model.num_layers,
@@ -33,7 +33,7 @@ def get_config() -> training.ExperimentConfig:
 
 
 def get_sweep() -> sweeps.Sweep:
-  """Errors of each map, errors of the output, and a single map."""
+  """Returns local errors, errors of the output, and a single map."""
   propagated = 'model.mixer.extension=none'
   return sweeps.Sweep(
     rows=(

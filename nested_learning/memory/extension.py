@@ -54,7 +54,7 @@ class Extension(Protocol):
       initial: Initial memory per map, [h, ..., out, in].
       state: Before the token.
       anchor: Weights per map at the start of the chunk, [b, h, ..., out, in].
-      inputs: Of the token, [b, h, 1, ...].
+      inputs: The token's `WriteInputs`, [b, h, 1, ...].
       write: bool [b, 1, 1, 1], False makes the token an exact no-op.
 
     Returns:

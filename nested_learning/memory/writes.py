@@ -18,7 +18,7 @@ from nested_learning.memory import rule as rules
 
 # Added to the square of a hidden input's norm under a quotient: hidden inputs
 # may be zero.
-SMALL_SQUARE = 1e-2
+_SMALL_SQUARE = 1e-2
 _SMALL_NORM = 1e-12  # keeps the inverse root of a zero departure finite
 
 
@@ -176,7 +176,7 @@ def map_rates(
 def normalized(rates: rules.Rates, x: jax.Array) -> rules.Rates:
   """Divides inner_lr by the squared norm of a map's inputs [..., t, i]."""
   square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-  return rates._replace(inner_lr=rates.inner_lr / (square + SMALL_SQUARE))
+  return rates._replace(inner_lr=rates.inner_lr / (square + _SMALL_SQUARE))
 
 
 def per_map(tree: Any, name: str) -> Any:

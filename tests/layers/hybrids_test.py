@@ -11,6 +11,7 @@ import numpy as np
 from nested_learning import errors
 from nested_learning import layers
 from nested_learning import parameters
+from nested_learning.memory import extensions
 from tests import compiling
 from tests.layers import sliding_window_test
 
@@ -196,6 +197,14 @@ class MemoryAsContextTest(_Case):
 
   @parameterized.parameters(
     ({'attention': _WINDOW}, 'attention.window=5 has no place in MAC'),
+    (
+      {
+        'memory': dataclasses.replace(
+          _MEMORY, learns='every_map', extension=extensions.Omega(2)
+        )
+      },
+      'extension=Omega.* has no place in MAC',
+    ),
     (
       {'memory': dataclasses.replace(_MEMORY, adaptive=('k',))},
       'adaptive=.* has no place in MAC',

@@ -46,7 +46,7 @@ class UnitLowerInverseTest(parameterized.TestCase):
     matrix = repeated_keys(64, inner_lr)
     invert = compiling.jit(chunked.unit_lower_inverse)
     inverse = invert(jnp.asarray(matrix, jnp.float32))
-    # The entries are those of (1 - inner_lr)^n, at most 2 in size.
+    # The entries are inner_lr (1 - inner_lr)^n, at most 2 in size.
     expected = np.linalg.inv(np.eye(64) + matrix)
     self.assertLess(np.abs(expected).max(), 2.001)
     np.testing.assert_allclose(inverse, expected, atol=2e-5)

@@ -6,11 +6,13 @@ r"""DeltaTTT: two maps that both learn the value, each by a delta rule.
    B_t &= B_{t-1} + b_t (v_t - B_{t-1} h_t) h_t^T \\
    y_t &= B_t \phi(A_t q_t)
 
-No error passes through a map, and none is of an anchor: a chunk is two delta
-rules, one after the other, and exact whatever its size. a_t is `inner_lr`. b_t
-is here `hidden_lr` divided by the squared norm of h_t, which has any norm:
-`hidden_lr` is then the fraction of the error that a write removes, and B stays
-finite where h is long. `retention` acts as elsewhere, and is 1 in the paper.
+No error passes through a map, and none depends on an anchor: a chunk is two
+delta rules, one after the other, and exact at every chunk size.
+
+a_t is `inner_lr`. b_t is here `hidden_lr` divided by the squared norm of h_t,
+which may have any norm: `hidden_lr` is then the fraction of the error that a
+write removes, and B stays finite where h is long. `retention` acts as
+elsewhere, and is 1 in the paper.
 
 References:
   DeltaTTT, Tsinghua LeapLab, 2025 (local targets, the tokenwise recurrence).
@@ -104,7 +106,7 @@ class LocalTargets:
     first, scores = chunk.known  # of the map that reads the key
     solved = {}
 
-    # The map that is not solved yet is not needed: only its input is.
+    # Stands in for a map that is not solved yet: only its input is used.
     def linear_before(name, x):
       return chunked.read_before(solved[name], x) if name in solved else x
 

@@ -7,8 +7,8 @@ included. This is the Omega rule:
    S_t &= momentum_t S_{t-1} + \sum_{i=t-c+1}^{t} weight_i \delta_i x_i^T \\
    W_t &= W_{ref} + retention_t (W_{t-1} - W_{ref}) - S_t
 
-Errors are of the chunk's anchor, also those of tokens of earlier chunks, so
-that with chunks of one token it is the paper's rule to the letter. weight_i is
+Every error is evaluated with the chunk's anchor, also of tokens in earlier
+chunks; with chunks of one token this is exactly the paper's rule. weight_i is
 inner_lr_i; the paper's \gamma_i^{(t)} may differ between the tokens t whose
 windows hold token i, here it is one number per token i.
 
@@ -403,7 +403,7 @@ def _write_orthogonal(carry, reference, x, delta, weight, rates):
     x: Inputs of the window's tokens, [..., c, i].
     delta: Their errors, [..., c, o].
     weight: Weights of their errors, [..., c, 1].
-    rates: Of the token, each [..., 1, 1].
+    rates: Rates of the token, each [..., 1, 1].
 
   Returns:
     The carry after the token.
