@@ -15,11 +15,11 @@ _RECALL = {
   'num_tokens': (256, 512, 1024),
   'num_examples': _FEWER_EXAMPLES,
 }
-# One change at a time to a baseline; num_examples are those to train on.
+# One change at a time to a baseline.
 _MAD = {
   'recall': _RECALL,
   'noisy_recall': {
-    # As many keys and values as in the other two, beside 16 ids of noise.
+    # 16 ids are noise; keys and values are as many as in the other tasks.
     **_RECALL,
     'vocab_size': (48, 80, 144),
     'noise': (0.4, 0.6, 0.8),
@@ -43,14 +43,14 @@ _MAD = {
 def mad(
   batch_size: int = 128, seed: int = 12345
 ) -> dict[str, dict[str, tasks.TaskDataConfig]]:
-  """MAD's six tasks: the baseline and its changes, one at a time.
+  """Returns MAD's six tasks: the baseline and its changes, one at a time.
 
   Args:
     batch_size: Rows per step.
-    seed: Of the rows.
+    seed: Seed of the rows.
 
   Returns:
-    From the task's name to its settings, by what is changed, such as
+    From the task's name to its settings, named by their change, such as
     'baseline' and 'vocab_size=32'. MAD trains each for 200 passes over its
     examples and reports `macro_accuracy`.
   """

@@ -58,24 +58,28 @@ def split(corpora: Sequence[corpus_lib.Corpus], fraction: float) -> list[Split]:
   Returns:
     The split of each corpus.
   """
-  spans = [np.stack([c.starts[:-1], c.starts[1:]], axis=1) for c in corpora]
-  full = [own[:, 1] > own[:, 0] for own in spans]  # bool [documents]
+  spans, places, contents = [], [], []
+  for corpus in corpora:
+    own = np.stack([corpus.starts[:-1], corpus.starts[1:]], axis=1)  # [n, 2]
+    full = own[:, 1] > own[:, 0]
+    spans.append(own[full])
+    places.append(corpus.places[full])
+    contents.append(corpus.contents[full])
+  # Documents with the same content are one text, with the place of the first.
   _, first, which = np.unique(
-    np.concatenate([c.contents[f] for c, f in zip(corpora, full, strict=True)]),
-    return_index=True,
-    return_inverse=True,
+    np.concatenate(contents), return_index=True, return_inverse=True
   )
-  places = [c.places[f] for c, f in zip(corpora, full, strict=True)]
-  places = np.concatenate(places)[first]  # [texts], of each different text
-  ends = np.cumsum([f.sum() for f in full])[:-1]
-  texts = np.split(which, ends)  # int [documents] of each corpus
-  held_out, is_cut = _choose(list(map(np.unique, texts)), places, fraction)
+  texts = np.split(which, np.cumsum([len(own) for own in spans])[:-1])
+  held_out, is_cut = _choose(
+    [np.unique(text) for text in texts], np.concatenate(places)[first], fraction
+  )
   splits = []
-  for own, f, text in zip(spans, full, texts, strict=True):
-    own, lengths = own[f], (own[f, 1] - own[f, 0])
-    num_out = np.clip(np.rint(fraction * lengths).astype(np.int64), 1, None)
-    num_out = np.minimum(num_out, lengths - 1) * is_cut[text]
-    num_out = np.where(held_out[text] & ~is_cut[text], lengths, num_out)
+  for own, text in zip(spans, texts, strict=True):
+    lengths = own[:, 1] - own[:, 0]
+    num_cut = np.rint(fraction * lengths).astype(np.int64)
+    num_cut = np.clip(num_cut, 1, np.maximum(lengths - 1, 1))  # both sides
+    num_out = np.where(held_out[text], lengths, 0)
+    num_out = np.where(is_cut[text], num_cut, num_out)  # [n], the last tokens
     middle = own[:, 1] - num_out
     train = np.stack([own[:, 0], middle], axis=1)[num_out < lengths]
     validation = np.stack([middle, own[:, 1]], axis=1)[num_out > 0]
