@@ -5,6 +5,7 @@ from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from nested_learning import errors
 from nested_learning import layers
@@ -233,6 +234,7 @@ class LocalObjectivesTest(parameterized.TestCase):
     expected, _ = read(model.forward, model.init_state(params, 1))
     np.testing.assert_allclose(logits, expected, rtol=1e-12, atol=1e-12)
 
+  @pytest.mark.slow
   def test_the_outer_gradient_goes_through_the_steps(self):
     learner, (tokens, _) = learning(), draw()
     params = init()
