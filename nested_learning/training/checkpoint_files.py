@@ -12,11 +12,14 @@ as they are.
 from collections.abc import Iterable, Iterator, Mapping
 import contextlib
 import errno
+import functools
 import json
+import logging as builtin_logging
 import math
 import os
 import pathlib
 import re
+import sys
 from typing import Any
 import zlib
 
@@ -285,7 +288,8 @@ def changed(folder: pathlib.Path, name: str) -> Damaged:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Drops the log messages of Orbax; its errors are raised as well."""
+  """Drops the messages of Orbax; its errors are raised as well."""
+  _silence_threads()
   logger = logging.get_absl_logger()
   keep = lambda record: f'{os.sep}orbax{os.sep}' not in record.pathname
   logger.addFilter(keep)
@@ -293,6 +297,22 @@ def quiet() -> Iterator[None]:
     yield
   finally:
     logger.removeFilter(keep)
+
+
+@functools.cache
+def _silence_threads() -> None:
+  """Drops what a failed save prints later, from threads and at exit."""
+  builtin_logging.getLogger('asyncio').addFilter(
+    lambda record: f'{os.sep}orbax{os.sep}' not in record.getMessage()
+  )
+  report = sys.unraisablehook
+
+  def hook(unraisable):
+    closed = 'Event loop is closed' in str(unraisable.exc_value)
+    if not closed and 'async_serialize' not in repr(unraisable.object):
+      report(unraisable)
+
+  sys.unraisablehook = hook
 
 
 def _read_json(folder: pathlib.Path, item: str) -> Any:

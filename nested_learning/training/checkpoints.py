@@ -33,6 +33,7 @@ from nested_learning.training import checkpoint_files
 from nested_learning.training import config as config_lib
 
 _SCORES = 'scores.json'  # beside the checkpoints: from step to score
+_END_SECONDS = 2  # for writes to end after one of them failed
 # Errors that the user can mend where the files are.
 _DISK = (
   errno.EACCES,
@@ -265,9 +266,12 @@ def explain_failure(workdir: Any, what: str) -> Iterator[None]:
   except Exception as error:  # of several packages, which wrap the system's
     reason = _disk_reason(error)
     if reason is None and not pathlib.Path(workdir, 'checkpoints').is_dir():
-      reason = os.strerror(errno.ENOENT)  # Orbax fails in many ways then
+      reason = os.strerror(errno.ENOENT)
     if reason is None:
       raise
+    # Lets the other writes of TensorStore end: at exit they would wait for an
+    # interpreter that is gone, and it for them.
+    time.sleep(_END_SECONDS)
     try:
       steps = checkpoint_files.steps(workdir)
     except (OSError, errors.UserError):
@@ -286,7 +290,8 @@ def _disk_reason(error: BaseException | None) -> str | None:
     seen.add(id(error))
     if isinstance(error, OSError) and error.errno in _DISK:
       return os.strerror(error.errno)
-    if str(error).startswith('NOT_FOUND'):  # TensorStore's
+    # Of TensorStore and of Orbax, for a folder that was removed.
+    if str(error).startswith(('NOT_FOUND', 'No ArrayMetadata found')):
       return os.strerror(errno.ENOENT)
     for number in _DISK:
       if os.strerror(number) in str(error):

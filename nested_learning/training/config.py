@@ -154,7 +154,7 @@ class ExperimentConfig:
   @property
   def has_validation(self) -> bool:
     """Whether any data is held out to evaluate on."""
-    return getattr(self.data, 'validation_fraction', 1) > 0
+    return getattr(self.data, 'has_validation', True)
 
   @property
   def carries_state(self) -> bool:

@@ -35,6 +35,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 class TrainerTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
+    self.enterContext(mock.patch.object(checkpoints, '_END_SECONDS', 0))
     self.root = pathlib.Path(self.create_tempdir().full_path)
     tiny.share_executables(self)
 
