@@ -2,8 +2,12 @@
 
 import dataclasses
 import functools
+import pathlib
+import traceback
 import typing
 from typing import Any
+
+_PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
 class UserError(ValueError):
@@ -12,6 +16,30 @@ class UserError(ValueError):
   The message is one line that names the value and the way out. The launcher
   prints that line instead of a traceback and exits with code 2.
   """
+
+
+def is_bug(error: Exception) -> bool:
+  """Returns whether an exception is a bug of the package, not a mistake.
+
+  `UserError` is a user's mistake wherever it is raised. Any other
+  exception is a bug if it came out of the package's own code.
+
+  Args:
+    error: An exception that was raised and caught.
+  """
+  if isinstance(error, UserError):
+    return False
+  frames = traceback.extract_tb(error.__traceback__)
+  return any(_is_in_package(frame) for frame in frames)
+
+
+def _is_in_package(frame: traceback.FrameSummary) -> bool:
+  path = pathlib.Path(frame.filename)
+  # These call a user's code, so they are below every mistake in it.
+  calls_users = path.parent == _PACKAGE / 'configs' and (
+    frame.name in ('call_get_config', 'load', 'make')
+  )
+  return path.is_relative_to(_PACKAGE) and not calls_users
 
 
 def first_line(error: Exception) -> str:

@@ -8,7 +8,6 @@ import typing
 from typing import Any
 
 from nested_learning import errors
-from nested_learning.configs import files
 
 
 def is_config(value: Any) -> bool:
@@ -94,7 +93,7 @@ def make(
   try:
     return cls(**values)
   except ValueError as error:
-    if files.is_bug(error):
+    if errors.is_bug(error):
       raise
     message = str(error)
     names = '|'.join(re.escape(field.name) for field in init_fields(cls))
@@ -103,6 +102,52 @@ def make(
     elif path:
       message = f'{path}: {message}'
     raise errors.UserError(message) from error
+
+
+def find_misfit(error: Exception) -> str | None:
+  """Finds the config field whose value has a wrong type, after an exception.
+
+  Args:
+    error: An exception that was raised while a config was made.
+
+  Returns:
+    The field, its value and its type in words; None if all values fit.
+  """
+  step = error.__traceback__
+  while step is not None:
+    frame, step = step.tb_frame, step.tb_next
+    made = frame.f_locals.get('self')
+    if frame.f_code.co_name != '__init__' or not is_config(made):
+      continue
+    for name, kind in annotations(type(made)).items():
+      value = frame.f_locals.get(name)
+      if name in frame.f_locals and not fits(value, kind):
+        return f'{name}={short(value)} must be {describe(kind)}.'
+  return None
+
+
+def fits(value: Any, kind: Any) -> bool:
+  """Returns whether a value is of the type of an annotation."""
+  if kind is Any:
+    return True
+  for option in options(kind):
+    if typing.get_origin(option) is typing.Literal:
+      if value in typing.get_args(option):
+        return True
+    elif is_tuple(option):
+      if isinstance(value, tuple):
+        kinds = item_kinds(option, len(value))
+        if len(kinds) == len(value) and all(map(fits, value, kinds)):
+          return True
+    elif isinstance(option, type):
+      accepted = (int, float) if option is float else option
+      # bool is an int in Python, but not in a config.
+      wrong_bool = isinstance(value, bool) and option in (int, float)
+      if isinstance(value, accepted) and not wrong_bool:
+        return True
+    else:  # an annotation that is not checked
+      return True
+  return False
 
 
 def unknown(cls: type, name: str, path: str, nearest: str) -> str:

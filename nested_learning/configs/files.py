@@ -10,6 +10,7 @@ from typing import Any
 
 from nested_learning import errors
 from nested_learning import files
+from nested_learning.configs import fields
 
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 _CHECKOUT = _PACKAGE.parent  # or another folder, if installed from a wheel
@@ -149,30 +150,6 @@ def _missing(path: pathlib.Path) -> str:
   return f'There is no file {shown(path)}; {shown(folder)} has: {names}.'
 
 
-def is_bug(error: Exception) -> bool:
-  """Returns whether an exception is a bug of the package, not a mistake.
-
-  `errors.UserError` is a user's mistake wherever it is raised. Any other
-  exception is a bug if it came out of the package's own code.
-
-  Args:
-    error: An exception that was raised and caught.
-  """
-  if isinstance(error, errors.UserError):
-    return False
-  frames = traceback.extract_tb(error.__traceback__)
-  return any(_is_in_package(frame) for frame in frames)
-
-
-def _is_in_package(frame: traceback.FrameSummary) -> bool:
-  path = pathlib.Path(frame.filename)
-  # These call a user's code, so they are below every mistake in it.
-  calls_users = path.parent == _PACKAGE / 'configs' and (
-    frame.name in ('call_get_config', 'load', 'make')
-  )
-  return path.is_relative_to(_PACKAGE) and not calls_users
-
-
 def _refuse(error: Exception, path: pathlib.Path) -> None:
   """Raises `errors.UserError` that says where in the file a mistake is.
 
@@ -191,9 +168,17 @@ def _refuse(error: Exception, path: pathlib.Path) -> None:
   )
   if isinstance(error, SyntaxError) and error.filename == resolved:
     lines.append(error.lineno)
-  elif is_bug(error) or not is_users:
+  elif misfit := fields.find_misfit(error):
+    raise errors.UserError(
+      f'{files.shown(path)}{_line(lines)}: {misfit}'
+    ) from error
+  elif errors.is_bug(error) or not is_users:
     return
-  where = f'{path}, line {lines[-1]}' if lines else str(path)
+  where = f'{files.shown(path)}{_line(lines)}'
   kind = '' if isinstance(error, errors.UserError) else type(error).__name__
   text = ': '.join(filter(None, [kind, errors.first_line(error)]))
   raise errors.UserError(f'{where}: {text}') from error
+
+
+def _line(lines: list[int]) -> str:
+  return f', line {lines[-1]}' if lines else ''

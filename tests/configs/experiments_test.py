@@ -120,6 +120,7 @@ class LoadTest(parameterized.TestCase):
     ('other_module', '__import__("json").loads("{")'),
     ('refused_value', 'sharding.MeshConfig(fsdp=-7)'),
     ('unknown_field', 'sharding.MeshConfig(nothing=1)'),
+    ('none', 'sharding.MeshConfig(fsdp=None)'),
   )
   def test_mistake_in_a_file_is_one_line(self, expression):
     path = self._write(
@@ -131,6 +132,16 @@ class LoadTest(parameterized.TestCase):
     ) as caught:
       configs.load(path)
     self.assertNotIn('\n', str(caught.exception))
+
+  def test_value_of_the_wrong_type_names_its_field(self):
+    path = self._write(
+      'from nested_learning import sharding\n'
+      'def get_config():\n  return sharding.MeshConfig(fsdp="two")\n'
+    )
+    with self.assertRaisesRegex(
+      errors.UserError, f"{self.name}.py, line 3: fsdp='two' must be int"
+    ):
+      configs.load(path)
 
   def test_config_json_runs_no_file_of_the_current_folder(self):
     marker = pathlib.Path(self.folder.full_path, 'ran')
