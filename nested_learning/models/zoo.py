@@ -38,6 +38,11 @@ class Size:
   max_length: int = 4096  # tokens
   window: int = 512  # tokens of sliding-window attention
 
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      at_least_one = getattr(self, field.name) >= 1
+      errors.check_field(self, field.name, at_least_one, 'at least 1')
+
   @property
   def head_dim(self) -> int:
     """Width of a head."""

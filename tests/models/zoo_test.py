@@ -4,6 +4,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from nested_learning import configs
+from nested_learning import errors
 from nested_learning import models
 from nested_learning import parameters
 
@@ -71,6 +72,13 @@ class ZooTest(parameterized.TestCase):
   def test_sets_fields(self):
     config = models.zoo.make_config('hope_tiny', dtype='bfloat16')
     self.assertEqual(config.dtype, 'bfloat16')
+
+  @parameterized.parameters('num_heads', 'embed_dim', 'num_layers', 'mlp_dim')
+  def test_sizes_are_positive(self, name):
+    sizes = {'num_layers': 1, 'embed_dim': 8, 'num_heads': 2, 'mlp_dim': 8}
+    message = f'{name}=0 must be at least 1'
+    with self.assertRaisesRegex(errors.UserError, message):
+      models.zoo.Size(**(sizes | {name: 0}))
 
   def test_names_the_nearest(self):
     with self.assertRaisesRegex(ValueError, "no model 'hope_17m'.*hope_170m"):
