@@ -41,7 +41,7 @@ def get_config(arg: str | None = None) -> training.ExperimentConfig:
   compresses = isinstance(task, tasks.CompressionConfig)
   return training.ExperimentConfig(
     name=f'{family}_{name}',
-    model=make_model(family, task),
+    model=model_config(family, task),
     data=tasks.TaskDataConfig(
       task,
       batch_size=min(max(_STEP // task.num_tokens, 4), 32),
@@ -58,7 +58,7 @@ def get_config(arg: str | None = None) -> training.ExperimentConfig:
   )
 
 
-def make_model(family: str, task: tasks.TaskConfig) -> models.ModelConfig:
+def model_config(family: str, task: tasks.TaskConfig) -> models.ModelConfig:
   """Returns a small model of a family with room for a task.
 
   Args:

@@ -255,7 +255,9 @@ def run(config: FactsConfig, workdir: str, mode: str) -> None:
       f'inner.update_every={config.inner.update_every} must have one size for '
       f'each of the levels {", ".join(_LEVELS)}.'
     )
-  model = reading.make_model(config.learner, config.stream.vocab_size, _LEVELS)
+  model = models.make_model(
+    reading.make_config(config.learner, config.stream.vocab_size, _LEVELS)
+  )
   inner = config.inner
   size = levels.segment_size(levels.make_levels(inner, _LEVELS))
 

@@ -27,6 +27,7 @@ from experiments.continual import facts
 from experiments.continual import reading
 from nested_learning import errors
 from nested_learning import levels
+from nested_learning import models
 
 _MOST_LEVELS = 4
 
@@ -117,7 +118,9 @@ def run(config: FrequenciesConfig, workdir: str, mode: str) -> None:
       'number of levels of the chain.'
     )
   names = [f'level_{i}' for i in range(_MOST_LEVELS)]
-  model = reading.make_model(config.learner, config.stream.vocab_size, names)
+  model = models.make_model(
+    reading.make_config(config.learner, config.stream.vocab_size, names)
+  )
   asked = facts.AskConfig(config.stream, config.gaps, config.num_streams)
   scores, metrics = {}, []
   for number in config.num_levels:

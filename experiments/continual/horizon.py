@@ -27,6 +27,7 @@ from experiments import report_files
 from experiments.continual import reading
 from nested_learning import errors
 from nested_learning import levels
+from nested_learning import models
 
 _LEVELS = ('fast', 'middle', 'slow')
 _ARMS = {
@@ -141,7 +142,9 @@ def make_row(
 def run(config: HorizonConfig, workdir: str, mode: str) -> None:
   """Trains a learner and reads streams with each set of levels."""
   report_files.check_mode(mode)
-  model = reading.make_model(config.learner, config.num_words, _LEVELS)
+  model = models.make_model(
+    reading.make_config(config.learner, config.num_words, _LEVELS)
+  )
 
   trained = dataclasses.replace(config.inner, update_every=config.train_clocks)
   params, losses = reading.train(

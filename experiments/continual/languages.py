@@ -27,6 +27,7 @@ from experiments.continual import grammar
 from experiments.continual import reading
 from nested_learning import errors
 from nested_learning import levels
+from nested_learning import models
 
 _LEVELS = ('fast', 'middle', 'slow')
 # Lessons before the questions, as indices of the languages A and B.
@@ -88,7 +89,9 @@ def run(config: LanguagesConfig, workdir: str, mode: str) -> None:
   """Trains each learner, teaches it languages and scores its glosses."""
   report_files.check_mode(mode)
   chrf = make_chrf()
-  model = reading.make_model(config.learner, grammar.VOCAB_SIZE, _LEVELS)
+  model = models.make_model(
+    reading.make_config(config.learner, grammar.VOCAB_SIZE, _LEVELS)
+  )
   scores, metrics, samples = {}, [], []
   for number in config.num_levels:
     found = []

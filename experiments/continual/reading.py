@@ -97,13 +97,6 @@ def make_config(
   return made
 
 
-def make_model(
-  config: LearnerConfig, vocab_size: int, level_names: Sequence[str]
-) -> models.Model:
-  """Makes the model of an experiment; see `make_config`."""
-  return models.make_model(make_config(config, vocab_size, level_names))
-
-
 def train(
   model: models.Model,
   inner: levels.InnerConfig,

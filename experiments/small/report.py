@@ -30,10 +30,10 @@ _HEADS = {
 }
 _INTRO = """\
 Small models of the zoo on generated tasks. `experiments/small/suite.py` lists
-the runs, and `make_model` of `experiments/tasks.py` defines the models. Shares
-are in per cent. A number is the mean over the finished seeds, ± the standard
-deviation of a sample; with one seed, small differences mean nothing. "2x" is on
-rows twice as long as in training."""
+the runs, and `model_config` of `experiments/tasks.py` defines the models.
+Shares are in per cent. A number is the mean over the finished seeds, ± the
+standard deviation of a sample; with one seed, small differences mean nothing.
+"2x" is on rows twice as long as in training."""
 _SCALE = (
   'The last column is printed in the paper ({where}). **Another scale**: its '
   'models and runs are different, and far larger where it gives a size, so the '

@@ -1,6 +1,6 @@
 """The small suite: models, tasks, numbers of steps, gates and printed numbers.
 
-A run is `experiments/tasks.py:family,preset`, whose `make_model` defines the
+A run is `experiments/tasks.py:family,preset`, whose `model_config` defines the
 models, with the changes of its task and its own.
 
 References:

@@ -18,6 +18,7 @@ from experiments.continual import reading
 from nested_learning import configs
 from nested_learning import errors
 from nested_learning import levels
+from nested_learning import models
 from tests import compiling
 
 _LEARNER = reading.LearnerConfig(embed_dim=16, mlp_dim=16)
@@ -27,7 +28,9 @@ class ReadingTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.enterContext(compiling.quickly())
-    self.model = reading.make_model(_LEARNER, 20, ('fast', 'slow'))
+    self.model = models.make_model(
+      reading.make_config(_LEARNER, 20, ('fast', 'slow'))
+    )
     self.params = self.model.init_params(jax.random.key(0))
     rng = np.random.default_rng(0)
     self.tokens = rng.integers(20, size=(2, 32))
