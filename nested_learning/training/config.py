@@ -88,48 +88,10 @@ class ExperimentConfig:
     errors.check_field(
       self, 'seed', 0 <= self.seed < 2**32, 'at least 0 and below 2^32'
     )
-    num_tokens, max_length = self.data.sequence_length, self.model.max_length
-    if num_tokens > max_length:
-      raise errors.UserError(
-        f'data.sequence_length={num_tokens} is longer than model.max_length='
-        f'{max_length}; lower the one or raise the other.'
-      )
-    if self.data.batch_size % self.train.accumulate:
-      raise errors.UserError(
-        f'data.batch_size={self.data.batch_size} is not a multiple of '
-        f'train.accumulate={self.train.accumulate}; choose a divisor.'
-      )
-    for level in self.model.levels:
-      every = level.train_every
-      if every is not None and every % self.batch_tokens:
-        above = -(-every // self.batch_tokens) * self.batch_tokens
-        raise errors.UserError(
-          f'level {level.name!r} has train_every={every}, which is '
-          f'not a multiple of the {self.batch_tokens} tokens of a step '
-          '(data.batch_size x data.sequence_length); set it to '
-          f'{above}, or to None for an update at every step.'
-        )
-    if self.inner.is_on:
-      names = [level.name for level in self.model.levels]
-      size = levels.segment_size(levels.make_levels(self.inner, names))
-      if num_tokens % size:
-        raise errors.UserError(
-          f'data.sequence_length={num_tokens} is not a multiple of the {size} '
-          'tokens of a segment of inner.update_every='
-          f'{self.inner.update_every}; change the one or the other.'
-        )
+    _check_rows(self)
+    _check_levels(self)
     _check_context(self)
-    limit = models.max_stream_length(self.model)
-    if self.carries_state and limit is not None:
-      longest = num_tokens * max(
-        self.train.num_steps, self.evaluation.num_batches
-      )
-      if longest > limit:
-        raise errors.UserError(
-          f"data.reset='never' makes a stream of {longest} tokens per row, but "
-          f'attention holds model.max_length={limit}; use '
-          "data.reset='document' or a mixer with a state of constant size."
-        )
+    _check_stream(self)
 
   @property
   def batch_tokens(self) -> int:
@@ -160,6 +122,59 @@ class ExperimentConfig:
   def carries_state(self) -> bool:
     """Whether each row continues that row of the batch before."""
     return self.data.carries_state
+
+
+def _check_rows(config: ExperimentConfig) -> None:
+  """Checks that rows fit the model and divide into micro-batches."""
+  num_tokens, max_length = config.data.sequence_length, config.model.max_length
+  if num_tokens > max_length:
+    raise errors.UserError(
+      f'data.sequence_length={num_tokens} is longer than model.max_length='
+      f'{max_length}; lower the one or raise the other.'
+    )
+  if config.data.batch_size % config.train.accumulate:
+    raise errors.UserError(
+      f'data.batch_size={config.data.batch_size} is not a multiple of '
+      f'train.accumulate={config.train.accumulate}; choose a divisor.'
+    )
+
+
+def _check_levels(config: ExperimentConfig) -> None:
+  """Checks that the clocks of levels fit steps and rows."""
+  for level in config.model.levels:
+    every = level.train_every
+    if every is not None and every % config.batch_tokens:
+      above = -(-every // config.batch_tokens) * config.batch_tokens
+      raise errors.UserError(
+        f'level {level.name!r} has train_every={every}, which is '
+        f'not a multiple of the {config.batch_tokens} tokens of a step '
+        '(data.batch_size x data.sequence_length); set it to '
+        f'{above}, or to None for an update at every step.'
+      )
+  if config.inner.is_on:
+    names = [level.name for level in config.model.levels]
+    size = levels.segment_size(levels.make_levels(config.inner, names))
+    if config.data.sequence_length % size:
+      raise errors.UserError(
+        f'data.sequence_length={config.data.sequence_length} is not a multiple '
+        f'of the {size} tokens of a segment of inner.update_every='
+        f'{config.inner.update_every}; change the one or the other.'
+      )
+
+
+def _check_stream(config: ExperimentConfig) -> None:
+  """Checks that attention has room for a stream that never resets."""
+  limit = models.max_stream_length(config.model)
+  if config.carries_state and limit is not None:
+    longest = config.data.sequence_length * max(
+      config.train.num_steps, config.evaluation.num_batches
+    )
+    if longest > limit:
+      raise errors.UserError(
+        f"data.reset='never' makes a stream of {longest} tokens per row, but "
+        f'attention holds model.max_length={limit}; use '
+        "data.reset='document' or a mixer with a state of constant size."
+      )
 
 
 def _check_context(config: ExperimentConfig) -> None:

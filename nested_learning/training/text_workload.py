@@ -55,12 +55,9 @@ def make_workload(
     )
     with jax.set_mesh(mesh):
       writes_on = evaluated or workload.evaluate(params, batches())
+      _check_finite(writes_on, 'on')
       writes_off = make_evaluate(False)(params, batches())
-    for name, measured in (('on', writes_on), ('off', writes_off)):
-      if not math.isfinite(measured.loss):  # which no plot can show
-        raise FloatingPointError(
-          f'the validation loss with writes {name} is {measured.loss}'
-        )
+      _check_finite(writes_off, 'off')
     if jax.process_index() == 0:
       for path, write in (
         (_POSITION_TABLE, evaluation.write_by_position),
@@ -180,6 +177,13 @@ def _make_batches(data, split, *, process_index, process_count):
   return data_lib.make_iterator(
     data, split=split, process_index=process_index, process_count=process_count
   )
+
+
+def _check_finite(evaluated: evaluation.Evaluation, writes: str) -> None:
+  if not math.isfinite(evaluated.loss):  # which no plot can show
+    raise FloatingPointError(
+      f'the validation loss with writes {writes} is {evaluated.loss}'
+    )
 
 
 def _summarize(

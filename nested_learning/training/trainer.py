@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterable, Mapping
 import math
 import pathlib
 import time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
 import optax
 import tqdm
 
+from nested_learning import data as data_lib
 from nested_learning import errors
 from nested_learning import evaluation
 from nested_learning import models
@@ -86,61 +87,96 @@ def train(
     start, state, train_seconds = _restore_or_init(
       config, workload, optimizer, abstract, manager, batches
     )
-    train_step, compile_seconds = _compile(config, workload, optimizer, mesh)
+    take_step, compile_seconds = _compile(config, workload, optimizer, mesh)
     with metrics_lib.RunLog(
       workdir, config, start=start, train_seconds=train_seconds
     ) as log:
       _say_start(log, config, workdir, start, mesh)
-      evaluated = None  # the evaluation of the state as it stands
-      for step in range(start, config.train.num_steps + 1):
-        stopping = False
-        if step > start:
-          state, metrics = train_step(
-            state, workload_lib.put(next(batches), mesh)
-          )
-          log.defer(step, metrics)
-          evaluated = None
-          stopping = stop.requested()
-          if not (stopping or _saves(config.train, step)):
-            continue
-          log.flush()
-          # Before the evaluation, which may fail or be interrupted.
-          checkpoints.save(
-            manager,
-            step,
-            _items(state),
-            data=batches.get_state(),
-            config=config,
-            tokenizer_fingerprint=workload.fingerprint,
-            train_seconds=log.train_seconds,
-          )
-        # An evaluation that was interrupted at `start` is done now.
-        if (
-          evaluate is not None
-          and not stopping
-          and _evaluates(config.train, step)
-          and not (step == start and step in manager.scores)
-        ):
-          try:
-            evaluated = evaluate(state.params, step, stop)
-            log.write_evaluation(step, evaluated)
-            checkpoints.record_score(manager, step, evaluated.score)
-          except interrupts.Interrupted:
-            stopping = True
-        if stopping:
-          checkpoints.wait(manager)
-          log.say(
-            f'{stop.signal.name}: saved step {step} in {workdir}; run the same '
-            'command again to go on from there.'
-          )
-          raise SystemExit(128 + stop.signal)
-        log.resume_clock()
+      run = _Run(
+        config, workdir, workload, mesh, batches, evaluate, manager, log, stop
+      )
+      state, evaluated = _take_steps(run, take_step, state, start)
     if evaluated is None and evaluate is not None:  # no step was left to take
       with interrupts.ending(trained_message(config, workdir)):
         evaluated = evaluate(state.params, config.train.num_steps, None)
   if stop.requested():
     interrupts.end(stop.signal, trained_message(config, workdir))
   return Outcome(state.params, evaluated, log.train_seconds, compile_seconds)
+
+
+class _Run(NamedTuple):
+  """The open parts of a run."""
+
+  config: config_lib.ExperimentConfig
+  workdir: pathlib.Path
+  workload: workload_lib.Workload
+  mesh: jax.sharding.Mesh
+  batches: data_lib.Batches
+  evaluate: Callable[..., workload_lib.EvaluationResult] | None
+  manager: checkpoints.Manager
+  log: metrics_lib.RunLog
+  stop: interrupts.Stop
+
+
+def _take_steps(run: _Run, take_step, state, start: int):
+  """Takes all steps from `start` on, with logs, saves and evaluations.
+
+  Returns:
+    The last state and its evaluation; None if it was evaluated before.
+  """
+  train, log = run.config.train, run.log
+  evaluated = None
+  if _evaluates(train, start) and start not in run.manager.scores:
+    # The evaluation was interrupted, after the checkpoint had been written.
+    evaluated = _evaluate(run, start, state)
+    log.resume_clock()
+  for step in range(start + 1, train.num_steps + 1):
+    batch = workload_lib.put(next(run.batches), run.mesh)
+    state, metrics = take_step(state, batch)
+    log.defer(step, metrics)
+    evaluated = None
+    stopping = run.stop.requested()
+    if not (stopping or _saves(train, step)):
+      continue
+    log.flush()
+    checkpoints.save(
+      run.manager,
+      step,
+      _items(state),
+      data=run.batches.get_state(),
+      config=run.config,
+      tokenizer_fingerprint=run.workload.fingerprint,
+      train_seconds=log.train_seconds,
+    )
+    if stopping:
+      _end(run, step)
+    if _evaluates(train, step):
+      evaluated = _evaluate(run, step, state)
+    log.resume_clock()
+  return state, evaluated
+
+
+def _evaluate(run: _Run, step: int, state) -> Any:
+  """Evaluates a state that is saved; ends the run if a signal arrives."""
+  if run.evaluate is None:
+    return None
+  try:
+    evaluated = run.evaluate(state.params, step, run.stop)
+  except interrupts.Interrupted:
+    _end(run, step)
+  run.log.write_evaluation(step, evaluated)
+  checkpoints.record_score(run.manager, step, evaluated.score)
+  return evaluated
+
+
+def _end(run: _Run, step: int) -> NoReturn:
+  """Ends the process after a signal, once the checkpoint is written."""
+  checkpoints.wait(run.manager)
+  run.log.say(
+    f'{run.stop.signal.name}: saved step {step} in {run.workdir}; run the same '
+    'command again to go on from there.'
+  )
+  raise SystemExit(128 + run.stop.signal)
 
 
 def fit(

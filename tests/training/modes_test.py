@@ -5,18 +5,19 @@ import dataclasses
 import io
 import json
 import pathlib
-from unittest import mock
+import types
 
 from absl.testing import absltest
 from absl.testing import parameterized
 
 from nested_learning import configs
 from nested_learning import errors
-from nested_learning import evaluation
 from nested_learning import layers
 from nested_learning import sharding
 from nested_learning import training
+from nested_learning.training import make_workload
 from nested_learning.training import modes
+from nested_learning.training import trainer
 from tests.training import tiny
 
 _TITANS = layers.MemoryMixerConfig(
@@ -106,13 +107,13 @@ class ModesTest(parameterized.TestCase):
     self.assertRegex(output.getvalue(), r'^.*summary.json cannot be read .*\n$')
 
   def test_a_model_that_has_diverged_is_one_line(self):
-    config = tiny.experiment(self.root, train={'num_steps': 1})
-    self.run_mode('train', config)
-    with (
-      mock.patch.object(evaluation.Evaluation, 'loss', float('nan')),
-      self.assertRaisesRegex(errors.UserError, 'loss .* is nan: .* diverged'),
+    workload = make_workload.make_workload(self.config)
+    evaluated = types.SimpleNamespace(loss=float('nan'))
+    mesh = trainer.make_mesh(self.config)
+    with self.assertRaisesRegex(
+      errors.UserError, 'loss with writes on is nan: .* has diverged'
     ):
-      self.run_mode('eval', config)
+      modes._summarize(workload, None, self.workdir, mesh, evaluated)
 
   @parameterized.parameters('train', 'eval', 'generate')
   def test_a_name_that_no_disk_takes(self, mode):
