@@ -130,7 +130,7 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     raise Damaged(f'{folder} is not a checkpoint of this trainer')
   wrong = _wrong_field(manifest)
   if wrong is not None:
-    raise Damaged(f'{folder} is damaged: {wrong} in its manifest is no such')
+    raise Damaged(f'{folder} is damaged: its manifest has a wrong {wrong}')
   if manifest['step'] != int(folder.name):
     raise Damaged(
       f'{folder} is damaged: it holds the checkpoint of step {manifest["step"]}'
@@ -139,7 +139,7 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _wrong_field(manifest: Mapping[str, Any]) -> str | None:
-  """Returns a field of a manifest that has another type than it must have."""
+  """Returns the first field of a manifest with a wrong value, or None."""
   for name, kind in _FIELDS.items():
     value = manifest.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
@@ -148,13 +148,13 @@ def _wrong_field(manifest: Mapping[str, Any]) -> str | None:
     return f'train_seconds={manifest["train_seconds"]}'
   for name, checksum in manifest['checksums'].items():
     if type(checksum) is not int:
-      return f'the checksum {checksum!r:.40} of {name}'
+      return f'checksum {checksum!r:.40} of {name}'
   arrays = manifest.get('arrays', {})
   if not isinstance(arrays, dict):
     return f'arrays={arrays!r:.40}'
   for name, array in arrays.items():
     if not isinstance(array, dict) or not {'shape', 'dtype'} <= array.keys():
-      return f'the shape of {name}'
+      return f'shape of {name}'
   try:
     config = json.loads(manifest['config'])
   except (ValueError, RecursionError):

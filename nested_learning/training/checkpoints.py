@@ -276,10 +276,10 @@ def explain_failure(workdir: Any, what: str) -> Iterator[None]:
       steps = checkpoint_files.steps(workdir)
     except (OSError, errors.UserError):
       steps = []
-    left = f'checkpoints stay of {steps}' if steps else 'no checkpoint is there'
+    kept = ', '.join(map(str, steps)) or 'none'
     raise errors.UserError(
-      f'{what} in {workdir}/checkpoints: {reason}; {left}. Mend that and run '
-      'the same command again.'
+      f'{what} in {workdir}/checkpoints: {reason}; checkpoints kept: {kept}. '
+      'Fix this and run the same command again.'
     ) from error
 
 

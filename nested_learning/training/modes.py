@@ -133,8 +133,8 @@ def _explain_disk(workdir: pathlib.Path) -> Iterator[None]:
     ):
       raise
     raise errors.UserError(
-      f'{name}: {error.strerror}. Mend that and run the same command again; '
-      'its checkpoints stay as they are.'
+      f'{name}: {error.strerror}. Fix this and run the same command again; '
+      'its checkpoints are kept.'
     ) from error
 
 

@@ -367,7 +367,7 @@ class CheckpointsTest(parameterized.TestCase):
     with (
       mock.patch.object(checkpoints.Manager, failing, side_effect=error),
       self.assertRaisesRegex(
-        errors.UserError, 'Cannot save step . in .*: (No|Read-only) .* of .3'
+        errors.UserError, 'Cannot save step . in .*: (No|Read-only) .* kept: 3.'
       ),
     ):
       self.save(4)
