@@ -59,6 +59,7 @@ def write_whole(
     os.chmod(temporary, mode)
     os.replace(temporary, target)
     temporary = None
+    _sync_folder(target.parent)
   except (OSError, ValueError) as error:
     if isinstance(error, errors.UserError):
       raise
@@ -68,6 +69,16 @@ def write_whole(
     if temporary is not None:
       with contextlib.suppress(OSError):
         os.unlink(temporary)
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+  """Makes a new name in a folder outlive a power cut, where that is known."""
+  with contextlib.suppress(OSError):  # Windows, and some network file systems
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+      os.fsync(handle)
+    finally:
+      os.close(handle)
 
 
 @contextlib.contextmanager

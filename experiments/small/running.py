@@ -101,6 +101,7 @@ def _count_seeds(workdir: pathlib.Path, cells: Sequence[sweeps.Cell]) -> int:
     int(path.name.removeprefix('seed_'))
     for cell in cells
     for path in (workdir / 'cells' / cell.name).glob('seed_*')
+    if path.name.removeprefix('seed_').isdecimal()
   ]
   return max(seeds, default=-1) + 1
 

@@ -23,7 +23,7 @@ from nested_learning.planning import tables
 from nested_learning.training import config as config_lib
 from nested_learning.training import make_workload
 from nested_learning.training import optimizer as optimizer_lib
-from nested_learning.training import step as step_lib
+from nested_learning.training import sharded_step
 
 
 def run(
@@ -103,8 +103,8 @@ def compile_for(
     )
   spec = make_workload.make_step_spec(config)
   optimizer = optimizer_lib.make_optimizer(config, spec.model.table)
-  state = step_lib.abstract_state(config, spec.model, optimizer, mesh)
-  traced = step_lib.trace_step(
+  state = sharded_step.abstract_state(config, spec.model, optimizer, mesh)
+  traced = sharded_step.trace_step(
     config,
     spec.model,
     optimizer,
@@ -236,7 +236,7 @@ def _forward_flops(config, spec) -> int:
 
 def _decode_arguments(config, model, params, mesh):
   rows = config.micro_batch_size
-  streams = step_lib.abstract_stream(model, params, rows, mesh)
+  streams = sharded_step.abstract_stream(model, params, rows, mesh)
   tokens = jax.ShapeDtypeStruct(
     (rows, 1), 'int32', sharding=sharding.batch_sharding(mesh)
   )

@@ -15,7 +15,7 @@ from nested_learning import sharding
 from nested_learning.training import config as config_lib
 from nested_learning.training import make_workload
 from nested_learning.training import optimizer as optimizer_lib
-from nested_learning.training import step as step_lib
+from nested_learning.training import sharded_step
 
 _MOST_TRIED = 4  # compilations, of minutes each
 # Float32 arrays of a parameter's size in a step: the parameter, its gradient,
@@ -107,7 +107,7 @@ def _try(config, devices) -> str | None:
   spec = make_workload.make_step_spec(config)
   optimizer = optimizer_lib.make_optimizer(config, spec.model.table)
   _, needed = compilation.compile(
-    step_lib.trace_step(
+    sharded_step.trace_step(
       config,
       spec.model,
       optimizer,

@@ -12,7 +12,7 @@ from nested_learning import parameters
 from nested_learning import sharding
 from nested_learning.training import config as config_lib
 from nested_learning.training import optimizer as optimizer_lib
-from nested_learning.training import step as step_lib
+from nested_learning.training import sharded_step
 
 
 def describe(config: config_lib.ExperimentConfig) -> str:
@@ -33,8 +33,8 @@ def describe(config: config_lib.ExperimentConfig) -> str:
   model = models.make_model(config.model, config.inner, head=config.head)
   optimizer = optimizer_lib.make_optimizer(config, model.table)
   mesh = _mesh(config)
-  state = step_lib.abstract_state(config, model, optimizer, mesh)
-  streams = step_lib.abstract_stream(
+  state = sharded_step.abstract_state(config, model, optimizer, mesh)
+  streams = sharded_step.abstract_stream(
     model, state.params, config.data.batch_size // config.train.accumulate, mesh
   )
   num_params = parameters.count(model.table)

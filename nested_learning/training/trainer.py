@@ -23,6 +23,7 @@ from nested_learning.training import interrupts
 from nested_learning.training import make_workload
 from nested_learning.training import metrics as metrics_lib
 from nested_learning.training import optimizer as optimizer_lib
+from nested_learning.training import sharded_step
 from nested_learning.training import step as step_lib
 from nested_learning.training import workload as workload_lib
 
@@ -83,7 +84,9 @@ def train(
     ) as manager,
     checkpoints.explain_divergence(manager),
   ):
-    abstract = step_lib.abstract_state(config, workload.model, optimizer, mesh)
+    abstract = sharded_step.abstract_state(
+      config, workload.model, optimizer, mesh
+    )
     start, state, train_seconds = _restore_or_init(
       config, workload, optimizer, abstract, manager, batches
     )
@@ -285,7 +288,7 @@ def _restore_or_init(config, workload, optimizer, abstract, manager, batches):
 def _compile(config, workload, optimizer, mesh) -> tuple[Any, float]:
   """Compiles the step; returns an executable, which cannot recompile."""
   begin = time.perf_counter()
-  traced = step_lib.trace_step(
+  traced = sharded_step.trace_step(
     config,
     workload.model,
     optimizer,
