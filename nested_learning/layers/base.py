@@ -17,8 +17,8 @@ class TokenInfo(NamedTuple):
     mask: bool [b, t], False for padding, which changes no state; None for no
       padding.
     write: Whether memories are written; False only reads them.
-    local_loss: A `layers.cms.LocalLoss` whose gradients the levels of the chain
-      return, or None. Only trunks read it.
+    local_loss: A `layers.local_losses.LocalLoss` whose gradients the levels of
+      the chain return, or None. Only trunks read it.
   """
 
   reset: jax.Array | None = None

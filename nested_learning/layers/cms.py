@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import itertools
 import re
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,40 +31,9 @@ from nested_learning import errors
 from nested_learning import parameters
 from nested_learning.layers import base
 from nested_learning.layers import norm
-from nested_learning.memory import objectives
 
 # Names are part of the paths of parameters and of the names of metrics.
 _NAME = re.compile(r'[A-Za-z][A-Za-z0-9_-]{0,63}')
-LOCAL_OBJECTIVES = ('l2', 'dot')  # of `memory.objectives`
-
-
-class LocalLoss(NamedTuple):
-  """A loss of each level's own input and output.
-
-  Attributes:
-    objective: 'l2' or 'dot', see `apply_with_gradients`.
-    names: Levels whose gradients are computed.
-    target: [b, t, e], target of a level's output.
-    counts: [b, t], weight of each token; 0 leaves it out.
-  """
-
-  objective: str
-  names: tuple[str, ...]
-  target: jax.Array
-  counts: jax.Array
-
-
-class StateAndGradients(NamedTuple):
-  """State of a layer that was given a `LocalLoss`.
-
-  Attributes:
-    state: State of the layer without one.
-    gradients: Gradients of the local losses, at the paths of the parameters of
-      the levels that learn.
-  """
-
-  state: Any
-  gradients: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,70 +151,11 @@ def apply(
   Returns:
     [b, t, e].
   """
-  mlp = lambda name, x: _mlp(params[name], x)
-  return _connect(levels, mlp, x, chain=chain, mix=mix)
+  mlp = lambda name, x: mlp_output(params[name], x)
+  return connect(levels, mlp, x, chain=chain, mix=mix)
 
 
-def apply_with_gradients(
-  levels: Sequence[LevelConfig],
-  params: Any,
-  x: jax.Array,
-  local_loss: LocalLoss,
-  *,
-  chain: ChainConfig = ChainConfig(),
-  mix: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:
-  r"""Passes x through the chain and computes gradients of local losses.
-
-  For a level's input x, output f(x) before the residual addition, and a target
-  v of e numbers, the loss is the sum over tokens, weighted by `counts`, of
-
-  .. math::
-    \frac{1}{2e} |f(x_t) - v_t|^2 \quad \text{('l2')}, \qquad
-    -\frac{1}{e} \langle f(x_t), v_t \rangle \quad \text{('dot')}.
-
-  The gradient of a level is computed together with its output; none flows to
-  earlier layers. 'l2' replaces the output by the target, and 'dot' moves it
-  towards the target without a limit. Both are meant for models trained through
-  such steps; others get worse by them.
-
-  The papers leave a level's own key and value open (NL sections 7.1 and 7.3).
-  Here the key is the level's input and the value is the caller's target, in
-  `models.LanguageHead` the embedding of the next token.
-
-  Args:
-    levels: As for `apply`.
-    params: As for `apply`.
-    x: [b, t, e].
-    local_loss: The levels, their objective and its target.
-    chain: As for `apply`.
-    mix: As for `apply`.
-
-  Returns:
-    The result of `apply`, and the gradients by level name, trees like the
-    levels' parameters, summed over rows and tokens.
-  """
-  gradients = {}
-  objective = objectives.OBJECTIVES[local_loss.objective]
-
-  def mlp(name, x):
-    if name not in local_loss.names:
-      return _mlp(params[name], x)
-
-    def loss(weights):
-      output = _mlp(weights, x)
-      # Errors and their sum are float32 at least: bfloat16 loses them.
-      wide = output.astype(jnp.promote_types(output.dtype, jnp.float32))
-      values = objective(wide, local_loss.target)  # [b, t]
-      return jnp.sum(local_loss.counts * values) / x.shape[-1], output
-
-    gradients[name], output = jax.grad(loss, has_aux=True)(params[name])
-    return output
-
-  return _connect(levels, mlp, x, chain=chain, mix=mix), gradients
-
-
-def _connect(
+def connect(
   levels: Sequence[LevelConfig],
   mlp: Callable[[str, jax.Array], jax.Array],
   x: jax.Array,
@@ -253,7 +163,18 @@ def _connect(
   chain: ChainConfig,
   mix: jax.Array | None,
 ) -> jax.Array:
-  """Connects levels whose MLPs `mlp(name, x)` computes."""
+  """Connects levels into a chain.
+
+  Args:
+    levels: The levels, fastest first.
+    mlp: `mlp(name, x)` is a level's output [b, t, e].
+    x: As for `apply`.
+    chain: As for `apply`.
+    mix: As for `apply`.
+
+  Returns:
+    [b, t, e].
+  """
   if chain.connection == 'independent':
     outputs = [mlp(level.name, x) for level in levels]
     weights = mix.astype(x.dtype)
@@ -264,8 +185,8 @@ def _connect(
   return x
 
 
-def _mlp(params: Any, x: jax.Array) -> jax.Array:
-  """Computes one level's f(x) [b, t, e]."""
+def mlp_output(params: Any, x: jax.Array) -> jax.Array:
+  """Computes f(x) [b, t, e] of one level with these parameters."""
   weights = jax.tree.map(lambda w: w.astype(x.dtype), params)
   normed = norm.rms_norm(params['norm'], x)
   gate = jnp.einsum('bte,ef->btf', normed, weights['gate'])

@@ -52,7 +52,7 @@ class InnerConfig:
   # Loss of a level: 'next_token' is the model's; 'in_segment' is the same among
   # the tokens of a segment, and does not lower the probability of all others;
   # 'l2' and 'dot' are local losses of a level's own input and output
-  # (`layers.cms.LocalLoss`), which need no backward pass.
+  # (`layers.local_losses.LocalLoss`), which need no backward pass.
   objective: Literal['next_token', 'in_segment', 'l2', 'dot'] = 'next_token'
   depth: float = 0.25  # share of the blocks that learn, the last ones
   # Reduction of the gradients between two steps; the paper's is 'sum'.

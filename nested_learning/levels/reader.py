@@ -11,7 +11,7 @@ the n next-token losses since its last step,
 so that no logit depends on a step that has used its token. Every row of a batch
 has its own weights of its levels; all other parameters are shared and constant.
 A local objective of a level's own input and output may replace the next-token
-loss (`layers.cms.apply_with_gradients`), which needs no backward pass.
+loss (`layers.local_losses.apply_with_gradients`), which needs no backward pass.
 
 The next-token loss lowers the probability of every other token of the
 vocabulary, also of those that the stream used long ago, and this is one way in

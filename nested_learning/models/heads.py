@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from nested_learning import parameters
 from nested_learning import sharding
 from nested_learning.layers import base
-from nested_learning.layers import cms
+from nested_learning.layers import local_losses
 from nested_learning.layers import norm
 from nested_learning.models import trunk as trunk_lib
 
@@ -47,7 +47,7 @@ class LanguageHead:
 
   def make(self, config, trunk):
     """See `Head.make`."""
-    table = {'embedding': _embedding(config), **trunk.table}
+    table = {'embedding': embedding_param(config), **trunk.table}
 
     def forward(params, state, tokens, *, reset=None, mask=None, write=True):
       info = base.TokenInfo(reset, mask, write)
@@ -70,7 +70,7 @@ class LanguageHead:
     Args:
       config: The model.
       trunk: Its trunk.
-      objective: 'l2' or 'dot', see `layers.cms.apply_with_gradients`.
+      objective: 'l2' or 'dot', see `layers.local_losses.apply_with_gradients`.
       names: Levels that learn.
 
     Returns:
@@ -82,7 +82,7 @@ class LanguageHead:
       def make_info(x):
         # The last token has no target here; its count is 0.
         target = norm.rms_norm(1.0, jnp.roll(x, -1, axis=1))
-        local_loss = cms.LocalLoss(objective, names, target, counts)
+        local_loss = local_losses.LocalLoss(objective, names, target, counts)
         return base.TokenInfo(reset, local_loss=local_loss)
 
       logits, both = _read_tokens(
@@ -93,85 +93,8 @@ class LanguageHead:
     return local_gradients
 
 
-@dataclasses.dataclass(frozen=True)
-class RegressionHead:
-  """Reads vectors [b, t, num_inputs] and predicts numbers [b, t, 1]."""
-
-  num_inputs: int
-
-  predicts_tokens = False
-
-  def make(self, config, trunk):
-    """See `Head.make`."""
-    dtype = jnp.dtype(config.dtype)
-    table = {
-      'read_in': parameters.Param(
-        (self.num_inputs, config.embed_dim),
-        (None, 'embed'),
-        parameters.fan_in(self.num_inputs),
-        decay=True,
-      ),
-      'read_out': _matrix(config.embed_dim, 1),
-      **trunk.table,
-    }
-
-    def forward(params, state, inputs, *, reset=None, mask=None, write=True):
-      x = jnp.einsum(
-        'btx,xe->bte', inputs.astype(dtype), params['read_in'].astype(dtype)
-      )
-      x, state = trunk.apply(
-        params, state, x, base.TokenInfo(reset, mask, write)
-      )
-      y = jnp.einsum('bte,ey->bty', x, params['read_out'].astype(dtype))
-      return y, state
-
-    return table, forward
-
-
-@dataclasses.dataclass(frozen=True)
-class CompressionHead:
-  """Predicts all tokens of a row from the trunk's output at its last token.
-
-  That output plus a sinusoidal code of each position passes through an MLP of
-  two layers, whose output is the logits of the token at the position. Every
-  call is one whole row.
-
-  References:
-    Poli et al., arXiv:2403.17844, 2024, appendix B (the decoder of the
-      compression task).
-  """
-
-  predicts_tokens = False
-
-  def make(self, config, trunk):
-    """See `Head.make`."""
-    dtype = jnp.dtype(config.dtype)
-    width = config.embed_dim
-    table = {
-      'embedding': _embedding(config),
-      'hidden': _matrix(width, width),
-      'read_out': _matrix(width, config.vocab_size),
-      **trunk.table,
-    }
-
-    def forward(params, state, tokens, *, reset=None, mask=None, write=True):
-      x = _look_up(params['embedding'], tokens, dtype)
-      x, state = trunk.apply(
-        params, state, x, base.TokenInfo(reset, mask, write)
-      )
-      code = _position_code(tokens.shape[1], width).astype(dtype)
-      x = x[:, -1:] + code  # [b, t, e]
-      x = jnp.einsum('bte,ef->btf', x, params['hidden'].astype(dtype))
-      x = jnp.einsum(
-        'btf,fv->btv', jax.nn.gelu(x), params['read_out'].astype(dtype)
-      )
-      # The loss sums exponentials: logits are float32 at least.
-      return x.astype(jnp.promote_types(dtype, jnp.float32)), state
-
-    return table, forward
-
-
-def _embedding(config):
+def embedding_param(config: trunk_lib.ModelConfig) -> parameters.Param:
+  """Returns the row of the embedding [v, e] in a table."""
   return parameters.Param(
     (config.vocab_size, config.embed_dim),
     ('vocab', 'embed'),
@@ -180,7 +103,7 @@ def _embedding(config):
   )
 
 
-def _look_up(embedding, tokens, dtype):
+def look_up(embedding: Any, tokens: jax.Array, dtype: Any) -> jax.Array:
   """Returns the vectors [b, t, e] of tokens, with entries of size one."""
   # NumPy parameters, as a checkpoint gives them, take no traced index.
   vectors = jnp.asarray(embedding)[tokens].astype(dtype)
@@ -190,8 +113,8 @@ def _look_up(embedding, tokens, dtype):
 def _read_tokens(config, trunk, params, state, tokens, make_info):
   """Returns logits [b, t, v] and the state; `make_info(x)` is `TokenInfo`."""
   dtype = jnp.dtype(config.dtype)
-  embedding = sharding.gather(params['embedding'], _embedding(config))
-  x = _look_up(embedding, tokens, dtype)
+  embedding = sharding.gather(params['embedding'], embedding_param(config))
+  x = look_up(embedding, tokens, dtype)
   x, state = trunk.apply(params, state, x, make_info(x))
   # The loss sums exponentials: logits are float32 at least.
   logits = jnp.einsum(
@@ -201,21 +124,3 @@ def _read_tokens(config, trunk, params, state, tokens, make_info):
     preferred_element_type=jnp.promote_types(dtype, jnp.float32),
   )
   return logits, state
-
-
-def _matrix(num_inputs: int, num_outputs: int) -> parameters.Param:
-  return parameters.Param(
-    (num_inputs, num_outputs),
-    ('embed', None),
-    parameters.fan_in(num_inputs),
-    decay=True,
-  )
-
-
-def _position_code(num_positions: int, width: int) -> jax.Array:
-  """Returns sines and cosines of wavelengths 2 pi to 20,000 pi, [t, e]."""
-  half = (width + 1) // 2
-  frequency = 10_000.0 ** (-jnp.arange(half) / half)
-  angle = jnp.arange(num_positions)[:, None] * frequency
-  code = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1)
-  return code[:, :width]

@@ -8,7 +8,6 @@ anywhere, also token by token, gives the same logits.
 """
 
 from collections.abc import Callable
-import dataclasses
 import functools
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +18,7 @@ from nested_learning import errors
 from nested_learning import levels
 from nested_learning import parameters
 from nested_learning.layers import base
-from nested_learning.layers import cms
+from nested_learning.layers import local_losses
 from nested_learning.models import heads
 from nested_learning.models import stacks
 from nested_learning.models import trunk as trunk_lib
@@ -166,55 +165,6 @@ def level_labels(
   )
 
 
-def add_level(
-  config: trunk_lib.ModelConfig,
-  params: Any,
-  *,
-  name: str,
-  train_every: int | None = None,
-) -> tuple[trunk_lib.ModelConfig, Any]:
-  """Adds a level after the slowest one and starts it warm.
-
-  The new level has the norm, gate and features of the slowest level, and an
-  output of zero. So the logits of the model do not change, bit for bit, and the
-  first gradient of the new level is one of trained features. Levels with random
-  features tend to stay silent. NL section 7 names no start; this is one way of
-  stacking.
-
-  Args:
-    config: The model.
-    params: Its parameters.
-    name: Name of the new level.
-    train_every: Tokens between its updates in training, see `LevelConfig`.
-
-  Returns:
-    Config and parameters of the model with the level.
-
-  Raises:
-    errors.UserError: The name is taken, or the level is not slower than the
-      others.
-  """
-  slowest = config.levels[-1]
-  level = cms.LevelConfig(name, slowest.mlp_dim, train_every)
-  config = dataclasses.replace(config, levels=(*config.levels, level))
-
-  def extend(block):
-    source = block['levels'][slowest.name]
-    new = {**source, 'down': jnp.zeros_like(source['down'])}
-    block = {**block, 'levels': {**block['levels'], name: new}}
-    if 'mix' in block:  # [blocks, levels]
-      one = jnp.ones_like(block['mix'][:, :1])
-      block['mix'] = jnp.concatenate([block['mix'], one], axis=1)
-    return block
-
-  blocks = params['blocks']
-  if isinstance(config.mixer, tuple):
-    blocks = {place: extend(block) for place, block in blocks.items()}
-  else:
-    blocks = extend(blocks)
-  return config, jax.tree.map(jnp.asarray, {**params, 'blocks': blocks})
-
-
 def _make_reader(
   model: Model, trunk: base.Layer, inner: levels.InnerConfig
 ) -> levels.Reader:
@@ -229,7 +179,7 @@ def _make_reader(
   num_last = inner.num_blocks(num_blocks)
   labels = level_labels(config, model.table, of='chain')
   local_gradients = None
-  if inner.objective in cms.LOCAL_OBJECTIVES:
+  if inner.objective in local_losses.OBJECTIVES:
     if not isinstance(model.head, heads.LanguageHead):
       raise errors.UserError(
         f'inner.objective={inner.objective!r} is about the embedding of the '

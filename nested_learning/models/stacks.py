@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_learning.layers import base
-from nested_learning.layers import cms
+from nested_learning.layers import local_losses
 
 
 class Stacks(NamedTuple):
@@ -107,7 +107,8 @@ def apply(
     info: Facts about the tokens; a local loss in it is for blocks that learn.
 
   Returns:
-    [b, t, e] and the states, with a local loss in `cms.StateAndGradients`.
+    [b, t, e] and the states, with a local loss in
+    `local_losses.StateAndGradients`.
   """
   if not isinstance(blocks, Stacks):
     body = lambda x, both: group.apply(*both, x, info)
@@ -133,7 +134,7 @@ def apply(
     states.append(out)
   state = _join(states)
   if info.local_loss is not None:
-    state = cms.StateAndGradients(state, gradients)
+    state = local_losses.StateAndGradients(state, gradients)
   return x, state
 
 

@@ -14,6 +14,7 @@ from nested_learning.layers import attention
 from nested_learning.layers import base
 from nested_learning.layers import cms
 from nested_learning.layers import hybrids
+from nested_learning.layers import local_losses
 from nested_learning.layers import memory_mixer
 from nested_learning.layers import norm
 from nested_learning.layers import tnt
@@ -77,8 +78,8 @@ def make_trunk(config: ModelConfig) -> base.Layer:
   Returns:
     A `Layer` [b, t, e] -> [b, t, e] with the parameters 'blocks' and 'norm'. It
     takes all parameters of a model, also those of `stacks.split_blocks`. With a
-    local loss in the `TokenInfo`, it returns a `layers.cms.StateAndGradients`
-    as its state.
+    local loss in the `TokenInfo`, its state is a
+    `layers.local_losses.StateAndGradients`.
   """
   if isinstance(config.mixer, tuple):
     group = _make_group([_make_block(config, mixer) for mixer in config.mixer])
@@ -139,8 +140,10 @@ def _make_block(config: ModelConfig, mixer_config: MixerConfig) -> base.Layer:
       inputs = config.levels, params['levels'], x + mixed
       if info.local_loss is None:
         return cms.apply(*inputs, **chain), state
-      x, gradients = cms.apply_with_gradients(*inputs, info.local_loss, **chain)
-      return x, cms.StateAndGradients(state, {'levels': gradients})
+      x, gradients = local_losses.apply_with_gradients(
+        *inputs, info.local_loss, **chain
+      )
+      return x, local_losses.StateAndGradients(state, {'levels': gradients})
 
     if config.remat == 'layer':  # keeps only the block's input [b, t, e]
       block = jax.checkpoint(block)
@@ -165,7 +168,7 @@ def _make_group(blocks: Sequence[base.Layer]) -> base.Layer:
       start = None if state is None else state[name]
       x, states[name] = block.apply(params[name], start, x, info)
     if info.local_loss is not None:
-      states = cms.StateAndGradients(
+      states = local_losses.StateAndGradients(
         {name: both.state for name, both in states.items()},
         {name: both.gradients for name, both in states.items()},
       )

@@ -12,6 +12,7 @@ from nested_learning import layers
 from nested_learning import levels
 from nested_learning import models
 from nested_learning.layers import cms
+from nested_learning.layers import local_losses
 from tests import compiling
 
 _EMBED, _HIDDEN, _VOCAB, _LAYERS = 6, 5, 7, 3
@@ -135,7 +136,7 @@ class LocalObjectivesTest(parameterized.TestCase):
     self.enterContext(jax.enable_x64(True))
 
   @parameterized.product(
-    objective=cms.LOCAL_OBJECTIVES,
+    objective=local_losses.OBJECTIVES,
     connection=('sequential', 'independent', 'nested'),
   )
   def test_the_gradient_of_a_chain(self, objective, connection):
@@ -146,11 +147,11 @@ class LocalObjectivesTest(parameterized.TestCase):
     x, target = rng.normal(size=(2, 3, _EMBED)), rng.normal(size=(3, _EMBED))
     counts = np.array([1.0, 0.0, 2.0])
     chain, mix = cms.ChainConfig(connection), np.array([0.5, 2.0])
-    local_loss = cms.LocalLoss(
+    local_loss = local_losses.LocalLoss(
       objective, ('slow',), jnp.asarray(target[None]), jnp.asarray(counts[None])
     )
     arguments = {'chain': chain, 'mix': jnp.asarray(mix)}
-    out, found = cms.apply_with_gradients(
+    out, found = local_losses.apply_with_gradients(
       _CONFIG.levels, params, jnp.asarray(x), local_loss, **arguments
     )
     np.testing.assert_array_equal(
@@ -174,7 +175,7 @@ class LocalObjectivesTest(parameterized.TestCase):
       expected,
     )
 
-  @parameterized.product(objective=cms.LOCAL_OBJECTIVES, depth=(0.5, 1.0))
+  @parameterized.product(objective=local_losses.OBJECTIVES, depth=(0.5, 1.0))
   def test_equals_the_loop(self, objective, depth):
     learner = learning(objective=objective, depth=depth)
     params, (tokens, reset) = init(), draw()

@@ -1,0 +1,104 @@
+"""Gradients of losses of each level's own input and output.
+
+References:
+  Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, sections 7.1 and 7.3.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nested_learning.layers import cms
+from nested_learning.memory import objectives
+
+OBJECTIVES = ('l2', 'dot')  # of `memory.objectives`
+
+
+class LocalLoss(NamedTuple):
+  """A loss of each level's own input and output.
+
+  Attributes:
+    objective: 'l2' or 'dot', see `apply_with_gradients`.
+    names: Levels whose gradients are computed.
+    target: [b, t, e], target of a level's output.
+    counts: [b, t], weight of each token; 0 leaves it out.
+  """
+
+  objective: str
+  names: tuple[str, ...]
+  target: jax.Array
+  counts: jax.Array
+
+
+class StateAndGradients(NamedTuple):
+  """State of a layer that was given a `LocalLoss`.
+
+  Attributes:
+    state: State of the layer without one.
+    gradients: Gradients of the local losses, at the paths of the parameters of
+      the levels that learn.
+  """
+
+  state: Any
+  gradients: Any
+
+
+def apply_with_gradients(
+  levels: Sequence[cms.LevelConfig],
+  params: Any,
+  x: jax.Array,
+  local_loss: LocalLoss,
+  *,
+  chain: cms.ChainConfig,
+  mix: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+  r"""Passes x through the chain and computes gradients of local losses.
+
+  For a level's input x, output f(x) before the residual addition, and a target
+  v of e numbers, the loss is the sum over tokens, weighted by `counts`, of
+
+  .. math::
+    \frac{1}{2e} |f(x_t) - v_t|^2 \quad \text{('l2')}, \qquad
+    -\frac{1}{e} \langle f(x_t), v_t \rangle \quad \text{('dot')}.
+
+  The gradient of a level is computed together with its output; none flows to
+  earlier layers. 'l2' replaces the output by the target, and 'dot' moves it
+  towards the target without a limit. Both are meant for models trained through
+  such steps; others get worse by them.
+
+  The papers leave a level's own key and value open (NL sections 7.1 and 7.3).
+  Here the key is the level's input and the value is the caller's target, in
+  `models.LanguageHead` the embedding of the next token.
+
+  Args:
+    levels: As for `cms.apply`.
+    params: As for `cms.apply`.
+    x: [b, t, e].
+    local_loss: The levels, their objective and its target.
+    chain: As for `cms.apply`.
+    mix: As for `cms.apply`.
+
+  Returns:
+    The result of `cms.apply`, and the gradients by level name, trees like the
+    levels' parameters, summed over rows and tokens.
+  """
+  gradients = {}
+  objective = objectives.OBJECTIVES[local_loss.objective]
+
+  def mlp(name, x):
+    if name not in local_loss.names:
+      return cms.mlp_output(params[name], x)
+
+    def loss(weights):
+      output = cms.mlp_output(weights, x)
+      # Errors and their sum are float32 at least: bfloat16 loses them.
+      wide = output.astype(jnp.promote_types(output.dtype, jnp.float32))
+      values = objective(wide, local_loss.target)  # [b, t]
+      return jnp.sum(local_loss.counts * values) / x.shape[-1], output
+
+    gradients[name], output = jax.grad(loss, has_aux=True)(params[name])
+    return output
+
+  return cms.connect(levels, mlp, x, chain=chain, mix=mix), gradients
