@@ -107,6 +107,8 @@ def _end(
     return _fail(128 + received, f'stopped by {received.name}; {again}')
   if logging.level_debug():
     traceback.print_exception(error)
+  if isinstance(error, errors.Retryable):
+    return _fail(distributed.EXIT_RETRY, error)
   if isinstance(error, errors.UserError):
     return _fail(_USER_ERROR, error)
   if isinstance(error, OSError) and error.errno in _REFUSALS:

@@ -1,6 +1,7 @@
 """The exception for mistakes of a user, and the checks that raise it."""
 
 import dataclasses
+import errno
 import functools
 import pathlib
 import traceback
@@ -16,6 +17,18 @@ class UserError(ValueError):
   The message is one line that names the value and the way out. The launcher
   prints that line instead of a traceback and exits with code 2.
   """
+
+
+class Retryable(UserError):
+  """A UserError that may be gone at the next attempt, as a full disk.
+
+  The launcher exits with the code that asks for another attempt.
+  """
+
+
+def of_disk(number: int | None) -> type[UserError]:
+  """Returns the class of error for an `errno` of the operating system."""
+  return Retryable if number in (errno.ENOSPC, errno.EDQUOT) else UserError
 
 
 def is_bug(error: Exception) -> bool:

@@ -335,7 +335,12 @@ def _check_metadata(path, data: bytes) -> dict[str, str]:
     raise _cut_short(path) from error
   if not found:
     raise errors.UserError(f'{path} is not a session; give another path.')
-  if metadata.get('version') != str(VERSION):
+  if not isinstance(metadata.get('version'), str):
+    raise errors.UserError(
+      f"the session {path} must have its 'version' as a string, not "
+      f'{metadata.get("version")!r}; use a copy of it, or another path.'
+    )
+  if metadata['version'] != str(VERSION):
     raise errors.UserError(
       f'the session {path} is of version {metadata.get("version")}, and this '
       f'program reads version {VERSION}; use the program that wrote it, or '

@@ -264,10 +264,10 @@ def explain_failure(workdir: Any, what: str) -> Iterator[None]:
   except (errors.UserError, checkpoint_files.Damaged, FloatingPointError):
     raise
   except Exception as error:  # of several packages, which wrap the system's
-    reason = _disk_reason(error)
-    if reason is None and not pathlib.Path(workdir, 'checkpoints').is_dir():
-      reason = os.strerror(errno.ENOENT)
-    if reason is None:
+    number = _disk_errno(error)
+    if number is None and not pathlib.Path(workdir, 'checkpoints').is_dir():
+      number = errno.ENOENT
+    if number is None:
       raise
     # Lets the other writes of TensorStore end: at exit they would wait for an
     # interpreter that is gone, and it for them.
@@ -277,25 +277,26 @@ def explain_failure(workdir: Any, what: str) -> Iterator[None]:
     except (OSError, errors.UserError):
       steps = []
     kept = ', '.join(map(str, steps)) or 'none'
-    raise errors.UserError(
-      f'{what} in {workdir}/checkpoints: {reason}; checkpoints kept: {kept}. '
+    raise errors.of_disk(number)(
+      f'{what} in {workdir}/checkpoints: {os.strerror(number)}; '
+      f'checkpoints kept: {kept}. '
       'Fix this and run the same command again.'
     ) from error
 
 
-def _disk_reason(error: BaseException | None) -> str | None:
-  """Returns the disk's reason in an error or one that it came from, or None."""
+def _disk_errno(error: BaseException | None) -> int | None:
+  """Returns the disk's errno in an error or one that it came from, or None."""
   seen = set()
   while error is not None and id(error) not in seen:
     seen.add(id(error))
     if isinstance(error, OSError) and error.errno in _DISK:
-      return os.strerror(error.errno)
+      return error.errno
     # Of TensorStore and of Orbax, for a folder that was removed.
     if str(error).startswith(('NOT_FOUND', 'No ArrayMetadata found')):
-      return os.strerror(errno.ENOENT)
+      return errno.ENOENT
     for number in _DISK:
       if os.strerror(number) in str(error):
-        return os.strerror(number)
+        return number
     error = error.__cause__ or error.__context__
   return None
 

@@ -132,7 +132,7 @@ def _explain_disk(workdir: pathlib.Path) -> Iterator[None]:
       os.path.abspath(workdir)
     ):
       raise
-    raise errors.UserError(
+    raise errors.of_disk(error.errno)(
       f'{name}: {error.strerror}. Fix this and run the same command again; '
       'its checkpoints are kept.'
     ) from error

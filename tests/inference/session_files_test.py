@@ -118,7 +118,7 @@ class SessionFilesTest(parameterized.TestCase):
 
   @parameterized.parameters(
     (b'"version":"3"', b'"version":"9"', 'version 9, .* version 3'),
-    (b'"version":"3"', b'"version": 3 ', 'version 3, .* version 3'),
+    (b'"version":"3"', b'"version": 3 ', 'as a string, not 3;'),
     (b'"model":"m"', b'"modem":"m"', "lacks 'model'"),
     (b'"shape":[2,3]', b'"shape":[9,9]', 'is not a session, or is cut'),
     (b'"shape":[2,3]', b'"shape":"ab" ', 'is not a session, or is cut'),

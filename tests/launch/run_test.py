@@ -49,6 +49,8 @@ def run(config, workdir, mode):
   if config.fail == 'package':  # the error of a bug, raised by the package
     from nested_learning import markdown
     markdown.table('ab', ['c'])
+  if config.fail == 'save':
+    raise errors.Retryable('Cannot save step 3: No space left on device.')
   if config.fail == 'full':
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
   if config.fail == 'wait':
@@ -273,6 +275,9 @@ class RunTest(parameterized.TestCase):
     result = self._toy('--set=fail=full')
     self.assertEqual(result.returncode, 42)
     self.assertEqual(result.stderr, 'run.py: No space left on device.\n')
+    result = self._toy('--set=fail=save')
+    self.assertEqual(result.returncode, 42)
+    self.assertStartsWith(result.stderr, 'run.py: Cannot save step 3: No space')
 
   @parameterized.parameters(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
   def test_signal_before_the_first_step_is_one_line(self, number):

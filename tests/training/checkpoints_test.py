@@ -368,9 +368,12 @@ class CheckpointsTest(parameterized.TestCase):
       mock.patch.object(checkpoints.Manager, failing, side_effect=error),
       self.assertRaisesRegex(
         errors.UserError, 'Cannot save step . in .*: (No|Read-only) .* kept: 3.'
-      ),
+      ) as caught,
     ):
       self.save(4)
+    self.assertEqual(
+      isinstance(caught.exception, errors.Retryable), 'space' in str(error)
+    )
 
   @parameterized.parameters(
     ((16, 9), 'float32', r'needs float32\[16, 9\]'),
