@@ -146,6 +146,7 @@ def _run(workdir: pathlib.Path) -> int:
     return _collect(stored, workdir)
   record = _plan(stored)
   _check_named(record)
+  _check_folder(record, workdir)
   runs = sweeps.list_runs(record, workdir, only=_ONLY.value)
   left = [run for run in runs if not run.finished]
   if _DRY_RUN.value:
@@ -243,6 +244,22 @@ def _check_named(record: sweeps.Record) -> None:
         f'{_WORKDIR.value} holds a sweep of {spec}, which is not an experiment '
         f'of this checkout; name it too, as in --config={spec}.'
       )
+
+
+def _check_folder(record: sweeps.Record, workdir: pathlib.Path) -> None:
+  """Raises an error if the trainer could keep no checkpoints in the folder.
+
+  Every run would refuse it. Experiments with their own run() may take it, and
+  runs on TPUs have their checkpoints in a bucket.
+  """
+  specs = {cell.spec for cell in record.cells}
+  if _TARGET.value != 'tpu-vm' and any(
+    configs.load_experiment(spec).run is None for spec in specs
+  ):
+    # The import takes seconds, which experiments without it do not need.
+    from nested_learning.training import checkpoint_files
+
+    checkpoint_files.home(workdir)
 
 
 def _experiment_file(spec: str) -> str | None:

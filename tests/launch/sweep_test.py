@@ -345,6 +345,15 @@ class SweepTest(parameterized.TestCase):
     self.assertEqual(self._read_summary()['finished'], 2)
     self.assertEqual(self._attempts(), {'size=1/seed_0': 1, 'size=2/seed_0': 1})
 
+  @pytest.mark.slow
+  def test_workdir_that_the_trainer_refuses_starts_no_run(self):
+    config = f'--config={_ROOT}/experiments/quickstart.py'
+    result = self._call(config, '--workdir=lr[3e-3]', config=None)
+    self.assertEqual(result.returncode, 2, result.stderr)
+    self.assertLen(result.stderr.splitlines(), 1)
+    self.assertIn('--workdir=lr[3e-3]: checkpoints cannot', result.stderr)
+    self.assertNotIn('lr[3e-3]', os.listdir(self.folder.full_path))
+
   def test_value_that_looks_like_a_pattern(self):
     result = self._call('--grid', 'fail="lr[3e-3]","a*?",\'%s ☃\'')
     self.assertEqual(result.returncode, 0, result.stderr)
