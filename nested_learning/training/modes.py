@@ -139,6 +139,7 @@ def _explain_disk(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def _train(config, workdir, workload):
+  _check_memory(config, workload.model)
   workdir.mkdir(parents=True, exist_ok=True)
   config_path = workdir / 'config.json'
   if jax.process_index() == 0 and not config_path.exists():
@@ -147,6 +148,28 @@ def _train(config, workdir, workload):
   outcome = trainer.train(config, workdir, workload)
   with interrupts.ending(trainer.trained_message(config, workdir)):
     _finish(config, workdir, workload, outcome, begin)
+
+
+def _check_memory(config, model: models.Model) -> None:
+  """Raises an error if the parameters alone exceed the memory of this machine.
+
+  Training needs several times as much. On accelerators and in several processes
+  XLA says what does not fit.
+  """
+  if jax.default_backend() != 'cpu' or jax.process_count() > 1:
+    return
+  needed = 4 * parameters.count(model.table)  # float32
+  there = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  if needed > there:
+    sizes = ', '.join(
+      f'model.{name}={getattr(config.model, name)}'
+      for name in ('vocab_size', 'num_layers', 'embed_dim')
+    )
+    raise errors.UserError(
+      f'The parameters take {needed:,} bytes, and this machine has {there:,} '
+      f'bytes of memory; make the model smaller ({sizes}, and the sizes of its '
+      'mixer and levels).'
+    )
 
 
 def _finish(config, workdir, workload, outcome, begin):

@@ -147,6 +147,13 @@ class ModesTest(parameterized.TestCase):
     self.assertRegex(here, r'\| slow +\| 512 +\| 2 +\| 784 +\| 3 +\|')
     self.assertFalse(self.workdir.exists())
 
+  def test_model_larger_than_the_memory_is_refused_before_anything(self):
+    config = tiny.experiment(self.root, model={'embed_dim': 10**11})
+    message = r'parameters take [0-9,]+ bytes.*model.embed_dim=100000000000'
+    with self.assertRaisesRegex(errors.UserError, message):
+      self.run_mode('train', config)
+    self.assertFalse(self.workdir.exists())
+
   def test_describes_the_blocks_of_a_pattern(self):
     attention = tiny.MODEL.mixer
     window = dataclasses.replace(attention, window=4)
