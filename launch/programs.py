@@ -4,7 +4,8 @@ Exit codes of every program:
 
 * what `run` returns, 0 when all is done;
 * 2, with one line on stderr, if a flag, a config or a file is wrong;
-* 128 plus the number of a signal, with one line;
+* 128 plus the number of a signal, with one line; without it for SIGPIPE,
+  when nobody reads the output any more, as behind `| head`;
 * 42, with a traceback, for any other error. It is not known to be the user's
   mistake, so clusters make another attempt.
 """
@@ -12,9 +13,11 @@ Exit codes of every program:
 from collections.abc import Callable
 import errno
 import os
+import select
 import signal
 import sys
 import traceback
+from typing import NoReturn
 
 from absl import app
 from absl import flags
@@ -35,6 +38,7 @@ _REFUSALS = {
   errno.EPERM: _USER_ERROR,
   errno.ENAMETOOLONG: _USER_ERROR,
 }
+_CLOSED_PIPE = 128 + signal.SIGPIPE
 # Room below a folder for the longest names that runs write in it.
 _BELOW = 'x' * 150
 
@@ -46,9 +50,14 @@ def start(run: Callable[[], int | None], *, example: str | None = None) -> None:
     run: The program; called when its flags are parsed.
     example: A flag as it is written, for users who write an argument instead.
   """
-  app.run(
-    lambda argv: sys.exit(_run(run, argv, example)), flags_parser=_parse_flags
-  )
+  try:
+    app.run(
+      lambda argv: sys.exit(_run(run, argv, example)), flags_parser=_parse_flags
+    )
+  except SystemExit as end:  # also that of --help
+    _exit(end.code)
+  except BrokenPipeError:  # nobody reads the line about an error
+    _exit(_CLOSED_PIPE)
 
 
 def print_error(error: Exception | str) -> None:
@@ -88,7 +97,9 @@ def _run(run, argv, example) -> int | str | None:
     if len(argv) > 1:
       hint = f'; flags begin with --, as in {example}' if example else ''
       raise errors.UserError(f'Unexpected argument {argv[1]!r}{hint}.')
-    return run() or 0
+    code = run() or 0
+    _flush()  # Python's exit reports no error of it in one line
+    return code
   except BaseException as error:
     return _end(error, startup.end_on_signals())
 
@@ -105,6 +116,8 @@ def _end(
     received = received or signal.SIGINT
     again = 'run the same command again.'
     return _fail(128 + received, f'stopped by {received.name}; {again}')
+  if isinstance(error, BrokenPipeError) and _is_unread():
+    return _fail(_CLOSED_PIPE)
   if logging.level_debug():
     traceback.print_exception(error)
   if isinstance(error, errors.Retryable):
@@ -128,6 +141,39 @@ def _fail(code: int, message: Exception | str | None = None) -> int:
   if code:
     distributed.end(code, message and f'{startup.program_name()}: {message}')
   return code
+
+
+def _exit(code: int | str | None) -> NoReturn:
+  """Ends the process; after a signal, without the exit functions of Python.
+
+  They would take down the backends of JAX while XLA's threads may still compile
+  or run a program, which crashes the process. Locks end with the process.
+  """
+  at_once = isinstance(code, int) and code > 128
+  try:
+    _flush()
+  except BrokenPipeError:  # Python's exit would try again, and print an error
+    code, at_once = code if at_once else _CLOSED_PIPE, True
+  except OSError:
+    pass  # Python's exit reports it
+  if at_once:
+    distributed.leave()
+    os._exit(code)
+  sys.exit(code)
+
+
+def _flush() -> None:
+  for stream in (sys.stdout, sys.stderr):
+    if stream is not None:  # it is closed
+      stream.flush()
+
+
+def _is_unread() -> bool:
+  """Returns whether stdout or stderr is a pipe that nobody reads."""
+  poll = select.poll()
+  for stream in filter(None, (sys.stdout, sys.stderr)):
+    poll.register(stream, 0)
+  return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

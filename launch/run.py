@@ -167,6 +167,7 @@ def _run() -> int | None:
     def prepare():
       if mode == 'train':  # the other modes read the run
         held.enter_context(workdirs.lock(workdir))
+        held.enter_context(workdirs.beginning(workdir))
       return _prepare(experiment, workdir)
 
     finished = distributed.first_does('workdir', prepare)

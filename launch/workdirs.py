@@ -1,5 +1,6 @@
 """The folder of a run: its lock, and whether a run may begin in it."""
 
+from collections.abc import Iterator
 import contextlib
 import os
 import pathlib
@@ -9,7 +10,15 @@ from nested_learning import errors
 from nested_learning import files
 
 # Files that exist before a run begins; a sweep makes some of them.
-_NO_RUN = ('config.json', 'logs', 'lock', '.lock', 'log.txt', 'error.txt')
+_NO_RUN = (
+  'config.json',
+  'logs',
+  'lock',
+  '.lock',
+  'log.txt',
+  'error.txt',
+  'tensorboard',  # made before the first step, with an event of the start
+)
 
 
 def local(path: str | None) -> pathlib.Path | None:
@@ -81,11 +90,47 @@ def prepare(
   return None
 
 
+@contextlib.contextmanager
+def beginning(workdir: pathlib.Path) -> Iterator[None]:
+  """Removes the config.json of a run that fails before it has begun.
+
+  Without it, a corrected command does not take the wrong config for the run's.
+  A config.json that was there before the block stays.
+
+  Args:
+    workdir: The folder; enter before `prepare`.
+
+  Yields:
+    Nothing.
+  """
+  path = workdir / 'config.json'
+  is_new = not path.exists()
+  try:
+    yield
+  except Exception:
+    if is_new and not _holds_run(workdir):
+      path.unlink(missing_ok=True)
+    raise
+
+
 def _holds_run(workdir: pathlib.Path) -> bool:
-  """Returns whether a run has begun there."""
+  """Returns whether a run has begun there: it has made more than empty files.
+
+  A run that fails before its first step leaves no line in metrics.jsonl and
+  nothing in checkpoints.
+  """
   if not (workdir / 'config.json').is_file():
     return False
-  return any(path.name not in _NO_RUN for path in workdir.iterdir())
+  return any(
+    path.name not in _NO_RUN and not _is_empty(path)
+    for path in workdir.iterdir()
+  )
+
+
+def _is_empty(path: pathlib.Path) -> bool:
+  if path.is_dir():
+    return not any(path.iterdir())
+  return path.is_file() and not path.stat().st_size
 
 
 def _check_same_run(config, workdir: pathlib.Path, mode: str) -> None:

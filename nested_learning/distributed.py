@@ -264,6 +264,17 @@ def end(code: int, message: str | None = None) -> None:
     os._exit(code)
 
 
+def leave() -> None:
+  """Leaves the other processes, as the ordinary exit of Python does.
+
+  For a process that ends by `os._exit`, which would look lost to the others.
+  """
+  if is_together():
+    import jax
+
+    jax.distributed.shutdown()
+
+
 def _said_by_first() -> str | None:
   try:
     return _client().key_value_try_get('end message')

@@ -16,10 +16,12 @@ _RUN = pathlib.Path(__file__).resolve().parents[2] / 'launch' / 'run.py'
 
 # An experiment without JAX, so that a call is quick.
 _FILE = """
+import atexit
 import dataclasses
 import errno
 import os
 import pathlib
+import sys
 import time
 
 from nested_learning import errors
@@ -56,12 +58,22 @@ def run(config, workdir, mode):
   if config.fail == 'wait':
     print('here', flush=True)
     time.sleep(60)
+  if config.fail == 'early':  # as the trainer, before its first step
+    for name in ('checkpoints', 'tensorboard'):
+      pathlib.Path(workdir, name).mkdir()
+    pathlib.Path(workdir, 'tensorboard', 'events').write_text('start')
+    pathlib.Path(workdir, 'metrics.jsonl').touch()
+    raise RuntimeError('Out of memory')
+  if config.fail == 'saved':
+    atexit.register(print, 'exit functions ran')
+    print('saved')
+    sys.exit(143)
   if config.fail == 'code':
     return 7
   if config.fail == 'tunables':
     return print(os.environ.get('GLIBC_TUNABLES'))
   if workdir and mode == 'train':
-    pathlib.Path(workdir, 'metrics.jsonl').touch()
+    pathlib.Path(workdir, 'metrics.jsonl').write_text('{}')
   print(mode, config.size, config.generate.prompt)
 """
 
@@ -153,6 +165,9 @@ class RunTest(parameterized.TestCase):
 
   def test_run_that_never_began_does_not_hold_its_workdir(self):
     self._assert_refused(self._toy('--set=fail=user'), 'The corpus is empty.')
+    self.assertFalse((self.workdir / 'config.json').exists())
+    self.assertEqual(self._toy('--set=fail=early').returncode, 42)
+    self.assertFalse((self.workdir / 'config.json').exists())
     self._assert_done(self._toy(), 'train 5 def')
     data = json.loads((self.workdir / 'config.json').read_text())
     self.assertEqual(data['fail'], '')
@@ -301,6 +316,31 @@ class RunTest(parameterized.TestCase):
     _, stderr = process.communicate(timeout=30)
     self.assertEqual(process.returncode, 128 + number)
     self.assertRegex(stderr, f'^run.py: stopped by {number.name}; .*\n$')
+
+  def test_end_after_a_signal_runs_no_exit_functions(self):
+    result = self._toy('--set=fail=saved')
+    self.assertEqual(result.returncode, 143)
+    self.assertEqual(result.stdout, 'saved\n')
+
+  @parameterized.parameters(
+    ('run.py', '--help'),
+    ('run.py', '--config=experiments/toy.py', '--mode=describe'),
+    ('sweep.py', '--help'),
+    ('prepare.py', '--help'),
+  )
+  def test_output_that_nobody_reads_is_no_error(self, program, *args):
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(
+      [sys.executable, _RUN.with_name(program), *args],
+      stdout=writing,
+      stderr=subprocess.PIPE,
+      text=True,
+      cwd=self.folder.full_path,
+    )
+    os.close(writing)
+    self.assertEqual(result.stderr, '')
+    self.assertEqual(result.returncode, 128 + signal.SIGPIPE)
 
   def test_second_run_in_a_workdir_is_refused(self):
     process = self._start('--set=fail=wait')
