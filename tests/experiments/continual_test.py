@@ -98,6 +98,7 @@ class ContinualTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, "'no'"):
       experiment.get_config('no')
 
+  @pytest.mark.slow
   def test_facts(self):
     summary = self._run(facts)
     for name in ('memories_only', 'fast_level', 'fast_and_slow_level'):
