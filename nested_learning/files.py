@@ -42,6 +42,7 @@ def write_whole(
 
   Raises:
     errors.UserError: If the file cannot be written; it names path and reason.
+      A full disk is an `errors.Retryable`.
   """
   if isinstance(content, str):
     content = content.encode()
@@ -64,7 +65,8 @@ def write_whole(
     if isinstance(error, errors.UserError):
       raise
     reason = getattr(error, 'strerror', None) or error
-    raise errors.UserError(f'Cannot write {path}: {reason}.') from error
+    kind = errors.of_disk(getattr(error, 'errno', None))
+    raise kind(f'Cannot write {path}: {reason}.') from error
   finally:
     if temporary is not None:
       with contextlib.suppress(OSError):

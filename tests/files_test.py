@@ -1,8 +1,10 @@
+import errno
 import os
 import pathlib
 import stat
 import subprocess
 import sys
+from unittest import mock
 
 from absl.testing import absltest
 
@@ -34,6 +36,15 @@ class FilesTest(absltest.TestCase):
       with self.assertRaisesRegex(errors.UserError, 'Cannot write'):
         files.write_whole(os.path.join(self.folder, path), b'')
     self.assertEqual(os.listdir(self.folder), ['file'])
+
+  def test_a_full_disk_asks_for_another_attempt(self):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with (
+      mock.patch.object(os, 'fsync', side_effect=full),
+      self.assertRaisesRegex(errors.Retryable, 'a.txt: No space left'),
+    ):
+      files.write_whole(self.folder / 'a.txt', '1')
+    self.assertEmpty(os.listdir(self.folder))
 
   def test_a_folder_is_whole_or_not_at_all(self):
     with self.assertRaises(KeyError), files.whole_folder(self.folder / 'a'):

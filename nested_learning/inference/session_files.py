@@ -90,7 +90,7 @@ def lock(path: str | os.PathLike) -> Iterator[None]:
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise errors.UserError(
+    raise errors.of_disk(error.errno)(
       f'the session {path} cannot be written ({error.strerror}); give another '
       'path.'
     ) from error

@@ -253,8 +253,8 @@ def _generate(config, workdir, workload):
   params, _ = restore_params(config, workdir, workload.fingerprint)
   text = workload.sample(params, trainer.make_mesh(config))
   if jax.process_index() == 0:
+    print(text)  # first, so that a folder without rights loses nothing
     files.write_whole(workdir / report.SAMPLE, text)
-    print(text)
 
 
 def _session(config, workdir, workload):
