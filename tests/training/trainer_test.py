@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from unittest import mock
 
 from absl.testing import absltest
@@ -169,6 +170,8 @@ class TrainerTest(parameterized.TestCase):
     def put_and_break(*args):
       calls.append(args)
       if len(calls) == 5:
+        while not (folder / '3').is_dir():  # it is saved in the background
+          time.sleep(0.01)
         shutil.move(folder, self.root / 'away')
         if how == 'replaced':
           folder.write_text('')
