@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest $(TEST_FLAGS) -rs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	-c constraints.txt
 
-.PHONY: demo test test-rest test-all extras harness test-harness \
+.PHONY: demo test test-extras test-rest test-all extras harness test-harness \
 	seqio bench-small lint format clean
 
 demo: $(INSTALLED)
@@ -25,6 +25,10 @@ test: $(INSTALLED)
 # All that `make test` leaves out: slow tests, and those of optional packages.
 test-rest: $(EXTRAS) $(HARNESS) $(SEQIO)
 	$(PYTEST) -m 'slow or extra'
+
+# Tests of optional packages that are not slow.
+test-extras: $(EXTRAS) $(HARNESS) $(SEQIO)
+	$(PYTEST) -m 'extra and not slow'
 
 # Everything that this machine can run.
 test-all: $(EXTRAS) $(HARNESS) $(SEQIO)
