@@ -46,6 +46,12 @@ _DISK = (
   errno.EROFS,
   errno.ESTALE,
 )
+# Messages of TensorStore and of Orbax about a folder that was removed.
+_REMOVED = (
+  'NOT_FOUND',
+  'No ArrayMetadata found',
+  'Checkpoint directory does not exist',
+)
 
 
 @contextlib.contextmanager
@@ -202,8 +208,9 @@ def record_score(manager: Manager, step: int, score: float) -> None:
     score: Score on the validation split, lower is better.
 
   Raises:
-    errors.UserError: It cannot be written.
+    errors.UserError: The checkpoint or its score cannot be written.
   """
+  wait(manager)  # a score is of a checkpoint that is there
   manager.scores[step] = score
   kept = {*manager.all_steps(), step}
   text = json.dumps({s: x for s, x in manager.scores.items() if s in kept})
@@ -291,8 +298,7 @@ def _disk_errno(error: BaseException | None) -> int | None:
     seen.add(id(error))
     if isinstance(error, OSError) and error.errno in _DISK:
       return error.errno
-    # Of TensorStore and of Orbax, for a folder that was removed.
-    if str(error).startswith(('NOT_FOUND', 'No ArrayMetadata found')):
+    if str(error).startswith(_REMOVED):
       return errno.ENOENT
     for number in _DISK:
       if os.strerror(number) in str(error):

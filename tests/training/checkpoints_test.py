@@ -361,6 +361,7 @@ class CheckpointsTest(parameterized.TestCase):
     ('save', ValueError('RESOURCE_EXHAUSTED: No space left on device')),
     ('wait_until_finished', OSError(errno.EROFS, 'x')),
     ('wait_until_finished', ValueError('No ArrayMetadata found for x')),
+    ('save', ValueError('Checkpoint directory does not exist: x')),
   )
   def test_a_disk_that_fails_is_one_line(self, failing, error):
     self.save(3)

@@ -163,7 +163,6 @@ class TrainerTest(parameterized.TestCase):
     self.assertFalse((self.root / 'w' / 'metrics.jsonl').exists())
 
   @parameterized.parameters('replaced', 'removed')
-  @pytest.mark.slow
   def test_a_folder_that_goes_during_the_run_is_one_line(self, how):
     put, folder, calls = workload_lib.put, self.root / 'w' / 'checkpoints', []
 
