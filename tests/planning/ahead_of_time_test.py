@@ -198,7 +198,9 @@ class CompilerTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_compiles_hope_for_tpus(self):
-    self.compile_for_tpus('hope_tiny')
+    # Of a single chunk, the compiler drops the loop and with it what the
+    # backward pass recomputes, which the count of operations has.
+    self.compile_for_tpus('hope_tiny', sequence_length=128)
 
   @pytest.mark.slow
   def test_scans_on_gpus_have_no_collectives(self):
@@ -220,13 +222,16 @@ class CompilerTest(parameterized.TestCase):
     self.assertGreater(summary['flops_in_memories'], 0)
     self.assertAlmostEqual(summary['flops_ratio'], 1.0, delta=0.02)
 
-  def compile_for_tpus(self, name):
+  def compile_for_tpus(self, name, sequence_length=64):
     if not (
       importlib.util.find_spec('libtpu') or os.environ.get('TPU_LIBRARY_PATH')
     ):
       self.skipTest("libtpu is not installed: pip install '.[tpu]'")
     summary, printed = self.compile(
-      f'ahead_of_time_test._config({name!r}, data=2, fsdp=2)',
+      f"""configs.override(
+        ahead_of_time_test._config({name!r}, data=2, fsdp=2),
+        ['data.sequence_length={sequence_length}'],
+      )""",
       'v5e:2x2',
     )
     self.assertTrue(summary['fits'])
