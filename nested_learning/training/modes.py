@@ -30,6 +30,7 @@ from nested_learning.training import metrics as metrics_lib
 from nested_learning.training import report
 from nested_learning.training import session
 from nested_learning.training import trainer
+from nested_learning.training import workload as workload_lib
 
 
 def run(
@@ -175,7 +176,7 @@ def _check_memory(config, model: models.Model) -> None:
 def _finish(config, workdir, workload, outcome, begin):
   """Evaluates, samples and reports; the summary is written last of all."""
   mesh = trainer.make_mesh(config)
-  numbers = _summarize(
+  found = _summarize(
     workload, outcome.params, workdir, mesh, outcome.evaluation
   )
   sample = workload.sample(outcome.params, mesh)
@@ -190,7 +191,7 @@ def _finish(config, workdir, workload, outcome, begin):
     'tokens': num_tokens,
     'num_parameters': parameters.count(workload.model.table),
     **({'loss': losses[-1]} if losses else {}),
-    **numbers,
+    **found.numbers,
     'tokens_per_second': num_tokens / outcome.train_seconds,
     'train_seconds': outcome.train_seconds,
     'compile_seconds': outcome.compile_seconds,
@@ -200,15 +201,18 @@ def _finish(config, workdir, workload, outcome, begin):
     'num_processes': jax.process_count(),
     'dtype': config.model.dtype,
   }
+  found.write_files(workdir)
   files.write_whole(workdir / report.SAMPLE, sample)
   report.write_report(workdir, config, workload, summary)
   _write_json(workdir / 'summary.json', summary)
   print(workload.verdict(summary))
 
 
-def _summarize(workload, params, workdir, mesh, evaluated) -> dict[str, Any]:
+def _summarize(
+  workload, params, workdir, mesh, evaluated
+) -> workload_lib.Summary:
   try:
-    return workload.summarize(params, workdir, mesh, evaluated)
+    return workload.summarize(params, mesh, evaluated)
   except FloatingPointError as error:
     raise errors.UserError(
       f'{error}: the model in {workdir} has diverged. Lower '
@@ -219,16 +223,19 @@ def _summarize(workload, params, workdir, mesh, evaluated) -> dict[str, Any]:
 def _evaluate(config, workdir, workload):
   params, step = restore_params(config, workdir, workload.fingerprint)
   mesh = trainer.make_mesh(config)
-  numbers = _summarize(workload, params, workdir, mesh, None)
+  found = _summarize(workload, params, workdir, mesh, None)
   if jax.process_index() == 0:
-    _write_json(workdir / 'evaluation.json', {'steps': step, **numbers})
+    # First, so that a folder without rights loses nothing.
+    print(workload.verdict(found.numbers), flush=True)
+    evaluated = {'steps': step, **found.numbers}
+    _write_json(workdir / 'evaluation.json', evaluated)
+    found.write_files(workdir)
     summary_path = workdir / 'summary.json'
     summary = _read_summary(summary_path)
     if summary is not None:
-      summary |= numbers
+      summary |= found.numbers
       report.write_report(workdir, config, workload, summary)
       _write_json(summary_path, summary)
-    print(workload.verdict(numbers))
 
 
 def _read_summary(path: pathlib.Path) -> dict[str, Any] | None:

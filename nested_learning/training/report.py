@@ -28,7 +28,7 @@ def write_report(
 
   Args:
     workdir: The run's folder, with metrics.jsonl, a sample, and the files of
-      `workload.summarize`.
+      the workload's summary.
     config: The experiment.
     workload: Its workload.
     summary: The numbers of summary.json.

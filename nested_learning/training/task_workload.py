@@ -95,9 +95,8 @@ def _make_batches(data, split, *, process_index, process_count):
   )
 
 
-def _summarize(config, params, workdir, mesh, evaluated):
+def _summarize(config, params, mesh, evaluated):
   """Evaluates at every length; tasks in text also by written answers."""
-  del workdir
   numbers = {}
   with jax.set_mesh(mesh):
     for factor in (1, *config.data.longer):
@@ -110,7 +109,7 @@ def _summarize(config, params, workdir, mesh, evaluated):
         scores = [a.score for a in _write_answers(config, params, factor)]
         measured['string_match'] = float(np.mean(scores))
       numbers |= {name + _suffix(factor): x for name, x in measured.items()}
-  return numbers
+  return workload_lib.Summary(numbers)
 
 
 def _suffix(factor: int) -> str:

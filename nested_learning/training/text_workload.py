@@ -47,9 +47,9 @@ def make_workload(
       model, lengths, write=write, carry=config.carries_state
     )
 
-  def summarize(params, workdir, mesh, evaluated):
+  def summarize(params, mesh, evaluated):
     if not config.has_validation:
-      return {}
+      return workload_lib.Summary({})
     batches = lambda: workload_lib.validation_batches(
       workload, config.evaluation.num_batches, mesh
     )
@@ -58,13 +58,16 @@ def make_workload(
       _check_finite(writes_on, 'on')
       writes_off = make_evaluate(False)(params, batches())
       _check_finite(writes_off, 'off')
-    if jax.process_index() == 0:
+
+    def write_files(workdir):
       for path, write in (
         (_POSITION_TABLE, evaluation.write_by_position),
         (_POSITION_PLOT, evaluation.plot_by_position),
       ):
         write(workdir / path, writes_on, writes_off)
-    return _summarize(writes_on, writes_off)
+
+    numbers = _summarize(writes_on, writes_off)
+    return workload_lib.Summary(numbers, write_files)
 
   def sample(params, mesh):
     with jax.set_mesh(mesh):

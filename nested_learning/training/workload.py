@@ -35,6 +35,18 @@ class EvaluationResult(Protocol):
   sentence: str
 
 
+class Summary(NamedTuple):
+  """The numbers of a trained model, and the files that show more of them.
+
+  Attributes:
+    numbers: Values by name, for summary.json.
+    write_files: `write_files(workdir)` writes their tables and plots.
+  """
+
+  numbers: dict[str, Any]
+  write_files: Callable[[pathlib.Path], None] = lambda workdir: None
+
+
 class Workload(NamedTuple):
   """The text or the task that a model is trained on, as functions.
 
@@ -46,8 +58,7 @@ class Workload(NamedTuple):
     token_loss: `token_loss(outputs, targets)` is the loss [b, t].
     make_batches: `make_batches(split, *, process_index, process_count)`.
     evaluate: `evaluate(params, batches)` is an `EvaluationResult`.
-    summarize: `summarize(params, workdir, mesh, evaluated)` returns the numbers
-      of the summary and writes their tables and plots into the folder;
+    summarize: `summarize(params, mesh, evaluated)` returns the `Summary`;
       evaluated is the result of `evaluate` on these params, or None.
     sample: `sample(params, mesh)` is a text that the model writes.
     verdict: `verdict(summary)` is one sentence on the outcome.
@@ -62,8 +73,7 @@ class Workload(NamedTuple):
   make_batches: Callable[..., data_lib.Batches]
   evaluate: Callable[[Any, Iterable[Any]], EvaluationResult]
   summarize: Callable[
-    [Any, pathlib.Path, jax.sharding.Mesh, EvaluationResult | None],
-    dict[str, Any],
+    [Any, jax.sharding.Mesh, EvaluationResult | None], Summary
   ]
   sample: Callable[[Any, jax.sharding.Mesh], str]
   verdict: Callable[[Mapping[str, Any]], str]

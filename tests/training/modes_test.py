@@ -6,12 +6,14 @@ import io
 import json
 import pathlib
 import types
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
 
 from nested_learning import configs
 from nested_learning import errors
+from nested_learning import files
 from nested_learning import layers
 from nested_learning import sharding
 from nested_learning import training
@@ -73,6 +75,16 @@ class ModesTest(parameterized.TestCase):
     for name, value in self.read('evaluation.json').items():
       self.assertAlmostEqual(value, summary[name], places=6)
     self.assertEqual(self.read('summary.json').keys(), summary.keys())
+
+    # A folder that cannot be written loses no number.
+    output = io.StringIO()
+    refuse = mock.patch.object(
+      files, 'write_whole', side_effect=errors.UserError('read-only')
+    )
+    with refuse, contextlib.redirect_stdout(output):
+      with self.assertRaisesRegex(errors.UserError, 'read-only'):
+        training.run(self.config, self.workdir, 'eval')
+    self.assertEqual(output.getvalue(), verdict)
 
     text = self.run_mode('generate')
     self.assertEqual(text, (self.workdir / 'sample.txt').read_text() + '\n')

@@ -160,13 +160,13 @@ class TaskWorkloadTest(parameterized.TestCase):
     with jax.set_mesh(mesh):
       batches = workload_lib.validation_batches(workload, 1, mesh)
       evaluated = workload.evaluate(params, batches)
-    again = workload.summarize(params, self.workdir, mesh, None)
+    again = workload.summarize(params, mesh, None).numbers
     self.assertEqual(again['validation_loss'], evaluated.loss)
     sample = workload.sample(params, mesh)
     rested = make_workload.make_workload(
       dataclasses.replace(config, inner=levels.InnerConfig())
     )
-    plain = rested.summarize(params, self.workdir, mesh, None)
+    plain = rested.summarize(params, mesh, None).numbers
     for end in ('', '_2x'):
       self.assertNotAlmostEqual(
         plain[f'validation_loss{end}'], again[f'validation_loss{end}'], places=3
