@@ -125,8 +125,13 @@ def _end(
   if isinstance(error, errors.UserError):
     return _fail(_USER_ERROR, error)
   if isinstance(error, OSError) and error.errno in _REFUSALS:
-    where = f'{_shorten(str(error.filename))}: ' if error.filename else ''
-    return _fail(_REFUSALS[error.errno], f'{where}{error.strerror}.')
+    where = 'a file that this program reads or writes'
+    if error.filename:
+      where = _shorten(str(error.filename))
+    return _fail(
+      _REFUSALS[error.errno],
+      f'{where}: {error.strerror}. Fix this and run the same command again.',
+    )
   if not logging.level_debug():
     traceback.print_exception(error)
   together = distributed.is_together()

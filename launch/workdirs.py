@@ -84,8 +84,8 @@ def prepare(
     try:
       files.write_whole(workdir / 'config.json', config)
     except errors.UserError as error:
-      raise errors.UserError(
-        f'Cannot write to --workdir={workdir}: {error}'
+      raise type(error)(
+        f'--workdir={workdir}: {error} Fix this or use another --workdir.'
       ) from error
   return None
 
@@ -162,6 +162,7 @@ def _check_same_run(config, workdir: pathlib.Path, mode: str) -> None:
 
 
 def _cannot_write(workdir: pathlib.Path, error: OSError) -> errors.UserError:
-  return errors.UserError(
-    f'Cannot write to --workdir={workdir}: {error.strerror}.'
+  return errors.of_disk(error.errno)(
+    f'Cannot write to --workdir={workdir}: {error.strerror}. Fix this or use '
+    'another --workdir.'
   )

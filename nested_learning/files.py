@@ -132,15 +132,16 @@ def lock(path: str | os.PathLike, what: str) -> Iterator[None]:
       path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
     )
   except OSError as error:
-    raise errors.UserError(
+    raise errors.of_disk(error.errno)(
       f'Cannot lock {what}: {path}: {error.strerror}.'
     ) from error
-  with open(handle, 'r+', encoding='utf-8', errors='replace') as file:
+  try:
     try:
       if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      owner = file.read(200).strip() or 'another process'
+      owner = os.read(handle, 200).decode(errors='replace').strip()
+      owner = owner or 'another process'
       raise errors.UserError(
         f'{what} is in use by {owner}; wait for it to end, stop it, or use '
         'another one.'
@@ -148,9 +149,13 @@ def lock(path: str | os.PathLike, what: str) -> Iterator[None]:
     except OSError as error:
       if error.errno not in _NO_LOCKS:
         raise
-    with contextlib.suppress(OSError):  # a full disk: the lock holds anyway
-      file.seek(0)
-      file.truncate()
-      file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
-      file.flush()
+    # A full disk: the lock holds anyway. Not through a file object, which would
+    # write once more when it is closed, and hide the error of the block.
+    with contextlib.suppress(OSError):
+      owner = f'process {os.getpid()} on {socket.gethostname()}\n'
+      os.ftruncate(handle, 0)
+      os.write(handle, owner.encode())
     yield
+  finally:
+    with contextlib.suppress(OSError):
+      os.close(handle)

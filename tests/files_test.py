@@ -4,6 +4,7 @@ import pathlib
 import stat
 import subprocess
 import sys
+import unittest
 from unittest import mock
 
 from absl.testing import absltest
@@ -70,6 +71,12 @@ class FilesTest(absltest.TestCase):
       error = run().stderr
     self.assertIn(f'--workdir=w is in use by process {os.getpid()} on', error)
     self.assertEqual(run().returncode, 0)
+
+  @unittest.skipUnless(os.path.exists('/dev/full'), 'needs /dev/full')
+  def test_a_lock_on_a_full_disk_hides_no_error(self):
+    with self.assertRaisesRegex(KeyError, 'of the block'):
+      with files.lock('/dev/full', '--workdir=w'):
+        raise KeyError('of the block')
 
 
 if __name__ == '__main__':

@@ -87,7 +87,7 @@ def load_corpus(
       logging.info('Tokenising %r into %s', documents, folder)
       _write(folder, documents, tokenizer)
   except OSError as error:
-    raise errors.UserError(
+    raise errors.of_disk(error.errno)(
       f'The token cache {files.shown(folder)} cannot be written '
       f'({error.strerror}). Set data.cache_dir to a folder with room that you '
       'may write to.'

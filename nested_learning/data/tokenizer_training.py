@@ -43,7 +43,7 @@ def train_sentencepiece(
     with contextlib.suppress(FileNotFoundError):
       os.lstat(path)  # refuses a name that is too long
   except OSError as error:
-    raise errors.UserError(
+    raise errors.of_disk(error.errno)(
       f'{files.shown(path)} cannot be written ({error.strerror}); name another '
       'file.'
     ) from error

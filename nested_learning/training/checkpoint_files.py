@@ -266,7 +266,7 @@ def move_aside(folder: pathlib.Path) -> pathlib.Path:
       place = there / f'{folder.name}-{number}'
     return folder.rename(place)
   except OSError as error:
-    raise errors.UserError(
+    raise errors.of_disk(error.errno)(
       f'{folder} is damaged and cannot be moved to {there}: {error.strerror}; '
       'move it away.'
     ) from error

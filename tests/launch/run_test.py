@@ -12,6 +12,11 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import pytest
 
+from launch import workdirs
+from nested_learning import configs
+from nested_learning import errors
+from nested_learning import files
+
 _RUN = pathlib.Path(__file__).resolve().parents[2] / 'launch' / 'run.py'
 
 # An experiment without JAX, so that a call is quick.
@@ -289,10 +294,29 @@ class RunTest(parameterized.TestCase):
   def test_full_disk_is_one_line_and_worth_another_attempt(self):
     result = self._toy('--set=fail=full')
     self.assertEqual(result.returncode, 42)
-    self.assertEqual(result.stderr, 'run.py: No space left on device.\n')
+    self.assertEqual(
+      result.stderr,
+      'run.py: a file that this program reads or writes: No space left on '
+      'device. Fix this and run the same command again.\n',
+    )
     result = self._toy('--set=fail=save')
     self.assertEqual(result.returncode, 42)
     self.assertStartsWith(result.stderr, 'run.py: Cannot save step 3: No space')
+
+  def test_full_disk_at_the_start_names_the_folder(self):
+    full = errors.Retryable('w/config.json: No space left on device.')
+    experiment = configs.Experiment(config=None, run=None, module=None)
+    with (
+      mock.patch.object(configs, 'to_json', return_value='{}'),
+      mock.patch.object(files, 'write_whole', side_effect=full),
+      self.assertRaisesRegex(errors.Retryable, '--workdir=.*w/config.json: No'),
+    ):
+      workdirs.prepare(
+        experiment,
+        pathlib.Path(self.folder),
+        mode='train',
+        has_config=True,
+      )
 
   @parameterized.parameters(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
   def test_signal_before_the_first_step_is_one_line(self, number):
