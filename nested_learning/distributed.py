@@ -141,13 +141,16 @@ def first_does(name: str, function: Callable[[], str | None]) -> str | None:
     try:
       result = function()
     except errors.UserError as error:
-      _client().key_value_set(key, f'error:{error}')
+      kind = 'retry' if isinstance(error, errors.Retryable) else 'error'
+      _client().key_value_set(key, f'{kind}:{error}')
       raise
     _client().key_value_set(key, 'none' if result is None else f'ok:{result}')
     return result
   kind, _, text = _client().blocking_key_value_get(key, 600_000).partition(':')
   if kind == 'error':
     raise errors.UserError(text)
+  if kind == 'retry':
+    raise errors.Retryable(text)
   return None if kind == 'none' else text
 
 

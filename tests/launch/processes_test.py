@@ -321,6 +321,13 @@ class EndTest(parameterized.TestCase):
       assert distributed.first_does('it', lambda: f'by {me}') == 'by 0'
       assert distributed.gather('who', str(me)) == ['0', '1']
       assert distributed.gather('what', '') == ['', '']
+      def full():
+        raise errors.Retryable('the disk is full.')
+      try:
+        distributed.first_does('full', full)
+        assert False
+      except errors.Retryable:  # in both
+        pass
       distributed.check_alike(f'config of {me}')
     """)
     self.assertEqual(codes, [2, 2])
