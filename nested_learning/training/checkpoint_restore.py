@@ -48,7 +48,8 @@ def restore(
   """Restores a checkpoint: the latest of a run that is not damaged.
 
   A damaged one is passed over with a warning. If the manager may write, it is
-  moved to `checkpoints_damaged`, so that its step can be saved again. Errors
+  moved to `checkpoints_damaged`, so that its step can be saved again. So are
+  older folders without a manifest, which the next save would delete. Errors
   that are no damage (permissions, memory, the network) are raised as they are,
   and the checkpoint stays where it is.
 
@@ -87,7 +88,7 @@ def restore(
     except checkpoint_files.Damaged as damage:
       damaged[candidate] = str(damage)
       continue
-    if damaged:
+    if damaged or not manager.is_read_only:
       _set_aside(manager, damaged, candidate)
     return Restored(candidate, state, data, manifest)
   raise errors.UserError(f'{damaged[steps[0]]}; {_way_out(steps, step)}')
@@ -182,7 +183,11 @@ def _read_on_host(folder, manifest, abstract) -> dict[str, Any]:
 
 
 def _set_aside(manager, damaged: Mapping[int, str], good: int) -> None:
-  """Warns of damaged checkpoints and moves them out of the way."""
+  """Warns of damaged checkpoints and moves them out of the way.
+
+  Orbax takes every folder with a number for a checkpoint, and deletes those
+  that are too old to keep, whatever is in them.
+  """
 
   def move():
     for step, damage in damaged.items():
@@ -191,6 +196,13 @@ def _set_aside(manager, damaged: Mapping[int, str], good: int) -> None:
         place = checkpoint_files.move_aside(manager.directory / str(step))
         moved = f'; moved to {place}'
       logging.warning('%s%s. Going on from step %d.', damage, moved, good)
+    if manager.is_read_only:
+      return
+    for step in checkpoint_files.steps(manager.directory.parent):
+      folder = manager.directory / str(step)
+      if not (folder / 'manifest').is_dir():
+        place = checkpoint_files.move_aside(folder)
+        logging.warning('%s is no checkpoint; moved to %s.', folder, place)
 
   distributed.first_does('damaged', move)
   for step in damaged:

@@ -305,6 +305,28 @@ class CheckpointsTest(parameterized.TestCase):
     self.assertEqual(training.inspect(self.root).damaged, {})
     self.assertEqual(self.restore().step, 3)
 
+  def test_a_folder_that_is_no_checkpoint_is_moved_and_not_deleted(self):
+    self.save(3)
+    stray = self.root / 'checkpoints' / '2'
+    stray.mkdir()
+    (stray / 'notes.txt').write_text('mine')
+    self.restore()  # read-only
+    self.assertTrue(stray.exists())
+    with (
+      checkpoints.open_manager(self.root) as manager,
+      self.assertLogs(level='WARNING') as logs,
+    ):
+      checkpoint_restore.restore(
+        manager,
+        self.abstract,
+        config=self.config,
+        tokenizer_fingerprint='bytes-1',
+      )
+    self.assertIn('/2 is no checkpoint; moved to', logs.output[0])
+    moved = self.root / 'checkpoints_damaged' / '2' / 'notes.txt'
+    self.assertEqual(moved.read_text(), 'mine')
+    self.assertEqual(checkpoint_files.steps(self.root), [3])
+
   def test_a_file_where_a_folder_should_be(self):
     (self.root / 'checkpoints').write_text('')
     for act in (self.save, self.restore, lambda: training.inspect(self.root)):
