@@ -217,6 +217,22 @@ class HouseTest(parameterized.TestCase):
     if document == 'README.md':  # the loss of a model that has learned
       self.assertLess(float(run.stdout.split()[0]), 1.0)  # from log(257) = 5.5
 
+  def test_readme_has_the_numbers_of_the_demo(self):
+    readme = (_ROOT / 'README.md').read_text()
+    page = ast.parse((_ROOT / 'experiments' / 'quickstart.py').read_text())
+    docstring = ' '.join((ast.get_docstring(page) or '').split())
+    said = re.search(
+      r'ends with (\d\.\d+) bits per byte.*?\((\d\.\d+) with the', readme, re.S
+    )
+    measured = re.search(
+      r'one seed: (\d\.\d+) bits per byte.*?(\d\.\d+) with memory', docstring
+    )
+    self.assertIsNotNone(said)
+    self.assertIsNotNone(measured)
+    for short, long in zip(said.groups(), measured.groups(), strict=True):
+      digits = len(short.partition('.')[2])
+      self.assertEqual(short, f'{float(long):.{digits}f}')
+
   def test_readme_is_short(self):
     lines = (_ROOT / 'README.md').read_text().splitlines()
     self.assertLessEqual(len(lines), 200)
