@@ -9,8 +9,8 @@ Command, for the size 170m, 340m, 760m, 1p3b, 7b or 70b:
     --topology=v5e:16x16 --workdir=runs/hope_1p3b_compiled
 
 Hardware: 64 devices up to 760M, 256 for 1.3B, 128 for 7B, 1,024 for 70B, or any
-number that divides the 128 rows of a batch. Compiling 1.3B takes three minutes
-of a core.
+number whose mesh.data x mesh.fsdp divides the 128 rows of a batch. Compiling
+1.3B takes up to three minutes of a core.
 Result: compiled for pods (experiments/compiled/README.md), not trained yet.
 
 A step has half a million tokens, a row 4,096, the vocabulary 32,000 tokens; the

@@ -13,9 +13,9 @@ Command:
 `:full` reads ten million tokens per stream.
 
 Hardware: one CPU core, four minutes; `:full` fifteen.
-Result: forgetting comes back. After four of its own steps on other topics a
-level keeps about half of what it saved, and from a million tokens on nothing is
-left; see experiments/results/continual/README.md.
+Result: forgetting comes back. After four of its own steps on other topics the
+slow level keeps about half of what it saved, and from a million tokens on
+nothing is left; see experiments/results/continual/README.md.
 """
 
 import dataclasses
