@@ -8,7 +8,7 @@ The argument is a family of `models.zoo` and a name of `tasks.TASKS`. Models
 have two layers of width 64, and all their levels take every step. Chunks of
 memories have 16 tokens, because rows are short and a memory learns to cross the
 border of a chunk only if there is one. Every setting can be changed:
---set=data.task.num_rewrites=8 --set=data.longer=2,8.
+--set=data.task.num_pairs=8 --set=data.longer=2,8.
 
 Hardware: two CPU cores, one to five minutes. Results are in
 experiments/results/small, written by experiments/bench_small.py.

@@ -1,6 +1,6 @@
 """Every task at its published and at its small settings, by name.
 
-    config = tasks.make_config('mqar_small', num_rewrites=8)
+    config = tasks.make_config('mqar_small', num_pairs=8)
 
 A capable model learns a `_small` setting in minutes on two cores.
 """
