@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from nested_learning import errors
+from nested_learning import evaluation
 from nested_learning import layers
 from nested_learning import levels
 from nested_learning import models
@@ -152,7 +153,7 @@ def train(
     optimizer,
     batches(),
     config.num_steps,
-    token_loss=_nats,
+    token_loss=evaluation.cross_entropy,
     seed=seed,
     name=name,
   )
@@ -360,16 +361,11 @@ def plot_lines(
   figure.savefig(path, dpi=110)
 
 
-def _nats(logits, targets):
-  return optax.softmax_cross_entropy_with_integer_labels(
-    logits.astype(jnp.float32), targets
-  )
-
-
 def _score(logits, targets, allowed):
   """Returns the loss in nats and the likeliest allowed token, [..., 2]."""
   answers = jnp.argmax(jnp.where(allowed, logits, -jnp.inf), axis=-1)
-  return jnp.stack([_nats(logits, targets), answers.astype(jnp.float32)], -1)
+  losses = evaluation.cross_entropy(logits, targets)
+  return jnp.stack([losses, answers.astype(jnp.float32)], -1)
 
 
 def _predictions(scores):
