@@ -15,14 +15,7 @@ of language models. Its data come from the network, or from the cache of an
 earlier run.
 
 Hardware: two CPU cores; half a minute to a minute, mostly compilation.
-Result, one seed each:
-
-                                        choice   completion   bits per byte
-  quickstart.py:transformer, 500 steps   21/24        10/16            2.17
-  quickstart.py (Hope), 600 steps        21/24        11/16            1.96
-
-The texts are longer than the 512 tokens that both were trained on: attention
-reads them in windows, Hope as one stream.
+Results: experiments/results/lm_eval/README.md.
 
 References:
   Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, table 2.

@@ -6,11 +6,7 @@ Command:
     --results=experiments/results/ablations/components
 
 Hardware: two CPU cores, a minute or two for each of the 27 runs.
-Result: experiments/results/ablations/components/README.md. Hope has 2.817 bits
-per byte (spread 0.016), no_dgd 3.328 and no_retention 2.868: DGD and retention
-are worth more than the spread, as in the paper. Momentum, and which of k, v and
-q is a memory, are not, at this size. no_cms is better than Hope (2.781), unlike
-in the paper: its one MLP takes 200 steps, the slow level 100.
+Results: experiments/results/ablations/README.md.
 
 The paper (arXiv:2512.24695, Table 6) has perplexity / accuracy in per cent, one
 run each; its first row is the mean of Table 2 at 1.3B parameters:

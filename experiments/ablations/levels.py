@@ -6,10 +6,7 @@ Command:
     --results=experiments/results/ablations/levels
 
 Hardware: two CPU cores, a minute or two for each of the 5 runs.
-Result: experiments/results/ablations/levels/README.md. Bits per byte, one seed:
-one level 2.775, two 2.815, three 2.840, four 2.845, two on one clock 2.785 (the
-spread over seeds of `components.py` is 0.016). A level that updates half as
-often is behind after 200 steps; long trainings were not measured.
+Results: experiments/results/ablations/README.md.
 
 One level is a Transformer's MLP. Both levels of the last row update at every
 step: its difference from `levels_2` is the effect of clocks alone.

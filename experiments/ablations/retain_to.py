@@ -5,10 +5,7 @@ Command:
     --workdir=runs/retain_to --seeds=3
 
 Hardware: two CPU cores, a minute for each of the 6 runs.
-Result, one seed, 200 steps of text (experiments/results/ablations/retain_to):
-2.815 bits per byte with the initial memory, 2.884 with zero. Writes save 0.46
-and 0.25 bits of a byte late in a row. The speeds on that page are of runs that
-shared the machine.
+Results: experiments/results/ablations/README.md.
 
 Read literally, the paper's retention decays to zero, which erases the learned
 initial memory.

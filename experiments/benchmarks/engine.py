@@ -16,24 +16,7 @@ Hardware: two CPU cores and 15 GB, seven minutes. Writes summary.json with:
                            system's
   decode_flatness_1k_100k  generation time per token after 100K over 1K tokens
 
-Result of one run, two idle CPU cores, float32, huge pages:
-
-  chunk_over_token_loop     24.9   (529 tokens/s against 13,190 at chunks of 64;
-                                   9,870 at 16, 12,160 at 128)
-  hope_over_transformer     0.553  (2,498 tokens/s against 4,517)
-  hope_flop_ceiling         0.739
-  share_of_matmul_rate      0.286  (Transformer++ 0.382)
-  flatness_1k_32k           1.301  (1,331 tokens/s of a 32K row)
-  flatness_1k_32k_work      1.090
-  decode_flatness_1k_100k   1.021
-  state_bytes_100k_over_1k  1
-
-Beside Transformer++, Hope reaches three quarters of the speed that its number
-of operations allows. The gradient of a layer, with matrices of 64, runs at 27 %
-of the machine's rate; 40 times the token loop would be 44 %. The work per token
-of a long row is within a tenth of a short row's. The time of the system grows:
-it clears 5 GB of fresh memory for the gradient (2 GB with model.remat=layer),
-on this virtual machine at half a gigabyte per second.
+Results: experiments/results/benchmarks/README.md.
 """
 
 import dataclasses

@@ -5,8 +5,7 @@ Command:
     --workdir=runs/zoo
 
 Hardware: two CPU cores, 20 minutes with --set=repeats=1.
-Result: experiments/results/benchmarks/README.md. Hope's gradient runs at 0.57,
-1.90 and 10.0 times the speed of Transformer++'s at 1K, 4K and 16K tokens.
+Results: experiments/results/benchmarks/README.md.
 
 Models have equal blocks around their mixers, not equal parameter counts. For
 each family, summary.json has `<family>/training_<length>` (tokens per second of

@@ -11,9 +11,7 @@ Command:
     --workdir=runs/frequencies
 
 Hardware: one CPU core, fifteen minutes.
-Result: the number of levels matters most (0.34 between best and worst), then
-the clock of the slowest (0.11), then rates (0.04); see
-experiments/results/continual/README.md.
+Results: experiments/results/continual/README.md.
 """
 
 import dataclasses
