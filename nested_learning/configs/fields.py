@@ -42,6 +42,14 @@ def classes(kind: Any) -> tuple[type, ...]:
   return tuple(option for option in options(kind) if isinstance(option, type))
 
 
+def class_name(cls: type) -> str:
+  """Returns the name of a config class on the command line.
+
+  A class may have a plain one in `NAME`; others go by the name of the class.
+  """
+  return getattr(cls, 'NAME', cls.__name__)
+
+
 def is_tuple(kind: Any) -> bool:
   """Returns whether an annotation is a tuple with typed entries."""
   return typing.get_origin(kind) is tuple
@@ -167,7 +175,7 @@ def unknown(cls: type, name: str, path: str, nearest: str) -> str:
   names = ', '.join(field.name for field in init_fields(cls))
   return (
     f'{join(path, name)} does not exist; the nearest field is {nearest}. '
-    f'{cls.__name__} has: {names}.'
+    f'{class_name(cls)} has: {names}.'
   )
 
 
@@ -189,10 +197,10 @@ def describe(kind: Any) -> str:
   if is_tuple(kind):
     names = ('...' if a is ... else describe(a) for a in typing.get_args(kind))
     return f'tuple[{", ".join(names)}]'
-  return getattr(kind, '__name__', str(kind))
+  return class_name(kind) if isinstance(kind, type) else str(kind)
 
 
 def short(value: Any) -> str:
   """Returns a value in at most 60 letters, for errors."""
-  text = type(value).__name__ if is_config(value) else repr(value)
+  text = class_name(type(value)) if is_config(value) else repr(value)
   return text if len(text) <= 60 else text[:57] + '...'

@@ -21,7 +21,8 @@ def override(config: Any, assignments: Sequence[str]) -> Any:
     assignments: Strings `path=value`. A path joins field names and indices of
       tuples by dots, as in `model.levels.0.chunk_size=64`. The value is read
       by the field's annotation: `none`, `true`, `1e-3`, `64,128`, or the name
-      of a config class where the field is a choice between classes.
+      of a config class (its `NAME`, as `m3`, if it has one) where the field is
+      a choice between classes.
 
   Returns:
     The changed config.
@@ -66,6 +67,7 @@ def _apply(value: Any, kind: Any, changes: _Changes, path: str, root: Any):
   if not changes.below:
     return value
   if fields.is_config(value):
+    _check_choice(value, kind, changes, path)
     names = fields.annotations(type(value))
     children = {name: getattr(value, name) for name in names}
     changed = _apply_below(children, type(value), changes, path, root)
@@ -89,6 +91,18 @@ def _apply(value: Any, kind: Any, changes: _Changes, path: str, root: Any):
   )
 
 
+def _check_choice(value: Any, kind: Any, changes: _Changes, path: str) -> None:
+  """Raises an error for a field that only another choice of class has."""
+  for name in set(changes.below) - set(fields.annotations(type(value))):
+    for other in filter(fields.is_config, fields.classes(kind)):
+      if name in fields.annotations(other):
+        raise errors.UserError(
+          f'{fields.join(path, name)} does not exist: {path} is '
+          f'{fields.short(value)}. Set {path}={fields.class_name(other)} '
+          'before it.'
+        )
+
+
 def _apply_below(
   children: dict[str, Any], cls: type, changes: _Changes, path: str, root: Any
 ) -> dict[str, Any]:
@@ -105,7 +119,8 @@ def _apply_below(
 def _named_class(text: str | None, kind: Any) -> type | None:
   """Returns the config class that `text` names, if there is one."""
   for option in fields.classes(kind):
-    if fields.is_config(option) and option.__name__ == text:
+    names = fields.class_name(option), option.__name__
+    if fields.is_config(option) and text in names:
       return option
   return None
 
@@ -172,7 +187,13 @@ def _from_text(text: str, kind: Any, path: str, now: Any) -> Any:
         pairs = zip(items, kinds, strict=True)
         return tuple(_from_text(i, k, path, now) for i, k in pairs)
   way_out = ''
-  if fields.is_config(now):
+  choices = [
+    fields.class_name(c) for c in fields.classes(kind) if fields.is_config(c)
+  ]
+  if len(choices) > 1:
+    nearest = difflib.get_close_matches(text, choices, 1, 0)[0]
+    way_out = f' The nearest is {path}={nearest}.'
+  elif fields.is_config(now):
     first = fields.init_fields(now)[0].name
     way_out = f' Set one of its fields, such as {fields.join(path, first)}.'
   elif isinstance(now, tuple) and now and fields.is_config(now[0]):

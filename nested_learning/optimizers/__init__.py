@@ -4,8 +4,10 @@ See README.md in this folder.
 """
 
 from nested_learning.newton_schulz import orthogonalize
+from nested_learning.optimizers import configs
 from nested_learning.optimizers.capture import find_maps
 from nested_learning.optimizers.capture import value_and_delta_grad
+from nested_learning.optimizers.configs import OptimizerConfig
 from nested_learning.optimizers.delta_gradient_descent import apply_gradients
 from nested_learning.optimizers.delta_gradient_descent import dgd
 from nested_learning.optimizers.delta_gradient_descent import dgd_for_model

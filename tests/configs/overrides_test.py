@@ -23,6 +23,8 @@ class Titans:
 
 @dataclasses.dataclass(frozen=True)
 class Rated:
+  NAME: ClassVar = 'rated_mixer'
+
   rate: float
 
 
@@ -123,6 +125,12 @@ class OverrideTest(parameterized.TestCase):
     )
     self.assertEqual(changed.model.mixer, Rated(3.0))
 
+  def test_chooses_a_class_by_its_plain_name(self):
+    changed = configs.override(
+      Config(), ['model.mixer=rated_mixer', 'model.mixer.rate=3']
+    )
+    self.assertEqual(changed.model.mixer, Rated(3.0))
+
   def test_optional_config_is_made_and_dropped(self):
     made = configs.override(Config(), ['extra=Titans'])
     self.assertEqual(made.extra, Titans())
@@ -149,6 +157,10 @@ class OverrideTest(parameterized.TestCase):
     ('model.levels.0.period=2', r'is now called model\.levels\.0\.chunk_size'),
     ('model.levels.2.chunk_size=2', r'model\.levels has 2 entries, 0 to 1'),
     ('model.levels.-1.chunk_size=2', r'model\.levels has 2 entries, 0 to 1'),
+    (
+      'model.mixer.rate=2',
+      r'mixer.rate .*is Attention. Set model.mixer=rated_mixer before it',
+    ),
     ('name.first=a', "name is 'test' and has no fields"),
     ('extra.chunk_size=2', 'extra is None and has no fields'),
   )
@@ -167,7 +179,11 @@ class OverrideTest(parameterized.TestCase):
     ('train.sizes=1,b', r'sizes=b does not fit'),
     ('train.betas=0.5', r'is tuple\[float, float\]'),
     ('train.limit=x', 'is int or float or none'),
-    ('model.mixer=Mamba', 'is Attention or Titans or Rated, now Attention'),
+    (
+      'model.mixer=Mamba',
+      'Titans or rated_mixer, now Attention. The nearest is',
+    ),
+    ('model.mixer=rated', r'The nearest is model\.mixer=rated_mixer\.'),
     ('model.mixer=Rated', r'not complete: set model\.mixer\.rate too'),
     ('model=big', 'Set one of its fields, such as model.embed_dim'),
     ('model.levels=3', r'such as model\.levels\.0\.name'),
