@@ -129,7 +129,7 @@ def _time_steps(config, loss_fn, params, tokens):
     Seconds of every repeat, by name, and the fastest ones. The fastest of M3 is
     the mean over a period of its slow momentum.
   """
-  delta_grad = optimizers.value_and_delta_grad(loss_fn)
+  delta_grad = optimizers.value_and_delta_grad(loss_fn, target='printed')
   functions = {
     'gradients': jax.jit(jax.grad(loss_fn)),
     'delta gradients': jax.jit(lambda p, t: delta_grad(p, t)[1:]),

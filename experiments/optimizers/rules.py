@@ -172,7 +172,9 @@ def compile_gradient(name: str, loss_fn: Callable[[Any, Any], jax.Array]):
 @functools.lru_cache(maxsize=4)
 def _compile_gradient(loss_fn, erase):
   if erase is not None:
-    return jax.jit(optimizers.value_and_delta_grad(loss_fn, erase=erase))
+    return jax.jit(
+      optimizers.value_and_delta_grad(loss_fn, target='printed', erase=erase)
+    )
   plain = jax.value_and_grad(loss_fn)
   return jax.jit(lambda params, batch: (*plain(params, batch), {}))
 
@@ -197,6 +199,7 @@ def make_optimizer(name, rate, loss_fn, params, batch):
     params,
     batch,
     learning_rate=rate,
+    target='printed',
     erase=DGD[name],
     fallback=optax.adam(_FALLBACK_RATE, 0.9, 0.95),
   )[1]

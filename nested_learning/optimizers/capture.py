@@ -1,12 +1,13 @@
 """Captures the inputs of linear maps, for Delta Gradient Descent.
 
-For every linear map W with inputs x, DGD needs W x x^T: the gradient of
-1/2 |W x|^2 with x and everything upstream held fixed. A backward pass
-multiplies the error at the map's output by x^T anyway. Adding the output
-itself to that error, for the weights only, gives the sum of both terms for
-one addition. To find the maps, the loss is traced once and every contraction
-or convolution of a parameter with data is replaced, see `tracing.py`. This
-works for Linen, for NNX and for functions of a plain tree alike.
+For every linear map W with inputs x, DGD needs the mean of |x|^2 and, in the
+printed form, W x x^T: the gradient of 1/2 |W x|^2 with x and everything
+upstream held fixed. A backward pass multiplies the error at the map's output by
+x^T anyway. Adding the output itself to that error, for the weights only, gives
+the sum of both terms for one addition. To find the maps, the loss is traced
+once and every contraction or convolution of a parameter with data is replaced,
+see `tracing.py`. This works for Linen, for NNX and for functions of a plain
+tree alike.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nested_learning.optimizers import settings
 from nested_learning.optimizers import tracing
 
 
@@ -64,21 +66,23 @@ def trace_maps(
 def value_and_delta_grad(
   loss_fn: Callable[..., Any],
   *,
+  target: str = 'corrected',
   erase: float = 1.0,
   num_samples: int | Callable[..., Any] | None = None,
   has_aux: bool = False,
 ) -> Callable[..., tuple[Any, Any, Mapping[str, Any]]]:
-  r"""Extends `jax.value_and_grad` by the term of Delta Gradient Descent.
+  r"""Extends `jax.value_and_grad` by what Delta Gradient Descent needs.
 
-  For a linear map with inputs x_s, outputs W x_s and N samples, the gradient is
+  For a linear map with inputs x_s and N samples, that is the energy
+  :math:`\frac{1}{N} \sum_s |x_s|^2`. With target 'printed', the gradient is
   that of the loss plus
 
-  .. math:: \text{erase}\; W \frac{1}{N} \sum_s x_s x_s^\top ,
+  .. math:: \text{erase}\; W \frac{1}{N} \sum_s x_s x_s^\top .
 
-  and its energy is :math:`\frac{1}{N} \sum_s |x_s|^2`. Other parameters have
-  the plain gradient and energy 0. A map that is applied in several places sums
-  its terms, as it does its gradients. The loss is a mean over samples and must
-  not be scaled (the added term would not be).
+  Other parameters have the plain gradient and energy 0. A map that is applied
+  in several places sums its energies and terms, as it does its gradients. The
+  loss is a mean over samples; with target 'printed' it must not be scaled (the
+  added term would not be).
 
   An input vector is a sample if the loss depends on the map's output for it,
   that is, if the gradient of the loss there is not exactly zero. Padding that
@@ -92,7 +96,9 @@ def value_and_delta_grad(
   Args:
     loss_fn: Scalar function of (params, *args); all further arguments are
       arrays.
-    erase: Weight of the added term; 1 is the paper's rule.
+    target: The target of `dgd` that takes the gradients: 'corrected' or
+      'printed'.
+    erase: Weight of the added term of target 'printed'; 1 is the paper's rule.
     num_samples: Number N that the loss averages over, or a function of *args
       that returns it. None: for each use of a map, the number of its samples.
       Inside a loop that uses a map repeatedly (over pieces of the data, over
@@ -107,9 +113,16 @@ def value_and_delta_grad(
     energy of a leaf is a scalar, an array over its leading axes (stacked
     layers), or an array of the leaf's shape.
 
+  Raises:
+    ValueError: If the target is unknown, or erase is set for another one than
+      'printed'.
+
   References:
     Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 56-57.
   """
+  settings.check_target(target, erase)
+  if target == 'corrected':
+    erase = None
 
   def value_and_grad(params, *args):
     closed, shapes = jax.make_jaxpr(loss_fn, return_shape=True)(params, *args)
@@ -271,7 +284,7 @@ def _make_linear(apply, geometry: _Geometry, erase):
   Args:
     apply: Function of (x, w) that is linear in each.
     geometry: The layout of its outputs.
-    erase: Weight of the pull.
+    erase: Weight of the pull; None leaves it out.
 
   Returns:
     A function of (x, w, probe, count) with the value of `apply`; the gradient
@@ -310,10 +323,12 @@ def _make_linear(apply, geometry: _Geometry, erase):
     energy = jnp.max(energy, initial=0)
 
     (x_bar,) = jax.linear_transpose(lambda x: apply(x, w), x)(error)
-    # d/dW of L + erase / (2 N) sum |W x|^2, with x held fixed.
-    # `where` rather than a product, since masked vectors may hold NaN.
-    held = jnp.where(counted, erase / num * geometry.split(y), 0)
-    pulled = error + geometry.join(held).astype(error.dtype)
+    pulled = error
+    if erase is not None:
+      # d/dW of L + erase / (2 N) sum |W x|^2, with x held fixed.
+      # `where` rather than a product, since masked vectors may hold NaN.
+      held = jnp.where(counted, erase / num * geometry.split(y), 0)
+      pulled = error + geometry.join(held).astype(error.dtype)
     (w_bar,) = jax.linear_transpose(lambda w: apply(x, w), w)(pulled)
     no_count = None if count is None else jnp.zeros_like(count)
     return x_bar, w_bar, jnp.zeros_like(probe) + energy, no_count

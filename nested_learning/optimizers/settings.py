@@ -79,6 +79,26 @@ def check_choice(choices, **settings):
       raise ValueError(f'{name}={value!r} is not one of {sorted(choices)}.')
 
 
+def check_target(target, erase):
+  """Checks the target of Delta Gradient Descent, and the weight of its term.
+
+  Args:
+    target: The target.
+    erase: Weight of the erasing term.
+
+  Raises:
+    ValueError: If the target is unknown, or the weight is negative or has no
+      meaning for the target.
+  """
+  check_choice(('corrected', 'printed'), target=target)
+  check_rate(erase=erase)
+  if target == 'corrected' and _is_known(erase) and erase != 1:
+    raise ValueError(
+      f'{erase=} weighs the erasing term, which target={target!r} does not '
+      "have: give target='printed' as well, or leave erase out."
+    )
+
+
 def check_params(params):
   """Checks that parameters are of a real floating type.
 

@@ -1,5 +1,7 @@
 """Tests the capture of inputs through every transformation that it enters."""
 
+import functools
+
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
@@ -8,6 +10,11 @@ import numpy as np
 
 from nested_learning import optimizers
 from tests import compiling
+
+# The form that adds a term to the gradients, so that both can be seen.
+printed_grad = functools.partial(
+  optimizers.value_and_delta_grad, target='printed'
+)
 
 
 def apply_plainly(kernel, x):
@@ -106,9 +113,7 @@ class CaptureTest(parameterized.TestCase):
     kernel = jax.random.normal(jax.random.key(0), (4, 6))
     x = jax.random.normal(jax.random.key(1), (5, 4))
     loss_fn = lambda kernel, x: jnp.sum(jnp.sin(apply(kernel, x))) / 5
-    loss, gradient, extra = jax.jit(
-      optimizers.value_and_delta_grad(loss_fn, erase=0.5)
-    )(kernel, x)
+    loss, gradient, extra = jax.jit(printed_grad(loss_fn, erase=0.5))(kernel, x)
     expected = jax.grad(loss_fn)(kernel, x) + 0.5 * x.T @ x @ kernel / 5
     np.testing.assert_allclose(loss, loss_fn(kernel, x), rtol=1e-5)
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
@@ -120,12 +125,8 @@ class CaptureTest(parameterized.TestCase):
     x = jax.random.normal(keys[2], (5, 4))
     loss_fn = lambda kernel, x: jnp.mean(jnp.sin(x @ kernel))
     joined_loss = lambda kernels, x: loss_fn(jnp.concatenate(kernels, 1), x)
-    _, gradients, extra = optimizers.value_and_delta_grad(joined_loss)(
-      kernels, x
-    )
-    _, expected, _ = optimizers.value_and_delta_grad(loss_fn)(
-      jnp.concatenate(kernels, 1), x
-    )
+    _, gradients, extra = printed_grad(joined_loss)(kernels, x)
+    _, expected, _ = printed_grad(loss_fn)(jnp.concatenate(kernels, 1), x)
     np.testing.assert_allclose(
       jnp.concatenate(gradients, 1), expected, rtol=1e-5
     )
@@ -137,12 +138,8 @@ class CaptureTest(parameterized.TestCase):
     x = jax.random.normal(jax.random.key(1), (5, 4))
     stacked_loss = lambda w, x: jnp.mean(jnp.tanh(x @ w[0]) @ w[1])
     listed_loss = lambda w, x: jnp.mean(jnp.tanh(x @ w[0]) @ w[1])
-    _, gradients, extra = optimizers.value_and_delta_grad(stacked_loss)(
-      layers, x
-    )
-    _, expected, expected_extra = optimizers.value_and_delta_grad(listed_loss)(
-      list(layers), x
-    )
+    _, gradients, extra = printed_grad(stacked_loss)(layers, x)
+    _, expected, expected_extra = printed_grad(listed_loss)(list(layers), x)
     for i in range(2):
       np.testing.assert_allclose(gradients[i], expected[i], rtol=1e-5)
       np.testing.assert_allclose(
@@ -183,7 +180,7 @@ class CaptureTest(parameterized.TestCase):
     pull = jnp.einsum('gij,jgo->igo', gram, matrices)
     pull = jnp.moveaxis(pull.reshape(4 // groups, *size, 8), 0, 2)
     expected = jax.grad(loss_fn)(kernel, x) + pull
-    _, gradient, extra = optimizers.value_and_delta_grad(loss_fn)(kernel, x)
+    _, gradient, extra = printed_grad(loss_fn)(kernel, x)
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
     energies = jnp.trace(gram, axis1=1, axis2=2)
     np.testing.assert_allclose(extra['energy'], jnp.max(energies), rtol=1e-5)
@@ -208,12 +205,10 @@ class CaptureTest(parameterized.TestCase):
     count = lambda x, mask: x.shape[0] * jnp.sum(mask)
     num_samples = count if looped else None
     padded = jnp.where(real[:, None], x, fill)
-    actual = optimizers.value_and_delta_grad(loss_fn, num_samples=num_samples)(
+    actual = printed_grad(loss_fn, num_samples=num_samples)(
       kernels, padded, real
     )
-    expected = optimizers.value_and_delta_grad(rows_loss)(
-      kernels, x[:, :4], jnp.ones(4)
-    )
+    expected = printed_grad(rows_loss)(kernels, x[:, :4], jnp.ones(4))
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
       actual,
@@ -229,7 +224,7 @@ class CaptureTest(parameterized.TestCase):
     }
     x = jax.random.normal(keys[2], (5, 4))
     loss_fn = lambda p, x: jnp.mean(jnp.sin((x * p['scale']) @ p['kernel']))
-    _, gradients, extra = optimizers.value_and_delta_grad(loss_fn)(params, x)
+    _, gradients, extra = printed_grad(loss_fn)(params, x)
     expected = jax.grad(loss_fn)(params, x)
     np.testing.assert_allclose(
       gradients['scale'], expected['scale'], rtol=1e-5, atol=1e-6
@@ -243,7 +238,7 @@ class CaptureTest(parameterized.TestCase):
     kernel = jnp.ones((2, 3))
     x = jax.random.normal(jax.random.key(0), (4, 5, 2))  # 4 samples of 5 tokens
     loss_fn = lambda kernel, x: jnp.sum(jnp.sin(x @ kernel)) / 4
-    grad = optimizers.value_and_delta_grad(loss_fn, num_samples=4)
+    grad = printed_grad(loss_fn, num_samples=4)
     _, gradient, extra = grad(kernel, x)
     gram = jnp.einsum('bti,btj->ij', x, x) / 4
     expected = jax.grad(loss_fn)(kernel, x) + gram @ kernel
@@ -270,7 +265,7 @@ class CaptureTest(parameterized.TestCase):
 
     def run(kernels, x, where):
       loss = lambda kernels, x: loss_fn(kernels, x, where)
-      return compiling.jit(optimizers.value_and_delta_grad(loss))(kernels, x)
+      return compiling.jit(printed_grad(loss))(kernels, x)
 
     expected = run(kernels, x, {})
     mesh = jax.make_mesh((8,), ('x',), axis_types=(axis_type,))
@@ -290,7 +285,7 @@ class CaptureTest(parameterized.TestCase):
 
   def test_returns_auxiliary_outputs(self):
     loss_fn = lambda kernel, x: (jnp.sum(x @ kernel), {'x': x})
-    grad = optimizers.value_and_delta_grad(loss_fn, has_aux=True)
+    grad = printed_grad(loss_fn, has_aux=True)
     (loss, aux), _, _ = grad(jnp.ones((2, 3)), jnp.ones((4, 2)))
     self.assertEqual(loss, 24)
     np.testing.assert_array_equal(aux['x'], 1)

@@ -1,5 +1,6 @@
 """Tests Delta Gradient Descent against its objective, in all frameworks."""
 
+import functools
 import warnings
 
 from absl.testing import absltest
@@ -13,6 +14,10 @@ import numpy as np
 import optax
 
 from nested_learning import optimizers
+
+printed_grad = functools.partial(
+  optimizers.value_and_delta_grad, target='printed'
+)
 
 
 def make_mlp():
@@ -101,38 +106,163 @@ class Net(nnx.Module):
     return self.second(nnx.relu(self.norm(self.first(x))))
 
 
-class DgdTest(parameterized.TestCase):
-  @parameterized.product(length=(0.2, 1.0, 5.0), learning_rate=(0.1, 10.0))
-  def test_one_sample_is_the_exact_minimiser(self, length, learning_rate):
+def minimise(objective, start):
+  """Returns the minimum of a quadratic function, by Newton's method."""
+  size = start.size
+  gradient = jax.grad(objective)(start).reshape(size)
+  hessian = jax.hessian(objective)(start).reshape(size, size)
+  return start - jnp.linalg.solve(hessian, gradient).reshape(start.shape)
+
+
+def train(tx, value_and_grad, params, batch, num_steps):
+  """Returns the parameters after many steps on one batch."""
+
+  def body(_, carry):
+    params, state = carry
+    _, gradients, extra = value_and_grad(params, batch)
+    updates, state = tx.update(gradients, state, params, **extra)
+    return optax.apply_updates(params, updates), state
+
+  carry = params, tx.init(params)
+  return jax.lax.fori_loop(0, num_steps, body, carry)[0]
+
+
+class TargetTest(parameterized.TestCase):
+  @parameterized.product(
+    target=('corrected', 'printed'),
+    length=(0.2, 1.0, 5.0),
+    learning_rate=(0.1, 10.0),
+  )
+  def test_one_sample_is_the_exact_minimiser(
+    self, target, length, learning_rate
+  ):
     with jax.enable_x64(True):
       rng = np.random.default_rng(0)
-      kernel = rng.normal(size=(4, 3))
-      x = rng.normal(size=4)
-      x *= length / np.linalg.norm(x)
+      kernel = jnp.array(rng.normal(size=(4, 3)))
+      x = jnp.array(rng.normal(size=4))
+      x *= length / jnp.linalg.norm(x)
       label = rng.normal(size=3)
-
-      def loss_fn(kernel, x):
-        return jnp.sum(jnp.cos(x @ kernel - label))
+      loss_of = lambda y: jnp.sum(jnp.cos(y - label))
+      loss_fn = lambda kernel, x: loss_of(x @ kernel)
 
       value_and_grad, tx = optimizers.dgd_for_model(
-        loss_fn, jnp.array(kernel), jnp.array(x), learning_rate=learning_rate
+        loss_fn, kernel, x, learning_rate=learning_rate, target=target
       )
-      _, grad, extra = value_and_grad(jnp.array(kernel), jnp.array(x))
+      _, grad, extra = value_and_grad(kernel, x)
       updates, _ = tx.update(grad, tx.init(kernel), kernel, **extra)
 
-      # argmin 1/2 |x K - u|^2 + 1/(2 lr) |K - kernel|^2, u = -dL/dy.
-      u = np.sin(x @ kernel - label)
-      minimiser = np.linalg.solve(
-        np.outer(x, x) + np.eye(4) / learning_rate,
-        np.outer(x, u) + kernel / learning_rate,
-      )
-      np.testing.assert_allclose(kernel + updates, minimiser, atol=1e-9)
+      u = -jax.grad(loss_of)(x @ kernel)
+      if target == 'corrected':
+        u = x @ kernel + u
 
+      def objective(new):
+        distance = jnp.sum((new - kernel) ** 2)
+        fit = jnp.sum((x @ new - u) ** 2)
+        return fit / 2 + distance / (2 * learning_rate)
+
+      np.testing.assert_allclose(
+        kernel + updates, minimise(objective, jnp.zeros((4, 3))), atol=1e-9
+      )
+
+  def test_many_samples_step_less_than_the_exact_minimiser(self):
+    with jax.enable_x64(True):
+      rng = np.random.default_rng(0)
+      kernel = jnp.array(rng.normal(size=(4, 3)))
+      x = jnp.array(rng.normal(size=(9, 4)) * [0.1, 0.5, 2.0, 6.0])
+      y = jnp.array(rng.normal(size=(9, 3)))
+      loss_fn = lambda kernel, x: jnp.mean(jnp.sum(jnp.sin(x @ kernel - y), 1))
+      value_and_grad, tx = optimizers.dgd_for_model(
+        loss_fn, kernel, x, learning_rate=3.0
+      )
+      _, grad, extra = value_and_grad(kernel, x)
+      updates, _ = tx.update(grad, tx.init(kernel), kernel, **extra)
+      target = x @ kernel - jnp.cos(x @ kernel - y)
+
+      def objective(new):
+        fit = jnp.mean(jnp.sum((x @ new - target) ** 2, axis=1))
+        return fit / 2 + jnp.sum((new - kernel) ** 2) / 6.0
+
+      exact = minimise(objective, kernel) - kernel
+      # In every direction of the inputs, the same way and not as far.
+      directions = jnp.linalg.svd(x, full_matrices=False)[2]
+      ours, best = directions @ updates, directions @ exact
+      ratio = ours / best
+      self.assertGreater(jnp.min(ratio), 0.0)
+      self.assertLess(jnp.max(ratio), 1.0)
+      self.assertLess(objective(kernel + updates), objective(kernel))
+
+  def test_fixed_points_of_corrected_are_those_of_the_loss(self):
+    x = jax.random.normal(jax.random.key(0), (32, 4))
+    y = x @ jax.random.normal(jax.random.key(1), (4, 2)) + 0.3
+    loss_fn = lambda kernel, batch: jnp.mean(
+      jnp.sum((batch[0] @ kernel - batch[1]) ** 2, axis=1)
+    )
+    solution = jnp.linalg.lstsq(x, y)[0]
+    found = {}
+    for target in ('corrected', 'printed'):
+      value_and_grad, tx = optimizers.dgd_for_model(
+        loss_fn, jnp.zeros((4, 2)), (x, y), learning_rate=1.0, target=target
+      )
+      found[target] = train(tx, value_and_grad, jnp.zeros((4, 2)), (x, y), 400)
+    np.testing.assert_allclose(found['corrected'], solution, atol=1e-4)
+    # Half the square error plus the paper's term: 2 / (2 + 1) of the way.
+    np.testing.assert_allclose(found['printed'], solution * 2 / 3, atol=1e-4)
+
+  @parameterized.named_parameters(
+    ('momentum', optax.trace(0.9), 0.1),
+    ('adam', optax.scale_by_adam(), 0.02),
+    ('clip', optax.clip_by_global_norm(1.0), 0.3),
+  )
+  def test_other_rules_chain_onto_the_direction(self, rule, learning_rate):
+    params, batch = make_mlp()
+    value_and_grad = optimizers.value_and_delta_grad(mlp_loss)
+    tx = optax.chain(
+      optimizers.scale_by_dgd(learning_rate),
+      rule,
+      optax.scale_by_learning_rate(learning_rate),
+    )
+    trained = jax.jit(train, static_argnums=(0, 1, 4))(
+      tx, value_and_grad, params, batch, 500
+    )
+    self.assertLess(mlp_loss(trained, batch), 0.05 * mlp_loss(params, batch))
+
+  def test_corrected_step_is_safe_at_any_rate(self):
+    # Inputs of very different lengths, where gradient descent diverges.
+    x = jax.random.normal(jax.random.key(0), (64, 8)) * jnp.arange(1, 9)
+    y = jax.random.normal(jax.random.key(1), (64, 4))
+    loss_fn = lambda kernel, batch: (
+      0.5 * jnp.mean(jnp.sum((batch[0] @ kernel - batch[1]) ** 2, axis=1))
+    )
+    value_and_grad, tx = optimizers.dgd_for_model(
+      loss_fn, jnp.zeros((8, 4)), (x, y), learning_rate=1e6
+    )
+    losses = []
+    for num_steps in (0, 1, 10, 100):
+      kernel = train(tx, value_and_grad, jnp.zeros((8, 4)), (x, y), num_steps)
+      losses.append(loss_fn(kernel, (x, y)))
+    self.assertTrue(all(np.diff(losses) < 0))
+
+  def test_rejects_settings_of_the_other_target(self):
+    params, batch = make_mlp()
+    with self.assertRaisesRegex(ValueError, "erase=0.5 .* target='printed'"):
+      optimizers.dgd(1.0, erase=0.5)
+    with self.assertRaisesRegex(ValueError, "erase=0.5 .* target='printed'"):
+      optimizers.value_and_delta_grad(mlp_loss, erase=0.5)
+    with self.assertRaisesRegex(ValueError, "target='paper' is not one of"):
+      optimizers.dgd(1.0, target='paper')
+    tx = optimizers.dgd(1.0)
+    with self.assertRaisesRegex(ValueError, 'takes no projection'):
+      tx.update(
+        params, tx.init(params), params, energy=params, projection=params
+      )
+
+
+class PrintedTest(parameterized.TestCase):
   @parameterized.parameters(0.0, 0.3, 1.0)
   def test_capture_adds_the_defined_term(self, erase):
     params, batch = make_mlp()
     loss, gradients, extra = jax.jit(
-      optimizers.value_and_delta_grad(mlp_loss, erase=erase)
+      optimizers.value_and_delta_grad(mlp_loss, target='printed', erase=erase)
     )(params, batch)
     expected, energy = defined_gradient(params, batch, erase)
     np.testing.assert_allclose(loss, mlp_loss(params, batch), rtol=1e-6)
@@ -142,7 +272,7 @@ class DgdTest(parameterized.TestCase):
   def test_update_is_the_rule(self):
     params, batch = make_mlp()
     value_and_grad, tx = optimizers.dgd_for_model(
-      mlp_loss, params, batch, learning_rate=0.5
+      mlp_loss, params, batch, learning_rate=0.5, target='printed'
     )
     _, gradients, extra = value_and_grad(params, batch)
     updates, _ = tx.update(gradients, tx.init(params), params, **extra)
@@ -160,7 +290,7 @@ class DgdTest(parameterized.TestCase):
   def test_projection_can_be_an_extra_argument(self):
     params, batch = make_mlp()
     value_and_grad, tx = optimizers.dgd_for_model(
-      mlp_loss, params, batch, learning_rate=0.5, erase=0.7
+      mlp_loss, params, batch, learning_rate=0.5, target='printed', erase=0.7
     )
     _, gradients, extra = value_and_grad(params, batch)
     folded, _ = tx.update(gradients, tx.init(params), params, **extra)
@@ -178,7 +308,7 @@ class DgdTest(parameterized.TestCase):
     # A loss that hardly depends on the map: the erasing term alone acts.
     loss_fn = lambda kernel, x: 1e-20 * jnp.sum(x @ kernel)
     value_and_grad, tx = optimizers.dgd_for_model(
-      loss_fn, kernel, x, learning_rate=1e6
+      loss_fn, kernel, x, learning_rate=1e6, target='printed'
     )
     state = tx.init(kernel)
     for _ in range(5):
@@ -193,7 +323,7 @@ class DgdTest(parameterized.TestCase):
   def test_erase_zero_is_gradient_descent(self):
     params, batch = make_mlp()
     value_and_grad, tx = optimizers.dgd_for_model(
-      mlp_loss, params, batch, learning_rate=0.1, erase=0.0
+      mlp_loss, params, batch, learning_rate=0.1, target='printed', erase=0.0
     )
     _, gradients, extra = value_and_grad(params, batch)
     updates, _ = tx.update(gradients, tx.init(params), params, **extra)
@@ -211,15 +341,15 @@ class DgdTest(parameterized.TestCase):
       pieces = jax.tree.map(lambda leaf: leaf.reshape(3, 2, -1), batch)
       return jax.lax.scan(body, 0.0, pieces)[0]
 
-    expected = optimizers.value_and_delta_grad(mlp_loss)(params, batch)
-    actual = optimizers.value_and_delta_grad(in_pieces)(params, batch)
+    expected = printed_grad(mlp_loss)(params, batch)
+    actual = printed_grad(in_pieces)(params, batch)
     assert_close(actual, expected)
 
   def test_shared_map_sums_its_uses(self):
     kernel = jax.random.normal(jax.random.key(0), (3, 3))
     x = jax.random.normal(jax.random.key(1), (4, 3))
     twice = lambda kernel, x: jnp.sum(jnp.tanh(x @ kernel) @ kernel) / 4
-    _, gradient, extra = optimizers.value_and_delta_grad(twice)(kernel, x)
+    _, gradient, extra = printed_grad(twice)(kernel, x)
     hidden = jnp.tanh(x @ kernel)
     gram = (x.T @ x + hidden.T @ hidden) / 4
     expected = jax.grad(twice)(kernel, x) + gram @ kernel
@@ -240,7 +370,7 @@ class DgdTest(parameterized.TestCase):
       return lambda params, x: jnp.mean(model.apply({'params': params}, x) ** 2)
 
     outputs = [
-      jax.jit(optimizers.value_and_delta_grad(make_loss(model)))(tree, x)
+      jax.jit(printed_grad(make_loss(model)))(tree, x)
       for model, tree in ((scanned, params), (separate, unstacked))
     ]
     (_, grads, extra), (_, expected, expected_extra) = outputs
@@ -261,6 +391,8 @@ class DgdTest(parameterized.TestCase):
     self.assertEqual(report["['layers']['Dense_0']['bias']"], 'fallback')
     self.assertEqual(report["['LayerNorm_0']['scale']"], 'fallback')
 
+
+class ModelTest(parameterized.TestCase):
   def test_trains_with_a_linen_train_state(self):
     model = Stack(True)
     x = jax.random.normal(jax.random.key(1), (5, 4))
@@ -365,7 +497,7 @@ class DgdTest(parameterized.TestCase):
   def test_works_on_a_part_of_the_parameters(self):
     params, batch = make_mlp()
     value_and_grad, dgd = optimizers.dgd_for_model(
-      mlp_loss, params, batch, learning_rate=0.5
+      mlp_loss, params, batch, learning_rate=0.5, target='printed'
     )
     _, gradients, extra = value_and_grad(params, batch)
     expected, _ = dgd.update(gradients, dgd.init(params), params, **extra)
@@ -395,6 +527,9 @@ class DgdTest(parameterized.TestCase):
       optimizers.dgd(1.0).update(
         third, optimizers.dgd(1.0).init(third), third, **extra
       )
+    _, dgd = optimizers.dgd_for_model(
+      mlp_loss, params, batch, learning_rate=0.5, fallback=optax.adam(0.1)
+    )
     with self.assertRaisesRegex(ValueError, r"did not get .*\['third'\]"):
       dgd.init({'third': jnp.ones((2, 2))})
 
@@ -469,8 +604,8 @@ class DgdTest(parameterized.TestCase):
     params, batch = make_mlp()
     with self.assertRaisesRegex(ValueError, 'learning_rate=-1.0'):
       optimizers.dgd(-1.0)
-    with self.assertRaisesRegex(ValueError, 'erase=-0.5'):
-      optimizers.dgd(1.0, erase=-0.5)
+    with self.assertRaisesRegex(ValueError, 'erase=-0.5 must be'):
+      optimizers.dgd(1.0, target='printed', erase=-0.5)
     tx = optimizers.dgd(1.0)
     with self.assertRaisesRegex(ValueError, 'extra argument energy='):
       tx.update(params, tx.init(params), params)
