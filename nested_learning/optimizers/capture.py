@@ -13,6 +13,7 @@ tree alike.
 from collections.abc import Callable, Mapping
 import dataclasses
 import math
+import types
 from typing import Any
 
 import jax
@@ -66,8 +67,8 @@ def trace_maps(
 def value_and_delta_grad(
   loss_fn: Callable[..., Any],
   *,
-  target: str = 'corrected',
-  erase: float = 1.0,
+  target: Any = 'corrected',
+  erase: Any = 1.0,
   num_samples: int | Callable[..., Any] | None = None,
   has_aux: bool = False,
 ) -> Callable[..., tuple[Any, Any, Mapping[str, Any]]]:
@@ -97,8 +98,11 @@ def value_and_delta_grad(
     loss_fn: Scalar function of (params, *args); all further arguments are
       arrays.
     target: The target of `dgd` that takes the gradients: 'corrected' or
-      'printed'.
+      'printed'. A tree that is a prefix of params gives parameters their own;
+      None is for parameters of other optimisers, whose inputs are not captured:
+      they have the plain gradient and energy 0.
     erase: Weight of the added term of target 'printed'; 1 is the paper's rule.
+      A number, or a tree like the target.
     num_samples: Number N that the loss averages over, or a function of *args
       that returns it. None: for each use of a map, the number of its samples.
       Inside a loop that uses a map repeatedly (over pieces of the data, over
@@ -120,14 +124,18 @@ def value_and_delta_grad(
   References:
     Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 56-57.
   """
-  settings.check_target(target, erase)
-  if target == 'corrected':
-    erase = None
+  check = lambda t, e: None if t is None else settings.check_target(t, e)
+  if isinstance(target, str):  # A tree can be checked beside params alone.
+    check(target, erase)
 
   def value_and_grad(params, *args):
     closed, shapes = jax.make_jaxpr(loss_fn, return_shape=True)(params, *args)
     leaves, structure = jax.tree.flatten(params)
+    targets, erases = _spread(target, params), _spread(erase, params)
+    for pair in zip(targets, erases, strict=True):
+      check(*pair)
     depths = tracing.find(closed.jaxpr, closed.consts, leaves).depths
+    depths = {i: d for i, d in depths.items() if targets[i] is not None}
     count = num_samples(*args) if callable(num_samples) else num_samples
     count = None if count is None else jnp.asarray(count, jnp.float32)
     # In float32 at least: energies are sums over many samples.
@@ -145,13 +153,17 @@ def value_and_delta_grad(
     }
 
     def linear(bind, eqn, inputs, source, weights, probes):
+      if any(targets[leaf] is None for leaf in source.leaves):
+        return bind(*inputs)
       probe = source.twin
       if probe is None:
         probe = probes[source.leaves[0]]
       apply = bind if weights else lambda x, w: bind(w, x)
       geometry = _make_geometry(eqn, weights, source.repeats)
       x, w = inputs[1 - weights], inputs[weights]
-      return _make_linear(apply, geometry, erase)(x, w, probe, count)
+      first = source.leaves[0]
+      pull = erases[first] if targets[first] == 'printed' else None
+      return _make_linear(apply, geometry, pull)(x, w, probe, count)
 
     def loss(leaves, probes, twins):
       arguments = jax.tree.leaves((structure.unflatten(leaves), *args))
@@ -177,6 +189,18 @@ def value_and_delta_grad(
     return value, structure.unflatten(gradients), {'energy': energy}
 
   return value_and_grad
+
+
+def _spread(prefix: Any, params: Any) -> list[Any]:
+  """Returns the value of a prefix of params for each of their leaves."""
+  # None is a value here, and no leaf to JAX; a namespace is one.
+  boxes = jax.tree.map(
+    lambda x: types.SimpleNamespace(value=x),
+    prefix,
+    is_leaf=lambda x: x is None,
+  )
+  boxes = jax.tree.leaves(jax.tree.broadcast(boxes, params))
+  return [box.value for box in boxes]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -283,6 +283,43 @@ class CaptureTest(parameterized.TestCase):
     if explicit:
       self.assertEqual(actual[1]['first'].sharding.spec, spec)
 
+  def test_parameters_may_have_targets_of_their_own(self):
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+      'fast': (jax.random.normal(keys[0], (2, 3)), None),
+      'middle': [jax.random.normal(keys[1], (3, 3))],
+      'slow': jax.random.normal(keys[2], (3, 2)),
+    }
+    x = jax.random.normal(keys[3], (5, 2))
+
+    def loss_fn(params):
+      hidden = jnp.sin(x @ params['fast'][0])
+      hidden = jnp.sin(hidden @ params['middle'][0])
+      return jnp.mean(jnp.sum(jnp.square(hidden @ params['slow']), axis=1))
+
+    grad = optimizers.value_and_delta_grad(
+      loss_fn,
+      target={'fast': 'printed', 'middle': None, 'slow': 'corrected'},
+      erase={'fast': 0.5, 'middle': 1.0, 'slow': 1.0},
+    )
+    _, gradients, extra = grad(params)
+    _, printed, energies = printed_grad(loss_fn, erase=0.5)(params)
+    plain = jax.grad(loss_fn)(params)
+    expected = plain | {'fast': printed['fast']}
+    energies['energy']['middle'] = [jnp.zeros(())]
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+      (gradients, extra),
+      (expected, energies),
+    )
+    self.assertFalse(np.allclose(printed['fast'][0], plain['fast'][0]))
+    with self.assertRaisesRegex(ValueError, "target='print' is not one of"):
+      optimizers.value_and_delta_grad(loss_fn, target='print')
+    with self.assertRaisesRegex(ValueError, 'weighs the erasing term'):
+      mixed = {'fast': 'printed', 'middle': None, 'slow': 'corrected'}
+      grad = optimizers.value_and_delta_grad(loss_fn, target=mixed, erase=2.0)
+      grad(params)
+
   def test_returns_auxiliary_outputs(self):
     loss_fn = lambda kernel, x: (jnp.sum(x @ kernel), {'x': x})
     grad = printed_grad(loss_fn, has_aux=True)
