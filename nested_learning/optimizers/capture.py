@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nested_learning.optimizers import origins
 from nested_learning.optimizers import settings
 from nested_learning.optimizers import tracing
 
@@ -54,7 +55,7 @@ def trace_maps(
   closed = jax.make_jaxpr(loss_fn)(params, *args)
   paths, structure = jax.tree.flatten_with_path(params)
   leaves = [leaf for _, leaf in paths]
-  maps = tracing.find(closed.jaxpr, closed.consts, leaves)
+  maps = tracing.find(closed.jaxpr, leaves)
   lost = {
     jax.tree_util.keystr(path): sorted(maps.lost[i])
     for i, (path, _) in enumerate(paths)
@@ -134,7 +135,7 @@ def value_and_delta_grad(
     targets, erases = _spread(target, params), _spread(erase, params)
     for pair in zip(targets, erases, strict=True):
       check(*pair)
-    depths = tracing.find(closed.jaxpr, closed.consts, leaves).depths
+    depths = tracing.find(closed.jaxpr, leaves).depths
     depths = {i: d for i, d in depths.items() if targets[i] is not None}
     count = num_samples(*args) if callable(num_samples) else num_samples
     count = None if count is None else jnp.asarray(count, jnp.float32)
@@ -167,12 +168,13 @@ def value_and_delta_grad(
 
     def loss(leaves, probes, twins):
       arguments = jax.tree.leaves((structure.unflatten(leaves), *args))
-      origins = [
-        tracing.Origin((i,), twin=twins.get(i)) for i in range(len(leaves))
+      sources = [
+        origins.exactly(origins.initial(i, jnp.shape(leaf), twins.get(i)))
+        for i, leaf in enumerate(leaves)
       ]
-      origins += [None] * (len(arguments) - len(leaves))
-      outputs = tracing.Interpreter(linear, lambda source, name: None).run(
-        closed.jaxpr, closed.consts, arguments, origins, probes
+      sources += [None] * (len(arguments) - len(leaves))
+      outputs, _ = tracing.Interpreter(linear).run(
+        closed.jaxpr, closed.consts, arguments, sources, probes
       )
       outputs = jax.tree.unflatten(jax.tree.structure(shapes), outputs)
       return outputs if has_aux else (outputs, None)

@@ -1,56 +1,26 @@
 """Follows parameters through a traced function to their products with data.
 
-An interpreter evaluates the jaxpr of a loss, through jit, scan, remat and cond,
-and hands every contraction or convolution of a parameter with data to a
-callback. `capture.py` finds the linear maps of a model with it, and replaces
-them.
+An interpreter walks through the jaxpr of a loss, through jit, scan, remat and
+cond, with the origin of every value beside it. `find` looks for the linear maps
+of a model, without any computation; `capture.py` replaces them.
 """
 
 from collections.abc import Callable, Mapping
 import dataclasses
-import functools
 from typing import Any
 
+from flax import nnx
 import jax
 from jax.extend import core
-import jax.numpy as jnp
 
-# Operations that return all of a parameter, in another shape or type.
-_LAYOUT = frozenset({
-  'broadcast_in_dim', 'convert_element_type', 'copy', 'copy_p', 'expand_dims',
-  'optimization_barrier', 'reduce_precision', 'reshape', 'reshard',
-  'sharding_constraint', 'squeeze', 'transpose',
-})  # fmt: skip
-# Of these, the ones that leave every entry in its place.
-_IN_PLACE = frozenset({
-  'convert_element_type', 'copy', 'copy_p', 'optimization_barrier',
-  'reduce_precision', 'reshard', 'sharding_constraint',
-})  # fmt: skip
-# Operations that return parts of a parameter.
-_PARTS = frozenset({'rev', 'slice', 'split', 'unstack'})
+from nested_learning.optimizers import layouts
+from nested_learning.optimizers import origins as origins_lib
 
+Origin = origins_lib.Origin
 
-@dataclasses.dataclass(frozen=True)
-class Origin:
-  """The parameters whose entries make up a value, inside a traced function.
-
-  Attributes:
-    leaves: Indices of the parameters among the leaves.
-    whole: Whether the value is all of one parameter, or, inside a scan, all of
-      one layer of it.
-    depth: Number of leading axes that scans have consumed (stacked layers).
-    repeats: Number of times that the enclosing scans use the value unchanged.
-    in_place: Whether the leading axis is the parameter's own.
-    twin: For parameters used in parts, an array of zeros in the shape of the
-      value. Its gradient is the energy of the inputs, entry by entry.
-  """
-
-  leaves: tuple[int, ...]
-  whole: bool = True
-  depth: int = 0
-  repeats: int = 1
-  in_place: bool = True
-  twin: jax.Array | None = None
+_PRODUCTS = ('conv_general_dilated', 'dot_general', 'ragged_dot_general')
+_JITS = ('jit', 'pjit')
+_REMATS = ('checkpoint', 'remat', 'remat2')
 
 
 class Interpreter:
@@ -60,15 +30,16 @@ class Interpreter:
     linear: Function of (bind, eqn, inputs, source, weights, probes) that
       evaluates a product of a parameter with data; `weights` is the
       parameter's place among the inputs.
-    lose: Function of (origin, name of an operation), called where a parameter
-      enters an operation that is not understood.
   """
 
-  def __init__(self, linear: Callable[..., Any], lose: Callable[..., None]):
-    self._linear = linear
-    self._lose = lose
+  literal = None  # The origin of a literal.
 
-  def run(self, jaxpr, consts, arguments, origins, probes) -> list[Any]:
+  def __init__(self, linear: Callable[..., Any]):
+    self._linear = linear
+
+  def run(
+    self, jaxpr, consts, arguments, origins, probes
+  ) -> tuple[list[Any], list[Origin | None]]:
     """Evaluates a jaxpr.
 
     Args:
@@ -79,7 +50,7 @@ class Interpreter:
       probes: By leaf, the array whose gradient is the energy of its inputs.
 
     Returns:
-      Values of the outputs.
+      Values of the outputs, and their origins.
     """
     values = dict(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, arguments, strict=True))
@@ -89,82 +60,73 @@ class Interpreter:
       return var.val if isinstance(var, core.Literal) else values[var]
 
     def origin(var):
-      return None if isinstance(var, core.Literal) else known.get(var)
+      return self.literal if isinstance(var, core.Literal) else known.get(var)
 
     # As `jax.core.eval_jaxpr` does, with the origins beside the values.
     for eqn in jaxpr.eqns:
       inputs = [read(var) for var in eqn.invars]
       sources = [origin(var) for var in eqn.invars]
-      outputs = self._evaluate(eqn, inputs, sources, probes)
+      outputs, followed = self._evaluate(eqn, inputs, sources, probes)
       values.update(zip(eqn.outvars, outputs, strict=True))
-      if any(sources):
-        known.update(zip(eqn.outvars, _follow(eqn, sources), strict=True))
-    return [read(var) for var in jaxpr.outvars]
+      known.update(zip(eqn.outvars, followed, strict=True))
+    outputs = [read(var) for var in jaxpr.outvars]
+    return outputs, [origin(var) for var in jaxpr.outvars]
 
-  def _evaluate(self, eqn, inputs, sources, probes) -> list[Any]:
-    name = eqn.primitive.name
-    bind = _binder(eqn)
+  def _evaluate(self, eqn, inputs, sources, probes):
+    name, nothing = eqn.primitive.name, [None] * len(eqn.outvars)
+    bind = origins_lib.binder(eqn)
     weights = _find_weights(eqn, sources)
     if weights is not None:
       source = sources[weights]
-      return [self._linear(bind, eqn, inputs, source, weights, probes)]
+      return [self._linear(bind, eqn, inputs, source, weights, probes)], nothing
     if any(sources):
-      if name in ('jit', 'pjit'):
+      if name in _JITS:
         # Inlined: the caller compiles the whole function anyway.
         closed = eqn.params['jaxpr']
         return self.run(closed.jaxpr, closed.consts, inputs, sources, probes)
-      if name in ('checkpoint', 'remat', 'remat2'):
+      if name in _REMATS:
         body = lambda *args: self.run(
           eqn.params['jaxpr'], (), args, sources, probes
-        )
-        return jax.checkpoint(
+        )[0]
+        body = jax.checkpoint(
           body,
           prevent_cse=eqn.params['prevent_cse'],
           policy=eqn.params['policy'],
-        )(*inputs)
+        )
+        return body(*inputs), nothing
       if name == 'cond':
         branches = [
           lambda *args, c=closed: self.run(
             c.jaxpr, c.consts, args, sources[1:], probes
-          )
+          )[0]
           for closed in eqn.params['branches']
         ]
         # Input 0 is the index of the branch.
-        return jax.lax.switch(inputs[0], branches, *inputs[1:])
+        return jax.lax.switch(inputs[0], branches, *inputs[1:]), nothing
       if name == 'scan':
-        return self._scan(eqn, inputs, sources, probes)
-      if not any(_follow(eqn, sources)):
-        for source, var in zip(sources, eqn.invars, strict=True):
-          if source is not None and not _makes_data(eqn, var):
-            self._lose(source, name)
+        return self._scan(eqn, inputs, sources, probes), nothing
     outputs = bind(*inputs)
-    return outputs if eqn.primitive.multiple_results else [outputs]
+    outputs = outputs if eqn.primitive.multiple_results else [outputs]
+    return outputs, origins_lib.follow(eqn, sources)
 
   def _scan(self, eqn, inputs, sources, probes) -> list[Any]:
     closed, length = eqn.params['jaxpr'], eqn.params['length']
     num_consts, num_carry = eqn.params['num_consts'], eqn.params['num_carry']
     start = num_consts + num_carry
-    inner, sliced_probes, sliced_twins = [None] * len(sources), {}, {}
-    for i, source in enumerate(sources):
-      if source is None:
-        continue
-      if i < num_consts:
-        repeats = source.repeats * length
-        inner[i] = dataclasses.replace(source, repeats=repeats)
-      elif i < start:  # May change from turn to turn.
-        self._lose(source, 'the carry of a scan')
-      else:
-        inner[i] = dataclasses.replace(
-          source,
-          depth=source.depth + 1,
-          whole=source.whole and source.in_place,
-        )
-        if source.twin is not None:
-          sliced_twins[i] = source.twin
-        # Stacked layers have an energy each: slice the probes with them.
-        for leaf in source.leaves:
-          if leaf in probes:
-            sliced_probes[leaf] = probes[leaf]
+    inner = _enter_scan(eqn, sources)
+    # Stacked layers have an energy each: slice the probes with them.
+    sliced_probes = {
+      leaf: probes[leaf]
+      for source in sources[start:]
+      if source is not None
+      for leaf in source.leaves
+      if leaf in probes
+    }
+    sliced_twins = {
+      i: source.twin
+      for i, source in enumerate(sources)
+      if i >= start and source is not None and source.twin is not None
+    }
     # Constants are closed over; so are the probes and twins of parameters that
     # every turn uses whole, whose gradients then sum over the turns.
     consts = inputs[:num_consts]
@@ -174,7 +136,7 @@ class Interpreter:
       origins = list(inner)
       for i, twin in twins.items():
         origins[i] = dataclasses.replace(origins[i], twin=twin)
-      outputs = self.run(
+      outputs, _ = self.run(
         closed.jaxpr,
         closed.consts,
         [*consts, *carry, *xs],
@@ -194,10 +156,154 @@ class Interpreter:
     return [*carry, *ys]
 
 
-def _binder(eqn) -> Callable[..., Any]:
-  return functools.partial(
-    eqn.primitive.bind, **eqn.primitive.get_bind_params(eqn.params)
-  )
+class _Search(Interpreter):
+  """Walks through a traced function, by shapes alone, and notes what it finds.
+
+  Attributes:
+    depths: By leaf that multiplies data as it is, the depths of its uses; None
+      for a use in parts.
+    lost: By leaf, the operations after which it is not followed exactly.
+    uses: By leaf, its uses in products.
+    ends: By leaf, the operations after which it is not followed at all.
+  """
+
+  literal = origins_lib.CONSTANT
+
+  def __init__(self):
+    self.depths, self.lost, self.uses, self.ends = {}, {}, {}, {}
+
+  def look(self, jaxpr, sources) -> list[Origin | None]:
+    """Walks through a jaxpr and returns the origins of its outputs."""
+    shapes = [var.aval for var in jaxpr.invars]
+    consts = [var.aval for var in jaxpr.constvars]
+    return self.run(jaxpr, consts, shapes, sources, {})[1]
+
+  def _evaluate(self, eqn, inputs, sources, probes):
+    del inputs, probes
+    shapes = [var.aval for var in eqn.outvars]
+    exact = [origins_lib.exactly(source) for source in sources]
+    weights = _find_weights(eqn, exact)
+    if eqn.primitive.name in _PRODUCTS:
+      self._note_uses(eqn, sources)
+    if weights is not None:
+      source = exact[weights]
+      for leaf in source.leaves:
+        depth = source.depth if source.whole else None
+        self.depths.setdefault(leaf, set()).add(depth)
+      return shapes, origins_lib.follow_loosely(eqn, sources)
+    if any(source and source.leaves for source in sources):
+      followed = self._enter(eqn, sources, exact)
+      if followed is not None:
+        return shapes, followed
+    followed = origins_lib.follow(eqn, exact)
+    if not any(followed):
+      self._lose(eqn, exact)
+      followed = origins_lib.follow_loosely(eqn, sources)
+    if followed[0] is None:
+      for source in sources:
+        for leaf in source.leaves if source else ():
+          self.ends.setdefault(leaf, set()).add(eqn.primitive.name)
+    return shapes, followed
+
+  def _enter(self, eqn, sources, exact) -> list[Origin | None] | None:
+    """Walks through what an operation calls; None if it calls nothing."""
+    name, params = eqn.primitive.name, eqn.params
+    other = [None if None in sources else origins_lib.CONSTANT]
+    other = other * len(eqn.outvars)
+    if name in _JITS:
+      return self.look(params['jaxpr'].jaxpr, sources)
+    if name in _REMATS:
+      followed = self.look(params['jaxpr'], sources)
+      return [origins_lib.loosely(source) for source in followed]
+    if name == 'cond':
+      for closed in params['branches']:
+        followed = self.look(closed.jaxpr, sources[1:])
+      return [origins_lib.loosely(source) for source in followed]
+    if name == 'scan':
+      first = params['num_consts']
+      last = first + params['num_carry']
+      for source in exact[first:last]:  # May change from turn to turn.
+        self._lose_source(source, 'the carry of a scan')
+      carry = [
+        origins_lib.loosely(source)
+        if source and source.leaves
+        else other[0]
+        if other
+        else None
+        for source in sources[first:last]
+      ]
+      inner = _enter_scan(eqn, sources)
+      inner[first:last] = carry
+      self.look(params['jaxpr'].jaxpr, inner)
+      return other
+    inner = [origins_lib.loosely(source) for source in sources]
+    if name == 'while':
+      self._lose(eqn, exact)
+      num = params['cond_nconsts']
+      self.look(params['body_jaxpr'].jaxpr, inner[num:])
+      return other
+    body = params.get('call_jaxpr', params.get('jaxpr'))
+    body = getattr(body, 'jaxpr', body)
+    if body is None or len(body.invars) != len(inner):
+      return None
+    self._lose(eqn, exact)
+    # A shard_map passes on parts of values.
+    inner = [
+      source
+      and dataclasses.replace(
+        source,
+        layouts=tuple(
+          layouts.resize(layout, var.aval.shape) for layout in source.layouts
+        ),
+      )
+      for source, var in zip(inner, body.invars, strict=True)
+    ]
+    followed = self.look(body, inner)
+    return other if name == 'shard_map' else followed
+
+  def _note_uses(self, eqn, sources):
+    """Notes the roles of the axes of parameters in a product."""
+    for side, source in enumerate(sources[:2]):
+      other = sources[1 - side]
+      for leaf, layout in zip(
+        source.leaves if source else (),
+        source.layouts if source else (),
+        strict=True,
+      ):
+        weak = False
+        if other is not None:
+          # With two weights, what was broadcast over samples counts as data.
+          if layouts.is_broadcast(layout):
+            continue
+          weak = not any(map(layouts.is_broadcast, other.layouts))
+        roles = layouts.roles(eqn, side, layout)
+        if roles is not None:
+          self.uses.setdefault(leaf, []).append(Use(roles, weak))
+
+  def _lose(self, eqn, exact):
+    for source, var in zip(exact, eqn.invars, strict=True):
+      if source is not None and not origins_lib.makes_data(eqn, var):
+        self._lose_source(source, eqn.primitive.name)
+
+  def _lose_source(self, source, name):
+    for leaf in source.leaves if source else ():
+      self.lost.setdefault(leaf, {}).setdefault(name, source.depth)
+
+
+def _enter_scan(eqn, sources) -> list[Origin | None]:
+  """Returns the origins of the inputs of the body of a scan."""
+  num_consts = eqn.params['num_consts']
+  start = num_consts + eqn.params['num_carry']
+  inner = [None] * len(sources)
+  for i, source in enumerate(sources):
+    if source is None:
+      continue
+    if i < num_consts:
+      repeats = source.repeats * eqn.params['length']
+      inner[i] = dataclasses.replace(source, repeats=repeats)
+    elif i >= start:  # The carry in between may change from turn to turn.
+      inner[i] = origins_lib.stacked(source)
+  return inner
 
 
 def _find_weights(eqn, sources) -> int | None:
@@ -213,65 +319,18 @@ def _find_weights(eqn, sources) -> int | None:
   return None
 
 
-def _makes_data(eqn, var) -> bool:
-  """Returns whether an operation turns an input, a parameter, into data.
+@dataclasses.dataclass(frozen=True)
+class Use:
+  """A product that a parameter enters.
 
-  A lookup of rows does, as in an embedding, and a broadcast over samples, as of
-  a bias or a scale. A lookup of whole matrices does not.
+  Attributes:
+    roles: By axis of the parameter, its roles among 'reduction', 'output' and
+      'batch'; axes of which one index was taken are missing.
+    weak: Whether the other factor is made of parameters, too.
   """
-  match eqn.primitive.name:
-    case 'gather':
-      return sum(size > 1 for size in eqn.params['slice_sizes']) < 2
-    case 'broadcast_in_dim':
-      return True
-    case 'add' | 'sub' | 'mul' | 'div':  # broadcast axes of size 1 themselves
-      return var.aval.size != eqn.outvars[0].aval.size
-  return False
 
-
-def _follow(eqn, sources) -> list[Origin | None]:
-  """Returns the origins of the outputs of an operation."""
-  name, nothing = eqn.primitive.name, [None] * len(eqn.outvars)
-  if name in ('concatenate', 'stack') and all(sources):
-    return [_join(eqn, sources)]
-  if name == 'optimization_barrier':
-    return list(sources)
-  source = sources[0]
-  if source is None or any(sources[1:]):
-    return nothing
-  if name in _LAYOUT:
-    # A broadcast that repeats entries: no longer the parameter's own layout.
-    if eqn.outvars[0].aval.size != eqn.invars[0].aval.size:
-      return nothing
-    in_place = source.in_place and name in _IN_PLACE
-    changed = dataclasses.replace(source, in_place=in_place)
-  elif name in _PARTS:
-    changed = dataclasses.replace(source, whole=False, in_place=False)
-  else:
-    return nothing
-  if source.twin is None or name in _IN_PLACE:
-    return [changed] * len(nothing)
-  twins = _binder(eqn)(source.twin)
-  twins = twins if eqn.primitive.multiple_results else [twins]
-  return [dataclasses.replace(changed, twin=twin) for twin in twins]
-
-
-def _join(eqn, sources) -> Origin:
-  """Returns the origin of parameters that are concatenated."""
-  twins = [source.twin for source in sources]
-  joined = None
-  if all(twin is not None for twin in twins):
-    # Parameters of several types were cast to one; their twins may differ.
-    dtype = jnp.result_type(*twins)
-    joined = _binder(eqn)(*(twin.astype(dtype) for twin in twins))
-  return Origin(
-    leaves=tuple(leaf for source in sources for leaf in source.leaves),
-    whole=False,
-    depth=sources[0].depth,
-    repeats=max(source.repeats for source in sources),
-    in_place=False,
-    twin=joined,
-  )
+  roles: Mapping[int, set[str]]
+  weak: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,50 +338,83 @@ class Maps:
   """The result of looking for linear maps in a loss.
 
   Attributes:
-    depths: By leaf that is a map, the number of its leading axes that count
-      stacked layers; None if it is used in parts.
+    depths: By leaf whose inputs can be captured, the number of its leading axes
+      that count stacked layers; None if it is used in parts.
     lost: By leaf that is none but might be, the operations that it enters.
+    uses: By leaf, its uses in products with data or other parameters, whether
+      their inputs can be captured or not.
+    ends: By leaf, the operations with data that it enters otherwise.
   """
 
   depths: Mapping[int, int | None]
   lost: Mapping[int, frozenset[str]]
+  uses: Mapping[int, list[Use]]
+  ends: Mapping[int, set[str]]
 
 
-def find(jaxpr, consts, leaves) -> Maps:
+def find(jaxpr, leaves) -> Maps:
   """Finds the leaves that act as linear maps.
 
   Args:
     jaxpr: An open jaxpr whose first inputs are the leaves.
-    consts: Values of its constants.
     leaves: The parameters, or their shapes.
 
   Returns:
     The maps, and the matrices that could not be followed.
   """
-  depths, lost = {}, {}
-
-  def record(bind, eqn, inputs, source, weights, probes):
-    del eqn, weights, probes
-    for leaf in source.leaves:
-      depth = source.depth if source.whole else None
-      depths.setdefault(leaf, set()).add(depth)
-    return bind(*inputs)
-
-  def lose(source, name):
-    for leaf in source.leaves:
-      if leaves[leaf].ndim - source.depth >= 2:
-        lost.setdefault(leaf, set()).add(name)
-
-  def walk(*arguments):
-    origins = [Origin((i,)) for i in range(len(leaves))]
-    origins += [None] * (len(arguments) - len(leaves))
-    interpreter = Interpreter(record, lose)
-    return interpreter.run(jaxpr, consts, arguments, origins, {})
-
-  # Abstractly, so that looking costs no computation.
-  jax.eval_shape(walk, *(var.aval for var in jaxpr.invars))
+  search = _Search()
+  origins = [
+    origins_lib.initial(leaf, var.aval.shape)
+    for leaf, var in enumerate(jaxpr.invars[: len(leaves)])
+  ]
+  search.look(jaxpr, origins + [None] * (len(jaxpr.invars) - len(leaves)))
+  lost = {
+    leaf: frozenset(
+      name for name, depth in names.items() if leaves[leaf].ndim - depth >= 2
+    )
+    for leaf, names in search.lost.items()
+    if leaf not in search.depths
+  }
   return Maps(
     # A parameter stacked in one place and whole in another counts by entry.
-    {leaf: d.pop() if len(d) == 1 else None for leaf, d in depths.items()},
-    {k: frozenset(v) for k, v in lost.items() if k not in depths},
+    {k: d.pop() if len(d) == 1 else None for k, d in search.depths.items()},
+    {leaf: names for leaf, names in lost.items() if names},
+    search.uses,
+    search.ends,
   )
+
+
+def as_pure(
+  loss_fn: Callable[..., Any], model: Any, has_aux: bool = False
+) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
+  """Returns a loss as a function of a tree of parameters.
+
+  Args:
+    loss_fn: Function of (params, *args) or (module, *args).
+    model: The parameters, or an NNX module.
+    has_aux: Whether loss_fn returns (loss, anything).
+
+  Returns:
+    The function, the parameters, and the arguments between these and *args:
+    none, or the rest of the module's state. The function of a module returns
+    (loss, (aux or None, the rest of its state afterwards)).
+  """
+  if not isinstance(model, nnx.Module):
+    return loss_fn, model, ()
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+  def pure(params, rest, *args):
+    module = nnx.merge(graph, params, rest)
+    outputs = loss_fn(module, *args)
+    value, aux = outputs if has_aux else (outputs, None)
+    return value, (aux, nnx.state(module, nnx.Not(nnx.Param)))
+
+  return pure, params, (rest,)
+
+
+def name_of(path) -> str:
+  """Returns a parameter's path, the same with and without NNX variables."""
+  # nnx.Param keeps its array in an attribute; gradients are bare arrays.
+  if path and path[-1] == jax.tree_util.GetAttrKey('value'):
+    path = path[:-1]
+  return jax.tree_util.keystr(path)
