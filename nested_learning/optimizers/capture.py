@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from nested_learning.optimizers import origins
 from nested_learning.optimizers import settings
 from nested_learning.optimizers import tracing
+from nested_learning.optimizers import usage
 
 
 def find_maps(loss_fn: Callable[..., Any], params, *args) -> Any:
@@ -54,15 +55,16 @@ def trace_maps(
   """
   closed = jax.make_jaxpr(loss_fn)(params, *args)
   paths, structure = jax.tree.flatten_with_path(params)
-  leaves = [leaf for _, leaf in paths]
-  maps = tracing.find(closed.jaxpr, leaves)
-  lost = {
-    jax.tree_util.keystr(path): sorted(maps.lost[i])
-    for i, (path, _) in enumerate(paths)
-    if i in maps.lost
-  }
-  marks = [i in maps.depths for i in range(len(leaves))]
-  return structure.unflatten(marks), lost
+  usages = usage.find(closed.jaxpr, len(paths))
+  lost = {}
+  for (path, leaf), used in zip(paths, usages, strict=True):
+    # Vectors, as the biases of stacked layers, are no matrices that were lost.
+    names = sorted(
+      n for n, depth in used.lost.items() if leaf.ndim >= depth + 2
+    )
+    if names and not used.depths:
+      lost[jax.tree_util.keystr(path)] = names
+  return structure.unflatten([bool(used.depths) for used in usages]), lost
 
 
 def value_and_delta_grad(
@@ -135,8 +137,11 @@ def value_and_delta_grad(
     targets, erases = _spread(target, params), _spread(erase, params)
     for pair in zip(targets, erases, strict=True):
       check(*pair)
-    depths = tracing.find(closed.jaxpr, leaves).depths
-    depths = {i: d for i, d in depths.items() if targets[i] is not None}
+    depths = {
+      leaf: used.depth
+      for leaf, used in enumerate(usage.find(closed.jaxpr, len(leaves)))
+      if used.depths and targets[leaf] is not None
+    }
     count = num_samples(*args) if callable(num_samples) else num_samples
     count = None if count is None else jnp.asarray(count, jnp.float32)
     # In float32 at least: energies are sums over many samples.

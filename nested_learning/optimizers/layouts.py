@@ -113,6 +113,8 @@ def follow(eqn, layout: Layout) -> list[Layout] | None:
     case 'squeeze':
       return [drop(layout, params['dimensions'])]
     case 'reshape':
+      if params['dimensions'] is not None:  # as in a vmapped convolution
+        layout = transpose(layout, params['dimensions'])
       return [reshape(layout, shape)]
     case 'broadcast_in_dim':
       return [broadcast(layout, shape, params['broadcast_dimensions'])]

@@ -5,33 +5,51 @@ products with data. Contracted axes are the inputs of a linear map, the others
 its outputs; axes that are scanned, indexed or batched count maps side by side.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import math
 from typing import Any
 
+from flax import nnx
 import jax
 from optax import contrib
 
 from nested_learning import markdown
 from nested_learning.optimizers import tracing
+from nested_learning.optimizers import usage
+
+_TWO_MAPS = 'two maps'
+# Kinds of parameters without products, by the operations that they enter.
+_KINDS = {
+  'input': set(usage.PRODUCTS),
+  'bias': {'add', 'add_any', 'sub'},
+  'scale': {'div', 'mul'},
+  'concatenated with data': {'concatenate'},
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class ParameterInfo:
-  """Says whether a parameter is a matrix, and along which of its axes.
+  """Says what a parameter is, and which axes make it a matrix.
 
   Attributes:
     path: Its path in the tree of parameters.
     shape: Its shape.
-    rule: 'matrix', or the reason why it is none.
+    kind: 'matrix', or why it is none: 'table' (looked up by rows), 'bias',
+      'scale', 'vector' (a map with a single input or output), 'groups' (maps
+      side by side within one axis), 'mixed axes' (inputs and outputs within one
+      axis), 'two maps' (used with different axes), 'empty', 'unused', or other
+      operations that it enters.
     dimension_numbers: The axes of the matrix; None if it is none.
+    maps: Whether `dgd_for_model` captures its inputs.
   """
 
   path: str
   shape: tuple[int, ...]
-  rule: str
+  kind: str
   dimension_numbers: contrib.MuonDimensionNumbers | None
+  maps: bool
 
   @property
   def matrix_shape(self) -> tuple[int, ...]:
@@ -68,6 +86,13 @@ def dimension_numbers(loss_fn: Callable[..., Any], params: Any, *args) -> Any:
     ValueError: If a parameter is used as two different maps, or none is a map.
   """
   structure, infos = _inspect(loss_fn, params, *args)
+  for info in infos:
+    if info.kind.startswith(_TWO_MAPS):
+      raise ValueError(
+        f'dimension_numbers: the parameter {info.path} of shape '
+        f'{list(info.shape)} is used as {info.kind}: give dimension_numbers by '
+        'hand, with one of the two, or None to leave it to Adam.'
+      )
   if not any(info.dimension_numbers for info in infos):
     raise ValueError(
       'dimension_numbers: loss_fn has no product of a parameter with data that '
@@ -88,9 +113,6 @@ def parameter_report(
 
   Returns:
     The `ParameterInfo` of every parameter; printed, it is a table.
-
-  Raises:
-    ValueError: If a parameter is used as two different maps.
   """
   return ParameterReport(_inspect(loss_fn, params, *args)[1])
 
@@ -100,13 +122,15 @@ class ParameterReport(tuple[ParameterInfo, ...]):
 
   def __str__(self) -> str:
     return markdown.table(
-      ('parameter', 'shape', 'rule', 'matrix'),
+      ('parameter', 'shape', 'kind', 'matrix', 'm3', 'dgd'),
       [
         (
           info.path,
           str(list(info.shape)),
-          info.rule,
+          info.kind,
           str(list(info.matrix_shape)) if info.matrix_shape else '',
+          'matrix' if info.dimension_numbers else 'adam',
+          'map' if info.maps else 'fallback',
         )
         for info in self
       ],
@@ -114,99 +138,80 @@ class ParameterReport(tuple[ParameterInfo, ...]):
 
 
 def _inspect(loss_fn, params, *args):
+  """Returns the tree structure of the parameters and what each of them is."""
   pure, params, rest = tracing.as_pure(loss_fn, params)
   jaxpr = jax.make_jaxpr(pure)(params, *rest, *args).jaxpr
-  paths, structure = jax.tree.flatten_with_path(params)
-  maps = tracing.find(jaxpr, [leaf for _, leaf in paths])
+  paths = jax.tree.leaves_with_path(params)
   infos = [
-    _describe(
-      tracing.name_of(path),
-      tuple(leaf.shape),
-      maps.uses.get(i, ()),
-      maps.ends.get(i, ()),
+    _describe(tracing.name_of(path), var.aval.shape, used)
+    for (path, _), var, used in zip(
+      paths, jaxpr.invars, usage.find(jaxpr, len(paths)), strict=False
     )
-    for i, (path, leaf) in enumerate(paths)
   ]
-  return structure, infos
+  # Without the variables of NNX, it fits parameters with and without them.
+  is_variable = lambda node: isinstance(node, nnx.Variable)
+  return jax.tree.structure(params, is_leaf=is_variable), infos
 
 
-def _describe(path, shape, uses, ends) -> ParameterInfo:
+def _describe(path, shape, used: usage.Usage) -> ParameterInfo:
   """Decides what a parameter is from everything that a loss does with it."""
-  none = lambda reason: ParameterInfo(path, shape, reason, None)
+  info = functools.partial(ParameterInfo, path, shape, maps=bool(used.depths))
   if 0 in shape:
-    return none('empty')
-  if 'gather' in ends:
-    return none('table')
+    return info('empty', None)
+  if 'gather' in used.ends | used.constants:
+    return info('table', None)
   # Products with other parameters may be penalties; those with data decide.
-  uses = [use for use in uses if not use.weak] or uses
-  weak = all(use.weak for use in uses)
-  candidates, reasons = [], []
-  for use in uses:
-    numbers, reason = _matrix_of(shape, use.roles)
-    if numbers is None:
-      reasons.append(reason)
-    elif not any(_is_same(numbers, other) for other in candidates):
-      candidates.append(numbers)
-  for reason in ('grouped', 'mixed'):
-    if reason in reasons:
-      return none(reason)
-  if len(candidates) > 1:
-    raise ValueError(
-      f'dimension_numbers: the parameter {path} of shape {list(shape)} is used '
-      f'as two different maps, {_show(candidates[0])} and '
-      f'{_show(candidates[1])}: give the dimension_numbers by hand, with the '
-      'one to orthogonalise, or None.'
-    )
-  if candidates:
-    (numbers,) = candidates
-    rows, columns = numbers
-    if weak and min(columns) < min(rows):
-      numbers = contrib.MuonDimensionNumbers(columns, rows)
-    return ParameterInfo(path, shape, 'matrix', numbers)
-  if reasons:
-    return none(reasons[0])
-  if not ends:
-    return none('unused')
-  if ends <= {'add', 'sub', 'add_any'}:
-    return none('bias')
-  if ends <= {'mul', 'div'}:
-    return none('scale')
-  return none(f'only in {", ".join(sorted(ends))}')
+  products = [p for p in used.products if p.has_data] or used.products
+  if not products:
+    return info(_kind(used), None)
+  found = [_matrix_of(product.roles) for product in products]
+  for kind in ('groups', 'mixed axes'):
+    if kind in found:
+      return info(kind, None)
+  found = [numbers for numbers in found if numbers != 'vector']
+  if not found:
+    return info('vector', None)
+  for numbers in found:
+    if _unordered(numbers, shape) != _unordered(found[0], shape):
+      shown = f'{_show(found[0])} and {_show(numbers)}'
+      return info(f'{_TWO_MAPS}, {shown}', None)
+  # Tied weights are used in both directions: the more frequent one decides.
+  numbers = max(found, key=lambda n: (found.count(n), n[1] > n[0]))
+  if not products[0].has_data and numbers[1] < numbers[0]:
+    # The factors of a product of weights have no direction of their own.
+    numbers = contrib.MuonDimensionNumbers(*reversed(numbers))
+  return info('matrix', numbers)
 
 
-def _matrix_of(
-  shape: Sequence[int], roles: Mapping[int, set[str]]
-) -> tuple[contrib.MuonDimensionNumbers | None, str]:
-  """Returns the dimension numbers of one use, or the reason for none."""
-  single = {}
-  for axis, found in roles.items():
-    if len(found) > 1:
-      return None, 'grouped' if 'batch' in found else 'mixed'
-    (single[axis],) = found
-  rows = [k for k, role in single.items() if role == 'reduction']
-  columns = [k for k, role in single.items() if role == 'output']
+def _kind(used: usage.Usage) -> str:
+  """Names what a parameter without products is."""
+  ends = used.ends or used.constants
+  for kind, names in _KINDS.items():
+    if ends & names:
+      return kind
+  return f'only in {", ".join(sorted(ends))}' if ends else 'unused'
+
+
+def _matrix_of(roles: Mapping[int, set[str]]):
+  """Returns the dimension numbers of one product, or why there are none."""
+  if any(len(found) > 1 for found in roles.values()):
+    is_grouped = any('batch' in found for found in roles.values())
+    return 'groups' if is_grouped else 'mixed axes'
+  rows, columns = (
+    tuple(sorted(axis for axis, found in roles.items() if role in found))
+    for role in ('reduction', 'output')
+  )
   if not rows or not columns:
-    return None, 'vector' if not columns or not rows else ''
+    return 'vector'
   # Maps side by side of the same data (experts, vmapped layers): their axis
   # stands in front of the map's own.
-  behind = [k for k in columns if k > min(rows)]
-  if behind:
-    columns = behind
-  # An axis of size 1 that no product saw is part of its neighbour.
-  known = {**dict.fromkeys(rows, rows), **dict.fromkeys(columns, columns)}
-  for axis in reversed(range(len(shape))):
-    if axis not in single and shape[axis] == 1 and axis + 1 in known:
-      group = known[axis] = known[axis + 1]
-      group.append(axis)
-  numbers = contrib.MuonDimensionNumbers(
-    tuple(sorted(rows)), tuple(sorted(columns))
-  )
-  return numbers, ''
+  behind = tuple(axis for axis in columns if axis > rows[0])
+  return contrib.MuonDimensionNumbers(rows, behind or columns)
 
 
-def _is_same(first, second) -> bool:
-  """Returns whether two maps are equal up to the transpose."""
-  return first == second or first == (second[1], second[0])
+def _unordered(numbers, shape):
+  """Returns the two groups of axes; a map and its transpose have the same."""
+  return {frozenset(k for k in axes if shape[k] > 1) for axes in numbers}
 
 
 def _show(numbers) -> str:

@@ -98,6 +98,12 @@ def stacked(source: Origin) -> Origin:
   )
 
 
+def resized(source: Origin, shape) -> Origin:
+  """Returns the origin of a part of a value, or of a padded one."""
+  parts = tuple(layouts_lib.resize(part, shape) for part in source.layouts)
+  return dataclasses.replace(source, layouts=parts)
+
+
 def makes_data(eqn, var) -> bool:
   """Returns whether an operation turns an input, a parameter, into data.
 

@@ -1,11 +1,11 @@
 """Follows parameters through a traced function to their products with data.
 
 An interpreter walks through the jaxpr of a loss, through jit, scan, remat and
-cond, with the origin of every value beside it. `find` looks for the linear maps
-of a model, without any computation; `capture.py` replaces them.
+cond, with the origin of every value beside it. `usage.py` notes with it how a
+loss uses its parameters; `capture.py` replaces the products.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -13,14 +13,12 @@ from flax import nnx
 import jax
 from jax.extend import core
 
-from nested_learning.optimizers import layouts
 from nested_learning.optimizers import origins as origins_lib
 
 Origin = origins_lib.Origin
 
-_PRODUCTS = ('conv_general_dilated', 'dot_general', 'ragged_dot_general')
-_JITS = ('jit', 'pjit')
-_REMATS = ('checkpoint', 'remat', 'remat2')
+JITS = ('jit', 'pjit')
+REMATS = ('checkpoint', 'remat', 'remat2')
 
 
 class Interpreter:
@@ -73,18 +71,19 @@ class Interpreter:
     return outputs, [origin(var) for var in jaxpr.outvars]
 
   def _evaluate(self, eqn, inputs, sources, probes):
+    """Evaluates an equation; returns its outputs and their origins."""
     name, nothing = eqn.primitive.name, [None] * len(eqn.outvars)
     bind = origins_lib.binder(eqn)
-    weights = _find_weights(eqn, sources)
+    weights = find_weights(eqn, sources)
     if weights is not None:
       source = sources[weights]
       return [self._linear(bind, eqn, inputs, source, weights, probes)], nothing
     if any(sources):
-      if name in _JITS:
+      if name in JITS:
         # Inlined: the caller compiles the whole function anyway.
         closed = eqn.params['jaxpr']
         return self.run(closed.jaxpr, closed.consts, inputs, sources, probes)
-      if name in _REMATS:
+      if name in REMATS:
         body = lambda *args: self.run(
           eqn.params['jaxpr'], (), args, sources, probes
         )[0]
@@ -113,7 +112,7 @@ class Interpreter:
     closed, length = eqn.params['jaxpr'], eqn.params['length']
     num_consts, num_carry = eqn.params['num_consts'], eqn.params['num_carry']
     start = num_consts + num_carry
-    inner = _enter_scan(eqn, sources)
+    inner = enter_scan(eqn, sources)
     # Stacked layers have an energy each: slice the probes with them.
     sliced_probes = {
       leaf: probes[leaf]
@@ -156,141 +155,7 @@ class Interpreter:
     return [*carry, *ys]
 
 
-class _Search(Interpreter):
-  """Walks through a traced function, by shapes alone, and notes what it finds.
-
-  Attributes:
-    depths: By leaf that multiplies data as it is, the depths of its uses; None
-      for a use in parts.
-    lost: By leaf, the operations after which it is not followed exactly.
-    uses: By leaf, its uses in products.
-    ends: By leaf, the operations after which it is not followed at all.
-  """
-
-  literal = origins_lib.CONSTANT
-
-  def __init__(self):
-    self.depths, self.lost, self.uses, self.ends = {}, {}, {}, {}
-
-  def look(self, jaxpr, sources) -> list[Origin | None]:
-    """Walks through a jaxpr and returns the origins of its outputs."""
-    shapes = [var.aval for var in jaxpr.invars]
-    consts = [var.aval for var in jaxpr.constvars]
-    return self.run(jaxpr, consts, shapes, sources, {})[1]
-
-  def _evaluate(self, eqn, inputs, sources, probes):
-    del inputs, probes
-    shapes = [var.aval for var in eqn.outvars]
-    exact = [origins_lib.exactly(source) for source in sources]
-    weights = _find_weights(eqn, exact)
-    if eqn.primitive.name in _PRODUCTS:
-      self._note_uses(eqn, sources)
-    if weights is not None:
-      source = exact[weights]
-      for leaf in source.leaves:
-        depth = source.depth if source.whole else None
-        self.depths.setdefault(leaf, set()).add(depth)
-      return shapes, origins_lib.follow_loosely(eqn, sources)
-    if any(source and source.leaves for source in sources):
-      followed = self._enter(eqn, sources, exact)
-      if followed is not None:
-        return shapes, followed
-    followed = origins_lib.follow(eqn, exact)
-    if not any(followed):
-      self._lose(eqn, exact)
-      followed = origins_lib.follow_loosely(eqn, sources)
-    if followed[0] is None:
-      for source in sources:
-        for leaf in source.leaves if source else ():
-          self.ends.setdefault(leaf, set()).add(eqn.primitive.name)
-    return shapes, followed
-
-  def _enter(self, eqn, sources, exact) -> list[Origin | None] | None:
-    """Walks through what an operation calls; None if it calls nothing."""
-    name, params = eqn.primitive.name, eqn.params
-    other = [None if None in sources else origins_lib.CONSTANT]
-    other = other * len(eqn.outvars)
-    if name in _JITS:
-      return self.look(params['jaxpr'].jaxpr, sources)
-    if name in _REMATS:
-      followed = self.look(params['jaxpr'], sources)
-      return [origins_lib.loosely(source) for source in followed]
-    if name == 'cond':
-      for closed in params['branches']:
-        followed = self.look(closed.jaxpr, sources[1:])
-      return [origins_lib.loosely(source) for source in followed]
-    if name == 'scan':
-      first = params['num_consts']
-      last = first + params['num_carry']
-      for source in exact[first:last]:  # May change from turn to turn.
-        self._lose_source(source, 'the carry of a scan')
-      carry = [
-        origins_lib.loosely(source)
-        if source and source.leaves
-        else other[0]
-        if other
-        else None
-        for source in sources[first:last]
-      ]
-      inner = _enter_scan(eqn, sources)
-      inner[first:last] = carry
-      self.look(params['jaxpr'].jaxpr, inner)
-      return other
-    inner = [origins_lib.loosely(source) for source in sources]
-    if name == 'while':
-      self._lose(eqn, exact)
-      num = params['cond_nconsts']
-      self.look(params['body_jaxpr'].jaxpr, inner[num:])
-      return other
-    body = params.get('call_jaxpr', params.get('jaxpr'))
-    body = getattr(body, 'jaxpr', body)
-    if body is None or len(body.invars) != len(inner):
-      return None
-    self._lose(eqn, exact)
-    # A shard_map passes on parts of values.
-    inner = [
-      source
-      and dataclasses.replace(
-        source,
-        layouts=tuple(
-          layouts.resize(layout, var.aval.shape) for layout in source.layouts
-        ),
-      )
-      for source, var in zip(inner, body.invars, strict=True)
-    ]
-    followed = self.look(body, inner)
-    return other if name == 'shard_map' else followed
-
-  def _note_uses(self, eqn, sources):
-    """Notes the roles of the axes of parameters in a product."""
-    for side, source in enumerate(sources[:2]):
-      other = sources[1 - side]
-      for leaf, layout in zip(
-        source.leaves if source else (),
-        source.layouts if source else (),
-        strict=True,
-      ):
-        weak = False
-        if other is not None:
-          # With two weights, what was broadcast over samples counts as data.
-          if layouts.is_broadcast(layout):
-            continue
-          weak = not any(map(layouts.is_broadcast, other.layouts))
-        roles = layouts.roles(eqn, side, layout)
-        if roles is not None:
-          self.uses.setdefault(leaf, []).append(Use(roles, weak))
-
-  def _lose(self, eqn, exact):
-    for source, var in zip(exact, eqn.invars, strict=True):
-      if source is not None and not origins_lib.makes_data(eqn, var):
-        self._lose_source(source, eqn.primitive.name)
-
-  def _lose_source(self, source, name):
-    for leaf in source.leaves if source else ():
-      self.lost.setdefault(leaf, {}).setdefault(name, source.depth)
-
-
-def _enter_scan(eqn, sources) -> list[Origin | None]:
+def enter_scan(eqn, sources) -> list[Origin | None]:
   """Returns the origins of the inputs of the body of a scan."""
   num_consts = eqn.params['num_consts']
   start = num_consts + eqn.params['num_carry']
@@ -306,7 +171,7 @@ def _enter_scan(eqn, sources) -> list[Origin | None]:
   return inner
 
 
-def _find_weights(eqn, sources) -> int | None:
+def find_weights(eqn, sources) -> int | None:
   """Returns which input of a product is a parameter, if the other is data."""
   match eqn.primitive.name:
     case 'dot_general':
@@ -317,71 +182,6 @@ def _find_weights(eqn, sources) -> int | None:
       if sources[0] is None and eqn.params['batch_group_count'] == 1:
         return 1 if sources[1] is not None else None
   return None
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-  """A product that a parameter enters.
-
-  Attributes:
-    roles: By axis of the parameter, its roles among 'reduction', 'output' and
-      'batch'; axes of which one index was taken are missing.
-    weak: Whether the other factor is made of parameters, too.
-  """
-
-  roles: Mapping[int, set[str]]
-  weak: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Maps:
-  """The result of looking for linear maps in a loss.
-
-  Attributes:
-    depths: By leaf whose inputs can be captured, the number of its leading axes
-      that count stacked layers; None if it is used in parts.
-    lost: By leaf that is none but might be, the operations that it enters.
-    uses: By leaf, its uses in products with data or other parameters, whether
-      their inputs can be captured or not.
-    ends: By leaf, the operations with data that it enters otherwise.
-  """
-
-  depths: Mapping[int, int | None]
-  lost: Mapping[int, frozenset[str]]
-  uses: Mapping[int, list[Use]]
-  ends: Mapping[int, set[str]]
-
-
-def find(jaxpr, leaves) -> Maps:
-  """Finds the leaves that act as linear maps.
-
-  Args:
-    jaxpr: An open jaxpr whose first inputs are the leaves.
-    leaves: The parameters, or their shapes.
-
-  Returns:
-    The maps, and the matrices that could not be followed.
-  """
-  search = _Search()
-  origins = [
-    origins_lib.initial(leaf, var.aval.shape)
-    for leaf, var in enumerate(jaxpr.invars[: len(leaves)])
-  ]
-  search.look(jaxpr, origins + [None] * (len(jaxpr.invars) - len(leaves)))
-  lost = {
-    leaf: frozenset(
-      name for name, depth in names.items() if leaves[leaf].ndim - depth >= 2
-    )
-    for leaf, names in search.lost.items()
-    if leaf not in search.depths
-  }
-  return Maps(
-    # A parameter stacked in one place and whole in another counts by entry.
-    {k: d.pop() if len(d) == 1 else None for k, d in search.depths.items()},
-    {leaf: names for leaf, names in lost.items() if names},
-    search.uses,
-    search.ends,
-  )
 
 
 def as_pure(
