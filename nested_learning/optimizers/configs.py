@@ -218,14 +218,15 @@ class DeepMomentum:
 
   form: Literal['stable', 'paper'] = 'stable'
   decay: float = 0.9
-  state_ratio: float = 0.5  # size of the state over that of the parameters
+  state_ratio: float | None = None  # size of state over parameters; None: 1/2
   inner_steps: int = 1
   fallback: AdamW = AdamW()
 
   def __post_init__(self):
     errors.check_choices(self)
     _check_decays(self, 'decay')
-    _check_not_negative(self, 'state_ratio')
+    if self.state_ratio is not None:
+      _check_not_negative(self, 'state_ratio')
     _check_counts(self, 'inner_steps')
 
 

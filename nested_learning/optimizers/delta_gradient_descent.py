@@ -12,6 +12,7 @@ import optax
 
 from nested_learning.optimizers import capture
 from nested_learning.optimizers import settings
+from nested_learning.optimizers import trees
 
 
 class DgdState(NamedTuple):
@@ -125,7 +126,7 @@ def dgd(
     if marks is None:
       marks = jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
     else:
-      marks = _select(marks, params, 'maps')
+      marks = trees.match(marks, params, 'dgd: maps')
     return jax.tree.map(lambda mark: 'dgd' if mark else 'fallback', marks)
 
   partition = optax.partition({'dgd': rule, 'fallback': fallback}, labels)
@@ -188,20 +189,20 @@ def scale_by_dgd(
       )
     # Wrappers such as optax.masked and optax.partition cut the updates to a
     # part of the parameters, and by default not the extra arguments.
-    energy = _select(energy, updates, 'energy')
+    energy = trees.match(energy, updates, 'dgd: energy')
     if projection is not None:
       if target != 'printed':
         raise ValueError(
           f'dgd with {target=} erases nothing and takes no projection: leave '
           "it out, or give target='printed'."
         )
-      projection = _select(projection, updates, 'projection')
+      projection = trees.match(projection, updates, 'dgd: projection')
       updates = jax.tree.map(
         lambda g, p: g + (erase * p).astype(g.dtype), updates, projection
       )
 
     def shorten(g, e):
-      dtype = jnp.promote_types(g.dtype, jnp.float32)
+      dtype = trees.wide(g.dtype)
       # Energies count stacked maps along the leading axes, if any.
       e = jnp.reshape(e, jnp.shape(e) + (1,) * (g.ndim - jnp.ndim(e)))
       scale = jnp.asarray(size * pull, dtype) * e.astype(dtype)
@@ -304,17 +305,18 @@ def dgd_for_model(
     )
   # By path, so that the rules apply to any part of the parameters.
   known = {
-    _name(path): mark
+    trees.path_name(path): mark
     for path, mark in jax.tree_util.tree_leaves_with_path(found)
   }
 
   def is_map(path, _):
-    if _name(path) not in known:
+    name = trees.path_name(path)
+    if name not in known:
       raise ValueError(
-        f'dgd_for_model did not get the parameter {_name(path)}; it got '
+        f'dgd_for_model did not get the parameter {name}; it got '
         f'{sorted(known)}: give it the tree that is trained.'
       )
-    return known[_name(path)]
+    return known[name]
 
   maps = functools.partial(jax.tree_util.tree_map_with_path, is_map)
   tx = dgd(
@@ -363,31 +365,6 @@ def dgd_report(
     jax.tree_util.keystr(path): 'dgd' if mark else 'fallback'
     for path, mark in jax.tree_util.tree_leaves_with_path(found)
   }
-
-
-def _name(path):
-  """Returns a parameter's path, the same with and without NNX variables."""
-  # nnx.Param keeps its array in an attribute; gradients are bare arrays.
-  if path and path[-1] == jax.tree_util.GetAttrKey('value'):
-    path = path[:-1]
-  return jax.tree_util.keystr(path)
-
-
-def _select(tree, updates, argument):
-  """Returns the leaves of a tree that belong to the updates, by their paths."""
-  if jax.tree.structure(tree) == jax.tree.structure(updates):
-    return tree
-  leaves = {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-  def select(path, _):
-    if _name(path) not in leaves:
-      raise ValueError(
-        f'dgd: {argument} has no value for the parameter {_name(path)}; it has '
-        f'{sorted(leaves)}.'
-      )
-    return leaves[_name(path)]
-
-  return jax.tree_util.tree_map_with_path(select, updates)
 
 
 def _nnx_pure(loss_fn, model, has_aux):

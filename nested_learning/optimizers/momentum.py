@@ -14,6 +14,7 @@ import optax
 
 from nested_learning.optimizers import placement
 from nested_learning.optimizers import settings
+from nested_learning.optimizers import trees
 
 _FORMS = ('stable', 'paper')
 
@@ -22,12 +23,10 @@ class MomentumState(NamedTuple):
   """State of a momentum.
 
   Attributes:
-    count: Steps taken so far, int32.
     trace: The momentum, in float32 or wider.
     preconditioner: State of the transformation that makes the stored values.
   """
 
-  count: jax.Array
   trace: Any
   preconditioner: Any
 
@@ -46,7 +45,7 @@ def delta_momentum(
 
   .. math::
     m &\leftarrow \text{decay}\; m - \frac{\text{erase}}{\|G\|_F^2} G G^\top m
-      + P(G) \\
+      + (1 - \text{decay})\, P(G) \\
     W &\leftarrow W - \text{lr}\; m .
 
   This is the delta rule on |m^T G - P|^2, with the columns of G as keys. If
@@ -54,12 +53,20 @@ def delta_momentum(
   direction decays by `decay` alone. A vector is one key, and the leading axes
   of larger tensors are a stack of kernels.
 
-  Form 'paper' has neither the norm nor the weight `erase`,
+  Like `optax.ema`, m is an average of gradients and not their sum. For a loss
+  with the largest curvature L, the step is then stable up to a rate of
+  2 (1 + decay) / ((1 - decay) L), at least; with a sum, as in `optax.sgd`, up
+  to 2 (1 + decay) / L. Above that, momentum diverges like gradient descent:
+  give P = `optax.scale_by_rms()` where the scale of gradients is not known.
+
+  Form 'paper' has neither the norm nor the weight `erase` nor the average,
   :math:`m \leftarrow m\,\alpha - G G^\top m - \text{lr}\; P(G)` and
-  :math:`W \leftarrow W + m`, and diverges as soon as the norm of a gradient
+  :math:`W \leftarrow W + m`. It diverges as soon as the norm of a gradient
   exceeds about sqrt(1 + decay): the step of a delta rule must be below
-  2 / |key|^2. Dividing by the norm holds that at every scale of
-  gradients, and keeps m bounded for erase <= 1 + decay.
+  2 / |key|^2. Dividing by the norm holds that at every scale of gradients, and
+  keeps m bounded for erase <= 1 + decay. The rate is applied to the momentum
+  and not inside it, which is the same for a constant rate, since m is linear in
+  it; under a schedule, old gradients follow the rate of today.
 
   Deviations from print: arXiv's eq. 49 lacks the identity in
   (alpha I - G^T G) and any rate on the Gram matrix; the derivation puts it on
@@ -83,29 +90,56 @@ def delta_momentum(
   References:
     Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 48-49.
   """
-  settings.check_choice(_FORMS, form=form)
   settings.check_rate(learning_rate=learning_rate)
+  direction = scale_by_delta_momentum(
+    form=form, decay=decay, erase=erase, preconditioner=preconditioner
+  )
+  return optax.chain(direction, optax.scale_by_learning_rate(learning_rate))
+
+
+def scale_by_delta_momentum(
+  *,
+  form: str = 'stable',
+  decay: float = 0.9,
+  erase: float = 0.2,
+  preconditioner: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Computes the momentum of `delta_momentum`.
+
+  Args:
+    form: See `delta_momentum`.
+    decay: See `delta_momentum`.
+    erase: See `delta_momentum`.
+    preconditioner: See `delta_momentum`.
+
+  Returns:
+    An optax gradient transformation.
+
+  Raises:
+    ValueError: See `delta_momentum`.
+  """
+  settings.check_choice(_FORMS, form=form)
   settings.check_decay(decay=decay)
   settings.check_rate(erase=erase)
   stable = form == 'stable'
-  if stable and isinstance(erase, (int, float)) and erase > 1 + decay:
+  known = settings.is_known(erase) and settings.is_known(decay)
+  if stable and known and erase > 1 + decay:
     raise ValueError(
       f'{erase=} is above 1 + decay = {1 + decay}, where the momentum grows '
       'without bound; about 0.2 is usual.'
     )
 
-  def remember(m, g, value, rate):
-    kernel = _as_kernel(g.astype(m.dtype))
+  def remember(m, g, value):
+    kernel = _as_kernel(g)
     if stable:
       kernel = _normalize(kernel)
     held = placement.matmul(jnp.matrix_transpose(kernel), _as_kernel(m))
     erased = placement.matmul(kernel, held).reshape(m.shape)
-    value = value.astype(m.dtype)
-    if not stable:
-      return decay * m - erased - rate * value
-    return decay * m - erase * erased + value
+    if stable:
+      return decay * m - erase * erased + (1 - decay) * value
+    return decay * m - erased + value
 
-  return _make_momentum(learning_rate, remember, preconditioner, stable)
+  return _scale_by_momentum(remember, preconditioner)
 
 
 def preconditioned_momentum(
@@ -132,8 +166,9 @@ def preconditioned_momentum(
   Form 'paper' is eq. 46-47 as arXiv prints it,
   :math:`m \leftarrow m - \text{lr}\; P g`, :math:`W \leftarrow W + m`. The text
   speaks of a forget gate, the equation has none; without it no gradient is ever
-  forgotten, and the iterate oscillates forever. Eq. 41 prints P_{t+1} on both
-  sides; its right side is read as P_t.
+  forgotten, and the iterate oscillates forever. The rate is applied to the
+  momentum and not inside it, which is the same for a constant rate. Eq. 41
+  prints P_{t+1} on both sides; its right side is read as P_t.
 
   Args:
     learning_rate: Step size, a scalar or an optax schedule (per step).
@@ -152,32 +187,62 @@ def preconditioned_momentum(
   References:
     Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 38-41, 46-47.
   """
-  settings.check_choice(_FORMS, form=form)
   settings.check_rate(learning_rate=learning_rate)
-  settings.check_decay(decay=decay, preconditioner_decay=preconditioner_decay)
-  stable = form == 'stable'
-  if preconditioner is None:
-    preconditioner = optax.scale_by_rms(
-      preconditioner_decay, eps_in_sqrt=False, bias_correction=True
-    )
-
-  def remember(m, g, value, rate):
-    del g
-    value = value.astype(m.dtype)
-    return decay * m + (1 - decay) * value if stable else m - rate * value
-
-  return _make_momentum(learning_rate, remember, preconditioner, stable)
+  direction = scale_by_preconditioned_momentum(
+    form=form,
+    decay=decay,
+    preconditioner=preconditioner,
+    preconditioner_decay=preconditioner_decay,
+  )
+  return optax.chain(direction, optax.scale_by_learning_rate(learning_rate))
 
 
-def _make_momentum(learning_rate, remember, preconditioner, stable):
-  """Makes an optimiser from a rule for the momentum.
+def scale_by_preconditioned_momentum(
+  *,
+  form: str = 'stable',
+  decay: float = 0.9,
+  preconditioner: optax.GradientTransformation | None = None,
+  preconditioner_decay: float = 0.99,
+) -> optax.GradientTransformationExtraArgs:
+  """Computes the momentum of `preconditioned_momentum`.
 
   Args:
-    learning_rate: A scalar or a schedule.
-    remember: Function of (momentum, gradient, value, rate) of a leaf that
-      returns the new momentum.
+    form: See `preconditioned_momentum`.
+    decay: See `preconditioned_momentum`.
+    preconditioner: See `preconditioned_momentum`.
+    preconditioner_decay: See `preconditioned_momentum`.
+
+  Returns:
+    An optax gradient transformation.
+
+  Raises:
+    ValueError: See `preconditioned_momentum`.
+  """
+  settings.check_choice(_FORMS, form=form)
+  settings.check_decay(decay=decay, preconditioner_decay=preconditioner_decay)
+  if preconditioner is None:
+    preconditioner = settings.allow_promotion(
+      optax.scale_by_rms(
+        preconditioner_decay, eps_in_sqrt=False, bias_correction=True
+      )
+    )
+
+  def remember(m, g, value):
+    del g
+    if form == 'paper':
+      return m + value
+    return decay * m + (1 - decay) * value
+
+  return _scale_by_momentum(remember, preconditioner)
+
+
+def _scale_by_momentum(remember, preconditioner):
+  """Makes a transformation from a rule for the momentum.
+
+  Args:
+    remember: Function of (momentum, gradient, value) of a leaf, all of the
+      momentum's type, that returns the new momentum.
     preconditioner: Transformation of gradients to values; None: identity.
-    stable: Whether the rate is applied to the momentum rather than inside it.
 
   Returns:
     An optax gradient transformation.
@@ -188,29 +253,20 @@ def _make_momentum(learning_rate, remember, preconditioner, stable):
 
   def init_fn(params):
     settings.check_params(params)
-    return MomentumState(
-      count=jnp.zeros((), jnp.int32),
-      trace=jax.tree.map(_zeros, params),
-      preconditioner=make_values.init(params),
-    )
+    return MomentumState(trees.zeros(params), make_values.init(params))
 
   def update_fn(updates, state, params=None, **extra_args):
-    rate = settings.rate_at(learning_rate, state.count)
+    trees.check_like(updates, state.trace)
     values, inner = make_values.update(
       updates, state.preconditioner, params, **extra_args
     )
-    trace = jax.tree.map(
-      lambda m, g, value: remember(m, g, value, rate).astype(m.dtype),
-      state.trace,
-      updates,
-      values,
-    )
-    sign = -rate if stable else 1.0
-    updates = jax.tree.map(
-      lambda m, g: (sign * m).astype(g.dtype), trace, updates
-    )
-    count = optax.safe_increment(state.count)
-    return updates, MomentumState(count, trace, inner)
+
+    def leaf(m, g, value):
+      g, value = g.astype(m.dtype), value.astype(m.dtype)
+      return remember(m, g, value).astype(m.dtype)
+
+    trace = jax.tree.map(leaf, state.trace, updates, values)
+    return optax.tree.cast_like(trace, updates), MomentumState(trace, inner)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -230,7 +286,3 @@ def _normalize(kernel):
 def _as_kernel(leaf):
   """Returns a leaf as [..., in, out]; a vector has one output."""
   return leaf if leaf.ndim >= 2 else leaf.reshape(-1, 1)
-
-
-def _zeros(leaf):
-  return jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32))

@@ -1,5 +1,6 @@
 """Deep Momentum Gradient Descent: a small network holds the momentum."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,10 +9,11 @@ import optax
 
 from nested_learning.optimizers import placement
 from nested_learning.optimizers import settings
+from nested_learning.optimizers import trees
 
 
 class DeepMomentumState(NamedTuple):
-  """State of deep momentum for a tree of matrices [..., m, n].
+  """State of `scale_by_deep_momentum` for a tree of matrices [..., m, n].
 
   Attributes:
     count: Steps taken so far, int32.
@@ -31,10 +33,11 @@ def deep_momentum(
   *,
   form: str = 'stable',
   decay: float = 0.9,
-  state_ratio: float = 0.5,
+  inner_rate: float = 0.1,
   inner_steps: int = 1,
-  fallback: optax.GradientTransformation | None = None,
+  state_ratio: float | None = None,
   seed: int = 0,
+  fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Momentum in a network that learns gradients by its own inner steps.
 
@@ -64,23 +67,26 @@ def deep_momentum(
   the gradient,
 
   .. math::
-    A &\leftarrow \alpha A - \text{lr}\, \tanh(u B^\top) \\
+    A &\leftarrow \alpha A - \text{inner\_rate}\; \tanh(u B^\top) \\
     B &\leftarrow \alpha B
-      - \text{lr}\, (A \circ \tanh'(u B^\top))^\top u \\
-    W &\leftarrow W + M(I)^\top .
+      - \text{inner\_rate}\; (A \circ \tanh'(u B^\top))^\top u \\
+    W &\leftarrow W + \text{lr}\; M(I)^\top .
 
-  It has no term that maintains the two layers: alpha decays B to zero, and the
-  momentum with it. Print says W + M(u), whose shape is not that of W.
+  Print has lr = 1 and calls inner_rate eta. It has no term that maintains the
+  two layers: alpha decays B to zero, and the momentum with it. Print says
+  W + M(u), whose shape is not that of W.
 
   Args:
     learning_rate: Step size, a scalar or an optax schedule (per step).
     form: 'stable' or 'paper'.
     decay: Fraction of the momentum kept per step; NL writes alpha.
-    state_ratio: Bound on the size of the state over that of the parameters.
+    inner_rate: Step size of the memory's own descent (form 'paper').
     inner_steps: Inner steps per gradient (form 'stable').
-    fallback: Rule for leaves of rank below 2; None: `optax.adam` at the same
-      learning rate.
+    state_ratio: Bound on the size of the state over that of the parameters.
+      None: 1/2.
     seed: Seed of the first layer's initial value (random and orthogonal).
+    fallback: Rule for leaves of rank below 2 or without entries; None:
+      `optax.adam` at the same learning rate.
 
   Returns:
     An optax gradient transformation. Leading axes of leaves of higher rank are
@@ -93,59 +99,22 @@ def deep_momentum(
   References:
     Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 50.
   """
-  settings.check_choice(('stable', 'paper'), form=form)
-  settings.check_rate(learning_rate=learning_rate, state_ratio=state_ratio)
-  settings.check_decay(decay=decay)
-  settings.check_period(inner_steps=inner_steps)
+  settings.check_rate(learning_rate=learning_rate)
   if fallback is None:
-    fallback = optax.adam(learning_rate)
-
-  def init_deep(params):
-    leaves, structure = jax.tree.flatten(params)
-    layers = [
-      _init_layers(leaf, state_ratio, jax.random.fold_in(key, i))
-      for key in [jax.random.key(seed)]
-      for i, leaf in enumerate(leaves)
-    ]
-    downs, ups, squares = zip(*layers, strict=True) if layers else ((), (), ())
-    return DeepMomentumState(
-      count=jnp.zeros((), jnp.int32),
-      down=structure.unflatten(downs),
-      up=structure.unflatten(ups),
-      mean_square=structure.unflatten(squares),
-    )
-
-  def update_deep(updates, state, params=None):
-    del params
-    rate = settings.rate_at(learning_rate, state.count)
-    step = (state.count + 1).astype(jnp.float32)
-
-    def learn(g, down, up, mean_square):
-      u = jnp.matrix_transpose(g.astype(down.dtype))  # [..., n, m]
-      if form == 'paper':
-        down, up = _literal_step(u, down, up, decay, rate)
-        moved = placement.matmul(up, jnp.tanh(down))
-      else:
-        mean_square, u = _normalize(u, mean_square, decay, step)
-        for _ in range(inner_steps):
-          down, up = _inner_step(u, down, up, 1 - decay)
-        held = placement.matmul(up, jnp.tanh(down))
-        moved = -rate * (held + (1 - decay) * (u - held))
-      return jnp.matrix_transpose(moved).astype(g.dtype), down, up, mean_square
-
-    leaves, structure = jax.tree.flatten(updates)
-    memories = state.down, state.up, state.mean_square
-    parts = map(jax.tree.leaves, memories)
-    results = [learn(*leaf) for leaf in zip(leaves, *parts, strict=True)]
-    columns = zip(*results, strict=True) if results else ((), (), (), ())
-    updates, *learned = (structure.unflatten(column) for column in columns)
-    count = optax.safe_increment(state.count)
-    learned = jax.tree.map(_keep_type, tuple(learned), memories)
-    return updates, DeepMomentumState(count, *learned)
-
+    fallback = settings.allow_promotion(optax.adam(learning_rate))
+  direction = scale_by_deep_momentum(
+    form=form,
+    decay=decay,
+    inner_rate=inner_rate,
+    inner_steps=inner_steps,
+    state_ratio=state_ratio,
+    seed=seed,
+  )
   partition = optax.partition(
     {
-      'deep': optax.GradientTransformation(init_deep, update_deep),
+      'deep': optax.chain(
+        direction, optax.scale_by_learning_rate(learning_rate)
+      ),
       'fallback': fallback,
     },
     lambda params: jax.tree.map(
@@ -162,10 +131,97 @@ def deep_momentum(
   return optax.GradientTransformationExtraArgs(init_fn, partition.update)
 
 
+def scale_by_deep_momentum(
+  *,
+  form: str = 'stable',
+  decay: float = 0.9,
+  inner_rate: float = 0.1,
+  inner_steps: int = 1,
+  state_ratio: float | None = None,
+  seed: int = 0,
+) -> optax.GradientTransformation:
+  """Computes the direction of `deep_momentum` for trees of matrices.
+
+  Args:
+    form: See `deep_momentum`.
+    decay: See `deep_momentum`.
+    inner_rate: See `deep_momentum`.
+    inner_steps: See `deep_momentum`.
+    state_ratio: See `deep_momentum`.
+    seed: See `deep_momentum`.
+
+  Returns:
+    An optax gradient transformation; leaves have shape [..., m, n].
+
+  Raises:
+    ValueError: See `deep_momentum`.
+  """
+  if state_ratio is None:  # A number would be traced by inject_hyperparams.
+    state_ratio = 0.5
+  settings.check_choice(('stable', 'paper'), form=form)
+  settings.check_rate(inner_rate=inner_rate, state_ratio=state_ratio)
+  settings.check_decay(decay=decay)
+  settings.check_period(inner_steps=inner_steps)
+
+  def init_fn(params):
+    settings.check_params(params)
+    leaves, structure = jax.tree.flatten(params)
+    layers = [
+      _init_layers(leaf, state_ratio, jax.random.fold_in(key, i))
+      for key in [jax.random.key(seed)]
+      for i, leaf in enumerate(leaves)
+    ]
+    downs, ups, squares = zip(*layers, strict=True) if layers else ((), (), ())
+    return DeepMomentumState(
+      count=jnp.zeros((), jnp.int32),
+      down=structure.unflatten(downs),
+      up=structure.unflatten(ups),
+      mean_square=structure.unflatten(squares),
+    )
+
+  def update_fn(updates, state, params=None):
+    del params
+
+    def learn(g, down, up, mean_square):
+      u = jnp.matrix_transpose(g.astype(down.dtype))  # [..., n, m]
+      if form == 'paper':
+        down, up = _literal_step(u, down, up, decay, inner_rate)
+        direction = -placement.matmul(up, jnp.tanh(down))
+      else:
+        mean_square, u = _normalize(u, mean_square, decay, state.count)
+        step = functools.partial(_inner_step, u, rate=1 - decay)
+        down, up = _repeat(step, inner_steps, (down, up))
+        held = placement.matmul(up, jnp.tanh(down))
+        direction = held + (1 - decay) * (u - held)
+      direction = jnp.matrix_transpose(direction).astype(g.dtype)
+      return direction, down, up, mean_square
+
+    leaves, structure = jax.tree.flatten(updates)
+    memories = state.down, state.up, state.mean_square
+    parts = map(jax.tree.leaves, memories)
+    results = [learn(*leaf) for leaf in zip(leaves, *parts, strict=True)]
+    columns = zip(*results, strict=True) if results else ((), (), (), ())
+    updates, *learned = (structure.unflatten(column) for column in columns)
+    count = optax.safe_increment(state.count)
+    learned = jax.tree.map(_keep_type, tuple(learned), memories)
+    return updates, DeepMomentumState(count, *learned)
+
+  return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _repeat(step, num_steps, memory):
+  """Applies a step to (down, up) several times."""
+  if isinstance(num_steps, jax.core.Tracer):  # under optax.inject_hyperparams
+    return jax.lax.fori_loop(0, num_steps, lambda _, m: step(m), memory)
+  for _ in range(int(num_steps)):
+    memory = step(memory)
+  return memory
+
+
 def _init_layers(leaf, state_ratio, key):
   """Returns the two layers for a leaf, and its mean square."""
   *stack, m, n = leaf.shape
-  dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+  dtype = trees.wide(leaf.dtype)
   hidden = min(max(1, int(state_ratio * m * n / (m + n))), m)
   down = jax.nn.initializers.orthogonal()(key, (hidden, m), dtype)
   down = jnp.broadcast_to(down, (*stack, hidden, m))
@@ -183,8 +239,9 @@ def _keep_type(new, old):
   return placement.put(new.astype(old.dtype), placement.spec_of(old), like=old)
 
 
-def _normalize(u, mean_square, decay, step):
+def _normalize(u, mean_square, decay, count):
   """Returns the new mean square of gradients, and u over its root."""
+  step = (count + 1).astype(u.dtype)
   square = jnp.mean(jnp.square(u), axis=(-2, -1))
   mean_square = decay * mean_square + (1 - decay) * square
   # Corrected for its start at zero; a zero gradient stays zero.
@@ -192,8 +249,9 @@ def _normalize(u, mean_square, decay, step):
   return mean_square, u / scale[..., None, None]
 
 
-def _inner_step(u, down, up, rate):
+def _inner_step(u, memory, *, rate):
   """Takes a normalised step on 1/2 |up tanh(down) - u|^2."""
+  down, up = memory
   features = jnp.tanh(down)
   error = placement.matmul(up, features) - u
   slope = 1 - jnp.square(features)

@@ -17,11 +17,47 @@ def rate_at(
   return learning_rate(count) if callable(learning_rate) else learning_rate
 
 
+def allow_promotion(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """Lets a transformation of optax run under strict dtype promotion.
+
+  Adam and RMSProp raise their decay to an int32 count, which
+  `jax.numpy_dtype_promotion('strict')` refuses.
+
+  Args:
+    tx: A transformation without extra arguments.
+
+  Returns:
+    The transformation, under standard promotion.
+  """
+  standard = jax.numpy_dtype_promotion('standard')
+
+  def init_fn(params):
+    with standard:
+      return tx.init(params)
+
+  def update_fn(updates, state, params=None):
+    with standard:
+      return tx.update(updates, state, params)
+
+  return optax.GradientTransformation(init_fn, update_fn)
+
+
+def is_known(value):
+  """Returns whether a setting is a number, not a schedule or traced value.
+
+  Under `optax.inject_hyperparams`, all numbers are traced.
+  """
+  if isinstance(value, jax.Array):
+    return not isinstance(value, jax.core.Tracer) and value.ndim == 0
+  return isinstance(value, numbers.Real)
+
+
 def check_rate(**settings):
   """Checks that step sizes and weights are finite and not negative.
 
-  Schedules and traced values (as under `optax.inject_hyperparams`) pass, since
-  their values are not known yet.
+  Schedules and traced values pass, since their values are not known yet.
 
   Args:
     **settings: Values by name.
@@ -30,7 +66,7 @@ def check_rate(**settings):
     ValueError: If a number is negative or not finite.
   """
   for name, value in settings.items():
-    if _is_known(value) and not 0 <= value < float('inf'):
+    if is_known(value) and not 0 <= value < float('inf'):
       raise ValueError(f'{name}={value} must be a finite number of at least 0.')
 
 
@@ -44,7 +80,7 @@ def check_decay(**settings):
     ValueError: If a number is outside [0, 1).
   """
   for name, value in settings.items():
-    if _is_known(value) and not 0 <= value < 1:
+    if is_known(value) and not 0 <= value < 1:
       raise ValueError(
         f'{name}={value} must be at least 0 and below 1; 0.9 is usual.'
       )
@@ -53,6 +89,8 @@ def check_decay(**settings):
 def check_period(**settings):
   """Checks that periods and counts are whole numbers of at least 1.
 
+  Traced values pass.
+
   Args:
     **settings: Values by name.
 
@@ -60,7 +98,11 @@ def check_period(**settings):
     ValueError: If one is not an integer or below 1.
   """
   for name, value in settings.items():
-    if not isinstance(value, numbers.Integral) or value < 1:
+    if isinstance(value, jax.Array) and jnp.issubdtype(value, jnp.integer):
+      fine = not is_known(value) or value >= 1
+    else:
+      fine = isinstance(value, numbers.Integral) and value >= 1
+    if not fine:
       raise ValueError(f'{name}={value} must be a whole number of at least 1.')
 
 
@@ -92,7 +134,7 @@ def check_target(target, erase):
   """
   check_choice(('corrected', 'printed'), target=target)
   check_rate(erase=erase)
-  if target == 'corrected' and _is_known(erase) and erase != 1:
+  if target == 'corrected' and is_known(erase) and erase != 1:
     raise ValueError(
       f'{erase=} weighs the erasing term, which target={target!r} does not '
       "have: give target='printed' as well, or leave erase out."
@@ -114,10 +156,3 @@ def check_params(params):
         f'Parameter {jax.tree_util.keystr(path)} has dtype {leaf.dtype}; only '
         'real floating types can be trained: leave it out with optax.masked.'
       )
-
-
-def _is_known(value):
-  """Returns whether a setting is a number, not a schedule or traced value."""
-  if isinstance(value, jax.Array):
-    return not isinstance(value, jax.core.Tracer) and value.ndim == 0
-  return isinstance(value, numbers.Real)

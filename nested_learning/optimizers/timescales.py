@@ -15,6 +15,7 @@ import optax
 
 from nested_learning.optimizers import clocks
 from nested_learning.optimizers import settings
+from nested_learning.optimizers import trees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +165,7 @@ def multi_timescale(
       _check_labels(labels, periods)
     states = {}
     for name, period in periods.items():
-      own = params if empty else _select(params, labels, name)
+      own = params if empty else trees.select(params, labels, name)
       extra = {}
       if period > 1:
         extra = {
@@ -180,9 +181,9 @@ def multi_timescale(
     new_updates, new_states = [], {}
     for name, period in periods.items():
       arguments = (
-        _select(updates, labels, name),
+        trees.select(updates, labels, name),
         state.levels[name],
-        None if params is None else _select(params, labels, name),
+        None if params is None else trees.select(params, labels, name),
         _select_extra_args(extra_args, updates, labels, name),
       )
       if period == 1:  # No cond, and no buffer of gradients.
@@ -231,7 +232,7 @@ def _init_level(optimizer, params, extra, period):
   """Returns the state of a level before its first step."""
   return LevelState(
     inner=optimizer.init(params),
-    accumulated=jax.tree.map(_zeros, params) if period > 1 else (),
+    accumulated=trees.zeros(params) if period > 1 else (),
     accumulated_extra=extra,
     num_accumulated=jnp.zeros((), jnp.int32),
     num_updates=jnp.zeros((), jnp.int32),
@@ -272,11 +273,13 @@ def _update_if_due(
     num_accumulated=state.num_accumulated + 1,
   )
 
-  def update(state):
+  def update(state, gradients):
     divisor = state.num_accumulated if reduce == 'mean' else 1
     reduced, reduced_extra = jax.tree.map(
       # Back to the gradients' type, which the optimiser's state was made for.
-      lambda total, g: (total / divisor).astype(g.dtype),
+      lambda total, g: (total / jnp.asarray(divisor, total.dtype)).astype(
+        g.dtype
+      ),
       (state.accumulated, state.accumulated_extra),
       (gradients, own_extra),
     )
@@ -298,31 +301,23 @@ def _update_if_due(
     )
 
   # Updates may be of another type than gradients.
-  types, _ = jax.eval_shape(update, state)
+  types, _ = jax.eval_shape(update, state, gradients)
 
-  def skip(state):
+  def skip(state, gradients):
     zeros = jax.tree.map(
       lambda g, kind: jnp.zeros_like(g, dtype=kind.dtype), gradients, types
     )
     return zeros, state
 
-  return jax.lax.cond(due, update, skip, state)
-
-
-def _select(tree, labels, name):
-  """Returns the leaves of one level; others become optax's masked nodes."""
-  return jax.tree.map(
-    lambda label, leaf: leaf if label == name else optax.MaskedNode(),
-    labels,
-    tree,
-  )
+  # Gradients are operands, so that zeros like them have their sharding.
+  return jax.lax.cond(due, update, skip, state, gradients)
 
 
 def _select_extra_args(extra_args, updates, labels, name):
   """Cuts extra arguments shaped like the parameters to one level's part."""
   structure = jax.tree.structure(updates)
   return {
-    key: _select(value, labels, name)
+    key: trees.select(value, labels, name)
     if jax.tree.structure(value) == structure
     else value
     for key, value in extra_args.items()
@@ -341,7 +336,7 @@ def _init_extra(example, params, labels, name):
       f'{structure.num_leaves} parameters: give one array or shape for each.'
     )
   tree = structure.unflatten(leaves)
-  return jax.tree.map(_zeros, _select(tree, labels, name))
+  return trees.zeros(trees.select(tree, labels, name))
 
 
 def _check_extra_args(extra_args, accumulate, updates, periods):
@@ -369,11 +364,6 @@ def _add(totals, tree):
   return jax.tree.map(
     lambda total, leaf: total + leaf.astype(total.dtype), totals, tree
   )
-
-
-def _zeros(leaf):
-  # A sum of hundreds of bfloat16 gradients would stop growing.
-  return jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def _norm(tree):

@@ -11,7 +11,7 @@ from nested_learning import optimizers
 
 
 def deep_state(state):
-  return state.inner_states['deep'].inner_state
+  return state.inner_states['deep'].inner_state[0]  # of a chain with the rate
 
 
 class DeepMomentumTest(parameterized.TestCase):
@@ -74,7 +74,10 @@ class DeepMomentumTest(parameterized.TestCase):
 
   def test_paper_form_descends_the_printed_objective(self):
     key = jax.random.key(0)
-    tx = optimizers.deep_momentum(0.1, form='paper', decay=0.9, state_ratio=1.0)
+    # A rate of 1 is print to the letter.
+    tx = optimizers.deep_momentum(
+      1.0, form='paper', decay=0.9, inner_rate=0.1, state_ratio=1.0
+    )
     state = tx.init({'w': jnp.zeros((5, 3))})
     memory = deep_state(state)
     down, up = memory.down['w'], memory.up['w']
@@ -91,6 +94,19 @@ class DeepMomentumTest(parameterized.TestCase):
       np.testing.assert_allclose(
         updates['w'], (up @ jnp.tanh(down)).T, atol=1e-5
       )
+
+  def test_inner_steps_may_be_traced(self):
+    gradient = jax.random.normal(jax.random.key(0), (6, 4))
+    make = lambda steps: optimizers.scale_by_deep_momentum(inner_steps=steps)
+
+    def direction(steps):
+      tx = make(steps)
+      return tx.update(gradient, tx.init(gradient))[0]
+
+    np.testing.assert_allclose(
+      jax.jit(direction)(3), direction(3), rtol=1e-4, atol=1e-5
+    )
+    self.assertGreater(jnp.max(jnp.abs(direction(3) - direction(1))), 1e-3)
 
   def test_fallback_updates_vectors(self):
     params = {'w': jnp.ones((4, 4)), 'b': jnp.ones(4)}

@@ -1,0 +1,112 @@
+"""Selects the leaves of trees that belong to a part of the parameters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def path_name(path) -> str:
+  """Writes the path of a parameter, the same with and without NNX variables."""
+  # nnx.Param keeps its array in an attribute; gradients are bare arrays.
+  if path and path[-1] == jax.tree_util.GetAttrKey('value'):
+    path = path[:-1]
+  return jax.tree_util.keystr(path)
+
+
+def wide(dtype: Any) -> Any:
+  """Returns a floating type of at least 32 bits.
+
+  Sums and averages of many steps lose small gradients in 16 bits.
+  """
+  # Not jnp.promote_types, which strict dtype promotion forbids.
+  return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def zeros(tree: Any) -> Any:
+  """Returns zeros like a tree, in float32 or wider."""
+  return jax.tree.map(
+    lambda leaf: jnp.zeros_like(leaf, dtype=wide(leaf.dtype)), tree
+  )
+
+
+def select(tree: Any, labels: Any, name: str) -> Any:
+  """Selects the leaves with one label.
+
+  Args:
+    tree: Tree of leaves.
+    labels: Tree of labels with its structure.
+    name: The label.
+
+  Returns:
+    The tree, with optax's masked nodes in place of all other leaves.
+  """
+  return jax.tree.map(
+    lambda label, leaf: leaf if label == name else optax.MaskedNode(),
+    labels,
+    tree,
+  )
+
+
+def match(tree: Any, like: Any, name: str) -> Any:
+  """Selects the leaves of a tree at the paths of another one.
+
+  Args:
+    tree: Tree with a leaf at every path of `like`; it may have more.
+    like: A part of the parameters, as in `optax.masked`.
+    name: What the tree is, for errors.
+
+  Returns:
+    The leaves of `tree`, in a tree like `like`.
+
+  Raises:
+    ValueError: If a leaf is missing.
+  """
+  if jax.tree.structure(tree) == jax.tree.structure(like):
+    return tree
+  leaves = {
+    path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)
+  }
+
+  def leaf(path, _):
+    if path_name(path) not in leaves:
+      raise ValueError(
+        f'{name} has no value for the parameter {path_name(path)}; it has '
+        f'{_shown(leaves)}.'
+      )
+    return leaves[path_name(path)]
+
+  return jax.tree_util.tree_map_with_path(leaf, like)
+
+
+def check_like(updates: Any, state: Any):
+  """Checks that gradients are of the parameters that a state was made for.
+
+  Args:
+    updates: The gradients.
+    state: A tree of the state, with a leaf for every parameter.
+
+  Raises:
+    ValueError: If one has a parameter that the other lacks, or of another
+      shape.
+  """
+  given, held = (
+    {
+      path_name(path): jnp.shape(leaf)
+      for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+    for tree in (updates, state)
+  )
+  for name in sorted(set(given) | set(held)):
+    shapes = given.get(name, 'missing'), held.get(name, 'missing')
+    if shapes[0] != shapes[1]:
+      raise ValueError(
+        f'The parameter {name} is {shapes[0]} in the gradients and {shapes[1]} '
+        'in the state: call init with the parameters that are trained.'
+      )
+
+
+def _shown(names) -> str:
+  names = sorted(names)
+  return ', '.join(names[:4]) + (', ...' if len(names) > 4 else '')
