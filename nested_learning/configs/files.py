@@ -84,7 +84,7 @@ def find(name: str) -> types.ModuleType:
     parts[0] == 'experiments'
     and all(part.isidentifier() for part in parts)
     and (_CHECKOUT / 'launch' / 'run.py').is_file()
-    and file.is_file()
+    and os.path.isfile(file)  # False for a name that is too long
   ):
     return load(file)
   raise errors.UserError(

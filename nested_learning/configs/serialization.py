@@ -1,6 +1,7 @@
 """Configs as JSON: a run is repeated from its `config.json`."""
 
 from collections.abc import Iterator, Mapping
+import contextlib
 import difflib
 import json
 import sys
@@ -165,13 +166,13 @@ def _find_class(name: Any, path: str) -> type:
   """Returns the config class of a qualified name from a JSON file."""
   module, _, cls = str(name).rpartition('.')
   found = None
-  in_package = module.split('.')[0] == 'nested_learning'
-  if in_package or module.startswith('launch.sweeps.'):
-    try:
+  if module.split('.')[0] == 'nested_learning':
+    with contextlib.suppress(ImportError):
       __import__(module)
       found = getattr(sys.modules[module], cls, None)
-    except ImportError:
-      pass
+  elif module.startswith('launch.sweeps.'):
+    # Not imported: a folder of this name may lie where the program runs.
+    found = getattr(sys.modules.get(module), cls, None)
   elif files.is_experiment(module):
     found = getattr(files.find(module), cls, None)
   if not fields.is_config(found) or found.__module__ != module:

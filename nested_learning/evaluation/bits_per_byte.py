@@ -22,6 +22,7 @@ import optax
 from nested_learning import errors
 from nested_learning import files
 from nested_learning import models
+from nested_learning.evaluation import scoring
 
 _HEADER = 'position,num_tokens,loss,loss_writes_off,gain'
 
@@ -107,7 +108,8 @@ def make_evaluate(
 
   Args:
     model: From `models.make_model`.
-    byte_lengths: int [v], bytes of text of each token.
+    byte_lengths: int [v], bytes of text of each token; no more tokens than the
+      model has.
     write: Whether memories are written; if not, they stay at their initial
       values.
     carry: Whether row r of a batch continues row r of the batch before, as with
@@ -117,9 +119,12 @@ def make_evaluate(
     The function. Batches are dicts with tokens and targets int [b, t], mask
     [b, t] (targets that count) and reset bool [b, t]. It raises UserError if no
     target counts, or the model does not have a token.
+
+  Raises:
+    errors.UserError: If there are more tokens than the model has.
   """
   byte_lengths = jnp.asarray(byte_lengths, jnp.float32)
-  vocab_size = len(byte_lengths)
+  vocab_size = scoring.check_vocab_size(model.config, len(byte_lengths))
   token_loss = optax.softmax_cross_entropy_with_integer_labels
 
   @jax.jit

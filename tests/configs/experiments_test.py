@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import sys
 from unittest import mock
 
 from absl.testing import absltest
@@ -166,6 +167,22 @@ class LoadTest(parameterized.TestCase):
     content = {'_type': f'experiments.{self.name}.Config', 'size': 'large'}
     file = self.folder.create_file('config.json', content=json.dumps(content))
     self.assertEqual(configs.load(file.full_path).size, 'large')
+
+  def test_config_json_runs_no_sweeps_of_the_current_folder(self):
+    marker = pathlib.Path(self.folder.full_path, 'ran')
+    for file in ('__init__', 'sweeps/__init__', f'sweeps/{self.name}'):
+      content = f'open({str(marker)!r}, "w").close()\n' + _FILE
+      self.folder.create_file(f'launch/{file}.py', content=content)
+    tag = {'_type': f'launch.sweeps.{self.name}.Config'}
+    file = self.folder.create_file('config.json', content=json.dumps(tag))
+    others = {n: m for n, m in sys.modules.items() if n[:6] != 'launch'}
+    with (
+      mock.patch.dict(sys.modules, others, clear=True),
+      mock.patch.object(sys, 'path', [self.folder.full_path, *sys.path]),
+      self.assertRaisesRegex(errors.UserError, 'which is no config class'),
+    ):
+      configs.load(file.full_path)
+    self.assertFalse(marker.exists())
 
   def test_file_outside_of_experiments_is_found_again(self):
     path = self.folder.create_file(f'{self.name}.py', content=_FILE + _RUN)

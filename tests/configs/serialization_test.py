@@ -108,8 +108,11 @@ class SerializationTest(parameterized.TestCase):
       configs.from_json(json.dumps({'_type': self.tag[:-6] + 'Other'}))
 
   def test_names_a_missing_experiment(self):
-    with self.assertRaisesRegex(errors.UserError, r'made by experiments\.gone'):
-      configs.from_json('{"_type": "experiments.gone.Config"}')
+    for name in ('gone', 'gone' * 100):  # longer than names of files
+      with self.assertRaisesRegex(
+        errors.UserError, r'made by experiments\.gone'
+      ):
+        configs.from_json(f'{{"_type": "experiments.{name}.Config"}}')
 
   @parameterized.parameters('', '{"_type": "nested', '[]', '3', 'null')
   def test_text_that_is_no_config(self, text):

@@ -1,5 +1,6 @@
 import math
 import pathlib
+import types
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -19,6 +20,7 @@ class UniformModel:
   losses = None
 
   def __init__(self, vocab_size):
+    self.config = types.SimpleNamespace(vocab_size=vocab_size)
     self.table = jax.random.normal(jax.random.key(0), (vocab_size, vocab_size))
 
   def forward(self, params, state, tokens, *, reset, write):
@@ -111,6 +113,10 @@ class EvaluateTest(parameterized.TestCase):
       errors.UserError, '1 tokens of a batch .* 5 of'
     ):
       evaluate(None, [batch])
+
+  def test_refuses_a_tokenizer_that_is_larger_than_the_model(self):
+    with self.assertRaisesRegex(errors.UserError, 'has 5 tokens, and .*=4;'):
+      evaluation.make_evaluate(UniformModel(4), BYTE_LENGTHS)
 
   def test_position_counts_from_the_reset(self):
     reset = make_batch(0)['reset']
