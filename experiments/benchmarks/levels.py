@@ -103,7 +103,7 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
     print(f'{name}: {value:.4g}')
 
 
-# Changes of `InnerConfig` for each measured session.
+# Arguments of `levels.make_inner` for each measured session.
 _VARIANTS = {
   'session_over_frozen': {},
   'session_over_frozen_all_blocks': {'depth': 1.0},
@@ -129,7 +129,7 @@ def _session(config: BenchmarkConfig, **changes) -> inference.Session:
     )
   )
   params = jax.jit(model.init_params)(jax.random.key(0))
-  inner = levels.InnerConfig(config.update_every, (1e-3,), **changes)
+  inner = levels.make_inner(config.update_every, learning_rate=1e-3, **changes)
   return inference.Session(model, params, inner)
 
 
@@ -227,7 +227,7 @@ def _memory(config: BenchmarkConfig) -> dict[str, float]:
       levels=(models.LevelConfig('mlp', 4 * width),),
       max_length=size * max(config.meta_segments),
     ),
-    levels.InnerConfig((size,), (0.1,)),
+    levels.make_inner((size,), learning_rate=0.1),
   )
   params = jax.eval_shape(learner.init_params, jax.random.key(0))
   sizes = []

@@ -62,9 +62,9 @@ class ClassesConfig:
   )
   num_steps_alone: int = 1000  # of training the learner without levels
   learning_rate_alone: float = 3e-3
-  inner: levels.InnerConfig = levels.InnerConfig(
+  inner: levels.InnerConfig = levels.make_inner(
     (256, 1024),
-    (1.5,),
+    learning_rate=1.5,
     clip_norm=None,
     objective='in_segment',
     max_drift=10.0,
@@ -98,9 +98,7 @@ def get_config(arg: str | None = None) -> ClassesConfig:
         embed_dim=16, mlp_dim=16, num_steps=2, batch_size=2
       ),
       num_steps_alone=2,
-      inner=levels.InnerConfig(
-        (32, 64), (1.0, 1.0), objective='in_segment', max_drift=10.0
-      ),
+      inner=levels.make_inner((32, 64), objective='in_segment', max_drift=10.0),
       num_words=64,
       row=classifier.RowConfig(num_tasks=2, classes=2, examples=3, review=2),
       tuning=fine_tuning.TuningConfig(epochs=1, batch_size=4),
@@ -165,8 +163,9 @@ def _stream(config, tasks, model, inner, params, name):
   size = levels.segment_size(levels.make_levels(config.inner, _LEVELS))
   if size % classifier.EXAMPLE:
     raise errors.UserError(
-      f'inner.update_every={config.inner.update_every} cut segments of {size} '
-      f'tokens, no multiple of the {classifier.EXAMPLE} of an example.'
+      f'inner.levels, with update_every={config.inner.update_every}, cut '
+      f'segments of {size} tokens, no multiple of the {classifier.EXAMPLE} of '
+      'an example.'
     )
   learner = reading.make_reading(model, inner, segment_size=size)
   state = learner.start(params, config.num_seeds)

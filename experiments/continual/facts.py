@@ -69,7 +69,7 @@ class FactsConfig:
     batch_size=4,
     learning_rate=6e-3,
   )
-  inner: levels.InnerConfig = levels.InnerConfig((16, 256), (1.0, 1.0))
+  inner: levels.InnerConfig = levels.make_inner((16, 256))
   train_plant: int = 512  # tokens that tell facts, in a row of training
   train_gap: int = 1536  # tokens of documents, in a row of training
   gaps: tuple[int, ...] = (0, 64, 256, 1024, 4096, 16_384, 65_536, 131_072)
@@ -102,7 +102,7 @@ def get_config(arg: str | None = None) -> FactsConfig:
         num_steps=2,
         batch_size=2,
       ),
-      inner=levels.InnerConfig((16, 32), (1.0, 1.0)),
+      inner=levels.make_inner((16, 32)),
       train_plant=32,
       train_gap=64,
       gaps=(0, 64),
@@ -250,11 +250,6 @@ def recall(
 def run(config: FactsConfig, workdir: str, mode: str) -> None:
   """Trains each learner, reads the streams, writes the report."""
   report_files.check_mode(mode)
-  if len(config.inner.update_every) != len(_LEVELS):
-    raise errors.UserError(
-      f'inner.update_every={config.inner.update_every} must have one size for '
-      f'each of the levels {", ".join(_LEVELS)}.'
-    )
   model = models.make_model(
     reading.make_config(config.learner, config.stream.vocab_size, _LEVELS)
   )

@@ -38,7 +38,8 @@ class FrequenciesConfig:
   learner: reading.LearnerConfig = reading.LearnerConfig(
     mlp_dim=64, connection='nested', batch_size=4, learning_rate=6e-3
   )
-  inner: levels.InnerConfig = levels.InnerConfig()  # clocks are set below
+  # Clocks are set below.
+  inner: levels.InnerConfig = levels.make_inner((None,) * _MOST_LEVELS)
   fastest: int = 16  # tokens
   slowest: tuple[int, ...] = (128, 256, 1024)  # tokens; the paper: 512, 2K, 8K
   trained_at: int = 256  # clock of the slowest level in training
@@ -159,10 +160,13 @@ def run(config: FrequenciesConfig, workdir: str, mode: str) -> None:
 
 def _inner(config, number, slowest, rate):
   sizes = update_every(number, config.fastest, slowest)
-  rates = tuple(rate * x for x in config.inner.learning_rates)
-  return dataclasses.replace(
-    config.inner, update_every=sizes, learning_rates=rates
+  learning = tuple(
+    dataclasses.replace(
+      level, update_every=size, learning_rate=rate * level.learning_rate
+    )
+    for level, size in zip(config.inner.levels, sizes, strict=True)
   )
+  return dataclasses.replace(config.inner, levels=learning)
 
 
 def _write(config, workdir, scores, metrics):

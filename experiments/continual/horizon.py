@@ -60,7 +60,7 @@ class HorizonConfig:
   learner: reading.LearnerConfig = reading.LearnerConfig(
     mlp_dim=128, connection='nested', batch_size=4, learning_rate=6e-3
   )
-  inner: levels.InnerConfig = levels.InnerConfig((64, 1024, 16_384), (1.0,))
+  inner: levels.InnerConfig = levels.make_inner((64, 1024, 16_384))
   # Rows of training are short: slower levels step more often there, so that
   # home has as many of their steps as in a stream.
   train_clocks: tuple[int, ...] = (64, 128, 256)
@@ -86,7 +86,7 @@ def get_config(arg: str | None = None) -> HorizonConfig:
       learner=reading.LearnerConfig(
         embed_dim=16, mlp_dim=16, num_steps=2, batch_size=2
       ),
-      inner=levels.InnerConfig((16, 32, 64), (1.0,)),
+      inner=levels.make_inner((16, 32, 64)),
       train_clocks=(16, 32, 32),
       train_tokens=(32, 16, 16),
     )
@@ -146,7 +146,13 @@ def run(config: HorizonConfig, workdir: str, mode: str) -> None:
     reading.make_config(config.learner, config.num_words, _LEVELS)
   )
 
-  trained = dataclasses.replace(config.inner, update_every=config.train_clocks)
+  clocks = zip(config.inner.levels, config.train_clocks, strict=True)
+  trained = dataclasses.replace(
+    config.inner,
+    levels=tuple(
+      dataclasses.replace(level, update_every=size) for level, size in clocks
+    ),
+  )
   params, losses = reading.train(
     model, trained, lambda rng: make_row(config, rng), config.learner
   )

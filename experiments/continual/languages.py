@@ -42,7 +42,7 @@ class LanguagesConfig:
     batch_size=4,
     learning_rate=6e-3,
   )
-  inner: levels.InnerConfig = levels.InnerConfig((16, 64, 256), (1.0,))
+  inner: levels.InnerConfig = levels.make_inner((16, 64, 256))
   num_levels: tuple[int, ...] = (0, 1, 2, 3)  # levels that learn
   # Steps of training without levels, where a step takes a fraction of the time.
   num_steps_alone: int = 3000

@@ -198,7 +198,7 @@ def make_reading(
 
   Args:
     model: The model.
-    inner: How its levels learn; none does if `update_every` is empty.
+    inner: How its levels learn; none does if `levels` is empty.
     segment_size: Tokens of which every call has a multiple: a multiple of the
       segments of the levels.
 
@@ -213,9 +213,9 @@ def make_reading(
     size = levels.segment_size(levels.make_levels(inner, names))
     if segment_size % size:
       raise errors.UserError(
-        f'inner.update_every={inner.update_every} makes segments of {size} '
-        f'tokens, and {segment_size} is not a multiple of them; change '
-        'inner.update_every.'
+        f'inner.levels, with update_every={inner.update_every}, make segments '
+        f'of {size} tokens, and {segment_size} is not a multiple of them; '
+        'change inner.levels.'
       )
     reader = models.make_model(model.config, inner, head=model.head).reader
     init_state, losses = reader.init_state, reader.losses
@@ -287,17 +287,16 @@ def only(inner: levels.InnerConfig, which: Iterable[int]) -> levels.InnerConfig:
     clock and gets a rate of 0, so that the segments stay the same.
   """
   which = set(which)
-  sizes, count = inner.update_every, len(inner.update_every)
-  rates = inner.learning_rates
-  rates = rates * count if len(rates) == 1 else rates
   slowest = max(which, default=-1)
-  return dataclasses.replace(
-    inner,
-    update_every=tuple(
-      x if i <= slowest else None for i, x in enumerate(sizes)
-    ),
-    learning_rates=tuple(x if i in which else 0.0 for i, x in enumerate(rates)),
-  )
+
+  def change(i, level):
+    if i in which:
+      return level
+    size = level.update_every if i <= slowest else None
+    return dataclasses.replace(level, update_every=size, learning_rate=0.0)
+
+  changed = tuple(change(i, level) for i, level in enumerate(inner.levels))
+  return dataclasses.replace(inner, levels=changed)
 
 
 def print_warnings(state: Any, name: str) -> None:

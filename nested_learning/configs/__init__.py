@@ -19,3 +19,4 @@ from nested_learning.configs.overrides import override as override
 from nested_learning.configs.serialization import differences as differences
 from nested_learning.configs.serialization import from_json as from_json
 from nested_learning.configs.serialization import to_json as to_json
+from nested_learning.configs.serialization import TYPE_KEY as TYPE_KEY

@@ -10,6 +10,8 @@ from nested_learning import errors
 from nested_learning.configs import fields
 from nested_learning.configs import serialization
 
+_ALL = 'all'  # in place of the index of an entry
+
 
 def override(config: Any, assignments: Sequence[str]) -> Any:
   """Returns `config` with some fields changed.
@@ -22,7 +24,10 @@ def override(config: Any, assignments: Sequence[str]) -> Any:
       tuples by dots, as in `model.levels.0.chunk_size=64`. The value is read
       by the field's annotation: `none`, `true`, `1e-3`, `64,128`, or the name
       of a config class (its `NAME`, as `m3`, if it has one) where the field is
-      a choice between classes.
+      a choice between classes. `all` in place of an index is all entries, and
+      comes before indices. The value of a config, or the values of a tuple of
+      them, are those of the field `SHORT` of its class, if it names one; other
+      fields keep their values, and new entries have the defaults.
 
   Returns:
     The changed config.
@@ -73,22 +78,41 @@ def _apply(value: Any, kind: Any, changes: _Changes, path: str, root: Any):
     changed = _apply_below(children, type(value), changes, path, root)
     return fields.make(type(value), changed, path, now=value)
   if isinstance(value, tuple):
-    items = {str(i): item for i, item in enumerate(value)}
-    kinds = fields.item_kinds(fields.tuple_kind(kind), len(value))
-    for name, change in changes.below.items():
-      if name not in items:
-        last = f', 0 to {len(value) - 1}.' if value else '.'
-        raise errors.UserError(
-          f'{fields.join(path, name)} does not exist: {path} has '
-          f'{len(value)} entries{last}'
-        )
-      below = fields.join(path, name)
-      items[name] = _apply(items[name], kinds[int(name)], change, below, root)
-    return tuple(items.values())
+    return _apply_to_items(value, kind, changes, path, root)
   wanted = fields.join(path, next(iter(changes.below)))
   raise errors.UserError(
     f'{wanted} does not exist: {path} is {value!r} and has no fields.'
   )
+
+
+def _apply_to_items(
+  value: tuple[Any, ...], kind: Any, changes: _Changes, path: str, root: Any
+) -> tuple[Any, ...]:
+  """Returns a tuple with changes to its entries."""
+  items = {str(i): item for i, item in enumerate(value)}
+  kinds = fields.item_kinds(fields.tuple_kind(kind), len(value))
+  for name, change in sorted(changes.below.items(), key=lambda x: x[0] != _ALL):
+    if name not in items and not (name == _ALL and items):
+      last = f', 0 to {len(value) - 1}.' if value else '.'
+      raise errors.UserError(
+        f'{fields.join(path, name)} does not exist: {path} has '
+        f'{len(value)} entries{last}{_way_to_entries(kind, path)}'
+      )
+    for place in items if name == _ALL else (name,):
+      below = fields.join(path, place)
+      items[place] = _apply(
+        items[place], kinds[int(place)], change, below, root
+      )
+  return tuple(items.values())
+
+
+def _way_to_entries(kind: Any, path: str) -> str:
+  """Returns how to give a tuple more entries, if their class has `SHORT`."""
+  item, *_ = (*fields.item_kinds(fields.tuple_kind(kind), 1), None)
+  short = getattr(item, 'SHORT', None)
+  if short is None:
+    return ''
+  return f' Set {path} to the {short} of each, separated by commas.'
 
 
 def _check_choice(value: Any, kind: Any, changes: _Changes, path: str) -> None:
@@ -182,10 +206,25 @@ def _from_text(text: str, kind: Any, path: str, now: Any) -> Any:
       items = _split(text)
       kinds = fields.item_kinds(option, len(items))
       if kinds and any(fields.is_config(k) for k in kinds):
-        break  # Entries that are configs are changed by index.
+        if not all(hasattr(k, 'SHORT') for k in kinds):
+          break  # Entries that are configs are changed by index.
+        olds = now if isinstance(now, tuple) else ()
+        olds = (*olds, *[None] * len(items))[: len(items)]
+        return tuple(
+          _from_text(item, k, fields.join(path, str(i)), old)
+          for i, (item, k, old) in enumerate(
+            zip(items, kinds, olds, strict=True)
+          )
+        )
       if len(kinds) == len(items):
         pairs = zip(items, kinds, strict=True)
         return tuple(_from_text(i, k, path, now) for i, k in pairs)
+    elif fields.is_config(option) and hasattr(option, 'SHORT'):
+      old = now if isinstance(now, option) else option()
+      name, kinds = option.SHORT, fields.annotations(option)
+      below = fields.join(path, name)
+      value = _from_text(text, kinds[name], below, getattr(old, name))
+      return fields.make(option, {name: value}, path, now=old)
   way_out = ''
   choices = [
     fields.class_name(c) for c in fields.classes(kind) if fields.is_config(c)

@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import struct
+import typing
 from typing import Any, NamedTuple
 
 import jax
@@ -28,9 +29,10 @@ from nested_learning import errors
 from nested_learning import files
 from nested_learning import levels
 from nested_learning import models
+from nested_learning import optimizers
 from nested_learning import parameters
 
-VERSION = 3
+VERSION = 4
 _FORMAT = 'nested_learning session'
 _MAGIC_BEFORE_3 = b'NLSESSN\n'  # what files of versions 1 and 2 begin with
 _KEYS = ('format', 'version', 'model', 'tokenizer', 'inner', 'sha256')
@@ -54,6 +56,15 @@ _DTYPES = {
   'F32': np.float32,
   'F64': np.float64,
 }
+# Names of the classes that the config of levels consists of.
+_CONFIG_TYPES = frozenset(
+  f'{cls.__module__}.{cls.__qualname__}'
+  for cls in (
+    levels.InnerConfig,
+    levels.InnerLevelConfig,
+    *typing.get_args(optimizers.OptimizerConfig),
+  )
+)
 
 
 class Content(NamedTuple):
@@ -275,15 +286,14 @@ def unpack(
 
 
 def write_inner(inner: levels.InnerConfig) -> str:
-  """Returns the fields of a config as JSON."""
-  fields = json.loads(configs.to_json(inner))
-  return json.dumps({k: v for k, v in fields.items() if not k.startswith('_')})
+  """Returns a config as JSON."""
+  return json.dumps(json.loads(configs.to_json(inner)))
 
 
 def read_inner(path: str | os.PathLike, text: str) -> levels.InnerConfig:
   """Returns the config that `write_inner` wrote.
 
-  Only plain values are read: a file never names a class to be made.
+  A file may name the classes of such a config alone; no other one is made.
 
   Args:
     path: The file, for messages.
@@ -292,18 +302,29 @@ def read_inner(path: str | os.PathLike, text: str) -> levels.InnerConfig:
   Raises:
     errors.UserError: If the text is not such a config.
   """
-  cls = levels.InnerConfig
   try:
-    fields = json.loads(text)
-    if any(isinstance(x, dict) for x in fields.values()):
-      raise ValueError('a field is no plain value')
-    kind = f'{cls.__module__}.{cls.__qualname__}'
-    return configs.from_json(json.dumps({**fields, '_type': kind}))
+    _check_types(json.loads(text))
+    inner = configs.from_json(text)
+    if not isinstance(inner, levels.InnerConfig):
+      raise ValueError('it is no InnerConfig')
+    return inner
   except (ValueError, AttributeError, RecursionError) as error:
     raise errors.UserError(
       f'the session {path} does not say how its levels learn ({error}); use '
       'another path.'
     ) from error
+
+
+def _check_types(data: Any) -> None:
+  """Checks that JSON names classes of levels and optimisers alone."""
+  if isinstance(data, dict):
+    name = str(data.get(configs.TYPE_KEY))
+    if name not in _CONFIG_TYPES:
+      raise ValueError(f'{name} is none of its configs')
+    data = list(data.values())
+  if isinstance(data, list):
+    for item in data:
+      _check_types(item)
 
 
 def fingerprint(model: models.Model, params: Any) -> str:

@@ -62,7 +62,7 @@ def default_inner(config: models.ModelConfig) -> levels.InnerConfig:
     config: The model; all levels of its chain learn.
   """
   sizes = tuple(128 * 4**i for i in range(len(config.levels)))
-  return levels.InnerConfig(sizes)
+  return levels.make_inner(sizes)
 
 
 class Session:
@@ -103,8 +103,9 @@ class Session:
     self.inner = default_inner(model.config) if inner is None else inner
     if not self.inner.is_on:
       raise errors.UserError(
-        f'inner.update_every={self.inner.update_every} lets no level learn, '
-        'and a session is there to learn; leave out inner for the default.'
+        f'inner.levels, with update_every={self.inner.update_every}, lets no '
+        'level learn, and a session is there to learn; leave out inner for the '
+        'default.'
       )
     if num_rows < 1:
       raise errors.UserError(f'{num_rows=} must be at least 1.')
@@ -114,7 +115,7 @@ class Session:
     longest = model.config.max_length
     if size > longest:
       raise errors.UserError(
-        f'a segment of {size} tokens (inner.update_every='
+        f'a segment of {size} tokens (inner.levels with update_every='
         f'{self.inner.update_every}) is longer than model.max_length='
         f'{longest}; lower the one or raise the other.'
       )

@@ -4,6 +4,8 @@ from nested_learning.levels.health import Health
 from nested_learning.levels.health import health_warnings
 from nested_learning.levels.health import measure_health
 from nested_learning.levels.inner import InnerConfig
+from nested_learning.levels.inner import InnerLevelConfig
+from nested_learning.levels.inner import make_inner
 from nested_learning.levels.inner import make_levels
 from nested_learning.levels.reader import make_reader
 from nested_learning.levels.reader import Reader
@@ -11,8 +13,10 @@ from nested_learning.levels.reader import Segment
 from nested_learning.levels.reader import State
 from nested_learning.levels.rows import ReaderSpec
 from nested_learning.levels.steps import InnerLevel
+from nested_learning.levels.steps import LearningLevel
 from nested_learning.levels.steps import segment_size
 from nested_learning.levels.steps import StepSpec
+from nested_learning.levels.steps import Sums
 from nested_learning.levels.timescale import effective_timescale
 from nested_learning.levels.timescale import measure_readability
 from nested_learning.levels.timescale import Readability

@@ -1,10 +1,10 @@
 """Config of the levels that learn inside a sequence."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import functools
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,48 +12,56 @@ import optax
 
 from nested_learning import errors
 from nested_learning import optimizers
+from nested_learning.levels import steps
 
-_OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
-  'sgd': optax.sgd,
-  'momentum': lambda rate: optax.sgd(rate, momentum=0.9),
-  # eps_root: the root has no derivative at a gradient of zero.
-  'adam': lambda rate: optax.adam(rate, b1=0.9, b2=0.95, eps_root=1e-20),
-  'm3': optimizers.m3,
-  'delta_momentum': optimizers.delta_momentum,
-  'preconditioned_momentum': optimizers.preconditioned_momentum,
-}
+_SGD = optimizers.configs.Sgd()
+
+
+@dataclasses.dataclass(frozen=True)
+class InnerLevelConfig:
+  """How one level of a chain learns inside a sequence."""
+
+  # Tokens of a row between two steps; None for a level that rests. The papers
+  # use 512, 2K, 8K and 32K.
+  update_every: int | None = None
+  learning_rate: float = 1.0
+  optimizer: optimizers.OptimizerConfig = _SGD
+  clip_norm: float | None = 1.0  # largest norm of the gradient; None is any
+  # Loss of the level: 'next_token' is the model's; 'in_segment' is the same
+  # among the tokens of a segment, and does not lower the probability of all
+  # others; 'l2' and 'dot' are local losses of the level's own input and output
+  # (`layers.local_losses.LocalLoss`), which need no backward pass.
+  objective: Literal['next_token', 'in_segment', 'l2', 'dot'] = 'next_token'
+
+  SHORT: ClassVar = 'update_every'  # as in --set=inner.levels=128,512
+
+  def __post_init__(self):
+    errors.check_choices(self)
+    check = functools.partial(errors.check_field, self)
+    fine = self.update_every is None or self.update_every >= 2
+    check('update_every', fine, 'at least 2 tokens, or None')
+    fine = 0 <= self.learning_rate < math.inf
+    check('learning_rate', fine, 'a finite number from 0 up')
+    fine = isinstance(self.optimizer, optimizers.OptimizerConfig)
+    check('optimizer', fine, 'a config of nested_learning.optimizers.configs')
+    fine = self.clip_norm is None or self.clip_norm > 0
+    check('clip_norm', fine, 'above 0, or None')
 
 
 @dataclasses.dataclass(frozen=True)
 class InnerConfig:
   """How the levels of a chain learn inside a sequence.
 
-  Tuples have one entry per level of the chain, fastest first. Only the chains
-  of the last blocks learn, see `depth`: the gradient of a next-token loss costs
-  a backward pass through the blocks that learn.
+  Only the chains of the last blocks learn, see `depth`: the gradient of a
+  next-token loss costs a backward pass through the blocks that learn.
+  `make_inner` makes the config of levels that are alike.
 
   References:
     Sun et al., arXiv:2512.23675, 2025 (the last quarter of the blocks).
   """
 
-  # Tokens of a row between two steps of a level; None for a level that rests.
-  # () turns learning off. The papers use 512, 2K, 8K and 32K.
-  update_every: tuple[int | None, ...] = ()
-  learning_rates: tuple[float, ...] = (1.0,)  # one per level, or one for all
-  optimizer: Literal[
-    'sgd',
-    'momentum',
-    'adam',
-    'm3',
-    'delta_momentum',
-    'preconditioned_momentum',
-  ] = 'sgd'
-  clip_norm: float | None = 1.0  # largest gradient norm of a level; None is any
-  # Loss of a level: 'next_token' is the model's; 'in_segment' is the same among
-  # the tokens of a segment, and does not lower the probability of all others;
-  # 'l2' and 'dot' are local losses of a level's own input and output
-  # (`layers.local_losses.LocalLoss`), which need no backward pass.
-  objective: Literal['next_token', 'in_segment', 'l2', 'dot'] = 'next_token'
+  # One for each level of the chain, fastest first; () turns learning off.
+  levels: tuple[InnerLevelConfig, ...] = ()
   depth: float = 0.25  # share of the blocks that learn, the last ones
   # Reduction of the gradients between two steps; the paper's is 'sum'.
   reduce: Literal['mean', 'sum'] = 'mean'
@@ -62,22 +70,22 @@ class InnerConfig:
   gradient: Literal['first_order', 'second_order'] = 'second_order'
   max_drift: float = 1.0  # distance from the start, in norms of the start
 
-  RENAMED: ClassVar = {'chunk_sizes': 'update_every'}
+  RENAMED: ClassVar = {
+    'chunk_sizes': 'levels.0.update_every',
+    'update_every': 'levels.0.update_every',
+    'learning_rates': 'levels.0.learning_rate',
+    'optimizer': 'levels.0.optimizer',
+    'clip_norm': 'levels.0.clip_norm',
+    'objective': 'levels.0.objective',
+  }
 
   def __post_init__(self):
     errors.check_choices(self)
     check = functools.partial(errors.check_field, self)
-    fine = all(size is None or size >= 2 for size in self.update_every)
-    check('update_every', fine, 'numbers of at least 2 tokens, or None')
-    fine = all(0 <= rate < float('inf') for rate in self.learning_rates)
-    check('learning_rates', fine, 'numbers from 0 up')
-    if len(self.learning_rates) not in (1, len(self.update_every) or 1):
-      raise errors.UserError(
-        f'learning_rates={self.learning_rates} must have one number, or one '
-        f'for each of update_every={self.update_every}.'
-      )
-    clip = self.clip_norm
-    check('clip_norm', clip is None or clip > 0, 'above 0, or None')
+    fine = isinstance(self.levels, tuple) and all(
+      isinstance(level, InnerLevelConfig) for level in self.levels
+    )
+    check('levels', fine, 'a tuple of InnerLevelConfig, as of make_inner')
     check('depth', 0 < self.depth <= 1, 'above 0, and 1 at most')
     check('max_drift', self.max_drift > 0, 'above 0')
 
@@ -86,14 +94,63 @@ class InnerConfig:
     """Whether any level learns."""
     return any(size is not None for size in self.update_every)
 
+  @property
+  def update_every(self) -> tuple[int | None, ...]:
+    """Tokens between two steps of each level, fastest first."""
+    return tuple(level.update_every for level in self.levels)
+
   def num_blocks(self, of: int) -> int:
     """Returns how many of a model's blocks learn: `depth`, rounded up."""
     return math.ceil(self.depth * of - 1e-9)
 
 
+def make_inner(
+  update_every: Sequence[int | None],
+  *,
+  learning_rate: float | tuple[float, ...] = 1.0,
+  optimizer: optimizers.OptimizerConfig | tuple[Any, ...] = _SGD,
+  clip_norm: float | None | tuple[float | None, ...] = 1.0,
+  objective: str | tuple[str, ...] = 'next_token',
+  **settings: Any,
+) -> InnerConfig:
+  """Makes the config of levels that are alike but for their clocks.
+
+  Args:
+    update_every: Tokens between two steps of each level, fastest first.
+    learning_rate: See `InnerLevelConfig`; a tuple has one for each level, also
+      below.
+    optimizer: See `InnerLevelConfig`.
+    clip_norm: See `InnerLevelConfig`.
+    objective: See `InnerLevelConfig`.
+    **settings: Other fields of `InnerConfig`.
+
+  Returns:
+    The config.
+
+  Raises:
+    errors.UserError: A tuple has another length, or a setting is out of range.
+  """
+  fields = {
+    'learning_rate': learning_rate,
+    'optimizer': optimizer,
+    'clip_norm': clip_norm,
+    'objective': objective,
+  }
+  size = len(update_every)
+  for name, value in fields.items():
+    fields[name] = value if isinstance(value, tuple) else (value,) * size
+    if len(fields[name]) != size:
+      raise errors.UserError(
+        f'{name}={value} must be one value, or one for each of '
+        f'update_every={tuple(update_every)}.'
+      )
+  entries = zip(update_every, *fields.values(), strict=True)
+  return InnerConfig(tuple(InnerLevelConfig(*x) for x in entries), **settings)
+
+
 def make_levels(
   config: InnerConfig, names: Sequence[str]
-) -> list[optimizers.Level]:
+) -> list[steps.LearningLevel]:
   """Makes the levels that learn, with their clocks and optimisers.
 
   Args:
@@ -101,41 +158,70 @@ def make_levels(
     names: Names of the levels of the chain, fastest first.
 
   Returns:
-    One `optimizers.Level` for each level that does not rest.
+    One `LearningLevel` for each level that does not rest.
 
   Raises:
-    errors.UserError: The config is for another number of levels, or lists a
-      slower one before a faster one.
+    errors.UserError: The config is for another number of levels, lists a slower
+      one before a faster one, or has a setting without effect.
   """
   sizes = config.update_every
   if len(sizes) != len(names):
     raise errors.UserError(
-      f'inner.update_every={sizes} must have one entry for each of the '
-      f'{len(names)} levels of the chain ({", ".join(names)}); None rests.'
+      f'inner.levels, with update_every={sizes}, must have one entry for each '
+      f'of the {len(names)} levels of the chain ({", ".join(names)}); one with '
+      'update_every=None rests.'
     )
   given = [size for size in sizes if size is not None]
   if given != sorted(given):
     raise errors.UserError(
-      f'inner.update_every={sizes} has a slower level before a faster one; '
-      'levels are listed fastest first, so that sizes rise.'
+      f'inner.levels, with update_every={sizes}, has a slower level before a '
+      'faster one; levels are listed fastest first, so that sizes rise.'
     )
-  rates = config.learning_rates
-  rates = rates * len(names) if len(rates) == 1 else rates
   return [
-    optimizers.Level(name, size, make_optimizer(config, rate))
-    for name, size, rate in zip(names, sizes, rates, strict=True)
-    if size is not None
+    _make_level(i, name, level)
+    for i, (name, level) in enumerate(zip(names, config.levels, strict=True))
+    if level.update_every is not None
   ]
 
 
-def make_optimizer(
-  config: InnerConfig, learning_rate: float
-) -> optax.GradientTransformation:
-  """Makes the optimiser of a level with this learning rate."""
-  made = _OPTIMIZERS[config.optimizer](learning_rate)
+def make_optimizer(config: InnerLevelConfig) -> optax.GradientTransformation:
+  """Makes the optimiser of a level, for stacks of the blocks' matrices."""
+  made = optimizers.configs.make(
+    config.optimizer,
+    config.learning_rate,
+    dimension_numbers=_dimension_numbers,
+    # The energy of parameters that are no maps is 0, and so they take gradient
+    # steps: a fallback with the rate of the maps would be of another size.
+    maps=lambda params: jax.tree.map(lambda _: True, params),
+  )
   if config.clip_norm is None:
     return made
   return optax.chain(_clip(config.clip_norm), made)
+
+
+def _make_level(index, name, config: InnerLevelConfig) -> steps.LearningLevel:
+  dgd = config.optimizer
+  if not isinstance(dgd, optimizers.configs.Dgd):
+    dgd = None
+  elif dgd.fallback != type(dgd)().fallback:
+    raise errors.UserError(
+      f'inner.levels.{index}.optimizer.fallback={dgd.fallback} has no effect '
+      'inside a sequence, where norms take gradient steps; leave it out.'
+    )
+  return steps.LearningLevel(
+    name, config.update_every, make_optimizer(config), config.objective, dgd
+  )
+
+
+def _dimension_numbers(params: Any) -> Any:
+  """Returns the axes of stacked matrices [block, in, out]; None for norms."""
+
+  def axes(x):
+    if x.ndim < 3:
+      return None
+    return optax.contrib.MuonDimensionNumbers((x.ndim - 2,), (x.ndim - 1,))
+
+  return jax.tree.map(axes, params)
 
 
 def _clip(max_norm: float) -> optax.GradientTransformation:

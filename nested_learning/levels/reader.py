@@ -10,13 +10,18 @@ the n next-token losses since its last step,
 
 so that no logit depends on a step that has used its token. Every row of a batch
 has its own weights of its levels; all other parameters are shared and constant.
-A local objective of a level's own input and output may replace the next-token
-loss (`layers.local_losses.apply_with_gradients`), which needs no backward pass.
 
-The next-token loss lowers the probability of every other token of the
-vocabulary, also of those that the stream used long ago, and this is one way in
-which levels forget. With `in_segment`, the loss only tells a token from the
-others of its segment.
+Every level has its own optimiser and its own loss. The next-token loss lowers
+the probability of every other token of the vocabulary, also of those that the
+stream used long ago, and this is one way in which levels forget. With
+`in_segment`, the loss only tells a token from the others of its segment. A
+local loss of a level's own input and output needs no backward pass
+(`layers.local_losses.apply_with_gradients`). The model is read once for each
+loss of its logits, and once for all local losses.
+
+Delta Gradient Descent also needs the energy of the inputs of each matrix. The
+same backward pass captures it, and it is summed until the level steps, as the
+gradients are. Both are divided by n.
 
 Calls may be split anywhere. The state therefore holds the model's state twice:
 after the last token, where the next one is read, and before the open segment,
@@ -148,6 +153,7 @@ def _init_state(spec, params, batch_size):
   axes = trees.row_axes(spec.init_state, params)
   model = trees.rows_first(axes, spec.init_state(params, batch_size))
   shape = batch_size, spec.steps.segment_size
+  energies = rows.energy_shapes(spec, params, model, batch_size)
   return State(
     model=model,
     segment=Segment(
@@ -157,7 +163,7 @@ def _init_state(spec, params, batch_size):
       count=jnp.zeros((batch_size,), jnp.int32),
     ),
     num_segments=jnp.zeros((batch_size,), jnp.int32),
-    levels=steps.init(spec.steps, params, batch_size),
+    levels=steps.init(spec.steps, params, batch_size, energies),
   )
 
 
@@ -179,16 +185,7 @@ def _read(spec, params, state, tokens, *, reset=None, mask=None, write=True):
 
 def _read_at_rest(spec, params, state, tokens, reset, mask):
   """Reads tokens that neither memories nor levels learn from."""
-  logits, model = rows.forward(
-    spec,
-    params,
-    state.levels,
-    state.model,
-    tokens,
-    reset=reset,
-    mask=mask,
-    write=False,
-  )
+  logits, model = _forward(spec, params, state, tokens, reset, mask, False)
   # In a row at the start of a segment, the tokens come before the segment.
   at_start = state.segment.count == 0
   segment = state.segment._replace(
@@ -239,16 +236,7 @@ def _read_pieces(spec, params, state, tokens, reset, mask):
 
 def _read_piece(spec, params, state, tokens, *, reset, mask):
   """Reads tokens within the open segment, see `Reader.read_piece`."""
-  logits, model = rows.forward(
-    spec,
-    params,
-    state.levels,
-    state.model,
-    tokens,
-    reset=reset,
-    mask=mask,
-    write=True,
-  )
+  logits, model = _forward(spec, params, state, tokens, reset, mask, True)
   segment, row = state.segment, jnp.arange(tokens.shape[0])[:, None]
   places = segment.count[:, None] + jnp.arange(tokens.shape[1])
   # Padding gets a place beyond the buffer, where it is dropped.
@@ -262,14 +250,31 @@ def _read_piece(spec, params, state, tokens, *, reset, mask):
   return logits, state._replace(model=model, segment=segment)
 
 
+def _forward(spec, params, state, tokens, reset, mask, write):
+  """Returns logits and the model's state; levels do not change."""
+  weights, marks = _weights(state.levels), {'reset': reset, 'mask': mask}
+  return rows.forward(
+    spec, params, weights, state.model, tokens, **marks, write=write
+  )
+
+
+def _weights(levels):
+  return {name: level.params for name, level in levels.items()}
+
+
 def _end_segments(spec, params, state):
   """Learns in rows whose segment is full, and opens their next one."""
   full = state.segment.count == spec.steps.segment_size
 
   def end(state):
     segment = state.segment
-    gradients, _, model, num_targets = rows.gradients(
-      spec, params, state.levels, segment.model, segment.tokens, segment.reset
+    sums, _, model, num_targets = rows.sums(
+      spec,
+      params,
+      _weights(state.levels),
+      segment.model,
+      segment.tokens,
+      segment.reset,
     )
     num_segments = state.num_segments + full
     model = trees.where(full, model, state.model)
@@ -284,7 +289,7 @@ def _end_segments(spec, params, state):
         spec.steps,
         params,
         state.levels,
-        gradients,
+        sums,
         num_targets,
         num_segments,
         full,
@@ -331,15 +336,15 @@ def _scan_segments(spec, params, state, tokens, reset, extra, emit):
   def body(carry, inputs):
     model, num_segments, states = carry
     tokens, reset, extra = inputs
-    gradients, logits, model, num_targets = rows.gradients(
-      spec, params, states, model, tokens, reset
+    sums, logits, model, num_targets = rows.sums(
+      spec, params, _weights(states), model, tokens, reset
     )
     num_segments = num_segments + 1
     states = steps.learn(
       spec.steps,
       params,
       states,
-      gradients,
+      sums,
       num_targets,
       num_segments,
       everywhere,

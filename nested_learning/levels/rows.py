@@ -9,8 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nested_learning import errors
+from nested_learning import optimizers
 from nested_learning.levels import steps
 from nested_learning.levels import trees
+
+# Losses of the model's logits; all other objectives are local.
+_GLOBAL = ('next_token', 'in_segment')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,12 +28,10 @@ class ReaderSpec:
     steps: Which levels learn, when and how.
     gradient: How an outer loss is differentiated: 'second_order' through the
       steps, 'first_order' with inner gradients as constants.
-    in_segment: Whether a token's loss tells it from the other targets of its
-      segment only.
-    local_gradients: `local_gradients(params, state, tokens, counts, *, reset)`
-      returns logits, the state and, at the paths of the levels' parameters, the
-      gradients of a local objective summed over the tokens, each weighted by
-      counts [b, t]. They replace those of the next-token loss; None for these.
+    local_sums: `local_sums(params, state, tokens, counts, *, reset)` returns
+      logits, the state and `steps.Sums` over the tokens, each weighted by
+      counts [b, t], for the levels with a local objective. Its trees have
+      values at the paths of the levels' parameters. None if there are none.
     prepare: See `Reader`. `steps.labels` are those of prepared parameters.
   """
 
@@ -36,15 +39,24 @@ class ReaderSpec:
   init_state: Callable[[Any, int], Any]
   steps: steps.StepSpec
   gradient: str = 'second_order'
-  in_segment: bool = False
-  local_gradients: Callable[..., tuple[jax.Array, Any, Any]] | None = None
+  local_sums: Callable[..., tuple[jax.Array, Any, steps.Sums]] | None = None
   prepare: Callable[[Any], Any] = lambda params: params
+
+  @functools.cached_property
+  def objectives(self) -> dict[str, list[str]]:
+    """Names of the levels by objective; 'local' for all local ones."""
+    found = {}
+    for level in self.steps.levels:
+      is_global = level.objective in _GLOBAL
+      key = level.objective if is_global else 'local'
+      found.setdefault(key, []).append(level.name)
+    return found
 
 
 def forward(
   spec: ReaderSpec,
   params: Any,
-  levels: Mapping[str, steps.InnerLevel],
+  weights: Mapping[str, Any],
   model: Any,
   tokens: jax.Array,
   *,
@@ -57,7 +69,7 @@ def forward(
   Args:
     spec: The model and how its levels learn.
     params: Prepared parameters.
-    levels: State of the levels.
+    weights: Weights of the levels by name, rows first.
     model: The model's state, rows first.
     tokens: int [b, t].
     reset: bool [b, t] or None.
@@ -68,40 +80,75 @@ def forward(
     Logits [b, t, v], and the model's state, rows first.
   """
   axes = trees.row_axes(spec.init_state, params)
-  weights = {name: level.params for name, level in levels.items()}
   row = functools.partial(_forward_row, spec, params, axes, write)
   return jax.vmap(row)(weights, model, tokens, reset, mask)
 
 
-def gradients(
+def sums(
   spec: ReaderSpec,
   params: Any,
-  levels: Mapping[str, steps.InnerLevel],
+  weights: Mapping[str, Any],
   model: Any,
   tokens: jax.Array,
   reset: jax.Array | None,
-) -> tuple[dict[str, Any], jax.Array, Any, jax.Array]:
+) -> tuple[dict[str, steps.Sums], jax.Array, Any, jax.Array]:
   """Reads a full segment of every row and differentiates its losses.
+
+  Levels with the same objective share one pass through the model, and those
+  with local objectives share one without a backward pass.
 
   Args:
     spec: The model and how its levels learn.
     params: Prepared parameters.
-    levels: State of the levels.
+    weights: Weights of the levels by name, rows first.
     model: The model's state before the segment, rows first.
     tokens: int [b, s].
     reset: bool [b, s] or None.
 
   Returns:
-    Gradients by level, summed over the segment [b, ...]; logits [b, s, v]; the
-    model's state, rows first; and the number of targets, float32 [b].
+    Sums over the segment by level [b, ...]; logits [b, s, v]; the model's
+    state, rows first; and the number of targets, float32 [b].
   """
   axes = trees.row_axes(spec.init_state, params)
-  weights = {name: level.params for name, level in levels.items()}
-  row = functools.partial(_gradients_row, spec, params, axes)
+  row = functools.partial(_sums_row, spec, params, axes)
   found, *rest = jax.vmap(row)(weights, model, tokens, reset)
   if spec.gradient == 'first_order':
     found = jax.lax.stop_gradient(found)
   return found, *rest
+
+
+def energy_shapes(
+  spec: ReaderSpec, params: Any, model: Any, num_rows: int
+) -> dict[str, Any]:
+  """Finds the shapes of the energies of a segment; computes nothing.
+
+  Args:
+    spec: The model and how its levels learn.
+    params: Prepared parameters.
+    model: The model's state, rows first.
+    num_rows: Rows b.
+
+  Returns:
+    Shapes of `steps.Sums.energy` [b, ...], by level; of levels with Delta
+    Gradient Descent alone.
+
+  Raises:
+    errors.UserError: Such a level has no parameter that multiplies data.
+  """
+  names = [x.name for x in spec.steps.levels if x.dgd is not None]
+  if not names:
+    return {}
+  shape = num_rows, spec.steps.segment_size
+
+  def find(tokens):
+    weights, _ = steps.start(spec.steps, params, num_rows)
+    axes = trees.row_axes(spec.init_state, params)
+    check = functools.partial(_check_maps, spec, params, axes)
+    jax.vmap(check)(weights, model, tokens)
+    found, *_ = sums(spec, params, weights, model, tokens, None)
+    return {name: found[name].energy for name in names}
+
+  return jax.eval_shape(find, jax.ShapeDtypeStruct(shape, jnp.int32))
 
 
 def _forward_row(
@@ -120,36 +167,110 @@ def _forward_row(
   return logits[0], trees.drop_row_axis(axes, model)
 
 
-def _gradients_row(spec, params, axes, weights, model, tokens, reset):
-  """Reads a full segment [s] of one row; see `gradients`."""
+def _sums_row(spec, params, axes, weights, model, tokens, reset):
+  """Reads a full segment [s] of one row; see `sums`."""
   counts = jnp.ones((tokens.shape[0] - 1,), jnp.float32)  # of targets
   if reset is not None:  # a document does not predict the next one
     counts = 1 - reset[1:].astype(jnp.float32)
-  labels = spec.steps.labels
-  if spec.local_gradients is not None:
-    logits, model, found = spec.local_gradients(
-      trees.merge(params, labels, weights),
-      trees.add_row_axis(axes, model),
-      tokens[None],
-      jnp.pad(counts, (0, 1))[None],
-      reset=None if reset is None else reset[None],
-    )
-    gradients = {name: trees.select(found, labels, name) for name in weights}
-    model = trees.drop_row_axis(axes, model)
-    return gradients, logits[0], model, jnp.sum(counts)
+  found = {}
+  for objective, names in spec.objectives.items():
+    if objective == 'local':
+      add, logits, after = _local_sums(
+        spec, params, axes, names, weights, model, tokens, reset, counts
+      )
+    else:
+      loss = _make_loss(
+        spec, params, axes, objective, weights, model, tokens, reset, counts
+      )
+      own = {name: weights[name] for name in names}
+      add, logits, after = _differentiate(spec, loss, own)
+    found |= add
+  found = {name: found[name] for name in weights}
+  return found, logits, after, jnp.sum(counts)
 
-  def loss(weights):
+
+def _local_sums(
+  spec, params, axes, names, weights, model, tokens, reset, counts
+):
+  """Returns the sums of levels with a local objective, logits and state."""
+  labels = spec.steps.labels
+  logits, model, local = spec.local_sums(
+    trees.merge(params, labels, weights),
+    trees.add_row_axis(axes, model),
+    tokens[None],
+    jnp.pad(counts, (0, 1))[None],
+    reset=None if reset is None else reset[None],
+  )
+  found = {}
+  for name in names:
+    energy = ()
+    if spec.steps.by_name[name].dgd is not None:
+      energy = trees.select(local.energy, labels, name)
+    gradient = trees.select(local.gradient, labels, name)
+    found[name] = steps.Sums(gradient, energy)
+  return found, logits[0], trees.drop_row_axis(axes, model)
+
+
+def _make_loss(
+  spec, params, axes, objective, weights, model, tokens, reset, counts
+):
+  """Makes the summed loss of a segment of one row as a function of levels."""
+
+  def loss(own):
     logits, after = _forward_row(
-      spec, params, axes, True, weights, model, tokens, reset, None
+      spec, params, axes, True, {**weights, **own}, model, tokens, reset, None
     )
     predicted, targets = logits[:-1], tokens[1:]
-    if spec.in_segment:
+    if objective == 'in_segment':
       predicted = _among(targets, predicted)
     losses = optax.softmax_cross_entropy_with_integer_labels(predicted, targets)
     return jnp.sum(losses * counts), (logits, after)
 
-  gradients, (logits, model) = jax.grad(loss, has_aux=True)(weights)
-  return gradients, logits, model, jnp.sum(counts)
+  return loss
+
+
+def _differentiate(spec, loss, weights):
+  """Returns the sums of some levels for one loss, logits and the state."""
+  rules = {name: spec.steps.by_name[name].dgd for name in weights}
+  if not any(rules.values()):
+    gradients, (logits, after) = jax.grad(loss, has_aux=True)(weights)
+    found = {name: steps.Sums(x) for name, x in gradients.items()}
+    return found, logits, after
+  grad = optimizers.value_and_delta_grad(
+    loss,
+    target={name: dgd and dgd.target for name, dgd in rules.items()},
+    erase={name: dgd.erase if dgd else 1.0 for name, dgd in rules.items()},
+    num_samples=1,  # sums, which are divided when a level steps
+    has_aux=True,
+  )
+  (_, (logits, after)), gradients, extra = grad(weights)
+  found = {
+    name: steps.Sums(gradients[name], extra['energy'][name] if dgd else ())
+    for name, dgd in rules.items()
+  }
+  return found, logits, after
+
+
+def _check_maps(spec, params, axes, weights, model, tokens):
+  """Checks that levels with Delta Gradient Descent have linear maps."""
+  counts = jnp.ones((tokens.shape[0] - 1,), jnp.float32)
+  for objective, names in spec.objectives.items():
+    if objective == 'local':  # takes the inputs of the level's own maps
+      continue
+    loss = _make_loss(
+      spec, params, axes, objective, weights, model, tokens, None, counts
+    )
+    for name in names:
+      if spec.steps.by_name[name].dgd is None:
+        continue
+      maps = optimizers.find_maps(loss, {name: weights[name]})
+      if not any(jax.tree.leaves(maps)):
+        raise errors.UserError(
+          f'level {name!r} has the optimizer dgd, which needs the inputs of '
+          'its matrices, and none of its parameters was followed to a product '
+          'with data; give it another optimizer, such as sgd.'
+        )
+  return tokens
 
 
 def _among(tokens, logits):

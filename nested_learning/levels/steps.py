@@ -1,6 +1,6 @@
 """Optimiser steps of levels inside a sequence, row by row."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import itertools
@@ -16,15 +16,43 @@ from nested_learning import optimizers
 from nested_learning.levels import trees
 
 
+@dataclasses.dataclass(frozen=True)
+class LearningLevel(optimizers.Level):
+  """A level that learns inside a sequence.
+
+  Attributes:
+    objective: Its loss, see `InnerLevelConfig`.
+    dgd: Settings of Delta Gradient Descent, if that is the optimiser: it takes
+      the extra argument `energy`. None for an optimiser of gradients alone.
+  """
+
+  objective: str = 'next_token'
+  dgd: optimizers.configs.Dgd | None = None
+
+
+class Sums(NamedTuple):
+  """Sums over the predictions of one level in every row.
+
+  Attributes:
+    gradient: Gradients, with the erasing term of Delta Gradient Descent; a tree
+      like the weights.
+    energy: Squared norms of the inputs of each map, a tree like the weights of
+      scalars or of arrays over blocks; () without Delta Gradient Descent.
+  """
+
+  gradient: Any
+  energy: Any = ()
+
+
 class InnerLevel(NamedTuple):
   """State of one level in every row; all leaves begin with the rows [b].
 
   Attributes:
     params: Weights of the level.
     optimizer: State of its optimiser.
-    accumulated: Sum of the gradients since the last step, in float32 or wider;
-      () if the level steps after every segment.
-    num_targets: float32, predictions in that sum.
+    accumulated: `Sums` since the last step, in float32 or wider; () if the
+      level steps after every segment.
+    num_targets: float32, predictions in these sums.
     num_updates: int32, steps so far.
     gradient_norm: Norm of the gradient of the last step.
     update_norm: Norm of the last step.
@@ -49,8 +77,9 @@ class StepSpec:
   """Spec of the levels that take steps inside a sequence: which, when and how.
 
   Attributes:
-    levels: `optimizers.Level`s with clocks in tokens of a row, fastest first.
-      An optimiser is any optax transformation without extra arguments.
+    levels: `LearningLevel`s with clocks in tokens of a row, fastest first. An
+      optimiser is any optax transformation; only that of Delta Gradient Descent
+      gets an extra argument.
     labels: Tree of level names with the structure of the parameters.
     reduce: 'mean' or 'sum' of the gradients of the tokens between two steps.
     nested: Whether a level restarts, weights and optimiser, at every step of
@@ -59,7 +88,7 @@ class StepSpec:
       whose step is not finite, has diverged.
   """
 
-  levels: Sequence[optimizers.Level]
+  levels: Sequence[LearningLevel]
   labels: Any
   reduce: str = 'mean'
   nested: bool = False
@@ -101,6 +130,11 @@ class StepSpec:
     """Segments between two steps, by level, fastest first."""
     return {x.name: x.every // self.segment_size for x in self.levels}
 
+  @functools.cached_property
+  def by_name(self) -> dict[str, LearningLevel]:
+    """The levels by name, fastest first."""
+    return {x.name: x for x in self.levels}
+
 
 def segment_size(levels: Sequence[optimizers.Level]) -> int:
   """Returns the tokens of a segment: the greatest common divisor of the clocks.
@@ -118,14 +152,17 @@ def segment_size(levels: Sequence[optimizers.Level]) -> int:
   size = math.gcd(*clocks)
   if size < 2:
     raise errors.UserError(
-      f'inner.update_every={clocks} has no common divisor of at least 2 '
-      'tokens, which a next-token loss needs; make all multiples of one number.'
+      f'inner.levels, with update_every={clocks}, have no common divisor of '
+      'at least 2 tokens, which a next-token loss needs; make all multiples of '
+      'one number.'
     )
   return size
 
 
-def init(spec: StepSpec, params: Any, num_rows: int) -> dict[str, InnerLevel]:
-  """Returns the state of every level at the start of streams.
+def start(
+  spec: StepSpec, params: Any, num_rows: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns where levels start.
 
   Args:
     spec: The levels.
@@ -133,18 +170,50 @@ def init(spec: StepSpec, params: Any, num_rows: int) -> dict[str, InnerLevel]:
     num_rows: Rows b.
 
   Returns:
+    Weights and optimiser states by level, equal in every row.
+  """
+  repeat = lambda x: jnp.broadcast_to(x, (num_rows, *jnp.shape(x)))
+  weights = {
+    name: jax.tree.map(repeat, trees.select(params, spec.labels, name))
+    for name in spec.periods
+  }
+  optimizer_states = {
+    x.name: jax.vmap(x.optimizer.init)(weights[x.name]) for x in spec.levels
+  }
+  return weights, optimizer_states
+
+
+def init(
+  spec: StepSpec, params: Any, num_rows: int, energies: Mapping[str, Any]
+) -> dict[str, InnerLevel]:
+  """Returns the state of every level at the start of streams.
+
+  Args:
+    spec: The levels.
+    params: Parameters of the model.
+    num_rows: Rows b.
+    energies: Shapes of `Sums.energy`, by level; of levels with Delta Gradient
+      Descent alone.
+
+  Returns:
     `InnerLevel`s by name.
   """
-  weights, optimizer_states = _start(spec, params, num_rows)
+  weights, optimizer_states = start(spec, params, num_rows)
   zeros = lambda dtype: jnp.zeros((num_rows,), dtype)  # [b]
-  accumulators = lambda tree: jax.tree.map(
-    lambda x: jnp.zeros_like(trees.widen(x)), tree
-  )
+
+  def accumulators(name):
+    return Sums(
+      jax.tree.map(lambda x: jnp.zeros_like(trees.widen(x)), weights[name]),
+      jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), energies.get(name, ())
+      ),
+    )
+
   return {
     name: InnerLevel(
       params=weights[name],
       optimizer=optimizer_states[name],
-      accumulated=accumulators(weights[name]) if period > 1 else (),
+      accumulated=accumulators(name) if period > 1 else (),
       num_targets=zeros(jnp.float32),
       num_updates=zeros(jnp.int32),
       gradient_norm=zeros(jnp.float32),
@@ -160,18 +229,18 @@ def learn(
   spec: StepSpec,
   params: Any,
   states: dict[str, InnerLevel],
-  gradients: dict[str, Any],
+  sums: Mapping[str, Sums],
   num_targets: jax.Array,
   num_segments: jax.Array,
   active: jax.Array,
 ) -> dict[str, InnerLevel]:
-  """Adds the gradients of a segment and takes the steps that are due.
+  """Adds the sums of a segment and takes the steps that are due.
 
   Args:
     spec: The levels.
     params: Parameters of the model, where levels start.
     states: `InnerLevel`s by name.
-    gradients: Gradients summed over the segment, [b, ...] by level.
+    sums: Sums over the segment, [b, ...] by level.
     num_targets: float32 [b], predictions in the sums.
     num_segments: int32 [b], segments read so far, this one included.
     active: bool [b], rows that have read a segment.
@@ -179,25 +248,19 @@ def learn(
   Returns:
     The new states.
   """
-  weights, optimizer_states = _start(spec, params, active.shape[0])
+  weights, optimizer_states = start(spec, params, active.shape[0])
   states, due = dict(states), {}
   for level in spec.levels:
     name, period = level.name, spec.periods[level.name]
     due[name] = active & (num_segments % period == 0)
-    start = weights[name], optimizer_states[name]
+    first = weights[name], optimizer_states[name]
     if period == 1:
       states[name] = _step(
-        spec,
-        level,
-        states[name],
-        gradients[name],
-        num_targets,
-        start,
-        due[name],
+        spec, level, states[name], sums[name], num_targets, first, due[name]
       )
     else:
-      states[name] = _add(states[name], gradients[name], num_targets, active)
-      states[name] = _step_if_due(spec, level, states[name], start, due[name])
+      states[name] = _add(states[name], sums[name], num_targets, active)
+      states[name] = _step_if_due(spec, level, states[name], first, due[name])
   if spec.nested:
     for faster, slower in itertools.pairwise(spec.periods):
       restart = functools.partial(trees.where, due[slower])
@@ -209,23 +272,10 @@ def learn(
   return states
 
 
-def _start(spec, params, num_rows):
-  """Returns weights and optimiser states by level, equal in every row."""
-  repeat = lambda x: jnp.broadcast_to(x, (num_rows, *jnp.shape(x)))
-  weights = {
-    name: jax.tree.map(repeat, trees.select(params, spec.labels, name))
-    for name in spec.periods
-  }
-  optimizer_states = {
-    x.name: jax.vmap(x.optimizer.init)(weights[x.name]) for x in spec.levels
-  }
-  return weights, optimizer_states
-
-
-def _add(state, gradients, num_targets, active):
-  """Adds the gradients of a segment to those since the last step."""
+def _add(state, sums, num_targets, active):
+  """Adds the sums of a segment to those since the last step."""
   total = jax.tree.map(
-    lambda total, g: total + g.astype(total.dtype), state.accumulated, gradients
+    lambda total, x: total + x.astype(total.dtype), state.accumulated, sums
   )
   count = state.num_targets + num_targets
   return state._replace(
@@ -234,12 +284,12 @@ def _add(state, gradients, num_targets, active):
   )
 
 
-def _step_if_due(spec, level, state, start, due):
-  """Steps on the accumulated gradients in the rows that are due, if any."""
+def _step_if_due(spec, level, state, first, due):
+  """Steps on the accumulated sums in the rows that are due, if any."""
 
   def update(state):
     state = _step(
-      spec, level, state, state.accumulated, state.num_targets, start, due
+      spec, level, state, state.accumulated, state.num_targets, first, due
     )
     reset = lambda x: trees.where(due, jnp.zeros_like(x), x)
     return state._replace(
@@ -251,21 +301,26 @@ def _step_if_due(spec, level, state, start, due):
   return jax.lax.cond(jnp.any(due), update, lambda state: state, state)
 
 
-def _step(spec, level, state, gradients, num_targets, start, due):
+def _step(spec, level, state, sums, num_targets, first, due):
   """Takes one optimiser step in the rows that are due."""
-  weights, optimizer = start
+  weights, optimizer = first
   # A segment without targets has a gradient of zero: its mean is zero as well.
   divisor = jnp.maximum(num_targets, 1) if spec.reduce == 'mean' else 1.0
 
-  def reduced(g, w):
+  def reduced(x):
     per_row = divisor
     if spec.reduce == 'mean':
-      per_row = divisor.reshape(divisor.shape + (1,) * (g.ndim - 1))
-    return (g / per_row).astype(w.dtype)
+      per_row = divisor.reshape(divisor.shape + (1,) * (x.ndim - 1))
+    return x / per_row
 
-  gradients = jax.tree.map(reduced, gradients, state.params)
+  gradients = jax.tree.map(
+    lambda g, w: reduced(g).astype(w.dtype), sums.gradient, state.params
+  )
+  extra = {}
+  if level.dgd is not None:
+    extra['energy'] = jax.tree.map(reduced, sums.energy)
   updates, new_optimizer = jax.vmap(level.optimizer.update)(
-    gradients, state.optimizer, state.params
+    gradients, state.optimizer, state.params, **extra
   )
   params = optax.apply_updates(state.params, updates)
   gradient_norm, update_norm = map(trees.norm, (gradients, updates))

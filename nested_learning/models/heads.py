@@ -1,12 +1,13 @@
 """Inputs and outputs of a model, around its trunk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from nested_learning import levels
 from nested_learning import parameters
 from nested_learning import sharding
 from nested_learning.layers import base
@@ -55,14 +56,13 @@ class LanguageHead:
 
     return table, forward
 
-  def make_local_gradients(
+  def make_local_sums(
     self,
     config: trunk_lib.ModelConfig,
     trunk: base.Layer,
-    objective: str,
-    names: tuple[str, ...],
-  ) -> Callable[..., tuple[jax.Array, Any, Any]]:
-    """Makes the gradients of a local objective of levels.
+    local_levels: Mapping[str, local_losses.LocalLevel],
+  ) -> Callable[..., tuple[jax.Array, Any, levels.Sums]]:
+    """Makes the sums of local gradients of levels.
 
     The target of a level's output is the embedding of the next token, as the
     trunk would read it, scaled to entries of size 1.
@@ -70,27 +70,27 @@ class LanguageHead:
     Args:
       config: The model.
       trunk: Its trunk.
-      objective: 'l2' or 'dot', see `layers.local_losses.apply_with_gradients`.
-      names: Levels that learn.
+      local_levels: Levels that learn by a local objective, by name.
 
     Returns:
-      `local_gradients`, see `levels.ReaderSpec`, for parameters of
+      `local_sums`, see `levels.ReaderSpec`, for parameters of
       `stacks.split_blocks`.
     """
 
-    def local_gradients(params, state, tokens, counts, *, reset=None):
+    def local_sums(params, state, tokens, counts, *, reset=None):
       def make_info(x):
         # The last token has no target here; its count is 0.
         target = norm.rms_norm(1.0, jnp.roll(x, -1, axis=1))
-        local_loss = local_losses.LocalLoss(objective, names, target, counts)
+        local_loss = local_losses.LocalLoss(local_levels, target, counts)
         return base.TokenInfo(reset, local_loss=local_loss)
 
       logits, both = _read_tokens(
         config, trunk, params, state, tokens, make_info
       )
-      return logits, both.state, {'blocks': both.gradients}
+      sums = levels.Sums(*({'blocks': x} for x in both.gradients))
+      return logits, both.state, sums
 
-    return local_gradients
+    return local_sums
 
 
 def embedding_param(config: trunk_lib.ModelConfig) -> parameters.Param:

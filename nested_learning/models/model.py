@@ -109,9 +109,9 @@ def make_model(
     return model
   if not head.predicts_tokens:
     raise errors.UserError(
-      f'inner.update_every={inner.update_every}: a model with '
+      f'inner.levels, with update_every={inner.update_every}: a model with '
       f'{type(head).__name__} has no next token for levels to learn from; set '
-      'inner.update_every=().'
+      'inner.levels=().'
     )
   reader = _make_reader(model, trunk, inner)
 
@@ -178,18 +178,21 @@ def _make_reader(
   num_blocks = config.num_layers // len(config.pattern)
   num_last = inner.num_blocks(num_blocks)
   labels = level_labels(config, model.table, of='chain')
-  local_gradients = None
-  if inner.objective in local_losses.OBJECTIVES:
+  local_levels = {
+    level.name: local_losses.LocalLevel(level.objective, level.dgd)
+    for level in learning
+    if level.objective in local_losses.OBJECTIVES
+  }
+  local_sums = None
+  if local_levels:
     if not isinstance(model.head, heads.LanguageHead):
+      name, level = next(iter(local_levels.items()))
       raise errors.UserError(
-        f'inner.objective={inner.objective!r} is about the embedding of the '
-        f'next token, which {type(model.head).__name__} does not have; set '
-        "inner.objective='next_token'."
+        f'objective={level.objective!r} of level {name!r} is about the '
+        f'embedding of the next token, which {type(model.head).__name__} does '
+        "not have; set objective='next_token'."
       )
-    names = tuple(level.name for level in learning)
-    local_gradients = model.head.make_local_gradients(
-      config, trunk, inner.objective, names
-    )
+    local_sums = model.head.make_local_sums(config, trunk, local_levels)
   return levels.make_reader(
     levels.ReaderSpec(
       model.forward,
@@ -202,8 +205,7 @@ def _make_reader(
         max_drift=inner.max_drift,
       ),
       gradient=inner.gradient,
-      in_segment=inner.objective == 'in_segment',
-      local_gradients=local_gradients,
+      local_sums=local_sums,
       prepare=functools.partial(stacks.split_blocks, num_last=num_last),
     )
   )

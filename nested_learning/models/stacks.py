@@ -113,7 +113,7 @@ def apply(
   if not isinstance(blocks, Stacks):
     body = lambda x, both: group.apply(*both, x, info)
     return jax.lax.scan(body, x, (blocks, state))
-  states, gradients, start = [], Stacks(None, None, None), 0
+  states, gradients, start = [], {}, 0
   for name, stack in blocks._asdict().items():
     if stack is None:
       continue
@@ -129,12 +129,18 @@ def apply(
     else:
       x, out = jax.lax.scan(body, x, (stack, part))
     if learns:
-      gradients = gradients._replace(**{name: out.gradients})
+      gradients[name] = out.gradients
       out = out.state
     states.append(out)
   state = _join(states)
   if info.local_loss is not None:
-    state = local_losses.StateAndGradients(state, gradients)
+    parts = (
+      Stacks(None, gradients['first'][i], gradients.get('rest', ((), None))[i])
+      for i in range(2)
+    )
+    state = local_losses.StateAndGradients(
+      state, local_losses.Gradients(*parts)
+    )
   return x, state
 
 

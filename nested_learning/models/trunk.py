@@ -143,7 +143,8 @@ def _make_block(config: ModelConfig, mixer_config: MixerConfig) -> base.Layer:
       x, gradients = local_losses.apply_with_gradients(
         *inputs, info.local_loss, **chain
       )
-      return x, local_losses.StateAndGradients(state, {'levels': gradients})
+      gradients = local_losses.Gradients(*({'levels': x} for x in gradients))
+      return x, local_losses.StateAndGradients(state, gradients)
 
     if config.remat == 'layer':  # keeps only the block's input [b, t, e]
       block = jax.checkpoint(block)
@@ -168,9 +169,13 @@ def _make_group(blocks: Sequence[base.Layer]) -> base.Layer:
       start = None if state is None else state[name]
       x, states[name] = block.apply(params[name], start, x, info)
     if info.local_loss is not None:
+      gradient, energy = (
+        {name: both.gradients[i] for name, both in states.items()}
+        for i in range(2)
+      )
       states = local_losses.StateAndGradients(
         {name: both.state for name, both in states.items()},
-        {name: both.gradients for name, both in states.items()},
+        local_losses.Gradients(gradient, energy),
       )
     return x, states
 

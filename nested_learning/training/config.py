@@ -157,7 +157,7 @@ def _check_levels(config: ExperimentConfig) -> None:
     if config.data.sequence_length % size:
       raise errors.UserError(
         f'data.sequence_length={config.data.sequence_length} is not a multiple '
-        f'of the {size} tokens of a segment of inner.update_every='
+        f'of the {size} tokens of a segment of inner.levels with update_every='
         f'{config.inner.update_every}; change the one or the other.'
       )
 
@@ -189,7 +189,7 @@ def _check_context(config: ExperimentConfig) -> None:
     return
   if config.inner.is_on:
     raise errors.UserError(
-      f'levels that learn inside a row (inner.update_every='
+      f'levels that learn inside a row (inner.levels with update_every='
       f'{config.inner.update_every}) read it in one piece; set mesh.context='
       f'{context} to 1.'
     )

@@ -37,6 +37,17 @@ class Level:
 
 
 @dataclasses.dataclass(frozen=True)
+class Inner:
+  every: int | None = None
+  rate: float = 1.0
+
+  SHORT: ClassVar = 'every'
+
+  def __post_init__(self):
+    errors.check_field(self, 'every', self.every != 1, 'at least 2')
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
   embed_dim: int = 32
   mixer: Attention | Titans | Rated = Attention()
@@ -67,6 +78,7 @@ class Config:
   model: Model = Model()
   train: Train = Train()
   extra: Titans | None = None
+  inner: tuple[Inner, ...] = ()
 
 
 class OverrideTest(parameterized.TestCase):
@@ -108,6 +120,22 @@ class OverrideTest(parameterized.TestCase):
     levels = (Level('fast'), Level('slow', 512))
     self.assertEqual(changed, Config(model=Model(levels=levels)))
     self.assertEqual(Config().model.levels[1].chunk_size, 256)
+
+  @parameterized.parameters(
+    (['inner=8,none'], (Inner(8), Inner(None))),
+    (['inner=4', 'inner.0.rate=2'], (Inner(4, 2.0),)),
+    (['inner=4,8', 'inner.1.rate=3', 'inner.all.rate=2'],
+     (Inner(4, 2.0), Inner(8, 3.0))),
+    (['inner=4,8', 'inner.1=16'], (Inner(4), Inner(16))),
+    (['inner=()'], ()),
+  )  # fmt: skip
+  def test_makes_entries_of_a_tuple_from_one_field(self, assignments, expected):
+    self.assertEqual(configs.override(Config(), assignments).inner, expected)
+
+  def test_entries_keep_their_other_fields(self):
+    config = Config(inner=(Inner(4, 2.0),))
+    changed = configs.override(config, ['inner=8,16'])
+    self.assertEqual(changed.inner, (Inner(8, 2.0), Inner(16)))
 
   def test_last_assignment_wins(self):
     changed = configs.override(
@@ -156,6 +184,8 @@ class OverrideTest(parameterized.TestCase):
     ('model.levels.0.chunksize=2', r'nearest .* model\.levels\.0\.chunk_size'),
     ('model.levels.0.period=2', r'is now called model\.levels\.0\.chunk_size'),
     ('model.levels.2.chunk_size=2', r'model\.levels has 2 entries, 0 to 1'),
+    ('inner.0.rate=2', r'inner has 0 entries\. Set inner to the every of each'),
+    ('inner.all.rate=2', r'inner\.all .* inner has 0 entries'),
     ('model.levels.-1.chunk_size=2', r'model\.levels has 2 entries, 0 to 1'),
     (
       'model.mixer.rate=2',

@@ -200,7 +200,7 @@ class ScoreTest(parameterized.TestCase):
   @pytest.mark.slow
   def test_a_model_that_learns_scores_as_its_session_reads(self):
     self.enterContext(compiling.quickly())
-    inner = levels.InnerConfig((4, 4), (0.5,), objective='dot')
+    inner = levels.make_inner((4, 4), learning_rate=0.5, objective='dot')
     params, asked = init_params(_ATTENTION), request(1, 19)
     score = scoring.make_score(models.make_model(_ATTENTION, inner))
     session = inference.Session(models.make_model(_ATTENTION), params, inner)

@@ -38,7 +38,7 @@ class ReadingTest(parameterized.TestCase):
 
   @parameterized.parameters([()], [(0, 1)])
   def test_questions_leave_the_state_unchanged(self, which):
-    inner = reading.only(levels.InnerConfig((8, 16), (0.5,)), which)
+    inner = reading.only(levels.make_inner((8, 16), learning_rate=0.5), which)
     learner = reading.make_reading(self.model, inner, segment_size=8)
     _, state = learner.read(
       self.params, learner.start(self.params, 2), self.tokens
@@ -55,7 +55,7 @@ class ReadingTest(parameterized.TestCase):
     self.assertLess(asked.answers.max(), 3)
 
   def test_what_is_said_of_a_token_stands_at_its_place(self):
-    inner = levels.InnerConfig((None, None))
+    inner = levels.make_inner((None, None))
     learner = reading.make_reading(self.model, inner, segment_size=8)
     said, _ = learner.read(
       self.params, learner.start(self.params, 2), self.tokens
@@ -69,7 +69,7 @@ class ReadingTest(parameterized.TestCase):
   def test_refuses_segments_that_levels_do_not_have(self):
     with self.assertRaisesRegex(errors.UserError, 'not a multiple'):
       reading.make_reading(
-        self.model, levels.InnerConfig((8, 16)), segment_size=12
+        self.model, levels.make_inner((8, 16)), segment_size=12
       )
 
   @parameterized.parameters('no such', 'transformer')

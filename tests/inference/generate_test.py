@@ -152,7 +152,7 @@ class GenerateTest(parameterized.TestCase):
     np.testing.assert_array_equal(together[0], alone[0])
 
   def test_a_model_that_learns_generates_as_its_session_does(self):
-    inner = levels.InnerConfig((4,) * 2, (0.5,), objective='dot')
+    inner = levels.make_inner((4,) * 2, learning_rate=0.5, objective='dot')
     params, prompt = init_params(tiny.MODEL), self.prompt(2, 13)
     session = inference.Session(
       models.make_model(tiny.MODEL), params, inner, num_rows=2

@@ -21,6 +21,7 @@ from safetensors import numpy as safetensors_numpy
 
 from nested_learning import errors
 from nested_learning import levels
+from nested_learning import optimizers
 from nested_learning.inference import session_files
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -117,8 +118,8 @@ class SessionFilesTest(parameterized.TestCase):
       session_files.read(self.path)
 
   @parameterized.parameters(
-    (b'"version":"3"', b'"version":"9"', 'version 9, .* version 3'),
-    (b'"version":"3"', b'"version": 3 ', 'as a string, not 3;'),
+    (b'"version":"4"', b'"version":"9"', 'version 9, .* version 4'),
+    (b'"version":"4"', b'"version": 4 ', 'as a string, not 4;'),
     (b'"model":"m"', b'"modem":"m"', "lacks 'model'"),
     (b'"shape":[2,3]', b'"shape":[9,9]', 'is not a session, or is cut'),
     (b'"shape":[2,3]', b'"shape":"ab" ', 'is not a session, or is cut'),
@@ -168,17 +169,23 @@ class SessionFilesTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, r'not \(other\)'):
       session_files.unpack('a', session_files.Content({}, more), names, {})
 
-  def test_reads_the_config_of_levels_from_plain_values(self):
-    inner = levels.InnerConfig((4, None), (0.1, 0.2), optimizer='adam')
+  def test_reads_the_config_of_levels_and_no_other_class(self):
+    inner = levels.make_inner(
+      (4, None), learning_rate=(0.1, 0.2), optimizer=optimizers.configs.M3()
+    )
     text = session_files.write_inner(inner)
     self.assertEqual(session_files.read_inner('a', text), inner)
+    fields = json.loads(text)
     for text in (
       '{',
       '[]',
       '3',
-      '{"optimizer": {"_type": "experiments.evil.X"}}',
-      '{"unknown": 1}',
-      '{"max_drift": "far"}',
+      '{"_type": "experiments.evil.X"}',
+      json.dumps({**fields, 'levels': [{'_type': 'experiments.evil.X'}]}),
+      json.dumps({**fields, 'levels': [{'update_every': 4}]}),
+      json.dumps(fields['levels'][0]),
+      json.dumps({**fields, 'unknown': 1}),
+      json.dumps({**fields, 'max_drift': 'far'}),
     ):
       with self.assertRaisesRegex(errors.UserError, 'how its levels learn'):
         session_files.read_inner('a', text)

@@ -16,6 +16,7 @@ from nested_learning import inference
 from nested_learning import layers
 from nested_learning import levels
 from nested_learning import models
+from nested_learning import optimizers
 from nested_learning.inference import session_files
 from tests import compiling
 
@@ -31,7 +32,9 @@ _CONFIG = models.ModelConfig(
   ),
   max_length=32,
 )
-_INNER = levels.InnerConfig((4, 8), (0.03, 0.02), optimizer='adam')
+_INNER = levels.make_inner(
+  (4, 8), learning_rate=(0.03, 0.02), optimizer=optimizers.configs.AdamW()
+)
 
 
 @functools.cache
@@ -274,10 +277,15 @@ class SessionsTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, 'max_length=12'):
       session.generate(12, prompt=draw(1))
     with self.assertRaisesRegex(errors.UserError, 'segment of 16 tokens'):
-      inference.Session(model, params, levels.InnerConfig((16, 16)))
+      inference.Session(model, params, levels.make_inner((16, 16)))
 
   def test_a_session_with_a_frozen_level_goes_on(self):
-    wild = levels.InnerConfig((4, 8), (1e4, 0.02), 'adam', clip_norm=None)
+    wild = levels.make_inner(
+      (4, 8),
+      learning_rate=(1e4, 0.02),
+      optimizer=optimizers.configs.AdamW(),
+      clip_norm=None,
+    )
     session = inference.Session(base().model, base().params, wild)
     session.feed(draw())
     health = session.health()

@@ -124,9 +124,10 @@ def learning(**changes):
     'depth': 0.5,
     'clip_norm': None,
     'max_drift': 1e6,
+    'learning_rate': _RATE,
     **changes,
   }
-  inner = levels.InnerConfig((_FAST, _SLOW), (_RATE,), **settings)
+  inner = levels.make_inner((_FAST, _SLOW), **settings)
   return models.make_model(_CONFIG, inner)
 
 
@@ -148,16 +149,19 @@ class LocalObjectivesTest(parameterized.TestCase):
     counts = np.array([1.0, 0.0, 2.0])
     chain, mix = cms.ChainConfig(connection), np.array([0.5, 2.0])
     local_loss = local_losses.LocalLoss(
-      objective, ('slow',), jnp.asarray(target[None]), jnp.asarray(counts[None])
+      {'slow': local_losses.LocalLevel(objective)},
+      jnp.asarray(target[None]),
+      jnp.asarray(counts[None]),
     )
     arguments = {'chain': chain, 'mix': jnp.asarray(mix)}
-    out, found = local_losses.apply_with_gradients(
+    out, (found, energies) = local_losses.apply_with_gradients(
       _CONFIG.levels, params, jnp.asarray(x), local_loss, **arguments
     )
     np.testing.assert_array_equal(
       out, cms.apply(_CONFIG.levels, params, jnp.asarray(x), **arguments)
     )
     self.assertEqual(list(found), ['slow'])
+    self.assertEqual(energies, {})
     expected = jax.tree.map(np.zeros_like, params['slow'])
     for row in x:
       for t, token in enumerate(row):
@@ -228,8 +232,7 @@ class LocalObjectivesTest(parameterized.TestCase):
   def test_rates_of_zero_equal_the_model(self):
     params, (tokens, _) = jax.tree.map(jnp.asarray, init()), draw()
     model = models.make_model(_CONFIG)
-    inner = levels.InnerConfig((_FAST, _SLOW), (0.0,), objective='dot')
-    learner = models.make_model(_CONFIG, inner)
+    learner = learning(objective='dot', learning_rate=0.0)
     read = lambda f, s: compiling.jit(lambda s: f(params, s, tokens[None]))(s)
     logits, _ = read(learner.forward, learner.init_state(params, 1))
     expected, _ = read(model.forward, model.init_state(params, 1))
@@ -268,7 +271,7 @@ class LocalObjectivesTest(parameterized.TestCase):
     np.testing.assert_allclose(slope, finite / 2e-5, rtol=1e-6)
 
   def test_needs_a_next_token(self):
-    inner = levels.InnerConfig((_FAST, _SLOW), objective='dot')
+    inner = levels.make_inner((_FAST, _SLOW), objective='dot')
     with self.assertRaisesRegex(
       errors.UserError, 'CompressionHead has no next'
     ):

@@ -6,7 +6,6 @@ import numpy as np
 import optax
 
 from nested_learning import levels
-from nested_learning import optimizers
 from tests import compiling
 
 _ROWS, _VOCAB, _SIZE = 2, 7, 4
@@ -23,7 +22,7 @@ def make_reader(rates):
     return sum(params[name][tokens] for name in rates), state + 1
 
   learning = [
-    optimizers.Level(name, _SIZE * 2**i, optax.sgd(rate))
+    levels.LearningLevel(name, _SIZE * 2**i, optax.sgd(rate))
     for i, (name, rate) in enumerate(rates.items())
   ]
   spec = levels.ReaderSpec(

@@ -15,6 +15,7 @@ from nested_learning import errors
 from nested_learning import layers
 from nested_learning import levels
 from nested_learning import models
+from nested_learning import optimizers
 from nested_learning.levels import trees
 from tests import compiling
 
@@ -31,15 +32,19 @@ _CONFIG = models.ModelConfig(
   ),
   max_length=_LENGTH,
 )
-_INNER = levels.InnerConfig(
-  (_FAST, _SLOW), (0.03, 0.02), optimizer='adam', clip_norm=None
-)
+_CHOICES = optimizers.configs
+_INNER = {
+  'update_every': (_FAST, _SLOW),
+  'learning_rate': (0.03, 0.02),
+  'optimizer': _CHOICES.AdamW(),
+  'clip_norm': None,
+}
 
 
 def learning(config=_CONFIG, **changes):
   """Makes the model, at rest and with levels that learn."""
   model = models.make_model(config)
-  inner = dataclasses.replace(_INNER, **changes)
+  inner = levels.make_inner(**{**_INNER, **changes})
   return model, models.make_model(config, inner)
 
 
@@ -260,9 +265,9 @@ class ReaderTest(parameterized.TestCase):
 
   def test_rates_of_zero_equal_the_model_bit_for_bit(self):
     tokens, reset = draw()
-    for optimizer in ('sgd', 'm3'):
+    for optimizer in (_CHOICES.Sgd(), _CHOICES.M3()):
       model, learner = learning(
-        learning_rates=(0.0,), optimizer=optimizer, clip_norm=1.0
+        learning_rate=0.0, optimizer=optimizer, clip_norm=1.0
       )
       plain = compiling.jit(
         lambda s, t, r, m, f=model.forward: f(init(), s, t, reset=r, mask=m)
@@ -305,8 +310,8 @@ class ReaderTest(parameterized.TestCase):
 
   def test_rows_are_independent_with_every_optimiser(self):
     tokens, _ = draw()
-    for optimizer in ('momentum', 'delta_momentum'):
-      _, learner = learning(optimizer=optimizer, learning_rates=(0.02,))
+    for optimizer in (_CHOICES.Sgd(momentum=0.9), _CHOICES.DeltaMomentum()):
+      _, learner = learning(optimizer=optimizer, learning_rate=0.02)
       read = lambda t, f=learner.forward: compiling.jit(
         lambda t: f(init(), None, t)
       )(t)
@@ -321,7 +326,7 @@ class ReaderTest(parameterized.TestCase):
     drift = {}
     for reduce in ('mean', 'sum'):
       _, learner = learning(
-        optimizer='sgd', learning_rates=(1e-3,), reduce=reduce
+        optimizer=_CHOICES.Sgd(), learning_rate=1e-3, reduce=reduce
       )
       read = compiling.jit(lambda t, f=learner.forward: f(init(), None, t)[1])
       state = read(tokens[:, :_FAST])
@@ -332,7 +337,7 @@ class ReaderTest(parameterized.TestCase):
     )
 
   def test_only_the_diverged_level_is_frozen(self):
-    _, learner = learning(learning_rates=(1e3, 1e-2))
+    _, learner = learning(learning_rate=(1e3, 1e-2))
     tokens, _ = draw()
     read = compiling.jit(lambda s: learner.forward(init(), s, tokens))
     logits, state = read(learner.init_state(init(), _ROWS))
@@ -384,8 +389,8 @@ class ReaderTest(parameterized.TestCase):
       # SGD: Adam's first step is a sign, which has no slope.
       _, learner = learning(
         config,
-        optimizer='sgd',
-        learning_rates=(0.3,),
+        optimizer=_CHOICES.Sgd(),
+        learning_rate=0.3,
         gradient=gradient,
         objective=objective,
       )
@@ -413,8 +418,7 @@ class ReaderTest(parameterized.TestCase):
   @parameterized.parameters(0.1, 10.0)
   def test_clips_as_optax_does(self, norm):
     gradients = {'a': jnp.array([3.0, 4.0]), 'b': jnp.full((2, 2), 0.5)}
-    inner = levels.InnerConfig(clip_norm=norm)
-    mine = levels.inner.make_optimizer(inner, 1.0)
+    mine = levels.inner.make_optimizer(levels.InnerLevelConfig(clip_norm=norm))
     theirs = optax.chain(optax.clip_by_global_norm(norm), optax.sgd(1.0))
     found, expected = (
       opt.update(gradients, opt.init(gradients))[0] for opt in (mine, theirs)
@@ -422,11 +426,11 @@ class ReaderTest(parameterized.TestCase):
     assert_close(found, expected, 1e-6)
 
   def test_a_segment_with_gradient_zero_has_a_meta_gradient(self):
-    self.check_gradient_zero('adam')
+    self.check_gradient_zero(_CHOICES.AdamW())
 
   @pytest.mark.slow
   def test_a_segment_with_gradient_zero_has_a_meta_gradient_with_sgd(self):
-    self.check_gradient_zero('sgd')
+    self.check_gradient_zero(_CHOICES.Sgd())
 
   def check_gradient_zero(self, optimizer):
     # Among the tokens of a segment with one token, the gradient is zero, and
@@ -447,15 +451,15 @@ class ReaderTest(parameterized.TestCase):
   @parameterized.named_parameters(
     (
       'count',
-      {'update_every': (4,), 'learning_rates': (1.0,)},
+      {'update_every': (4,), 'learning_rate': 1.0},
       'one entry for each of the 2 levels',
     ),
     ('order', {'update_every': (8, 4)}, 'slower level before a faster one'),
-    ('one', {'update_every': (1, 4)}, r'update_every=\(1, 4\) must be numbers'),
-    ('divisor', {'update_every': (4, 9)}, r'\[4, 9\] has no common divisor'),
-    ('rate', {'learning_rates': (-1.0,)}, 'numbers from 0 up'),
-    ('rates', {'learning_rates': (1.0,) * 3}, 'one for each of'),
-    ('optimizer', {'optimizer': 'adm'}, "'adm' must be one of 'sgd', "),
+    ('one', {'update_every': (1, 4)}, 'update_every=1 must be at least 2'),
+    ('divisor', {'update_every': (4, 9)}, r'\[4, 9\], have no common divisor'),
+    ('rate', {'learning_rate': -1.0}, 'learning_rate=-1.0 must be a finite'),
+    ('rates', {'learning_rate': (1.0,) * 3}, 'one for each of'),
+    ('optimizer', {'optimizer': 'adm'}, "'adm' must be a config of"),
     ('reduce', {'reduce': 'max'}, "reduce='max' must be one of 'mean', 'sum'"),
     ('gradient', {'gradient': 'third'}, "gradient='third' must be"),
     ('clip', {'clip_norm': 0.0}, 'clip_norm=0.0 must be above 0'),
@@ -480,7 +484,7 @@ class ReaderTest(parameterized.TestCase):
     _, learner = learning(update_every=(None, 4))
     state = jax.eval_shape(lambda p: learner.init_state(p, 1), init())
     self.assertEqual(list(state.levels), ['slow'])
-    model, off = learning(update_every=(), learning_rates=(0.1,))
+    model, off = learning(update_every=(), learning_rate=0.1)
     self.assertEqual(off.forward.__qualname__, model.forward.__qualname__)
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import optax
 
 from nested_learning import levels
-from nested_learning import optimizers
 from tests import compiling
 
 _ROWS, _VOCAB, _SIZE, _SLOW = 2, 7, 4, 8  # tokens of the periods
@@ -24,8 +23,8 @@ def measure(*, nested=False, num_tokens=32):
     return sum(params[name][tokens] for name in _RATES), state + 1
 
   learning = [
-    optimizers.Level('fast', _SIZE, optax.sgd(_RATES['fast'])),
-    optimizers.Level('slow', _SLOW, optax.sgd(_RATES['slow'])),
+    levels.LearningLevel('fast', _SIZE, optax.sgd(_RATES['fast'])),
+    levels.LearningLevel('slow', _SLOW, optax.sgd(_RATES['slow'])),
   ]
   labels = {name: name for name in _RATES}
   spec = levels.ReaderSpec(

@@ -39,7 +39,9 @@ def draw():
 class ZeroRatesTest(absltest.TestCase):
   def check(self, model, params):
     """Compares every way of reading with the model."""
-    inner = levels.InnerConfig((_SIZE,) * len(model.config.levels), (0.0,))
+    inner = levels.make_inner(
+      (_SIZE,) * len(model.config.levels), learning_rate=0.0
+    )
     reader, tokens = models.make_model(model.config, inner).reader, draw()
     axes = trees.row_axes(model.init_state, params)
 

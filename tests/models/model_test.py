@@ -121,7 +121,9 @@ class AddLevelTest(parameterized.TestCase):
 
   def test_learns_from_trained_features(self):
     config, params = models.add_level(*make(), name='slower', train_every=16)
-    learner = models.make_model(config, levels.InnerConfig((4, 4, 4), (0.1,)))
+    learner = models.make_model(
+      config, levels.make_inner((4, 4, 4), learning_rate=0.1)
+    )
     state = compiling.jit(lambda p: learner.forward(p, None, _TOKENS)[1])(
       params
     )

@@ -221,7 +221,7 @@ class TrunkTest(parameterized.TestCase):
 
   @parameterized.parameters(*_ZOO, 'learning')
   def test_a_call_without_tokens_leaves_the_state(self, name):
-    inner = levels.InnerConfig((4,)) if name == 'learning' else None
+    inner = levels.make_inner((4,)) if name == 'learning' else None
     config = _ZOO.get(name, _TRANSFORMER)
     model = models.make_model(config, inner)
     params = parameters.abstract(model.table)

@@ -96,7 +96,7 @@ class AheadOfTimeTest(parameterized.TestCase):
 
   def test_compiles_decoding_with_levels_that_learn(self):
     config = dataclasses.replace(
-      _config(), inner=levels.InnerConfig((8,), objective='dot')
+      _config(), inner=levels.make_inner((8,), objective='dot')
     )
     model = models.make_model(config.model, config.inner)
     mesh = sharding.make_mesh(config.mesh)

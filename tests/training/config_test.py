@@ -7,6 +7,7 @@ from absl.testing import parameterized
 from nested_learning import configs
 from nested_learning import data
 from nested_learning import errors
+from nested_learning import levels
 from nested_learning import models
 from nested_learning import training
 from tests.training import tiny
@@ -101,10 +102,9 @@ class ContextTest(parameterized.TestCase):
       configs.override(
         _experiment('hope_tiny'), ['data.reset=never', 'mesh.context=2']
       )
-    learning = dataclasses.replace(
-      _experiment('hope_tiny').inner, update_every=(64, 128, 256)
-    )
-    with self.assertRaisesRegex(errors.UserError, 'inner.update_every=.*to 1'):
+    learning = levels.make_inner((64, 128, 256))
+    message = r'inner.levels with update_every=\(64.*to 1'
+    with self.assertRaisesRegex(errors.UserError, message):
       config = dataclasses.replace(_experiment('hope_tiny'), inner=learning)
       configs.override(config, ['mesh.context=2'])
 

@@ -20,7 +20,7 @@ from tests.training import tiny
 
 
 def inner(*rates):
-  return levels.InnerConfig((8, 16), rates)
+  return levels.make_inner((8, 16), learning_rate=rates)
 
 
 class InnerTest(absltest.TestCase):
@@ -47,7 +47,7 @@ class InnerTest(absltest.TestCase):
   @pytest.mark.slow
   def test_rates_of_zero_train_like_the_plain_model(self):
     _, plain, losses = self.take_steps(2)
-    _, state, losses_inner = self.take_steps(2, inner=inner(0.0))
+    _, state, losses_inner = self.take_steps(2, inner=inner(0.0, 0.0))
     np.testing.assert_allclose(losses_inner, losses, rtol=1e-5)
     # Adam makes steps of gradients that are nothing but rounding.
     jax.tree.map(
@@ -73,7 +73,7 @@ class InnerTest(absltest.TestCase):
     changes = {
       'data': {'reset': 'never'},
       'train': {'num_steps': 2, 'accumulate': 2},
-      'inner': inner(0.3),
+      'inner': inner(0.3, 0.3),
     }
     _, state, _ = self.take_steps(2, **changes)
     slow = state.stream.levels['slow']
@@ -83,9 +83,9 @@ class InnerTest(absltest.TestCase):
 
   def test_refuses_what_does_not_fit(self):
     with self.assertRaisesRegex(errors.UserError, '32 is not a multiple of'):
-      tiny.experiment(self.root, inner=levels.InnerConfig((12, 24)))
+      tiny.experiment(self.root, inner=levels.make_inner((12, 24)))
     with self.assertRaisesRegex(errors.UserError, 'of the 2 levels'):
-      tiny.experiment(self.root, inner=levels.InnerConfig((8,)))
+      tiny.experiment(self.root, inner=levels.make_inner((8,)))
     task = tasks.RegressionConfig(num_points=8)
     with self.assertRaisesRegex(errors.UserError, 'no next token'):
       make_workload.make_workload(
@@ -93,7 +93,7 @@ class InnerTest(absltest.TestCase):
           name='a',
           model=tiny.MODEL,
           data=tasks.TaskDataConfig(task),
-          inner=inner(0.1),
+          inner=inner(0.1, 0.1),
         )
       )
 

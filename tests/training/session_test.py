@@ -41,7 +41,7 @@ class SessionTest(absltest.TestCase):
     return tiny.experiment(
       self.root,
       train={'num_steps': 1},
-      inner=levels.InnerConfig((16, 32), (0.3,)),
+      inner=levels.make_inner((16, 32), learning_rate=0.3),
       session=inference.SessionConfig(**settings),
     )
 
@@ -82,7 +82,7 @@ class SessionTest(absltest.TestCase):
     binary = self.root / 'binary.txt'
     binary.write_bytes(b'\xff\xfe\xff')
     feed = lambda path: self.config(feed=(str(self.text), str(path)))
-    other = levels.InnerConfig((16, 32), (0.1,))
+    other = levels.make_inner((16, 32), learning_rate=0.1)
     for config, message in (
       (feed(empty), 'is empty; nothing was fed'),
       (feed(binary), 'it is not UTF-8 text'),

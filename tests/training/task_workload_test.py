@@ -140,7 +140,9 @@ class TaskWorkloadTest(parameterized.TestCase):
 
   def check_inner(self, name):
     # A gradient of a local objective compiles fast.
-    inner = levels.InnerConfig((4,), (100.0,), objective='dot', max_drift=1e9)
+    inner = levels.make_inner(
+      (4,), learning_rate=100.0, objective='dot', max_drift=1e9
+    )
     self.enterContext(compiling.quickly())
     config = _experiment(
       self.root,
