@@ -320,6 +320,62 @@ class CaptureTest(parameterized.TestCase):
       grad = optimizers.value_and_delta_grad(loss_fn, target=mixed, erase=2.0)
       grad(params)
 
+  @parameterized.product(
+    apply=(apply_plainly, apply_in_a_loop, apply_in_halves, apply_in_a_branch),
+    target=('printed', 'corrected'),
+  )
+  def test_rows_with_their_own_parameters(self, apply, target):
+    # As levels do that learn inside a sequence, every row by itself.
+    keys = jax.random.split(jax.random.key(0), 3)
+    kernels = jax.random.normal(keys[0], (3, 4, 6))
+    shared = jax.random.normal(keys[1], (6, 2))
+    x = jax.random.normal(keys[2], (3, 5, 4)) * jnp.arange(1, 4)[:, None, None]
+
+    def loss_fn(params, x, mask):
+      y = jnp.tanh(apply(params['own'], x)) @ params['shared']
+      return jnp.sum(jnp.sin(y) * mask[:, None]) / jnp.sum(mask)
+
+    mask = jnp.arange(5) < jnp.arange(3, 6)[:, None]
+    grad = optimizers.value_and_delta_grad(
+      loss_fn, target=target, num_samples=lambda x, mask: jnp.sum(mask)
+    )
+    axes = ({'own': 0, 'shared': None}, 0, 0)
+    params = {'own': kernels, 'shared': shared}
+    actual = compiling.jit(jax.vmap(grad, axes))(params, x, mask)
+    for i in range(3):
+      row = {'own': kernels[i], 'shared': shared}
+      expected = compiling.jit(grad)(row, x[i], mask[i])
+      jax.tree.map(
+        lambda a, b, i=i: np.testing.assert_allclose(a[i], b, 1e-5, 1e-6),
+        actual,
+        expected,
+      )
+
+  def test_gradient_through_a_step_of_a_row(self):
+    # The outer gradient passes through gradients and energies.
+    keys = jax.random.split(jax.random.key(0), 2)
+    kernels = jax.random.normal(keys[0], (2, 4, 3), jnp.float32)
+    x = jax.random.normal(keys[1], (2, 5, 4), jnp.float32)
+    inner_loss = lambda kernel, x: jnp.mean(jnp.sin(x @ kernel))
+    grad = optimizers.value_and_delta_grad(inner_loss, target='printed')
+
+    def captured(kernel, x):
+      _, gradient, extra = grad(kernel, x)
+      return kernel - gradient / (1 + extra['energy'])
+
+    def defined(kernel, x):
+      gram = x.T @ x / len(x)
+      gradient = jax.grad(inner_loss)(kernel, x) + gram @ kernel
+      return kernel - gradient / (1 + jnp.trace(gram))
+
+    outer = lambda step: jax.grad(
+      lambda kernels, x: jnp.sum(jnp.cos(jax.vmap(step)(kernels, x))), (0, 1)
+    )
+    actual = compiling.jit(outer(captured))(kernels, x)
+    expected = compiling.jit(outer(defined))(kernels, x)
+    for a, b in zip(actual, expected, strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
   def test_returns_auxiliary_outputs(self):
     loss_fn = lambda kernel, x: (jnp.sum(x @ kernel), {'x': x})
     grad = printed_grad(loss_fn, has_aux=True)
