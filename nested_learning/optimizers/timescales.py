@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from nested_learning.optimizers import clocks
+from nested_learning.optimizers import level_steps
 from nested_learning.optimizers import settings
 from nested_learning.optimizers import trees
 
@@ -35,32 +36,6 @@ class Level:
   optimizer: optax.GradientTransformation
 
 
-class LevelState(NamedTuple):
-  """State of one level.
-
-  Attributes:
-    inner: State of the level's own optimiser.
-    accumulated: Sum of the gradients since the last update, in float32 or
-      wider; () if the level updates on every step.
-    accumulated_extra: Sums of the accumulated extra arguments, by name.
-    num_accumulated: Number of steps in these sums, int32.
-    num_updates: Number of updates so far, int32.
-    gradient_norm: Norm of the gradient of the last update.
-    update_norm: Norm of the last update.
-    update_ratio: Norm of the last update over the norm of the weights that it
-      was added to; 0 if `update` was given no params.
-  """
-
-  inner: Any
-  accumulated: Any
-  accumulated_extra: Mapping[str, Any]
-  num_accumulated: jax.Array
-  num_updates: jax.Array
-  gradient_norm: jax.Array
-  update_norm: jax.Array
-  update_ratio: jax.Array
-
-
 class MultiTimescaleState(NamedTuple):
   """State of `multi_timescale`.
 
@@ -70,7 +45,7 @@ class MultiTimescaleState(NamedTuple):
   """
 
   step: jax.Array
-  levels: Mapping[str, LevelState]
+  levels: Mapping[str, level_steps.LevelState]
 
 
 def multi_timescale(
@@ -172,7 +147,7 @@ def multi_timescale(
           key: _init_extra(example, params, labels, name)
           for key, example in accumulate.items()
         }
-      states[name] = _init_level(optimizers[name], own, extra, period)
+      states[name] = level_steps.init(optimizers[name], own, extra, period)
     return MultiTimescaleState(jnp.zeros((), jnp.int32), states)
 
   def update_fn(updates, state, params=None, **extra_args):
@@ -187,10 +162,10 @@ def multi_timescale(
         _select_extra_args(extra_args, updates, labels, name),
       )
       if period == 1:  # No cond, and no buffer of gradients.
-        new_update, new_state = _update(optimizers[name], *arguments)
+        new_update, new_state = level_steps.update(optimizers[name], *arguments)
       else:
         due = state.step % period == offsets[name]
-        new_update, new_state = _update_if_due(
+        new_update, new_state = level_steps.update_if_due(
           optimizers[name], due, reduce, *arguments
         )
       new_updates.append(new_update)
@@ -226,91 +201,6 @@ def telemetry(state) -> dict[str, jax.Array]:
     for name, level in node.levels.items()
     for field in report
   }
-
-
-def _init_level(optimizer, params, extra, period):
-  """Returns the state of a level before its first step."""
-  return LevelState(
-    inner=optimizer.init(params),
-    accumulated=trees.zeros(params) if period > 1 else (),
-    accumulated_extra=extra,
-    num_accumulated=jnp.zeros((), jnp.int32),
-    num_updates=jnp.zeros((), jnp.int32),
-    gradient_norm=jnp.zeros((), jnp.float32),
-    update_norm=jnp.zeros((), jnp.float32),
-    update_ratio=jnp.zeros((), jnp.float32),
-  )
-
-
-def _update(optimizer, gradients, state, params, extra_args):
-  """Takes one step of a level's optimiser and records its telemetry."""
-  updates, inner = optimizer.update(
-    gradients, state.inner, params, **extra_args
-  )
-  update_norm = _norm(updates)
-  if params is None:
-    update_ratio = jnp.zeros((), jnp.float32)
-  else:
-    # The ratio is undefined for a level at zero; the floor keeps it finite.
-    update_ratio = update_norm / jnp.maximum(_norm(params), 1e-12)
-  return updates, state._replace(
-    inner=inner,
-    num_updates=optax.safe_increment(state.num_updates),
-    gradient_norm=_norm(gradients),
-    update_norm=update_norm,
-    update_ratio=update_ratio,
-  )
-
-
-def _update_if_due(
-  optimizer, due, reduce, gradients, state, params, extra_args
-):
-  """Adds a gradient to a level's sums and, if it is due, updates."""
-  own_extra = {key: extra_args[key] for key in state.accumulated_extra}
-  state = state._replace(
-    accumulated=_add(state.accumulated, gradients),
-    accumulated_extra=_add(state.accumulated_extra, own_extra),
-    num_accumulated=state.num_accumulated + 1,
-  )
-
-  def update(state, gradients):
-    divisor = state.num_accumulated if reduce == 'mean' else 1
-    reduced, reduced_extra = jax.tree.map(
-      # Back to the gradients' type, which the optimiser's state was made for.
-      lambda total, g: (total / jnp.asarray(divisor, total.dtype)).astype(
-        g.dtype
-      ),
-      (state.accumulated, state.accumulated_extra),
-      (gradients, own_extra),
-    )
-    updates, new_state = _update(
-      optimizer, reduced, state, params, {**extra_args, **reduced_extra}
-    )
-    # Both branches of a cond must return the same types. Some optimisers widen
-    # a scalar of their state, or make it strongly typed, on the first update.
-    inner = jax.tree.map(
-      lambda new, old: jnp.asarray(new, jnp.asarray(old).dtype),
-      new_state.inner,
-      state.inner,
-    )
-    return updates, new_state._replace(
-      inner=inner,
-      accumulated=jax.tree.map(jnp.zeros_like, state.accumulated),
-      accumulated_extra=jax.tree.map(jnp.zeros_like, state.accumulated_extra),
-      num_accumulated=jnp.zeros_like(state.num_accumulated),
-    )
-
-  # Updates may be of another type than gradients.
-  types, _ = jax.eval_shape(update, state, gradients)
-
-  def skip(state, gradients):
-    zeros = jax.tree.map(
-      lambda g, kind: jnp.zeros_like(g, dtype=kind.dtype), gradients, types
-    )
-    return zeros, state
-
-  # Gradients are operands, so that zeros like them have their sharding.
-  return jax.lax.cond(due, update, skip, state, gradients)
 
 
 def _select_extra_args(extra_args, updates, labels, name):
@@ -358,17 +248,6 @@ def _check_extra_args(extra_args, accumulate, updates, periods):
         f'the last value alone: give multi_timescale accumulate='
         f'{{{key!r}: shapes}}.'
       )
-
-
-def _add(totals, tree):
-  return jax.tree.map(
-    lambda total, leaf: total + leaf.astype(total.dtype), totals, tree
-  )
-
-
-def _norm(tree):
-  """Returns the norm of a tree, summed in float32 whatever its types."""
-  return jnp.asarray(optax.tree.norm(optax.tree.cast(tree, jnp.float32)))
 
 
 def _check_labels(labels, periods):

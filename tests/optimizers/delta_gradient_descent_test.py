@@ -459,6 +459,40 @@ class ModelTest(parameterized.TestCase):
       list(optimizers.dgd_report(loss_fn, model, x).values()).count('dgd'), 2
     )
 
+  @parameterized.parameters(None, 'adam')
+  def test_trains_a_part_of_an_nnx_module(self, fallback):
+    model = Net(nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (5, 3))
+    loss_fn = lambda model, x: jnp.mean((model(x) - 1) ** 2)
+    value_and_grad, tx = optimizers.dgd_for_model(
+      loss_fn,
+      model,
+      x,
+      learning_rate=0.05,
+      fallback=optax.adam(1e-2) if fallback else None,
+    )
+    part = nnx.All(nnx.Param, nnx.PathContains('first'))
+    optimizer = nnx.Optimizer(model, tx, wrt=part)
+    leaves = lambda: [
+      model.first.kernel[...],
+      model.first.bias[...],
+      model.second.kernel[...],
+    ]
+    before = leaves()
+
+    @nnx.jit
+    def step(model, optimizer, x):
+      loss, grads, extra = value_and_grad(model, x)
+      optimizer.update(model, grads, **extra)
+      return loss
+
+    losses = [float(step(model, optimizer, x)) for _ in range(10)]
+    self.assertLess(losses[-1], losses[0])
+    moved = [
+      bool(jnp.any(a != b)) for a, b in zip(before, leaves(), strict=True)
+    ]
+    self.assertEqual(moved, [True, True, False])
+
   def test_nnx_module_on_a_slow_clock(self):
     # The parts of a level keep their rules, and its energies accumulate.
     model = Net(nnx.Rngs(0))
