@@ -84,7 +84,7 @@ class Batches:
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
       )
     )
-    self._stream = stream
+    self._num_steps, self._stream = num_steps, stream
 
   def __iter__(self):
     return self
@@ -106,15 +106,23 @@ class Batches:
     Raises:
       UserError: The state belongs to other data.
     """
+    theirs = state.get('stream') if isinstance(state, dict) else None
+    theirs = theirs if isinstance(theirs, dict) else {}
     for name, value in self._stream.items():
-      saved = state.get('stream', {}).get(name)
+      saved = theirs.get(name)
       if saved != value:
         raise errors.UserError(
           f'The checkpoint was made on data with {name}={saved!r}, not '
           f'{value!r}. Restore the text and the settings in data.*, or start '
           'in another workdir.'
         )
-    self._batches.set_state({'next_index': state['step']})
+    step = state.get('step')
+    if type(step) is not int or not 0 <= step <= self._num_steps:
+      raise errors.UserError(
+        f'The checkpoint has the position step={step!r} in its data, which is '
+        f'not among {self._num_steps} steps. Use another checkpoint.'
+      )
+    self._batches.set_state({'next_index': step})
 
 
 def make_iterator(

@@ -270,8 +270,19 @@ class PipelineTest(parameterized.TestCase):
       self.make().set_state(state)
 
   def test_malformed_state(self):
-    with self.assertRaisesRegex(errors.UserError, 'on data with .*=None'):
-      self.make().set_state({'next_index': 3})
+    for state in ({'next_index': 3}, [], None, {'step': 1, 'stream': 'x'}):
+      with self.assertRaisesRegex(errors.UserError, 'on data with .*=None'):
+        self.make().set_state(state)
+
+  def test_malformed_step(self):
+    iterator = self.make()
+    state = iterator.get_state()
+    for step in (None, -1, 1.0, True, '1', [], 2**64):
+      with self.assertRaisesRegex(errors.UserError, 'the position step='):
+        iterator.set_state(state | {'step': step})
+    state.pop('step')
+    with self.assertRaisesRegex(errors.UserError, 'the position step=None'):
+      iterator.set_state(state)
 
   @parameterized.parameters(
     ({'sequence_length': 0}, '^sequence_length=0 must be at least 1'),
