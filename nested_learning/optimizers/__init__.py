@@ -12,7 +12,6 @@ from nested_learning.optimizers.delta_gradient_descent import dgd
 from nested_learning.optimizers.delta_gradient_descent import scale_by_dgd
 from nested_learning.optimizers.delta_models import apply_gradients
 from nested_learning.optimizers.delta_models import dgd_for_model
-from nested_learning.optimizers.delta_models import dgd_report
 from nested_learning.optimizers.matrices import dimension_numbers
 from nested_learning.optimizers.matrices import parameter_report
 from nested_learning.optimizers.momentum import delta_momentum

@@ -56,14 +56,11 @@ def trace_maps(
   closed = jax.make_jaxpr(loss_fn)(params, *args)
   paths, structure = jax.tree.flatten_with_path(params)
   usages = usage.find(closed.jaxpr, len(paths))
-  lost = {}
-  for (path, leaf), used in zip(paths, usages, strict=True):
-    # Vectors, as the biases of stacked layers, are no matrices that were lost.
-    names = sorted(
-      n for n, depth in used.lost.items() if leaf.ndim >= depth + 2
-    )
-    if names and not used.depths:
-      lost[jax.tree_util.keystr(path)] = names
+  lost = {
+    jax.tree_util.keystr(path): names
+    for (path, leaf), used in zip(paths, usages, strict=True)
+    if (names := used.lost_matrix(len(leaf.shape)))
+  }
   return structure.unflatten([bool(used.depths) for used in usages]), lost
 
 

@@ -144,27 +144,6 @@ def apply_gradients(state: Any, gradients: Any, extra: Any, **changes) -> Any:
   return bound.apply_gradients(grads=gradients, **changes).replace(tx=tx)
 
 
-def dgd_report(
-  loss_fn: Callable[..., Any], model: Any, *args
-) -> dict[str, str]:
-  """Lists which rule of `dgd_for_model` each parameter gets.
-
-  Args:
-    loss_fn: As for `dgd_for_model`.
-    model: As for `dgd_for_model`.
-    *args: As for `dgd_for_model`.
-
-  Returns:
-    'dgd' or 'fallback' by the parameter's path.
-  """
-  pure, params, rest = tracing.as_pure(loss_fn, model)
-  found = capture.find_maps(pure, params, *rest, *args)
-  return {
-    jax.tree_util.keystr(path): 'dgd' if mark else 'fallback'
-    for path, mark in jax.tree_util.tree_leaves_with_path(found)
-  }
-
-
 def _nnx_value_and_grad(loss_fn, options):
   """Returns `value_and_delta_grad` for a loss of an NNX module."""
   has_aux, num_samples = options['has_aux'], options['num_samples']

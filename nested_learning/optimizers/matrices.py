@@ -42,14 +42,15 @@ class ParameterInfo:
       axis), 'two maps' (used with different axes), 'empty', 'unused', or other
       operations that it enters.
     dimension_numbers: The axes of the matrix; None if it is none.
-    maps: Whether `dgd_for_model` captures its inputs.
+    dgd: 'map' if `dgd_for_model` captures its inputs, else 'fallback', with the
+      operations after which a matrix cannot be followed.
   """
 
   path: str
   shape: tuple[int, ...]
   kind: str
   dimension_numbers: contrib.MuonDimensionNumbers | None
-  maps: bool
+  dgd: str
 
   @property
   def matrix_shape(self) -> tuple[int, ...]:
@@ -130,7 +131,7 @@ class ParameterReport(tuple[ParameterInfo, ...]):
           info.kind,
           str(list(info.matrix_shape)) if info.matrix_shape else '',
           'matrix' if info.dimension_numbers else 'adam',
-          'map' if info.maps else 'fallback',
+          info.dgd,
         )
         for info in self
       ],
@@ -155,7 +156,10 @@ def _inspect(loss_fn, params, *args):
 
 def _describe(path, shape, used: usage.Usage) -> ParameterInfo:
   """Decides what a parameter is from everything that a loss does with it."""
-  info = functools.partial(ParameterInfo, path, shape, maps=bool(used.depths))
+  lost = ', '.join(used.lost_matrix(len(shape)))
+  fallback = f'fallback, lost in {lost}' if lost else 'fallback'
+  dgd = 'map' if used.depths else fallback
+  info = functools.partial(ParameterInfo, path, shape, dgd=dgd)
   if 0 in shape:
     return info('empty', None)
   if 'gather' in used.ends | used.constants:

@@ -54,6 +54,18 @@ class Usage:
     # A parameter stacked in one place and whole in another counts by entry.
     return next(iter(self.depths)) if len(self.depths) == 1 else None
 
+  def lost_matrix(self, rank: int) -> list[str]:
+    """Names the operations that hide a matrix from DGD; none if it is a map.
+
+    Args:
+      rank: Number of axes of the parameter.
+
+    Returns:
+      The names; none for vectors, as the biases of stacked layers.
+    """
+    names = (name for name, depth in self.lost.items() if rank >= depth + 2)
+    return [] if self.depths else sorted(names)
+
 
 def find(jaxpr, num_leaves: int) -> list[Usage]:
   """Finds how a traced loss uses its parameters.
