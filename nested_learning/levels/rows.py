@@ -157,7 +157,7 @@ def _forward_row(
   """Returns logits [t, v] and the model's state of one row."""
   add_axis = lambda x: None if x is None else x[None]
   logits, model = spec.forward(
-    trees.merge(params, spec.steps.labels, weights),
+    optimizers.merge_levels(params, spec.steps.labels, weights),
     trees.add_row_axis(axes, model),
     tokens[None],
     reset=add_axis(reset),
@@ -195,7 +195,7 @@ def _local_sums(
   """Returns the sums of levels with a local objective, logits and state."""
   labels = spec.steps.labels
   logits, model, local = spec.local_sums(
-    trees.merge(params, labels, weights),
+    optimizers.merge_levels(params, labels, weights),
     trees.add_row_axis(axes, model),
     tokens[None],
     jnp.pad(counts, (0, 1))[None],
@@ -205,8 +205,8 @@ def _local_sums(
   for name in names:
     energy = ()
     if spec.steps.by_name[name].dgd is not None:
-      energy = trees.select(local.energy, labels, name)
-    gradient = trees.select(local.gradient, labels, name)
+      energy = optimizers.select_level(local.energy, labels, name)
+    gradient = optimizers.select_level(local.gradient, labels, name)
     found[name] = steps.Sums(gradient, energy)
   return found, logits[0], trees.drop_row_axis(axes, model)
 

@@ -174,7 +174,9 @@ def start(
   """
   repeat = lambda x: jnp.broadcast_to(x, (num_rows, *jnp.shape(x)))
   weights = {
-    name: jax.tree.map(repeat, trees.select(params, spec.labels, name))
+    name: jax.tree.map(
+      repeat, optimizers.select_level(params, spec.labels, name)
+    )
     for name in spec.periods
   }
   optimizer_states = {

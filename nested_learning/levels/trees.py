@@ -1,62 +1,12 @@
-"""Selects, merges and indexes per-level parameters and per-row states."""
+"""Indexes states per row, and takes norms per row."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from nested_learning import parameters
-
-
-def select(tree: Any, labels: Any, name: str) -> Any:
-  """Selects the leaves of one level.
-
-  Args:
-    tree: Tree with a leaf at every path that `labels` gives this name; its
-      other leaves are ignored, and may be missing.
-    labels: Tree of level names.
-    name: Name of the level.
-
-  Returns:
-    A tree with the structure of `labels`, with optax's masked nodes in place of
-    the leaves of other levels.
-  """
-  leaves = {
-    parameters.path_name(path): leaf
-    for path, leaf in jax.tree.leaves_with_path(tree)
-  }
-
-  def leaf(path, label):
-    if label != name:
-      return optax.MaskedNode()
-    return leaves[parameters.path_name(path)]
-
-  return jax.tree_util.tree_map_with_path(leaf, labels)
-
-
-def merge(tree: Any, labels: Any, parts: Mapping[str, Any]) -> Any:
-  """Replaces the leaves of some levels.
-
-  Args:
-    tree: Any tree.
-    labels: Tree of level names with its structure.
-    parts: From level name to the result of `select` on another such tree.
-
-  Returns:
-    A tree like `tree`.
-  """
-  replaced = {
-    parameters.path_name(path): leaf
-    for part in parts.values()
-    for path, leaf in jax.tree.leaves_with_path(part)
-  }
-
-  def leaf(path, label, old):
-    return replaced[parameters.path_name(path)] if label in parts else old
-
-  return jax.tree_util.tree_map_with_path(leaf, labels, tree)
 
 
 def row_axes(init_state: Callable[[Any, int], Any], params: Any) -> Any:

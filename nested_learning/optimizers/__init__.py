@@ -26,3 +26,5 @@ from nested_learning.optimizers.timescales import Level
 from nested_learning.optimizers.timescales import multi_timescale
 from nested_learning.optimizers.timescales import MultiTimescaleState
 from nested_learning.optimizers.timescales import telemetry
+from nested_learning.optimizers.trees import merge_levels
+from nested_learning.optimizers.trees import select_level

@@ -140,7 +140,7 @@ def multi_timescale(
       _check_labels(labels, periods)
     states = {}
     for name, period in periods.items():
-      own = params if empty else trees.select(params, labels, name)
+      own = params if empty else trees.select_level(params, labels, name)
       extra = {}
       if period > 1:
         extra = {
@@ -153,12 +153,12 @@ def multi_timescale(
   def update_fn(updates, state, params=None, **extra_args):
     labels = labels_of(updates)
     _check_extra_args(extra_args, accumulate, updates, periods)
-    new_updates, new_states = [], {}
+    new_updates, new_states = {}, {}
     for name, period in periods.items():
       arguments = (
-        trees.select(updates, labels, name),
+        trees.select_level(updates, labels, name),
         state.levels[name],
-        None if params is None else trees.select(params, labels, name),
+        None if params is None else trees.select_level(params, labels, name),
         _select_extra_args(extra_args, updates, labels, name),
       )
       if period == 1:  # No cond, and no buffer of gradients.
@@ -168,12 +168,9 @@ def multi_timescale(
         new_update, new_state = level_steps.update_if_due(
           optimizers[name], due, reduce, *arguments
         )
-      new_updates.append(new_update)
+      new_updates[name] = new_update
       new_states[name] = new_state
-    index = {name: i for i, name in enumerate(periods)}
-    merged = jax.tree.map(
-      lambda label, *candidates: candidates[index[label]], labels, *new_updates
-    )
+    merged = trees.merge_levels(updates, labels, new_updates)
     step = optax.safe_increment(state.step)
     return merged, MultiTimescaleState(step, new_states)
 
@@ -207,7 +204,7 @@ def _select_extra_args(extra_args, updates, labels, name):
   """Cuts extra arguments shaped like the parameters to one level's part."""
   structure = jax.tree.structure(updates)
   return {
-    key: trees.select(value, labels, name)
+    key: trees.select_level(value, labels, name)
     if jax.tree.structure(value) == structure
     else value
     for key, value in extra_args.items()
@@ -226,7 +223,7 @@ def _init_extra(example, params, labels, name):
       f'{structure.num_leaves} parameters: give one array or shape for each.'
     )
   tree = structure.unflatten(leaves)
-  return trees.zeros(trees.select(tree, labels, name))
+  return trees.zeros(trees.select_level(tree, labels, name))
 
 
 def _check_extra_args(extra_args, accumulate, updates, periods):

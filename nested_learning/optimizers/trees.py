@@ -1,5 +1,6 @@
-"""Selects the leaves of trees that belong to a part of the parameters."""
+"""Selects and merges the leaves of a part of the parameters."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -31,22 +32,49 @@ def zeros(tree: Any) -> Any:
   )
 
 
-def select(tree: Any, labels: Any, name: str) -> Any:
-  """Selects the leaves with one label.
+def select_level(tree: Any, labels: Any, name: str) -> Any:
+  """Selects the leaves of one level.
 
   Args:
-    tree: Tree of leaves.
-    labels: Tree of labels with its structure.
-    name: The label.
+    tree: Tree with a leaf at every path that `labels` gives this name; its
+      other leaves are ignored, and may be missing.
+    labels: Tree of level names.
+    name: Name of the level.
 
   Returns:
-    The tree, with optax's masked nodes in place of all other leaves.
+    A tree with the structure of `labels`, with optax's masked nodes in place of
+    the leaves of other levels.
+
+  Raises:
+    ValueError: If a leaf is missing.
   """
-  return jax.tree.map(
-    lambda label, leaf: leaf if label == name else optax.MaskedNode(),
-    labels,
-    tree,
+  own = jax.tree.map(
+    lambda label: label if label == name else optax.MaskedNode(), labels
   )
+  return match(tree, own, f'A tree of level {name!r}')
+
+
+def merge_levels(tree: Any, labels: Any, parts: Mapping[str, Any]) -> Any:
+  """Replaces the leaves of some levels.
+
+  Args:
+    tree: Any tree.
+    labels: Tree of level names with its structure.
+    parts: From level name to the result of `select_level` on another such tree.
+
+  Returns:
+    A tree like `tree`.
+  """
+  replaced = {
+    path_name(path): leaf
+    for part in parts.values()
+    for path, leaf in jax.tree.leaves_with_path(part)
+  }
+
+  def leaf(path, label, old):
+    return replaced[path_name(path)] if label in parts else old
+
+  return jax.tree_util.tree_map_with_path(leaf, labels, tree)
 
 
 def match(tree: Any, like: Any, name: str) -> Any:

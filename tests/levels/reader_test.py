@@ -50,7 +50,7 @@ def learning(config=_CONFIG, **changes):
 
 def own(params, name):
   labels = models.level_labels(_CONFIG, of='chain')
-  return trees.select(params, labels, name)
+  return optimizers.select_level(params, labels, name)
 
 
 def learned(level):
@@ -113,7 +113,7 @@ def loop(
   state, outputs = model.init_state(params, 1), []
   for end in range(_FAST, tokens.shape[1] + 1, _FAST):
     part = slice(end - _FAST, end)
-    merged = trees.merge(start, labels, weights)
+    merged = optimizers.merge_levels(start, labels, weights)
     gradients, (logits, state, count) = grad(
       merged, state, tokens[:, part], reset[:, part]
     )
