@@ -23,8 +23,8 @@ def orthogonalize(
   x: jax.Array,
   *,
   coefficients: str | Sequence[float] = 'quintic',
-  num_steps: int = 5,
-  epsilon: float = 1e-6,
+  num_steps: jax.typing.ArrayLike = 5,
+  epsilon: jax.typing.ArrayLike = 1e-6,
 ) -> jax.Array:
   r"""Brings the singular values of every matrix near 1.
 
@@ -40,7 +40,8 @@ def orthogonalize(
   Args:
     x: [..., m, n]; leading axes are a stack of matrices.
     coefficients: 'cubic', 'quintic', or (a, b, c).
-    num_steps: Number of steps; NL writes T.
+    num_steps: Number of steps; NL writes T. A traced number is allowed, but
+      cannot be differentiated through.
     epsilon: Norm below which a matrix counts as zero. Zero stays zero, with
       finite gradients.
 
@@ -56,16 +57,28 @@ def orthogonalize(
   # Gram matrices are taken on the shorter side.
   is_tall = x.shape[-2] > x.shape[-1]
   y = jnp.matrix_transpose(x) if is_tall else x
-  square = jnp.sum(jnp.square(y), axis=(-2, -1), keepdims=True)
+  # In 16 bits the squares would overflow, or vanish.
+  wide = y if jnp.finfo(y.dtype).bits > 16 else y.astype(jnp.float32)
+  square = jnp.sum(jnp.square(wide), axis=(-2, -1), keepdims=True)
   # epsilon**2 may vanish in float32, and zero must stay zero.
-  floor = jnp.finfo(y.dtype).tiny
-  y = y * jax.lax.rsqrt(jnp.maximum(square + epsilon**2, floor))
+  floor = jnp.finfo(wide.dtype).tiny
+  square = square + jnp.asarray(epsilon, wide.dtype) ** 2
+  y = (wide * jax.lax.rsqrt(jnp.maximum(square, floor))).astype(x.dtype)
+  y = _iterate(y, coefficients, num_steps)
+  return jnp.matrix_transpose(y) if is_tall else y
+
+
+def _iterate(y, coefficients, num_steps):
+  """Takes all steps, several on one Gram matrix where that costs less."""
+  if isinstance(num_steps, jax.core.Tracer):  # `optax.inject_hyperparams`
+    step = lambda _, y: _take_steps(y, coefficients, 1)
+    return jax.lax.fori_loop(0, num_steps, step, y)
   m, n = y.shape[-2:]
   # Products of factors [m, m] cost less than steps on [m, n] if m is small.
   at_once = _STEPS_PER_GRAM if n >= 2 * m else 1
-  for done in range(0, num_steps, at_once):
-    y = _take_steps(y, coefficients, min(at_once, num_steps - done))
-  return jnp.matrix_transpose(y) if is_tall else y
+  for done in range(0, int(num_steps), at_once):
+    y = _take_steps(y, coefficients, min(at_once, int(num_steps) - done))
+  return y
 
 
 def _take_steps(y, coefficients, num_steps):

@@ -22,8 +22,8 @@ _FALLBACK_RATE = 3e-3
 _TABLES = ('embed', 'lm_head', 'logits', 'vocab')
 
 
-def _muon_axes(params):
-  """Returns the leaves that Muon treats as matrices: the same as M3."""
+def _dimension_numbers(params):
+  """Returns the leaves that Muon and M3 treat as matrices."""
 
   def axes(path, leaf):
     name = jax.tree_util.keystr(path).lower()
@@ -34,6 +34,9 @@ def _muon_axes(params):
   return jax.tree_util.tree_map_with_path(axes, params)
 
 
+_m3 = functools.partial(
+  optimizers.m3, adam_b2=0.95, dimension_numbers=_dimension_numbers
+)
 RULES = {
   'gradient descent': optax.sgd,
   'momentum': lambda rate: optax.sgd(rate, momentum=0.9),
@@ -45,10 +48,10 @@ RULES = {
     rate,
     consistent_rms=0.2,
     adam_b2=0.95,
-    muon_weight_dimension_numbers=_muon_axes,
+    muon_weight_dimension_numbers=_dimension_numbers,
   ),
-  'M3': optimizers.m3,
-  'M3, no second moment': lambda rate: optimizers.m3(rate, second_decay=None),
+  'M3': _m3,
+  'M3, no second moment': functools.partial(_m3, second_decay=None),
 }
 # Weights of the erasing term: the paper's, and a light one.
 DGD = {'DGD': 1.0, 'DGD, erase 0.01': 0.01}

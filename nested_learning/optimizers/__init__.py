@@ -18,8 +18,9 @@ from nested_learning.optimizers.momentum import delta_momentum
 from nested_learning.optimizers.momentum import preconditioned_momentum
 from nested_learning.optimizers.momentum import scale_by_delta_momentum
 from nested_learning.optimizers.momentum import scale_by_preconditioned_momentum
-from nested_learning.optimizers.multi_scale_momentum import m3
 from nested_learning.optimizers.multi_scale_momentum import scale_by_m3
+from nested_learning.optimizers.multi_scale_muon import m3
+from nested_learning.optimizers.multi_scale_muon import m3_for_model
 from nested_learning.optimizers.network_momentum import deep_momentum
 from nested_learning.optimizers.network_momentum import scale_by_deep_momentum
 from nested_learning.optimizers.timescales import Level

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from nested_learning.optimizers import origins
 from nested_learning.optimizers import settings
 from nested_learning.optimizers import tracing
-from nested_learning.optimizers import trees
 from nested_learning.optimizers import usage
 
 
@@ -58,7 +57,7 @@ def trace_maps(
   paths, structure = jax.tree.flatten_with_path(params)
   usages = usage.find(closed.jaxpr, len(paths))
   lost = {
-    trees.path_name(path): names
+    jax.tree_util.keystr(path): names
     for (path, leaf), used in zip(paths, usages, strict=True)
     if (names := used.lost_matrix(len(leaf.shape)))
   }

@@ -16,7 +16,7 @@ import optax
 from nested_learning import errors
 from nested_learning.optimizers import delta_gradient_descent
 from nested_learning.optimizers import momentum as momentum_lib
-from nested_learning.optimizers import multi_scale_momentum
+from nested_learning.optimizers import multi_scale_muon
 from nested_learning.optimizers import network_momentum
 
 # Adam divides by the root of the second moment, which has no derivative at a
@@ -39,6 +39,12 @@ def _check_not_negative(config: Any, *names: str) -> None:
 def _check_counts(config: Any, *names: str) -> None:
   for name in names:
     errors.check_field(config, name, getattr(config, name) >= 1, 'at least 1')
+
+
+def _check_rms(config: Any) -> None:
+  rms = config.consistent_rms
+  fine = rms is None or 0 < rms < math.inf
+  errors.check_field(config, 'consistent_rms', fine, 'above 0, or None')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +125,7 @@ class Muon:
     errors.check_choices(self)
     _check_decays(self, 'beta', 'adam_b1', 'adam_b2')
     _check_counts(self, 'ns_steps')
-    rms = self.consistent_rms
-    fine = rms is None or 0 < rms < math.inf
-    errors.check_field(self, 'consistent_rms', fine, 'above 0, or None')
+    _check_rms(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,28 +134,29 @@ class M3:
 
   NAME: ClassVar[str] = 'm3'
 
-  decay: float = 0.95  # of the fast momentum
-  slow_decay: float = 0.9  # of a slow momentum, per update of it
+  beta: float = 0.95  # decay of the fast momentum
+  slow_every: int | None = 16  # steps; None has no slow momentum
+  slow_weight: float = 0.5
+  slow_decay: float = 0.9  # of the slow momentum, per update of it
   second_decay: float | None = 0.95  # of the second moment; None: without it
-  slow_every: int | tuple[int, ...] = 16  # steps; () has no slow momentum
-  slow_weight: float | tuple[float, ...] = 0.5
+  nesterov: bool = True  # of Adam's momentum, too
+  ns_steps: int = 5  # of Newton-Schulz
+  consistent_rms: float | None = 0.2  # as for `Muon`
+  # None: float32, or the parameters' type if it is wider.
+  mu_dtype: Literal['float32', 'bfloat16'] | None = None
   adam_b1: float = 0.9
   adam_b2: float = 0.95
 
   def __post_init__(self):
-    _check_decays(self, 'decay', 'slow_decay', 'adam_b1', 'adam_b2')
+    errors.check_choices(self)
+    _check_decays(self, 'beta', 'slow_decay', 'adam_b1', 'adam_b2')
+    _check_counts(self, 'ns_steps')
+    _check_not_negative(self, 'slow_weight')
     if self.second_decay is not None:
       _check_decays(self, 'second_decay')
-    periods, weights = _entries(self.slow_every), _entries(self.slow_weight)
-    fine = all(period >= 1 for period in periods)
-    errors.check_field(self, 'slow_every', fine, 'at least 1 step')
-    fine = all(0 <= weight < math.inf for weight in weights)
-    errors.check_field(self, 'slow_weight', fine, 'finite and at least 0')
-    alike = not isinstance(self.slow_weight, tuple) or (
-      len(weights) == len(periods)
-    )
-    rule = f'one number, or one for each of slow_every={self.slow_every}'
-    errors.check_field(self, 'slow_weight', alike, rule)
+    if self.slow_every is not None:
+      _check_counts(self, 'slow_every')
+    _check_rms(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,8 +268,7 @@ def make(
       the parameters to one. None: all.
     dimension_numbers: Tree of `optax.contrib.MuonDimensionNumbers`, None where
       a parameter is no map, or a function from the parameters to one; see
-      `optimizers.dimension_numbers`. For `M3` and `Muon`. None: leaves of rank
-      2 or more are matrices.
+      `optimizers.dimension_numbers`. For `M3` and `Muon`.
     maps: For `Dgd`: tree of bools that marks the parameters with captured
       inputs, or a function from the parameters to one; see `optimizers.dgd`.
 
@@ -304,10 +308,11 @@ def _make_rule(config, learning_rate, dimension_numbers, maps):
         **dataclasses.asdict(config),
       )
     case M3():
-      settings = dataclasses.asdict(config)
-      decays = settings.pop('adam_b1'), settings.pop('adam_b2')
-      return multi_scale_momentum.m3(
-        learning_rate, adam_decays=decays, **settings
+      return multi_scale_muon.m3(
+        learning_rate,
+        adam_eps_root=_EPS_ROOT,
+        dimension_numbers=dimension_numbers,
+        **dataclasses.asdict(config),
       )
     case Dgd():
       return delta_gradient_descent.dgd(
@@ -343,7 +348,3 @@ def _make_adamw(config: AdamW, learning_rate, weight_decay, mask):
     weight_decay=weight_decay,
     mask=mask,
   )
-
-
-def _entries(value: Any) -> tuple[Any, ...]:
-  return value if isinstance(value, tuple) else (value,)

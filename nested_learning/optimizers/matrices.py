@@ -5,7 +5,7 @@ products with data. Contracted axes are the inputs of a linear map, the others
 its outputs; axes that are scanned, indexed or batched count maps side by side.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import math
@@ -23,8 +23,8 @@ _TWO_MAPS = 'two maps'
 # Kinds of parameters without products, by the operations that they enter.
 _KINDS = {
   'input': set(usage.PRODUCTS),
-  'scale': {'div', 'mul'},
   'bias': {'add', 'add_any', 'sub'},
+  'scale': {'div', 'mul'},
   'concatenated with data': {'concatenate'},
 }
 
@@ -37,10 +37,9 @@ class ParameterInfo:
     path: Its path in the tree of parameters.
     shape: Its shape.
     kind: 'matrix', or why it is none: 'table' (looked up by rows), 'bias',
-      'scale', 'vector' (no axis of inputs, or none of outputs), 'depthwise',
-      'groups' (maps side by side within one axis), 'mixed axes' (inputs and
-      outputs within one axis), 'two maps' (used with different axes), 'input'
-      (multiplied by weights, as data is), 'empty', 'unused', or other
+      'scale', 'vector' (a map with a single input or output), 'groups' (maps
+      side by side within one axis), 'mixed axes' (inputs and outputs within one
+      axis), 'two maps' (used with different axes), 'empty', 'unused', or other
       operations that it enters.
     dimension_numbers: The axes of the matrix; None if it is none.
     dgd: 'map' if `dgd_for_model` captures its inputs, else 'fallback', with the
@@ -169,8 +168,8 @@ def _describe(path, shape, used: usage.Usage) -> ParameterInfo:
   products = [p for p in used.products if p.has_data] or used.products
   if not products:
     return info(_kind(used), None)
-  found = [_matrix_of(product) for product in products]
-  for kind in ('groups', 'mixed axes', 'depthwise'):
+  found = [_matrix_of(product.roles) for product in products]
+  for kind in ('groups', 'mixed axes'):
     if kind in found:
       return info(kind, None)
   found = [numbers for numbers in found if numbers != 'vector']
@@ -197,9 +196,8 @@ def _kind(used: usage.Usage) -> str:
   return f'only in {", ".join(sorted(ends))}' if ends else 'unused'
 
 
-def _matrix_of(product: usage.Product) -> contrib.MuonDimensionNumbers | str:
+def _matrix_of(roles: Mapping[int, set[str]]):
   """Returns the dimension numbers of one product, or why there are none."""
-  roles = product.roles
   if any(len(found) > 1 for found in roles.values()):
     is_grouped = any('batch' in found for found in roles.values())
     return 'groups' if is_grouped else 'mixed axes'
@@ -208,9 +206,7 @@ def _matrix_of(product: usage.Product) -> contrib.MuonDimensionNumbers | str:
     for role in ('reduction', 'output')
   )
   if not rows or not columns:
-    is_grouped = {'batch'} in roles.values()
-    is_convolution = product.operation == 'conv_general_dilated'
-    return 'depthwise' if is_convolution and is_grouped else 'vector'
+    return 'vector'
   # Maps side by side of the same data (experts, vmapped layers): their axis
   # stands in front of the map's own.
   behind = tuple(axis for axis in columns if axis > rows[0])

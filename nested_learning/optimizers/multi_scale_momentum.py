@@ -1,8 +1,7 @@
-"""Multi-scale Momentum Muon: momenta on several clocks, orthogonalised."""
+"""Multi-scale momentum: momenta on several clocks, orthogonalised."""
 
 from collections.abc import Callable, Sequence
 import functools
-import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -10,15 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from nested_learning import newton_schulz
-from nested_learning.optimizers import placement
+from nested_learning.optimizers import axes as axes_lib
 from nested_learning.optimizers import settings
-
-# RMS that Adam's updates have early in training; a Muon update scaled to it
-# can use the same learning rate (Liu et al., arXiv:2502.16982).
-_UPDATE_RMS = 0.2
-
-# Matrices that are looked up by row, and so are no linear maps.
-_TABLES = ('embed', 'lm_head', 'logits', 'vocab')
+from nested_learning.optimizers import spreading
+from nested_learning.optimizers import tracing
 
 
 class SlowMomentum(NamedTuple):
@@ -33,9 +27,11 @@ class M3State(NamedTuple):
 
   Attributes:
     count: Steps taken so far, int32.
-    momentum: The fast momentum, in float32 or wider.
-    slow: One `SlowMomentum` per slow clock.
-    second_moment: Mean (form 'ema') or sum of squared gradients; () if unused.
+    momentum: The fast momentum, in `mu_dtype`.
+    slow: One `SlowMomentum` per slow clock. Its momentum is in float32 or
+      wider, its direction in `mu_dtype`.
+    second_moment: Mean (form 'ema') or sum of squared gradients, in `mu_dtype`
+      (bfloat16 instead of float16); () if unused.
   """
 
   count: jax.Array
@@ -44,226 +40,118 @@ class M3State(NamedTuple):
   second_moment: Any
 
 
-def m3(
-  learning_rate: optax.ScalarOrSchedule,
-  *,
-  form: str = 'ema',
-  decay: float = 0.95,
-  slow_decay: float = 0.9,
-  second_decay: float | None = 0.95,
-  damping: float = 1.0,
-  slow_every: int | Sequence[int] = 16,
-  slow_weight: float | Sequence[float] = 0.5,
-  nesterov: bool = True,
-  coefficients: str | Sequence[float] = 'quintic',
-  num_steps: int = 5,
-  epsilon: float = 1e-8,
-  weight_decay: float = 0.0,
-  adam_learning_rate: optax.ScalarOrSchedule | None = None,
-  adam_decays: tuple[float, float] = (0.9, 0.95),
-  matrices: Callable[[str, Any], bool] | None = None,
-  mesh: jax.sharding.Mesh | None = None,
-) -> optax.GradientTransformationExtraArgs:
-  r"""Multi-scale Momentum Muon: momenta on different clocks, orthogonalised.
-
-  Form 'ema', with K = slow_every, NS = Newton-Schulz and t counted from 1:
-
-  .. math::
-    m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
-    v_t &= \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
-    s_t &= \beta_3 s_{t-1} + (1 - \beta_3) \tfrac1K \sum_{i=t-K+1}^{t} g_i,
-      \quad S = NS(s_t) \quad\text{if } t \equiv 0 \pmod K \\
-    o_t &= (NS(m_t) + \alpha S) / (1 + \alpha) \\
-    d_t &= o_t / \left(\sqrt{\hat v_t}
-      + \text{damping}\, \text{rms}(g)_t + \epsilon\right) \\
-    W_t &= W_{t-1} - \text{lr}\, 0.2 \sqrt{\max(m, n)}\; d_t\;
-      \text{rms}(o_t) / \text{rms}(d_t)
-
-  where rms(g) is the root of the mean of v over the matrix. S is used from the
-  step after its update on, and is left out of o_t before the first. m_t enters
-  with Nesterov's look-ahead, as in Muon. Several slow clocks add one s, S and
-  weight each. Without slow clocks and second moment, this is Muon with
-  consistent_rms=0.2.
-
-  Orthogonalising has already made all directions alike, so dividing by the
-  root of v alone goes too far: entries whose gradients are almost always zero
-  get most of the update. Damping bounds that.
-
-  Form 'paper' is Algorithm 1 to the letter: m, s and v are sums (`decay`,
-  `slow_decay` and `second_decay` are the factors beta_1, beta_3 and beta_2 of
-  their terms), W_t = W_{t-1} - lr (NS(m_t) + alpha S) / (sqrt(v_t) + epsilon),
-  without look-ahead, correction or matching. It reads the sum of line 3 as that
-  of the K gradients of the last period (print has K + 1). An orthogonalised
-  matrix has entries near 1 / sqrt(max(m, n)) whatever the gradient's size, so
-  that division by sqrt(v) makes steps grow as gradients shrink: hence form
-  'ema'. Eq. 75 disagrees with Algorithm 1 in sign and indices; Algorithm 1 is
-  followed. Print gives no constants.
-
-  Args:
-    learning_rate: Step size, a scalar or an optax schedule (per step).
-    form: 'ema' or 'paper'.
-    decay: Decay of the fast momentum; NL writes beta_1.
-    slow_decay: Decay of a slow momentum per update of it; NL writes beta_3.
-    second_decay: Decay of the second moment, NL's beta_2; None leaves it out.
-    damping: Share of the gradient's RMS that joins its root second moment
-      (form 'ema'); 0 is the printed division.
-    slow_every: Steps between updates of the slow momentum, NL's f; a sequence
-      makes several slow clocks, an empty one none.
-    slow_weight: Weight of the slow direction, NL's alpha; one for all clocks or
-      one each.
-    nesterov: Whether the fast momentum looks ahead (form 'ema').
-    coefficients: Polynomial of Newton-Schulz: 'cubic', 'quintic' or (a, b, c).
-    num_steps: Steps of Newton-Schulz; NL writes T.
-    epsilon: Added to divisors.
-    weight_decay: Decoupled weight decay of all parameters.
-    adam_learning_rate: Step size of parameters that are no matrices. None:
-      learning_rate.
-    adam_decays: Decay rates of Adam, which updates them.
-    matrices: Function of (path, leaf) that tells which leaves are matrices or
-      stacks of them ([..., m, n]). None: rank 2 and more, except if the path
-      contains 'embed', 'lm_head', 'logits' or 'vocab'. It is not called for
-      leaves of lower rank or without entries.
-    mesh: Devices to spread stacked matrices over. None: the mesh of
-      `jax.set_mesh`.
-
-  Returns:
-    An optax gradient transformation. Under `optax.inject_hyperparams`, form,
-    slow_every, coefficients, num_steps and adam_decays are static arguments.
-
-  Raises:
-    ValueError: If a setting is out of its range, or at `init` if a parameter is
-      not of a floating type.
-
-  References:
-    Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, Algorithm 1.
-  """
-  settings.check_rate(learning_rate=learning_rate, weight_decay=weight_decay)
-  if adam_learning_rate is None:
-    adam_learning_rate = learning_rate
-  settings.check_rate(adam_learning_rate=adam_learning_rate)
-  is_matrix = matrices or _is_matrix
-
-  def label(path, leaf):
-    path = jax.tree_util.keystr(path)
-    could_be = leaf.ndim >= 2 and leaf.size
-    return 'm3' if could_be and is_matrix(path, leaf) else 'adam'
-
-  partition = optax.partition(
-    {
-      'm3': optax.chain(
-        scale_by_m3(
-          form=form,
-          decay=decay,
-          slow_decay=slow_decay,
-          second_decay=second_decay,
-          damping=damping,
-          slow_every=slow_every,
-          slow_weight=slow_weight,
-          nesterov=nesterov,
-          coefficients=coefficients,
-          num_steps=num_steps,
-          epsilon=epsilon,
-          mesh=mesh,
-        ),
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-      ),
-      'adam': optax.adamw(
-        adam_learning_rate, *adam_decays, weight_decay=weight_decay
-      ),
-    },
-    lambda params: jax.tree_util.tree_map_with_path(label, params),
-  )
-
-  def init_fn(params):
-    settings.check_params(params)
-    return partition.init(params)
-
-  return optax.GradientTransformationExtraArgs(init_fn, partition.update)
-
-
 def scale_by_m3(
   *,
   form: str = 'ema',
-  decay: float = 0.95,
-  slow_decay: float = 0.9,
-  second_decay: float | None = 0.95,
-  damping: float = 1.0,
-  slow_every: int | Sequence[int] = 16,
-  slow_weight: float | Sequence[float] = 0.5,
+  beta: jax.typing.ArrayLike = 0.95,
+  slow_every: int | Sequence[int] | None = 16,
+  slow_weight: jax.typing.ArrayLike | Sequence[float] = 0.5,
+  slow_decay: jax.typing.ArrayLike = 0.9,
+  second_decay: jax.typing.ArrayLike | None = 0.95,
+  damping: jax.typing.ArrayLike = 1.0,
+  ns_coeffs: str | Sequence[float] = 'quintic',
+  ns_steps: jax.typing.ArrayLike = 5,
+  eps: jax.typing.ArrayLike = 1e-8,
   nesterov: bool = True,
-  coefficients: str | Sequence[float] = 'quintic',
-  num_steps: int = 5,
-  epsilon: float = 1e-8,
+  consistent_rms: jax.typing.ArrayLike | None = 0.2,
+  mu_dtype: jax.typing.DTypeLike | None = None,
+  dimension_numbers: Any | Callable[[Any], Any] | None = None,
   mesh: jax.sharding.Mesh | None = None,
 ) -> optax.GradientTransformation:
-  """Computes the direction of `m3` for trees in which every leaf is a matrix.
+  r"""Computes the direction of `m3` for trees in which every leaf is a matrix.
+
+  Form 'ema' is that of `m3`, with `damping` before rms(g). Orthogonalising has
+  already made all directions alike, so dividing by the root of v alone goes too
+  far: entries whose gradients are almost always zero get most of the update.
+  Damping bounds that.
+
+  Form 'paper' is Algorithm 1 to the letter: m, s and v are sums (`beta`,
+  `slow_decay` and `second_decay` are the factors beta_1, beta_3 and beta_2 of
+  their terms), the direction is (NS(m_t) + alpha S) / (sqrt(v_t) + eps),
+  without look-ahead, correction or scale. It reads the sum of line 3 as that of
+  the K gradients of the last period (print has K + 1). An orthogonalised matrix
+  has entries near 1 / sqrt(max(m, n)) whatever the gradient's size, so that
+  division by sqrt(v) makes steps grow as gradients shrink: hence form 'ema'.
+  Eq. 75 disagrees with Algorithm 1 in sign and indices; Algorithm 1 is
+  followed. Print gives no constants.
 
   Args:
-    form: See `m3`.
-    decay: See `m3`.
+    form: 'ema' or 'paper'.
+    beta: See `m3`.
+    slow_every: See `m3`; a sequence makes several slow clocks, each with an s,
+      an S and a weight of its own.
+    slow_weight: See `m3`; one for all clocks or one each.
     slow_decay: See `m3`.
     second_decay: See `m3`.
-    damping: See `m3`.
-    slow_every: See `m3`.
-    slow_weight: See `m3`.
-    nesterov: See `m3`.
-    coefficients: See `m3`.
-    num_steps: See `m3`.
-    epsilon: See `m3`.
-    mesh: See `m3`.
+    damping: Share of the gradient's RMS that joins its root second moment
+      (form 'ema'); 0 is the printed division.
+    ns_coeffs: Polynomial of Newton-Schulz: 'cubic', 'quintic' or (a, b, c).
+    ns_steps: See `m3`.
+    eps: See `m3`.
+    nesterov: See `m3`; form 'ema'.
+    consistent_rms: See `m3`; form 'ema'.
+    mu_dtype: See `m3`.
+    dimension_numbers: See `m3`. None: the last two axes of every leaf make a
+      matrix.
+    mesh: Devices to spread matrices over. None: the mesh of `jax.set_mesh`.
 
   Returns:
-    An optax gradient transformation; leaves have shape [..., m, n].
+    An optax gradient transformation; apply the learning rate by
+    `optax.scale_by_learning_rate`.
 
   Raises:
-    ValueError: If a setting is out of its range.
+    ValueError: If a setting is out of its range, or dimension numbers do not
+      fit the parameters.
   """
   settings.check_choice(('ema', 'paper'), form=form)
   settings.check_decay(
-    decay=decay, slow_decay=slow_decay, second_decay=second_decay
+    beta=beta, slow_decay=slow_decay, second_decay=second_decay
   )
-  settings.check_rate(epsilon=epsilon, damping=damping)
-  settings.check_period(num_steps=num_steps)
-  if isinstance(coefficients, str):
-    settings.check_choice(newton_schulz.COEFFICIENTS, coefficients=coefficients)
+  settings.check_rate(eps=eps, damping=damping, consistent_rms=consistent_rms)
+  settings.check_period(ns_steps=ns_steps)
+  if isinstance(ns_coeffs, str):
+    settings.check_choice(newton_schulz.COEFFICIENTS, ns_coeffs=ns_coeffs)
   periods, weights = _slow_clocks(slow_every, slow_weight)
   is_ema = form == 'ema'
   add = _average if is_ema else _sum
-  function = functools.partial(
+  iterate = functools.partial(
     newton_schulz.orthogonalize,
-    coefficients=coefficients,
-    num_steps=num_steps,
-    epsilon=epsilon,
+    coefficients=ns_coeffs,
+    num_steps=ns_steps,
+    epsilon=eps,
   )
-
-  def orthogonalize(tree):
-    return jax.tree.map(
-      lambda leaf: placement.map_stack(function, leaf, mesh), tree
-    )
 
   def init_fn(params):
     settings.check_params(params)
+    _find_axes(dimension_numbers, params)
     # A function: an array that stands in the state twice cannot be donated.
-    zeros = lambda: jax.tree.map(_zeros, params)
+    zeros = lambda *dtypes: jax.tree.map(
+      lambda leaf: jnp.zeros_like(leaf, dtype=_state_dtype(leaf, *dtypes)),
+      params,
+    )
     return M3State(
       count=jnp.zeros((), jnp.int32),
-      momentum=zeros(),
-      slow=tuple(SlowMomentum(zeros(), zeros()) for _ in periods),
-      second_moment=() if second_decay is None else zeros(),
+      momentum=zeros(mu_dtype),
+      slow=tuple(SlowMomentum(zeros(), zeros(mu_dtype)) for _ in periods),
+      second_moment=()
+      if second_decay is None
+      else zeros(_square_dtype(mu_dtype)),
     )
 
   def update_fn(updates, state, params=None):
     del params
-    count, step = state.count, (state.count + 1).astype(jnp.float32)
-    gradients = jax.tree.map(
-      lambda g, m: g.astype(m.dtype), updates, state.momentum
+    axes = _find_axes(dimension_numbers, updates)
+    orthogonalize = lambda tree, like: spreading.map_matrices(
+      iterate, tree, axes, like=like, mesh=mesh
     )
-    momentum = add(decay, state.momentum, gradients)
+    # bfloat16 would lose small gradients in the sums of a step.
+    gradients = jax.tree.map(lambda g: g.astype(_wide(g)), updates)
+    count = state.count
+    momentum = add(beta, state.momentum, gradients)
     ahead = momentum
-    if is_ema and nesterov:
-      ahead = _look_ahead(decay, momentum, gradients, step)
-    direction = orthogonalize(ahead)
+    if is_ema:
+      ahead = _correct(beta, momentum, gradients, count + 1, nesterov)
+    direction = orthogonalize(ahead, state.momentum)
 
     is_known = [count >= period for period in periods]
     direction, total = _add_slow(direction, state.slow, weights, is_known)
@@ -272,21 +160,29 @@ def scale_by_m3(
       squares = jax.tree.map(jnp.square, gradients)
       second_moment = add(second_decay, second_moment, squares)
       if is_ema:
-        unbiased = 1 - second_decay**step
-        divided = _divide(direction, second_moment, unbiased, damping, epsilon)
-        direction = jax.tree.map(_match_rms, divided, direction)
+        divide = functools.partial(
+          _divide_and_match, second_decay, count + 1, damping, eps
+        )
+        direction = jax.tree.map(divide, direction, second_moment, axes)
       else:
-        direction = _divide(direction, second_moment, jnp.ones(()), 0, epsilon)
+        direction = jax.tree.map(
+          lambda d, v: d / (_sqrt(v) + _like(eps, v)), direction, second_moment
+        )
     if is_ema:
       direction = jax.tree.map(
-        lambda d: d * (_scale(d) / total).astype(d.dtype), direction
+        lambda d, its: _scale(d, its, consistent_rms) / _like(total, d),
+        direction,
+        axes,
       )
     update_slow = functools.partial(
       _update_slow, gradients, count, slow_decay, is_ema, orthogonalize
     )
-    slow = tuple(map(update_slow, state.slow, periods))
-    count = optax.safe_increment(count)
-    new_state = M3State(count, momentum, slow, second_moment)
+    new_state = M3State(
+      count=optax.safe_increment(count),
+      momentum=optax.tree.cast_like(momentum, state.momentum),
+      slow=tuple(map(update_slow, state.slow, periods)),
+      second_moment=optax.tree.cast_like(second_moment, state.second_moment),
+    )
     return optax.tree.cast_like(direction, updates), new_state
 
   return optax.GradientTransformation(init_fn, update_fn)
@@ -294,12 +190,15 @@ def scale_by_m3(
 
 def _add_slow(direction, slow, weights, is_known):
   """Adds the slow directions; returns the sum, and the sum of its weights."""
-  total = jnp.ones(())
+  total = jnp.ones((), jnp.float32)
   for part, weight, known in zip(slow, weights, is_known, strict=True):
     direction = jax.tree.map(
-      lambda d, s, w=weight: d + w * s, direction, part.direction
+      lambda d, s, w=weight: d + _like(w, d) * s.astype(d.dtype),
+      direction,
+      part.direction,
     )
-    total = total + weight * known  # A direction is zero before its first.
+    # A direction is zero before its first.
+    total = total + _like(weight, total) * known.astype(total.dtype)
   return direction, total
 
 
@@ -315,7 +214,7 @@ def _update_slow(gradients, count, decay, is_ema, orthogonalize, slow, period):
     count: Steps taken before this one.
     decay: The `slow_decay` of `m3`.
     is_ema: Whether the form is 'ema'.
-    orthogonalize: Function of a tree of matrices.
+    orthogonalize: Function of a tree of matrices, and of one laid out alike.
     slow: The `SlowMomentum`.
     period: Steps between updates.
 
@@ -323,72 +222,126 @@ def _update_slow(gradients, count, decay, is_ema, orthogonalize, slow, period):
     The new `SlowMomentum`.
   """
   is_first = (count % period == 0) & is_ema
-  keep = jnp.where(is_first, decay, 1.0)
-  share = (1 - decay) / period if is_ema else decay
-  momentum = jax.tree.map(
-    lambda m, g: keep.astype(m.dtype) * m + share * g, slow.momentum, gradients
-  )
+
+  def add(m, g):
+    fraction = _like(decay, g)
+    keep = jnp.where(is_first, fraction, jnp.ones_like(fraction))
+    share = (1 - fraction) / _like(period, g) if is_ema else fraction
+    return keep * m.astype(g.dtype) + share * g
+
+  momentum = jax.tree.map(add, slow.momentum, gradients)
   direction = jax.lax.cond(
     (count + 1) % period == 0,
-    lambda momentum, direction: orthogonalize(momentum),
+    lambda momentum, direction: optax.tree.cast_like(
+      orthogonalize(momentum, direction), direction
+    ),
     lambda momentum, direction: direction,
     momentum,
     slow.direction,
   )
-  return SlowMomentum(momentum, direction)
+  return SlowMomentum(optax.tree.cast_like(momentum, slow.momentum), direction)
 
 
 def _average(decay, averages, values):
-  return jax.tree.map(
-    lambda m, x: decay * m + (1 - decay) * x, averages, values
-  )
+  def leaf(m, x):
+    fraction = _like(decay, x)
+    return fraction * m.astype(x.dtype) + (1 - fraction) * x
+
+  return jax.tree.map(leaf, averages, values)
 
 
 def _sum(factor, sums, values):
-  return jax.tree.map(lambda m, x: m + factor * x, sums, values)
-
-
-def _look_ahead(decay, momentum, gradients, step):
-  """Returns Nesterov's momentum of the next step, corrected for its bias."""
-  ahead = decay / (1 - decay ** (step + 1))
-  now = (1 - decay) / (1 - decay**step)
   return jax.tree.map(
-    lambda m, g: ahead.astype(m.dtype) * m + now.astype(m.dtype) * g,
-    momentum,
-    gradients,
+    lambda m, x: m.astype(x.dtype) + _like(factor, x) * x, sums, values
   )
 
 
-def _divide(direction, second_moment, unbiased, damping, epsilon):
-  """Divides by the root of the second moment and its damping."""
+def _correct(decay, momentum, gradients, step, nesterov):
+  """Corrects a momentum for its bias; with Nesterov, that of the next step."""
 
-  def leaf(d, v):
-    v = v / unbiased.astype(v.dtype)
-    mean = jnp.mean(v, axis=(-2, -1), keepdims=True)
-    return d / (jnp.sqrt(v) + damping * jnp.sqrt(mean) + epsilon)
+  def leaf(m, g):
+    unbiased = lambda step: 1 - _like(decay, g) ** _like(step, g)
+    if not nesterov:
+      return m / unbiased(step)
+    ahead = _like(decay, g) / unbiased(step + 1)
+    return ahead * m + (1 - _like(decay, g)) / unbiased(step) * g
 
-  return jax.tree.map(leaf, direction, second_moment)
-
-
-def _match_rms(x, y):
-  """Scales every matrix of x to the RMS of the one in y."""
-  return x * (_rms(y) / jnp.maximum(_rms(x), jnp.finfo(x.dtype).tiny))
+  return jax.tree.map(leaf, momentum, gradients)
 
 
-def _rms(x):
-  return jnp.sqrt(jnp.mean(jnp.square(x), axis=(-2, -1), keepdims=True))
+def _divide_and_match(
+  decay, step, damping, eps, direction, second_moment, axes
+):
+  """Divides by the damped root of the second moment, and restores the RMS."""
+  v = second_moment / (1 - _like(decay, direction) ** _like(step, direction))
+  mean = jnp.mean(v, axis=axes.matrix, keepdims=True)
+  # Relative to its RMS, which cancels below: the numbers stay near 1 for
+  # gradients of any size. Squares that overflow make an update of zero.
+  rms = jnp.minimum(_sqrt(mean), jnp.finfo(v.dtype).max) + _like(eps, v)
+  divisor = _sqrt(v) + _like(damping, v) * rms + _like(eps, v)
+  divided = direction * (rms / divisor)
+  old, new = _rms(direction, axes), _rms(divided, axes)
+  return divided * (old / jnp.maximum(new, jnp.finfo(v.dtype).tiny))
 
 
-def _scale(x):
+def _rms(x, axes):
+  return _sqrt(jnp.mean(jnp.square(x), axis=axes.matrix, keepdims=True))
+
+
+def _sqrt(x):
+  """Computes the root, with a derivative of zero at zero."""
+  is_positive = x > 0
+  root = jnp.sqrt(jnp.where(is_positive, x, jnp.ones_like(x)))
+  return jnp.where(is_positive, root, jnp.zeros_like(x))
+
+
+def _scale(x, axes, consistent_rms):
+  """Scales orthogonalised matrices by their shape, as `optax.contrib.muon`."""
+  fan_in, fan_out = axes.sides(x.shape)
+  if consistent_rms is None:
+    return x * max(1.0, fan_out / max(fan_in, 1)) ** 0.5
   # An orthogonal matrix has RMS 1 / sqrt(max(m, n)).
-  return jnp.asarray(_UPDATE_RMS * max(x.shape[-2:]) ** 0.5)
+  return x * (_like(consistent_rms, x) * max(fan_in, fan_out) ** 0.5)
+
+
+def _like(value, x):
+  """Returns a number or a scalar in the type of x."""
+  return jnp.asarray(value).astype(x.dtype)
+
+
+def _wide(leaf):
+  return leaf.dtype if jnp.finfo(leaf.dtype).bits > 16 else jnp.float32
+
+
+def _state_dtype(leaf, dtype=None):
+  return _wide(leaf) if dtype is None else jnp.dtype(dtype)
+
+
+def _square_dtype(dtype):
+  # Squares of small gradients vanish in float16.
+  is_half = dtype is not None and jnp.dtype(dtype) == jnp.float16
+  return jnp.bfloat16 if is_half else dtype
+
+
+def _find_axes(dimension_numbers, params):
+  """Returns the axes of parameters that are all matrices."""
+  axes = axes_lib.find(dimension_numbers, params)
+  items, treedef = jax.tree_util.tree_flatten_with_path(params)
+  for (path, _), its in zip(items, treedef.flatten_up_to(axes), strict=True):
+    if its is None:
+      raise ValueError(
+        f'scale_by_m3: parameter {tracing.name_of(path)} is no matrix, since '
+        'its dimension numbers are None: use m3, which gives it to Adam.'
+      )
+  return axes
 
 
 def _slow_clocks(slow_every, slow_weight):
   """Returns the periods and weights of the slow clocks, checked."""
-  if isinstance(slow_every, numbers.Number):
-    slow_every = (slow_every,)
-  periods = tuple(slow_every)
+  if slow_every is None:
+    slow_every = ()
+  is_many = isinstance(slow_every, Sequence)
+  periods = tuple(slow_every) if is_many else (slow_every,)
   for period in periods:
     settings.check_period(slow_every=period)
   if isinstance(slow_weight, Sequence):
@@ -403,13 +356,3 @@ def _slow_clocks(slow_every, slow_weight):
   for weight in weights:
     settings.check_rate(slow_weight=weight)
   return periods, weights
-
-
-def _is_matrix(path, leaf):
-  del leaf
-  return not any(name in path.lower() for name in _TABLES)
-
-
-def _zeros(leaf):
-  # Averages over many steps lose small gradients in bfloat16.
-  return jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32))

@@ -88,17 +88,6 @@ def loosely(source: Origin | None) -> Origin | None:
   return Origin(source.leaves, layouts=source.layouts, exact=False)
 
 
-def either(sources) -> Origin | None:
-  """Returns the origin of a value that has one of several origins."""
-  if None in sources:
-    return None
-  return Origin(
-    tuple(leaf for source in sources for leaf in source.leaves),
-    layouts=tuple(part for source in sources for part in source.layouts),
-    exact=False,
-  )
-
-
 def stacked(source: Origin) -> Origin:
   """Returns the origin of one slice along the leading axis, inside a scan."""
   return dataclasses.replace(
@@ -147,7 +136,7 @@ def follow(eqn, sources) -> list[Origin | None]:
   if name == 'optimization_barrier':
     return list(sources)
   source = sources[0] if sources else None
-  if source is None or any(sources[1:]) or 0 in eqn.outvars[0].aval.shape:
+  if source is None or any(sources[1:]):
     return nothing
   if name in _LAYOUT:
     # A broadcast that repeats entries: no longer the parameter's own layout.

@@ -5,9 +5,6 @@ sharded dimension unless told where its result belongs. With any other mesh,
 and without one, these functions leave that to the compiler.
 """
 
-from collections.abc import Callable
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -34,42 +31,6 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
   if _names(columns) & set().union(*map(_names, [*stack, rows])):
     columns = None
   return jnp.einsum(equation, x, y, out_sharding=jax.P(*stack, rows, columns))
-
-
-def map_stack(
-  function: Callable[[jax.Array], jax.Array],
-  x: jax.Array,
-  mesh: jax.sharding.Mesh | None = None,
-) -> jax.Array:
-  """Applies a function of matrices, each device to its share of a stack.
-
-  Without this, every device would compute the results of the whole stack.
-
-  Args:
-    function: Maps [s, m, n] to an array like it, matrix by matrix.
-    x: [..., m, n]; leading axes are a stack of matrices.
-    mesh: Devices to spread the stack over. None: the mesh of `jax.set_mesh`.
-
-  Returns:
-    An array like x.
-  """
-  *stack, m, n = x.shape
-  if not x.size:
-    return x
-  # With explicit axes nothing moves unless told to: there, and back. A stack
-  # that must be padded or reshaped is replicated first.
-  context = jax.sharding.get_abstract_mesh()
-  home, between = None, jax.P()
-  if mesh is None and not context.empty and context.are_all_axes_explicit:
-    home = jax.typeof(x).sharding.spec
-    if len(stack) == 1 and stack[0] % context.size == 0:
-      between = jax.P(context.axis_names)
-    x = jax.sharding.reshard(x, between)
-  y = function(_spread(x.reshape(-1, m, n), mesh))
-  if home is not None:
-    y = jax.sharding.reshard(y, between)
-  y = y[: math.prod(stack)].reshape(x.shape)
-  return y if home is None else jax.sharding.reshard(y, home)
 
 
 def spec_of(x: jax.Array) -> jax.P:
@@ -106,27 +67,6 @@ def put(x: jax.Array, spec: jax.P, *, like: jax.Array) -> jax.Array:
   if is_concrete and isinstance(sharding, jax.NamedSharding):
     return jax.device_put(x, jax.NamedSharding(sharding.mesh, spec))
   return x
-
-
-def _spread(stack, mesh):
-  """Pads a stack to the number of devices and lays it out over them."""
-  num_matrices = stack.shape[0]
-  context = jax.sharding.get_abstract_mesh()
-  devices = context if mesh is None else mesh
-  num_devices = math.prod(devices.shape.values())
-  if num_matrices == 1 or num_devices == 1:
-    return stack
-  spec = jax.P(devices.axis_names)
-  padding = -num_matrices % num_devices
-  padded = jnp.pad(stack, ((0, padding), (0, 0), (0, 0)))
-  if mesh is not None:
-    sharding = jax.NamedSharding(mesh, spec)
-    return jax.lax.with_sharding_constraint(padded, sharding)
-  if context.are_all_axes_explicit:
-    return jax.sharding.reshard(padded, spec)
-  if context.are_all_axes_auto:
-    return jax.lax.with_sharding_constraint(padded, spec)
-  return stack  # Inside shard_map, the caller has laid it out.
 
 
 def _has_explicit_axes():

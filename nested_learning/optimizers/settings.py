@@ -98,7 +98,9 @@ def check_period(**settings):
     ValueError: If one is not an integer or below 1.
   """
   for name, value in settings.items():
-    if isinstance(value, jax.Array) and jnp.issubdtype(value, jnp.integer):
+    if isinstance(value, jax.Array) and jnp.issubdtype(
+      value.dtype, jnp.integer
+    ):
       fine = not is_known(value) or value >= 1
     else:
       fine = isinstance(value, numbers.Integral) and value >= 1

@@ -8,6 +8,8 @@ from nested_learning.optimizers import origins
 from nested_learning.optimizers import tracing
 
 PRODUCTS = ('conv_general_dilated', 'dot_general', 'ragged_dot_general')
+# Operations whose function works on entries or blocks, not on the inputs.
+_REDUCTIONS = ('pallas_call', 'reduce', 'reduce_window')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,13 +17,11 @@ class Product:
   """A matrix product or a convolution that a parameter enters.
 
   Attributes:
-    operation: Its name.
     roles: By axis of the parameter, its roles among 'reduction', 'output' and
       'batch'; axes of which one index was taken are missing.
     has_data: Whether the other factor is data, not made of parameters, too.
   """
 
-  operation: str
   roles: Mapping[int, set[str]]
   has_data: bool
 
@@ -136,18 +136,19 @@ class _Search(tracing.Interpreter):
     if name in tracing.REMATS:
       return [origins.loosely(x) for x in self.look(bodies[0], sources)]
     if name == 'cond':
-      branches = [self.look(body, sources[1:]) for body in bodies]
-      return [
-        origins.either(outputs) for outputs in zip(*branches, strict=True)
-      ]
-    first = params.get('cond_nconsts', 0)  # of a while loop
-    if not bodies or _ranks(bodies[0].invars) != _ranks(eqn.invars[first:]):
+      for body in bodies:
+        followed = self.look(body, sources[1:])
+      return [origins.loosely(source) for source in followed]
+    if not bodies or name in _REDUCTIONS:
       return None
     self._lose(eqn, exact)
     sources = [origins.loosely(source) for source in sources]
+    inner = sources[params.get('cond_nconsts', 0) :]  # as of a while loop
+    if len(bodies[0].invars) != len(inner):
+      return None
     inner = [
       source and origins.resized(source, var.aval.shape)  # as in a shard_map
-      for source, var in zip(sources[first:], bodies[0].invars, strict=True)
+      for source, var in zip(inner, bodies[0].invars, strict=True)
     ]
     followed = self.look(bodies[0], inner)
     if name.startswith('custom_'):
@@ -188,9 +189,7 @@ class _Search(tracing.Interpreter):
         )
         roles = layouts.roles(eqn, side, layout)
         if roles is not None:
-          self._usages[leaf].products.append(
-            Product(eqn.primitive.name, roles, has_data)
-          )
+          self._usages[leaf].products.append(Product(roles, has_data))
 
   def _note_end(self, eqn, sources, followed):
     kept = {leaf for source in followed if source for leaf in source.leaves}
@@ -218,14 +217,10 @@ def _bodies(eqn):
   params = eqn.params
   if eqn.primitive.name == 'cond':
     return [closed.jaxpr for closed in params['branches']]
-  for name in ('body_jaxpr', 'call_jaxpr', 'call', 'jaxpr'):
+  for name in ('body_jaxpr', 'call_jaxpr', 'jaxpr'):
     if name in params:
       return [getattr(params[name], 'jaxpr', params[name])]
   return []
-
-
-def _ranks(variables):
-  return [getattr(var.aval, 'ndim', None) for var in variables]
 
 
 def _unknown(eqn, sources) -> list[origins.Origin | None]:

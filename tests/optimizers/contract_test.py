@@ -29,14 +29,24 @@ def timescales(learning_rate, rule=optax.adam):
   )
 
 
+def m3(learning_rate):
+  """Makes M3 with the last two axes as matrices; the slow momentum is used."""
+  numbers = optax.contrib.MuonDimensionNumbers(-2, -1)
+  return optimizers.m3(
+    learning_rate,
+    slow_every=2,
+    ns_steps=2,
+    adam_b2=0.95,
+    dimension_numbers=lambda params: jax.tree.map(
+      lambda leaf: numbers if leaf.ndim >= 2 else None, params
+    ),
+  )
+
+
 # Name: factory of a learning rate, a rate that converges, static arguments.
 OPTIMIZERS = {
   'dgd': (optimizers.dgd, 5e-4, ()),
-  'm3': (
-    functools.partial(optimizers.m3, slow_every=2, num_steps=2),
-    3e-3,
-    ('form', 'slow_every', 'coefficients', 'num_steps', 'adam_decays'),
-  ),
+  'm3': (m3, 3e-3, ()),
   'delta_momentum': (optimizers.delta_momentum, 1e-3, ('form',)),
   'preconditioned_momentum': (
     optimizers.preconditioned_momentum,
@@ -51,8 +61,6 @@ OPTIMIZERS = {
   'multi_timescale': (timescales, 3e-3, ()),
 }
 NAMES = tuple(OPTIMIZERS)
-# Fails under strict dtype promotion and plain inject_hyperparams.
-NOT_YET = ('m3',)
 # DGD takes the energy of every map's inputs; nothing erased is energy 0.
 NEEDS_ENERGY = ('dgd',)
 
@@ -227,10 +235,7 @@ class ContractTest(parameterized.TestCase):
       for key in ('kernel', 'bias'):
         assert_close(updates[key], expected[key])
 
-  @parameterized.product(
-    name=[name for name in NAMES if name not in NOT_YET],
-    dtype=('bfloat16', 'float32'),
-  )
+  @parameterized.product(name=NAMES, dtype=('bfloat16', 'float32'))
   def test_strict_dtype_promotion(self, name, dtype):
     params = make_params(jnp.dtype(dtype))
     tx, more = make(name), extra(name, params)

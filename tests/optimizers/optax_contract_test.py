@@ -40,8 +40,20 @@ def slow_level(learning_rate: optax.ScalarOrSchedule):
   return optimizers.multi_timescale([level], 'slow')
 
 
+def m3_of_matrices(learning_rate: optax.ScalarOrSchedule):
+  """Makes M3 that orthogonalises all parameters of rank 2 or more."""
+  numbers = optax.contrib.MuonDimensionNumbers(-2, -1)
+  return optimizers.m3(
+    learning_rate,
+    dimension_numbers=lambda params: jax.tree.map(
+      lambda leaf: numbers if leaf.ndim >= 2 else None, params
+    ),
+  )
+
+
 FACTORIES = {
-  'm3': lambda learning_rate: optimizers.m3(learning_rate),
+  'm3': optimizers.m3,
+  'm3_of_matrices': m3_of_matrices,
   'dgd': with_energy(optimizers.dgd),
   'delta_momentum': optimizers.delta_momentum,
   'preconditioned_momentum': optimizers.preconditioned_momentum,
