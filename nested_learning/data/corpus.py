@@ -94,19 +94,25 @@ def load_corpus(
     ) from error
   try:
     return _read(folder, tokenizer)
-  except PermissionError as error:
-    raise errors.UserError(
-      f'The token cache {files.shown(folder)} cannot be read '
-      f'({error.strerror}). Set data.cache_dir to a folder of your own.'
-    ) from error
   except MemoryError:
     raise
   except Exception as error:  # NumPy's readers raise exceptions of many types
+    if is_no_damage(error):
+      raise errors.UserError(
+        f'The token cache {files.shown(folder)} cannot be read '
+        f'({error.strerror}). Set data.cache_dir to a folder of your own.'
+      ) from error
     raise errors.UserError(
       f'The token cache {files.shown(folder)} is damaged '
       f'({errors.first_line(error)}). Delete that folder; it is made again '
       'from the text.'
     ) from error
+
+
+def is_no_damage(error: Exception) -> bool:
+  """Returns whether the system refused a file, which may be good."""
+  is_missing = isinstance(error, FileNotFoundError)
+  return isinstance(error, OSError) and bool(error.strerror) and not is_missing
 
 
 def check_index(

@@ -153,7 +153,8 @@ def load(source: str, tokenizer: tokenizers.Tokenizer) -> corpus_lib.Corpus:
   try:
     summary = _read_summary(folder)
     arrays = {
-      name: np.load(folder / f'{name}.npy')
+      # Mapped first, which refuses a header that claims more than the file.
+      name: np.array(np.load(folder / f'{name}.npy', mmap_mode='r'))
       for name in _ARRAYS
       if name in _array_names(summary)
     }
@@ -165,6 +166,11 @@ def load(source: str, tokenizer: tokenizers.Tokenizer) -> corpus_lib.Corpus:
   except MemoryError:
     raise
   except Exception as error:  # NumPy's readers raise exceptions of many types
+    if corpus_lib.is_no_damage(error):
+      raise errors.UserError(
+        f'data.source={source!r} cannot be read ({_reason(error)}); correct '
+        'its permissions, or copy it to another disk.'
+      ) from error
     raise errors.UserError(
       f'data.source={source!r} is damaged ({_reason(error)}); make it again '
       'with launch/prepare.py.'
@@ -212,6 +218,8 @@ def _read_summary(folder: pathlib.Path) -> dict[str, Any]:
     raise ValueError(
       f'it has {summary["num_tokens"]} tokens, {summary["block"]} per block'
     )
+  if type(summary.get('lost', 0.0)) not in (int, float):
+    raise ValueError(f'lost in {_SUMMARY} is {summary["lost"]!r}')
   if summary['format'] == _OLD_FORMAT:
     return summary
   if summary.get('crc32') != _own_checksum(summary):

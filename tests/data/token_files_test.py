@@ -1,8 +1,11 @@
+import errno
+import io
 import itertools
 import json
 import os
 import pathlib
 from unittest import mock
+import zlib
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -139,6 +142,7 @@ class TokenFilesTest(parameterized.TestCase):
     ({'dtype': 'O'}, "tokens are 'O'"),
     ({'fingerprint': None}, 'fingerprint in tokens.json is None'),
     ({'format': 'other'}, "format is 'other'"),
+    ({'lost': 'x'}, "lost in tokens.json is 'x'"),
     ([], 'not an object'),
   )
   def test_forged_summary(self, changes, message):
@@ -150,6 +154,45 @@ class TokenFilesTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, message) as caught:
       token_files.load(str(self.folder), self.tokenizer)
     self.assertNotIn('\n', str(caught.exception))
+
+  @parameterized.parameters('starts', 'places', 'contents')
+  def test_forged_array_claims_more_than_its_file(self, name):
+    summary = self.write()
+    header = io.BytesIO()  # of 8 TB
+    np.lib.format.write_array_header_1_0(
+      header, {'descr': '<i8', 'fortran_order': False, 'shape': (10**12,)}
+    )
+    content = header.getvalue()
+    (self.folder / f'{name}.npy').write_bytes(content)
+    sizes = {'bytes': len(content), 'crc32': zlib.crc32(content)}
+    summary['files'][f'{name}.npy'] = sizes
+    summary['crc32'] = token_files._own_checksum(summary)
+    (self.folder / 'tokens.json').write_text(json.dumps(summary))
+    with self.assertRaisesRegex(errors.UserError, 'is damaged .*make it again'):
+      token_files.load(str(self.folder), self.tokenizer)
+
+  @parameterized.parameters('tokens.json', 'starts.npy')
+  def test_file_without_rights_is_not_damaged(self, name):
+    self.write()
+    refuse = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    read = pathlib.Path.read_text, np.load
+
+    def read_text(path, **kwargs):
+      if path.name == name:
+        raise refuse
+      return read[0](path, **kwargs)
+
+    def load(path, **kwargs):
+      if path.name == name:
+        raise refuse
+      return read[1](path, **kwargs)
+
+    with (
+      mock.patch.object(pathlib.Path, 'read_text', read_text),
+      mock.patch.object(np, 'load', load),
+      self.assertRaisesRegex(errors.UserError, 'read .Permission denied'),
+    ):
+      token_files.load(str(self.folder), self.tokenizer)
 
   def test_reads_folders_without_checksums(self):
     summary = self.write()
