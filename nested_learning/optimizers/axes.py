@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nested_learning.optimizers import tracing
+from nested_learning.optimizers import trees
 
 DimensionNumbers = optax.contrib.MuonDimensionNumbers
 
@@ -92,7 +92,7 @@ def find(
     known = [''.join(f'[{name!r}]' for name in entry) for entry in entries]
     shown = ', '.join(known[:4]) + (', ...' if len(known) > 4 else '')
     raise ValueError(
-      f'dimension_numbers has no entry for parameter {tracing.name_of(path)}; '
+      f'dimension_numbers has no entry for parameter {trees.path_name(path)}; '
       f'it has {shown or "none"}: make it from the tree that is trained.'
     )
 
@@ -157,7 +157,7 @@ def _normalize(numbers, path, leaf):
   fits = all(-rank <= axis < rank for side in sides for axis in side)
   if not fits or not all(sides) or len(set(used)) < len(used):
     raise ValueError(
-      f'Dimension numbers {sides} do not fit parameter {tracing.name_of(path)} '
+      f'Dimension numbers {sides} do not fit parameter {trees.path_name(path)} '
       f'of shape {leaf.shape}: give reduction and output axes, at least one '
       f'each, all different and from {-rank} to {rank - 1}.'
     )

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from nested_learning.optimizers import origins
 from nested_learning.optimizers import settings
 from nested_learning.optimizers import tracing
+from nested_learning.optimizers import trees
 from nested_learning.optimizers import usage
 
 
@@ -57,7 +58,7 @@ def trace_maps(
   paths, structure = jax.tree.flatten_with_path(params)
   usages = usage.find(closed.jaxpr, len(paths))
   lost = {
-    jax.tree_util.keystr(path): names
+    trees.path_name(path): names
     for (path, leaf), used in zip(paths, usages, strict=True)
     if (names := used.lost_matrix(len(leaf.shape)))
   }

@@ -120,6 +120,9 @@ def follow(eqn, layout: Layout) -> list[Layout] | None:
       return [broadcast(layout, shape, params['broadcast_dimensions'])]
     case 'slice' | 'dynamic_slice' | 'pad' | 'rev' | 'split':
       return [resize(layout, var.aval.shape) for var in eqn.outvars]
+    case 'gather':
+      looked_up = look_up(eqn, layout)
+      return None if looked_up is None else [looked_up]
     case 'unstack':
       return [drop(layout, (params['axis'],))] * len(eqn.outvars)
     case (

@@ -5,7 +5,7 @@ products with data. Contracted axes are the inputs of a linear map, the others
 its outputs; axes that are scanned, indexed or batched count maps side by side.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -17,14 +17,15 @@ from optax import contrib
 
 from nested_learning import markdown
 from nested_learning.optimizers import tracing
+from nested_learning.optimizers import trees
 from nested_learning.optimizers import usage
 
 _TWO_MAPS = 'two maps'
 # Kinds of parameters without products, by the operations that they enter.
 _KINDS = {
   'input': set(usage.PRODUCTS),
-  'bias': {'add', 'add_any', 'sub'},
   'scale': {'div', 'mul'},
+  'bias': {'add', 'add_any', 'sub'},
   'concatenated with data': {'concatenate'},
 }
 
@@ -37,9 +38,10 @@ class ParameterInfo:
     path: Its path in the tree of parameters.
     shape: Its shape.
     kind: 'matrix', or why it is none: 'table' (looked up by rows), 'bias',
-      'scale', 'vector' (a map with a single input or output), 'groups' (maps
-      side by side within one axis), 'mixed axes' (inputs and outputs within one
-      axis), 'two maps' (used with different axes), 'empty', 'unused', or other
+      'scale', 'vector' (no axis of inputs, or none of outputs), 'depthwise',
+      'groups' (maps side by side within one axis), 'mixed axes' (inputs and
+      outputs within one axis), 'two maps' (used with different axes), 'input'
+      (multiplied by weights, as data is), 'empty', 'unused', or other
       operations that it enters.
     dimension_numbers: The axes of the matrix; None if it is none.
     dgd: 'map' if `dgd_for_model` captures its inputs, else 'fallback', with the
@@ -144,7 +146,7 @@ def _inspect(loss_fn, params, *args):
   jaxpr = jax.make_jaxpr(pure)(params, *rest, *args).jaxpr
   paths = jax.tree.leaves_with_path(params)
   infos = [
-    _describe(tracing.name_of(path), var.aval.shape, used)
+    _describe(trees.path_name(path), var.aval.shape, used)
     for (path, _), var, used in zip(
       paths, jaxpr.invars, usage.find(jaxpr, len(paths)), strict=False
     )
@@ -168,8 +170,8 @@ def _describe(path, shape, used: usage.Usage) -> ParameterInfo:
   products = [p for p in used.products if p.has_data] or used.products
   if not products:
     return info(_kind(used), None)
-  found = [_matrix_of(product.roles) for product in products]
-  for kind in ('groups', 'mixed axes'):
+  found = [_matrix_of(product) for product in products]
+  for kind in ('groups', 'mixed axes', 'depthwise'):
     if kind in found:
       return info(kind, None)
   found = [numbers for numbers in found if numbers != 'vector']
@@ -196,8 +198,9 @@ def _kind(used: usage.Usage) -> str:
   return f'only in {", ".join(sorted(ends))}' if ends else 'unused'
 
 
-def _matrix_of(roles: Mapping[int, set[str]]):
+def _matrix_of(product: usage.Product) -> contrib.MuonDimensionNumbers | str:
   """Returns the dimension numbers of one product, or why there are none."""
+  roles = product.roles
   if any(len(found) > 1 for found in roles.values()):
     is_grouped = any('batch' in found for found in roles.values())
     return 'groups' if is_grouped else 'mixed axes'
@@ -206,7 +209,9 @@ def _matrix_of(roles: Mapping[int, set[str]]):
     for role in ('reduction', 'output')
   )
   if not rows or not columns:
-    return 'vector'
+    is_grouped = {'batch'} in roles.values()
+    is_convolution = product.operation == 'conv_general_dilated'
+    return 'depthwise' if is_convolution and is_grouped else 'vector'
   # Maps side by side of the same data (experts, vmapped layers): their axis
   # stands in front of the map's own.
   behind = tuple(axis for axis in columns if axis > rows[0])

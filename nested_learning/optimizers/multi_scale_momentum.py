@@ -12,7 +12,7 @@ from nested_learning import newton_schulz
 from nested_learning.optimizers import axes as axes_lib
 from nested_learning.optimizers import settings
 from nested_learning.optimizers import spreading
-from nested_learning.optimizers import tracing
+from nested_learning.optimizers import trees
 
 
 class SlowMomentum(NamedTuple):
@@ -330,7 +330,7 @@ def _find_axes(dimension_numbers, params):
   for (path, _), its in zip(items, treedef.flatten_up_to(axes), strict=True):
     if its is None:
       raise ValueError(
-        f'scale_by_m3: parameter {tracing.name_of(path)} is no matrix, since '
+        f'scale_by_m3: parameter {trees.path_name(path)} is no matrix, since '
         'its dimension numbers are None: use m3, which gives it to Adam.'
       )
   return axes

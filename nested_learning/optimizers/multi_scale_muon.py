@@ -11,7 +11,7 @@ from nested_learning.optimizers import axes as axes_lib
 from nested_learning.optimizers import matrices
 from nested_learning.optimizers import multi_scale_momentum
 from nested_learning.optimizers import settings
-from nested_learning.optimizers import tracing
+from nested_learning.optimizers import trees
 
 
 def m3(
@@ -221,7 +221,7 @@ def _warn_of_unknown(params, labels):
   """Warns of parameters that Adam updates because nothing is known of them."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
   names = [
-    tracing.name_of(path)
+    trees.path_name(path)
     for (path, leaf), label in zip(leaves, jax.tree.leaves(labels), strict=True)
     if leaf.ndim >= 2 and leaf.size and label == 'adam'
   ]

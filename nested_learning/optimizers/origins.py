@@ -54,6 +54,7 @@ class Origin:
       value. Its gradient is the energy of the inputs, entry by entry.
     layouts: For each of the leaves, which of its axes make up the value's.
     exact: Whether every entry of the value is an entry of a parameter.
+    has_data: Whether data scaled, masked or chose the entries.
   """
 
   leaves: tuple[int, ...]
@@ -64,6 +65,7 @@ class Origin:
   twin: jax.Array | None = None
   layouts: tuple[layouts_lib.Layout, ...] = ()
   exact: bool = True
+  has_data: bool = False
 
 
 CONSTANT = Origin((), exact=False)
@@ -85,7 +87,30 @@ def loosely(source: Origin | None) -> Origin | None:
   """Returns the origin without the claim that it is exact."""
   if source is None:
     return None
-  return Origin(source.leaves, layouts=source.layouts, exact=False)
+  return Origin(
+    source.leaves,
+    layouts=source.layouts,
+    exact=False,
+    has_data=source.has_data,
+  )
+
+
+def either(sources) -> Origin | None:
+  """Returns the origin of a value that has one of several origins."""
+  if None in sources:
+    return None
+  return Origin(
+    tuple(leaf for source in sources for leaf in source.leaves),
+    layouts=tuple(part for source in sources for part in source.layouts),
+    exact=False,
+    has_data=any(source.has_data for source in sources),
+  )
+
+
+def unknown(eqn, sources) -> list[Origin | None]:
+  """Returns origins of outputs that are data if any input is."""
+  has_data = any(source is None or source.has_data for source in sources)
+  return [None if has_data else CONSTANT] * len(eqn.outvars)
 
 
 def stacked(source: Origin) -> Origin:
@@ -136,7 +161,7 @@ def follow(eqn, sources) -> list[Origin | None]:
   if name == 'optimization_barrier':
     return list(sources)
   source = sources[0] if sources else None
-  if source is None or any(sources[1:]):
+  if source is None or any(sources[1:]) or 0 in eqn.outvars[0].aval.shape:
     return nothing
   if name in _LAYOUT:
     # A broadcast that repeats entries: no longer the parameter's own layout.
@@ -170,26 +195,22 @@ def follow_loosely(eqn, sources) -> list[Origin | None]:
     For each output, its origin; None if it is data.
   """
   name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
-  other = [None if None in sources else CONSTANT] * len(eqn.outvars)
+  other = unknown(eqn, sources)
   if not any(source and source.leaves for source in sources) or 0 in shape:
     return other
-  source = sources[0]
   if name == 'optimization_barrier':
     return [loosely(source) for source in sources]
   if name in ('concatenate', 'stack') and None not in sources:
     return [loosely(_join(eqn, sources))]
-  if name == 'gather' and source and source.leaves:
-    parts = [layouts_lib.look_up(eqn, part) for part in source.layouts]
-    if None in parts:
-      return other
-    return [Origin(source.leaves, layouts=tuple(parts), exact=False)]
-  if name in _ELEMENTWISE:
-    return [_combine(eqn, sources)] if len(other) == 1 else other
-  if source and source.leaves:
+  if name in _ELEMENTWISE and len(other) == 1:
+    return [_combine(eqn, sources)]
+  if sources[0] and sources[0].leaves:
+    # Further inputs, if any, are indices.
+    source = dataclasses.replace(loosely(sources[0]), has_data=other[0] is None)
     moved = [layouts_lib.follow(eqn, part) for part in source.layouts]
     if None not in moved:
       return [
-        Origin(source.leaves, layouts=layouts, exact=False)
+        dataclasses.replace(source, layouts=layouts)
         for layouts in zip(*moved, strict=True)
       ]
   return other
@@ -211,7 +232,12 @@ def _combine(eqn, sources) -> Origin | None:
         layouts.append(layout)
   if has_data and (name not in _MASKS or not leaves):
     return None
-  return Origin(tuple(leaves), layouts=tuple(layouts), exact=False)
+  if not leaves:
+    return unknown(eqn, sources)[0]
+  has_data |= any(source is not None and source.has_data for source in sources)
+  return Origin(
+    tuple(leaves), layouts=tuple(layouts), exact=False, has_data=has_data
+  )
 
 
 def _join(eqn, sources) -> Origin:
@@ -234,6 +260,7 @@ def _join(eqn, sources) -> Origin:
       for source in sources
       for layout in layouts_lib.join(eqn, source.layouts)
     ),
+    has_data=any(source.has_data for source in sources),
   )
 
 

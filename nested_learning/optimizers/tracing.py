@@ -210,11 +210,3 @@ def as_pure(
     return value, (aux, nnx.state(module, nnx.Not(nnx.Param)))
 
   return pure, params, (rest,)
-
-
-def name_of(path) -> str:
-  """Returns a parameter's path, the same with and without NNX variables."""
-  # nnx.Param keeps its array in an attribute; gradients are bare arrays.
-  if path and path[-1] == jax.tree_util.GetAttrKey('value'):
-    path = path[:-1]
-  return jax.tree_util.keystr(path)

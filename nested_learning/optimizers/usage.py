@@ -8,8 +8,6 @@ from nested_learning.optimizers import origins
 from nested_learning.optimizers import tracing
 
 PRODUCTS = ('conv_general_dilated', 'dot_general', 'ragged_dot_general')
-# Operations whose function works on entries or blocks, not on the inputs.
-_REDUCTIONS = ('pallas_call', 'reduce', 'reduce_window')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +15,13 @@ class Product:
   """A matrix product or a convolution that a parameter enters.
 
   Attributes:
+    operation: Its name.
     roles: By axis of the parameter, its roles among 'reduction', 'output' and
       'batch'; axes of which one index was taken are missing.
     has_data: Whether the other factor is data, not made of parameters, too.
   """
 
+  operation: str
   roles: Mapping[int, set[str]]
   has_data: bool
 
@@ -136,24 +136,23 @@ class _Search(tracing.Interpreter):
     if name in tracing.REMATS:
       return [origins.loosely(x) for x in self.look(bodies[0], sources)]
     if name == 'cond':
-      for body in bodies:
-        followed = self.look(body, sources[1:])
-      return [origins.loosely(source) for source in followed]
-    if not bodies or name in _REDUCTIONS:
+      branches = [self.look(body, sources[1:]) for body in bodies]
+      return [
+        origins.either(outputs) for outputs in zip(*branches, strict=True)
+      ]
+    first = params.get('cond_nconsts', 0)  # of a while loop
+    if not bodies or _ranks(bodies[0].invars) != _ranks(eqn.invars[first:]):
       return None
     self._lose(eqn, exact)
     sources = [origins.loosely(source) for source in sources]
-    inner = sources[params.get('cond_nconsts', 0) :]  # as of a while loop
-    if len(bodies[0].invars) != len(inner):
-      return None
     inner = [
       source and origins.resized(source, var.aval.shape)  # as in a shard_map
-      for source, var in zip(inner, bodies[0].invars, strict=True)
+      for source, var in zip(sources[first:], bodies[0].invars, strict=True)
     ]
     followed = self.look(bodies[0], inner)
     if name.startswith('custom_'):
       return followed
-    return _unknown(eqn, sources)
+    return origins.unknown(eqn, sources)
 
   def _scan(self, eqn, sources, exact) -> list[origins.Origin | None]:
     first = eqn.params['num_consts']
@@ -162,12 +161,12 @@ class _Search(tracing.Interpreter):
       self._lose_source(source, 'the carry of a scan')
     inner = tracing.enter_scan(eqn, sources)
     # The carry is the parameter in the first turn alone, which tells its role.
-    unknown = _unknown(eqn, sources)[0]
+    unknown = origins.unknown(eqn, sources)[0]
     for i in range(first, last):
       followed = sources[i] and sources[i].leaves
       inner[i] = origins.loosely(sources[i]) if followed else unknown
     self.look(eqn.params['jaxpr'].jaxpr, inner)
-    return _unknown(eqn, sources)
+    return origins.unknown(eqn, sources)
 
   def _note_product(self, eqn, sources, exact):
     weights = tracing.find_weights(eqn, exact)
@@ -176,20 +175,21 @@ class _Search(tracing.Interpreter):
       for leaf in source.leaves:
         self._usages[leaf].depths.add(source.depth if source.whole else None)
     for side, source in enumerate(sources[:2]):
-      if source is None:
-        continue
       other = sources[1 - side]
-      for leaf, layout in zip(source.leaves, source.layouts, strict=True):
-        # Of two factors, parameters broadcast over samples count as data.
-        if other is not None and layouts.is_broadcast(layout):
+      for leaf, layout in zip(
+        source.leaves if source else (),
+        source.layouts if source else (),
+        strict=True,
+      ):
+        # Of two factors made of parameters, those that were broadcast over
+        # samples or scaled by data count as data.
+        is_data = layouts.is_broadcast(layout) or source.has_data
+        if other and is_data and not _is_data(other):
           self._usages[leaf].ends.add(eqn.primitive.name)
-          continue
-        has_data = other is None or any(
-          map(layouts.is_broadcast, other.layouts)
-        )
-        roles = layouts.roles(eqn, side, layout)
-        if roles is not None:
-          self._usages[leaf].products.append(Product(roles, has_data))
+        elif roles := layouts.roles(eqn, side, layout):
+          has_data = _is_data(other) and not (other and is_data)
+          product = Product(eqn.primitive.name, roles, has_data)
+          self._usages[leaf].products.append(product)
 
   def _note_end(self, eqn, sources, followed):
     kept = {leaf for source in followed if source for leaf in source.leaves}
@@ -212,18 +212,23 @@ class _Search(tracing.Interpreter):
       lost[name] = min(lost.get(name, source.depth), source.depth)
 
 
+def _is_data(source: origins.Origin | None) -> bool:
+  """Returns whether a factor is data to a factor made of parameters alone."""
+  if source is None or source.has_data:
+    return True
+  return any(map(layouts.is_broadcast, source.layouts))
+
+
 def _bodies(eqn):
   """Returns the jaxprs that an operation calls on its inputs."""
   params = eqn.params
   if eqn.primitive.name == 'cond':
     return [closed.jaxpr for closed in params['branches']]
-  for name in ('body_jaxpr', 'call_jaxpr', 'jaxpr'):
+  for name in ('body_jaxpr', 'call_jaxpr', 'call', 'jaxpr'):
     if name in params:
       return [getattr(params[name], 'jaxpr', params[name])]
   return []
 
 
-def _unknown(eqn, sources) -> list[origins.Origin | None]:
-  """Returns origins of outputs that are data if any input is."""
-  origin = None if None in sources else origins.CONSTANT
-  return [origin] * len(eqn.outvars)
+def _ranks(variables):
+  return [getattr(var.aval, 'ndim', None) for var in variables]

@@ -240,6 +240,11 @@ def in_an_open_loop(params, x):
   return jnp.sum(jax.lax.while_loop(unfinished, step, (0, x))[1])
 
 
+def chosen_in_a_branch(params, x):
+  choose = lambda w: jax.lax.cond(x[0, 0] > 0, lambda: w, lambda: 2 * w)
+  return jnp.sum(x @ choose(params['w']))
+
+
 @jax.custom_vjp
 def custom_product(w, x):
   return x @ w
@@ -311,7 +316,16 @@ FUNCTIONS = [
   (in_a_loop, LAYERS, IS_STACK),
   (in_an_open_loop, LAYERS, IS_STACK),
   (lambda p, x: jnp.sum(custom_product(p['w'], x)), W, IS_MATRIX),
+  (chosen_in_a_branch, W, IS_MATRIX),
   (in_a_shard_map, W, IS_MATRIX),
+  # A function of entries is not entered.
+  (
+    lambda p, x: jnp.sum(
+      x @ jax.lax.reduce(p['w'], 0.0, lambda a, b: a + 2 * b, (0,))
+    ),
+    shapes(w=(2, 8, 8)),
+    None,
+  ),
   (initial_memory, W, IS_MATRIX),
   (with_inner_step, W, IS_MATRIX),
   (with_penalty, shapes(w=(8, 2, 3)), {'w': ((0,), (1, 2))}),
@@ -320,6 +334,11 @@ FUNCTIONS = [
     lambda p, x: jnp.sum(x @ jnp.where(x[0] > 0, p['w'], 0)),
     W,
     IS_MATRIX,
+  ),
+  (
+    lambda p, x: jnp.sum((x * p['gate']) @ p['w']),
+    {**W, **shapes(gate=(5, 8))},
+    {**IS_MATRIX, 'gate': None},
   ),
   (
     positions,
@@ -375,7 +394,11 @@ class DimensionNumbersTest(parameterized.TestCase):
   @parameterized.parameters(*FUNCTIONS)
   def test_functions(self, loss_fn, params, expected):
     x = jax.ShapeDtypeStruct((5, 8), jnp.float32)
-    self.assertEqual(find(loss_fn, params, x), expected)
+    if expected is None:
+      with self.assertRaisesRegex(ValueError, 'no product of a parameter'):
+        find(loss_fn, params, x)
+    else:
+      self.assertEqual(find(loss_fn, params, x), expected)
 
   @parameterized.parameters(nn.LSTMCell, nn.OptimizedLSTMCell, nn.GRUCell)
   def test_recurrent_cells(self, cell):
@@ -539,7 +562,7 @@ class ParameterReportTest(absltest.TestCase):
       info.path: info.kind
       for info in optimizers.parameter_report(loss_fn, params, *args)
     }
-    self.assertEqual(kinds["['depthwise']['kernel']"], 'vector')
+    self.assertEqual(kinds["['depthwise']['kernel']"], 'depthwise')
     self.assertEqual(kinds["['groups']['kernel']"], 'groups')
     (info,) = optimizers.parameter_report(
       raveled, shapes(w=(96,)), jnp.ones((5, 8))
