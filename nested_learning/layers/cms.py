@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_learning import errors
+from nested_learning import optimizers
 from nested_learning import parameters
 from nested_learning.layers import base
 from nested_learning.layers import norm
@@ -44,6 +45,8 @@ class LevelConfig:
   mlp_dim: int  # hidden width of its MLP
   # Tokens between updates in training; None is every step.
   train_every: int | None = None
+  # Its optimiser in training; None is that of the trainer.
+  optimizer: optimizers.OptimizerConfig | None = None
 
   RENAMED: ClassVar = {'chunk_size': 'train_every'}
 
@@ -60,6 +63,15 @@ class LevelConfig:
     errors.check_field(
       self, 'train_every', fine, 'at least 1 token, or None for every step'
     )
+    fine = isinstance(self.optimizer, optimizers.OptimizerConfig | None)
+    errors.check_field(
+      self, 'optimizer', fine, 'a config of nested_learning.optimizers, or None'
+    )
+
+  @property
+  def trains_apart(self) -> bool:
+    """Whether training gives it a clock or an optimiser of its own."""
+    return self.train_every is not None or self.optimizer is not None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,15 +141,15 @@ def level_labels(
   Args:
     config: The model.
     table: Table of a model with another head; None for the language model.
-    of: 'chain' labels every level; 'training' labels levels without
-      `train_every` 'base' as well, since they take every step.
+    of: 'chain' labels every level; 'training' labels levels 'base' as well
+      that have neither a clock nor an optimiser of their own.
 
   Returns:
     A tree of names with the table's structure.
   """
   labels = {
     level.name: 'base'
-    if level.train_every is None and of == 'training'
+    if of == 'training' and not level.trains_apart
     else level.name
     for level in config.levels
   }

@@ -169,11 +169,16 @@ class Dgd:
 
   NAME: ClassVar[str] = 'dgd'
 
-  erase: float = 1.0  # weight of the erasing term; 0 is gradient descent
+  # 'corrected' trains; 'printed' is the paper's, which erases outputs as well.
+  target: Literal['corrected', 'printed'] = 'corrected'
+  erase: float = 1.0  # weight of the erasing term of target 'printed'
   fallback: AdamW = AdamW()
 
   def __post_init__(self):
+    errors.check_choices(self)
     _check_not_negative(self, 'erase')
+    fine = self.target == 'printed' or self.erase == 1
+    errors.check_field(self, 'erase', fine, "1 unless target='printed'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,6 +322,7 @@ def _make_rule(config, learning_rate, dimension_numbers, maps):
     case Dgd():
       return delta_gradient_descent.dgd(
         learning_rate,
+        target=config.target,
         erase=config.erase,
         maps=maps,
         fallback=_make_adamw(config.fallback, learning_rate, 0.0, None),

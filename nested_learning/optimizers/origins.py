@@ -145,6 +145,22 @@ def makes_data(eqn, var) -> bool:
   return False
 
 
+def only_moves(eqn) -> bool:
+  """Returns whether a function with its own gradient returns its input.
+
+  It may change types and shardings, as one does that gathers a sharded
+  parameter and scatters its gradient.
+  """
+  if not eqn.primitive.name.startswith('custom_vjp_call'):
+    return False
+  body = eqn.params['call_jaxpr'].jaxpr
+  return (
+    len(body.invars) == len(body.outvars) == 1
+    and len(eqn.invars) == 1
+    and all(inner.primitive.name in _IN_PLACE for inner in body.eqns)
+  )
+
+
 def follow(eqn, sources) -> list[Origin | None]:
   """Returns the origins of the outputs of an operation, where they are exact.
 
@@ -158,7 +174,7 @@ def follow(eqn, sources) -> list[Origin | None]:
   name, nothing = eqn.primitive.name, [None] * len(eqn.outvars)
   if name in ('concatenate', 'stack') and all(sources):
     return [_join(eqn, sources)]
-  if name == 'optimization_barrier':
+  if name == 'optimization_barrier' or only_moves(eqn):
     return list(sources)
   source = sources[0] if sources else None
   if source is None or any(sources[1:]) or 0 in eqn.outvars[0].aval.shape:

@@ -140,6 +140,8 @@ class _Search(tracing.Interpreter):
       return [
         origins.either(outputs) for outputs in zip(*branches, strict=True)
       ]
+    if origins.only_moves(eqn):
+      return None
     first = params.get('cond_nconsts', 0)  # of a while loop
     if not bodies or _ranks(bodies[0].invars) != _ranks(eqn.invars[first:]):
       return None

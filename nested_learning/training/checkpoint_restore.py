@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import functools
+import re
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -18,7 +19,7 @@ from nested_learning.training import checkpoints
 from nested_learning.training import config as config_lib
 
 # Settings of the model that change neither its parameters nor its numbers.
-_FREE = frozenset({'max_length', 'remat'})
+_FREE = re.compile(r'max_length|remat|levels\.\d+\.optimizer(\..*)?')
 
 
 class Restored(NamedTuple):
@@ -82,7 +83,9 @@ def restore(
         manager.directory.parent, f'Cannot read {folder}'
       ):
         manifest, data = _look_together(look)
-        _check_origin(manifest, config, tokenizer_fingerprint, folder)
+        theirs = _check_origin(manifest, config, tokenizer_fingerprint, folder)
+        if 'optimizer' in abstract:
+          _check_optimizers(config, theirs, folder)
         _check_arrays(manifest, abstract, folder)
         state = _read(manager, candidate, manifest, abstract)
     except checkpoint_files.Damaged as damage:
@@ -211,7 +214,7 @@ def _set_aside(manager, damaged: Mapping[int, str], good: int) -> None:
 
 
 def _check_origin(manifest, config, tokenizer_fingerprint, folder):
-  """Raises a UserError if tokens or model are others."""
+  """Returns the config; raises a UserError if tokens or model are others."""
   if manifest['tokenizer_fingerprint'] != tokenizer_fingerprint:
     raise errors.UserError(
       f'{folder} was trained on other tokens (fingerprint '
@@ -228,13 +231,30 @@ def _check_origin(manifest, config, tokenizer_fingerprint, folder):
   differing = {
     path: pair
     for path, pair in configs.differences(config.model, theirs.model).items()
-    if path not in _FREE
+    if not _FREE.fullmatch(path)
   }
   for path, (ours, saved) in differing.items():
     raise errors.UserError(
       f'{folder} was written with model.{path}={saved!r}, and this config has '
       f'{ours!r}; use the config.json of that run, or another --workdir.'
     )
+  return theirs
+
+
+def _check_optimizers(
+  ours: config_lib.ExperimentConfig,
+  theirs: config_lib.ExperimentConfig,
+  folder,
+) -> None:
+  """Raises a UserError if a level was trained by another optimiser."""
+  for level, rule in ours.rules.items():
+    saved = theirs.rules[level]
+    if type(rule) is not type(saved):
+      raise errors.UserError(
+        f'{folder} was written with {ours.rule_field(level)}={saved.NAME}, and '
+        f'this config has {rule.NAME}; use the config.json of that run, or '
+        'another --workdir.'
+      )
 
 
 def _check_arrays(manifest, abstract, folder):

@@ -10,6 +10,7 @@ from nested_learning import evaluation as evaluation_lib
 from nested_learning import inference
 from nested_learning import levels
 from nested_learning import models
+from nested_learning import optimizers
 from nested_learning import sharding
 from nested_learning import tasks
 
@@ -26,6 +27,8 @@ class TrainConfig:
   """Length of training, optimiser and checkpoints."""
 
   num_steps: int = 1000  # optimiser steps, one global batch each
+  # Of all parameters but those of levels that name another.
+  optimizer: optimizers.OptimizerConfig = optimizers.configs.AdamW()
   learning_rate: float = 1e-3  # peak
   warmup_steps: int = 50  # steps of linear rise to the peak
   final_fraction: float = 0.1  # of the peak, where the cosine ends
@@ -43,6 +46,8 @@ class TrainConfig:
   keep_checkpoints: int = 2  # latest ones, in addition to the best one
 
   def __post_init__(self):
+    fine = isinstance(self.optimizer, optimizers.OptimizerConfig)
+    _check(self, 'optimizer', fine, 'a config of nested_learning.optimizers')
     for name in (
       'num_steps',
       'accumulate',
@@ -102,6 +107,22 @@ class ExperimentConfig:
   def micro_batch_size(self) -> int:
     """Rows of one micro-batch, over all devices."""
     return self.data.batch_size // self.train.accumulate
+
+  @property
+  def rules(self) -> dict[str, optimizers.OptimizerConfig]:
+    """Optimiser of every level, by name; 'base' is the rest of the model."""
+    default = self.train.optimizer
+    rules = {'base': default}
+    for level in self.model.levels:
+      rules[level.name] = level.optimizer or default
+    return rules
+
+  def rule_field(self, name: str) -> str:
+    """Returns the path of the field with the optimiser of a level."""
+    names = [level.name for level in self.model.levels]
+    if name not in names:
+      return 'train.optimizer'
+    return f'model.levels.{names.index(name)}.optimizer'
 
   @property
   def head(self) -> models.Head:

@@ -1,5 +1,7 @@
-"""The optimiser: AdamW for every level, on the clock of the level."""
+"""The optimiser: a rule for every level, on the clock of the level."""
 
+from collections.abc import Callable, Mapping
+import functools
 from typing import Any
 
 import jax
@@ -9,10 +11,7 @@ from nested_learning import models
 from nested_learning import optimizers
 from nested_learning import parameters
 from nested_learning.training import config as config_lib
-
-# Second-moment decay 0.95 rather than 0.999: the usual choice for language
-# models, whose gradients change in size faster than 0.999 forgets.
-_BETAS = (0.9, 0.95)
+from nested_learning.training import matrices
 
 
 def make_schedule(config: config_lib.TrainConfig) -> optax.Schedule:
@@ -43,14 +42,17 @@ def make_schedule(config: config_lib.TrainConfig) -> optax.Schedule:
 
 def make_optimizer(
   config: config_lib.ExperimentConfig, table: parameters.Table
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   """Makes an optimiser that clips the whole gradient and updates by level.
 
-  A level takes one AdamW step per train_every tokens, from the mean gradient of
-  those tokens; parameters outside the chain take one at every step. All read
-  one schedule in steps of training. The n-th update of a level that updates
-  every `period` steps reads it at step n * period - 1, whatever the phase of
-  the level: its own step differs from that by less than a period.
+  A level takes one step of its rule per train_every tokens, from the mean
+  gradient of those tokens; parameters outside the chain take one at every step.
+  All read one schedule in steps of training. The n-th update of a level that
+  updates every `period` steps reads it at step n * period - 1, whatever the
+  phase of the level: its own step differs from that by less than a period.
+
+  Rules that treat parameters as matrices get their dimension numbers from a
+  trace of the model's loss, which computes nothing.
 
   Args:
     config: The experiment.
@@ -58,32 +60,39 @@ def make_optimizer(
 
   Returns:
     An optax transformation for parameters of that table.
+
+  Raises:
+    errors.UserError: Delta Gradient Descent finds no map in a level.
   """
   schedule = make_schedule(config.train)
-  decayed = {
-    parameters.path_name(path): is_decayed
-    for path, is_decayed in jax.tree.leaves_with_path(decay_mask(table))
-  }
-
-  def mask(params):  # one level's: the leaves of other levels are missing
-    return jax.tree_util.tree_map_with_path(
-      lambda path, _: decayed[parameters.path_name(path)], params
-    )
+  rules = config.rules
+  mask = _by_path(decay_mask(table))
+  traced, accumulate = {}, {}
+  if _has(rules, optimizers.configs.Muon | optimizers.configs.M3):
+    numbers = matrices.dimension_numbers(config)
+    traced['dimension_numbers'] = _by_path(numbers)
+  if _has(rules, optimizers.configs.Dgd):
+    traced['maps'] = _by_path(matrices.find_maps(config))
+    if any(
+      (x.train_every or 0) > config.batch_tokens for x in config.model.levels
+    ):
+      accumulate['energy'] = matrices.energies(config)
 
   def make_level(name: str, train_every: int) -> optimizers.Level:
     period = train_every // config.batch_tokens
-    optimizer = optax.adamw(
+    optimizer = optimizers.configs.make(
+      rules[name],
       lambda count: schedule((count + 1) * period - 1),
-      *_BETAS,
       weight_decay=config.train.weight_decay,
       mask=mask,
+      **traced,
     )
     return optimizers.Level(name, train_every, optimizer)
 
   chain = [
-    make_level(level.name, level.train_every)
+    make_level(level.name, level.train_every or config.batch_tokens)
     for level in config.model.levels
-    if level.train_every is not None
+    if level.trains_apart
   ]
   return optax.chain(
     optax.clip_by_global_norm(config.train.clip_norm),
@@ -91,6 +100,7 @@ def make_optimizer(
       [make_level('base', config.batch_tokens), *chain],
       models.level_labels(config.model, table),
       tokens_per_step=config.batch_tokens,
+      accumulate=accumulate,
     ),
   )
 
@@ -105,3 +115,29 @@ def decay_mask(table: parameters.Table) -> Any:
     A tree of bools with the table's structure.
   """
   return parameters.map_params(lambda param: param.decay, table)
+
+
+def _has(rules: Mapping[str, Any], kind: Any) -> bool:
+  return any(isinstance(rule, kind) for rule in rules.values())
+
+
+def _by_path(tree: Any) -> Callable[[Any], Any]:
+  """Returns a function that picks the values for some of the parameters.
+
+  Optimisers of levels see trees in which the parameters of others are missing.
+
+  Args:
+    tree: A value per parameter; None is a value.
+  """
+  values = {
+    parameters.path_name(path): value
+    for path, value in jax.tree.leaves_with_path(tree, is_leaf=_is_value)
+  }
+  return functools.partial(
+    jax.tree_util.tree_map_with_path,
+    lambda path, _: values[parameters.path_name(path)],
+  )
+
+
+def _is_value(x: Any) -> bool:
+  return x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)

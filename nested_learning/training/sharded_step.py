@@ -125,9 +125,14 @@ def _with_shardings(shapes, shardings):
 
 
 def _shard_like_params(tree, params, shardings, mesh):
-  """Returns shardings of a tree that holds copies of the parameters' tree."""
+  """Returns shardings of a tree that holds values for the parameters.
+
+  A value in the shape of its parameter is sharded like it. Of others, such as
+  the layers of deep momentum, an axis is sharded like the parameter's axis of
+  the same size, in their order.
+  """
   by_path = {
-    path: (param.shape, leaf)
+    path: (param.shape, leaf.spec)
     for (path, param), leaf in zip(
       jax.tree.leaves_with_path(params), jax.tree.leaves(shardings), strict=True
     )
@@ -135,12 +140,25 @@ def _shard_like_params(tree, params, shardings, mesh):
 
   def leaf(path, x):
     for start in range(len(path)):
-      shape, found = by_path.get(path[start:], (None, None))
-      if shape == x.shape:
-        return found
+      if path[start:] in by_path:
+        shape, spec = by_path[path[start:]]
+        return jsharding.NamedSharding(mesh, _match(shape, spec, x.shape))
     return sharding.replicated(mesh)
 
   return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _match(shape, spec, wanted) -> jsharding.PartitionSpec:
+  """Returns the partition of a shape by the axes that it has of another."""
+  if shape == wanted:
+    return spec
+  left = list(zip(shape, spec, strict=True))
+  places = []
+  for size in wanted:
+    at = next((i for i, (other, _) in enumerate(left) if other == size), None)
+    places.append(None if at is None else left[at][1])
+    left = left if at is None else left[at + 1 :]
+  return jsharding.PartitionSpec(*places)
 
 
 def _shard_rows(model, params, mesh, *, stacked=False):

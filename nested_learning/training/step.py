@@ -11,69 +11,9 @@ from nested_learning import evaluation
 from nested_learning import models
 from nested_learning import optimizers
 from nested_learning.training import config as config_lib
-
-# The running mean of the gradient norm is a plain mean until this many steps,
-# then it forgets exponentially. No norm counts as a spike before.
-NUM_STEPS = 50
-
-
-class Guard(NamedTuple):
-  """Counts of the steps so far; every field is a scalar.
-
-  Attributes:
-    num_taken: int32, steps that were taken.
-    num_skipped: int32, steps that were skipped.
-    num_in_a_row: int32, steps skipped since the last one that was taken.
-    usual_norm: float32, running mean of the gradient norm of the steps taken.
-  """
-
-  num_taken: jax.Array
-  num_skipped: jax.Array
-  num_in_a_row: jax.Array
-  usual_norm: jax.Array
-
-
-def init_guard() -> Guard:
-  """Returns the guard before the first step."""
-  zero = jnp.zeros((), jnp.int32)
-  return Guard(zero, zero, zero, jnp.zeros((), jnp.float32))
-
-
-def check_step(
-  guard: Guard,
-  *,
-  loss: jax.Array,
-  gradient_norm: jax.Array,
-  spike_factor: float | None,
-) -> tuple[jax.Array, Guard]:
-  """Decides whether to take a step.
-
-  Steps with a loss or gradient norm that is not finite, or a gradient norm
-  above `spike_factor` times the running mean, are skipped and counted.
-
-  Args:
-    guard: The guard before the step.
-    loss: Loss of the batch, a scalar.
-    gradient_norm: Norm of the whole gradient, before clipping.
-    spike_factor: Largest norm, in running means; None allows any finite norm.
-
-  Returns:
-    Whether to take the step, a bool scalar, and the guard after it.
-  """
-  sound = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-  if spike_factor is not None:
-    known = guard.num_taken >= NUM_STEPS
-    sound &= ~known | (gradient_norm <= spike_factor * guard.usual_norm)
-  taken = sound.astype(jnp.int32)
-  num_taken = guard.num_taken + taken
-  rate = 1 / jnp.clip(num_taken, 1, NUM_STEPS)
-  usual = guard.usual_norm + rate * (gradient_norm - guard.usual_norm)
-  return sound, Guard(
-    num_taken=num_taken,
-    num_skipped=guard.num_skipped + 1 - taken,
-    num_in_a_row=(guard.num_in_a_row + 1) * (1 - taken),
-    usual_norm=jnp.where(sound, usual, guard.usual_norm),
-  )
+from nested_learning.training import guard as guard_lib
+from nested_learning.training import matrices
+from nested_learning.training import workload as workload_lib
 
 
 class TrainState(NamedTuple):
@@ -90,7 +30,7 @@ class TrainState(NamedTuple):
   params: Any
   optimizer: Any
   stream: Any
-  guard: Guard
+  guard: guard_lib.Guard
 
 
 def make_init(
@@ -109,7 +49,9 @@ def make_init(
       stream = jax.tree.map(
         lambda x: jnp.broadcast_to(x, (num_micro, *x.shape)), start
       )
-    return TrainState(params, optimizer.init(params), stream, init_guard())
+    return TrainState(
+      params, optimizer.init(params), stream, guard_lib.init_guard()
+    )
 
   return init
 
@@ -128,6 +70,7 @@ def make_step(
     num_micro=config.train.accumulate,
     carries_state=config.carries_state,
     spike_factor=config.train.spike_factor,
+    delta_grad=matrices.make_delta_grad(config, model),
   )
 
 
@@ -139,6 +82,7 @@ def make_update(
   num_micro: int = 1,
   carries_state: bool = False,
   spike_factor: float | None = None,
+  delta_grad: Callable[..., Any] | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
   """Makes `step(state, batch) -> (state, metrics)`.
 
@@ -146,8 +90,8 @@ def make_update(
   of micro-batches. No gradient flows from a step into the steps before it: the
   state of a stream that continues is a constant.
 
-  A step that `check_step` refuses returns the state unchanged, but for its
-  counts.
+  A step that `guard.check_step` refuses returns the state unchanged, but for
+  its counts.
 
   Args:
     model: The model.
@@ -155,25 +99,30 @@ def make_update(
     token_loss: `token_loss(outputs, targets)` is the loss [b, t].
     num_micro: Micro-batches of a batch, computed one after the other.
     carries_state: Whether rows continue those of the batch before.
-    spike_factor: See `check_step`.
+    spike_factor: See `guard.check_step`.
+    delta_grad: `optimizers.value_and_delta_grad`, with settings, for an
+      optimiser with levels of Delta Gradient Descent. Its samples are the
+      targets of the whole batch. None: the gradient alone.
 
   Returns:
     A function to be jitted. Batches hold tokens and targets int [b, t], mask
     [b, t] of bools or of weights, and reset bool [b, t]; metrics are float32
     scalars.
   """
-  compute = _make_gradients(model, token_loss, num_micro, carries_state)
+  compute = _make_gradients(
+    model, token_loss, num_micro, carries_state, delta_grad
+  )
 
   def step(state, batch):
-    loss, gradients, stream = compute(state.params, state.stream, batch)
+    loss, gradients, extra, stream = compute(state.params, state.stream, batch)
     norm = optax.tree.norm(gradients)
-    sound, guard = check_step(
+    sound, guard = guard_lib.check_step(
       state.guard, loss=loss, gradient_norm=norm, spike_factor=spike_factor
     )
 
     def take():
       updates, opt_state = optimizer.update(
-        gradients, state.optimizer, state.params
+        gradients, state.optimizer, state.params, **extra
       )
       return optax.apply_updates(state.params, updates), opt_state, stream
 
@@ -195,8 +144,13 @@ def make_update(
   return step
 
 
-def _make_gradients(model, token_loss, num_micro, carries_state):
-  """Makes `compute(params, stream, batch) -> (loss, gradients, stream)`."""
+def _make_gradients(model, token_loss, num_micro, carries_state, delta_grad):
+  """Makes `compute(params, stream, batch)`.
+
+  It returns the loss, the gradients, the extra arguments of the optimiser and
+  the stream.
+  """
+  loss_fn = workload_lib.make_loss(model, token_loss)
 
   def split(x):
     # Row i goes to micro-batch i mod num_micro, so no row changes device.
@@ -206,29 +160,28 @@ def _make_gradients(model, token_loss, num_micro, carries_state):
     num_targets = jnp.maximum(jnp.sum(batch['mask']), 1)  # avoids 0 / 0
 
     def micro_loss(params, stream, micro):
-      tokens, targets, reset = (
-        micro[name] for name in ('tokens', 'targets', 'reset')
-      )
-      if model.losses is None:
-        outputs, stream = model.forward(params, stream, tokens, reset=reset)
-        loss = token_loss(outputs, targets)  # [b, t]
-      else:  # levels that learn inside the row see targets as they go
-        loss, stream = model.losses(
-          params, stream, tokens, targets, token_loss, reset=reset
-        )
-      loss = jnp.sum(loss * micro['mask']) / num_targets
+      loss, stream = loss_fn(params, stream, micro, num_targets)
       return loss, stream if carries_state else None
 
     def add_micro(total, stream_and_micro):
-      (loss, stream), gradients = jax.value_and_grad(micro_loss, has_aux=True)(
-        params, *stream_and_micro
-      )
-      return jax.tree.map(jnp.add, total, (loss, gradients)), stream
+      if delta_grad is None:
+        (loss, stream), gradients = jax.value_and_grad(
+          micro_loss, has_aux=True
+        )(params, *stream_and_micro)
+        extra = {}
+      else:
+        (loss, stream), gradients, extra = delta_grad(
+          micro_loss, num_samples=num_targets, has_aux=True
+        )(params, *stream_and_micro)
+      total = jax.tree.map(jnp.add, total, (loss, gradients))
+      return total, (stream, extra)
 
     zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
-    (loss, gradients), stream = jax.lax.scan(
+    (loss, gradients), (stream, extra) = jax.lax.scan(
       add_micro, zero, (stream, jax.tree.map(split, batch))
     )
-    return loss, gradients, stream
+    # Each is a sum over a micro-batch, divided by the targets of all.
+    extra = jax.tree.map(lambda x: jnp.sum(x, axis=0), extra)
+    return loss, gradients, extra, stream
 
   return compute

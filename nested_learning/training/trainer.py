@@ -19,6 +19,7 @@ from nested_learning import sharding
 from nested_learning.training import checkpoint_restore
 from nested_learning.training import checkpoints
 from nested_learning.training import config as config_lib
+from nested_learning.training import guard as guard_lib
 from nested_learning.training import interrupts
 from nested_learning.training import make_workload
 from nested_learning.training import metrics as metrics_lib
@@ -212,7 +213,7 @@ def fit(
   def init(key):
     params = model.init_params(key)
     opt_state = optimizer.init(params)
-    return step_lib.TrainState(params, opt_state, None, step_lib.init_guard())
+    return step_lib.TrainState(params, opt_state, None, guard_lib.init_guard())
 
   state = jax.jit(init)(jax.random.key(seed))
   losses = []

@@ -9,6 +9,7 @@ import pathlib
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nested_learning import data as data_lib
@@ -79,6 +80,31 @@ class Workload(NamedTuple):
   verdict: Callable[[Mapping[str, Any]], str]
   sections: Callable[[Mapping[str, Any]], list[str]]
   watched: tuple[str, str]
+
+
+def make_loss(
+  model: models.Model, token_loss: Callable[..., jax.Array]
+) -> Callable[..., tuple[jax.Array, Any]]:
+  """Makes `loss(params, stream, batch, num_targets) -> (loss, stream)`.
+
+  The loss is the sum over the targets of the batch, divided by `num_targets`.
+  Levels that learn inside the row see targets as they go.
+  """
+
+  def loss_fn(params, stream, batch, num_targets):
+    tokens, targets, reset = (
+      batch[name] for name in ('tokens', 'targets', 'reset')
+    )
+    if model.losses is None:
+      outputs, stream = model.forward(params, stream, tokens, reset=reset)
+      loss = token_loss(outputs, targets)  # [b, t]
+    else:
+      loss, stream = model.losses(
+        params, stream, tokens, targets, token_loss, reset=reset
+      )
+    return jnp.sum(loss * batch['mask']) / num_targets, stream
+
+  return loss_fn
 
 
 def make_batches(

@@ -103,6 +103,20 @@ class CheckpointsTest(parameterized.TestCase):
       self.restore()
 
   @parameterized.parameters(
+    ('train.optimizer', 'adamw', 'm3'),
+    ('model.levels.1.optimizer', 'adamw', 'dgd'),
+  )
+  def test_of_another_optimizer(self, field, saved, wanted):
+    self.save(3)
+    config = configs.override(self.config, [f'{field}={wanted}'])
+    with self.assertRaisesRegex(
+      errors.UserError, f'with {field}={saved}, and this config has {wanted}; '
+    ):
+      self.restore(config=config)
+    self.abstract = {'params': self.abstract['params']}
+    self.assertEqual(self.restore(config=config).step, 3)
+
+  @parameterized.parameters(
     ('cut', 'params/**/d/*'),
     ('flip', 'params/**/d/*'),
     ('delete', 'params/**/d/*'),

@@ -21,6 +21,7 @@ import pytest
 
 from nested_learning import errors
 from nested_learning import evaluation
+from nested_learning import optimizers
 from nested_learning import training
 from nested_learning.training import checkpoint_files
 from nested_learning.training import checkpoints
@@ -75,6 +76,14 @@ class TrainerTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ('rows', {}),
     ('stream', {'data': {'reset': 'never', 'sequence_length': 16}}),
+    ('m3', {'train': {'optimizer': optimizers.configs.M3(slow_every=3)}}),
+    (
+      'dgd_stream',
+      {
+        'data': {'reset': 'never', 'sequence_length': 16},
+        'train': {'optimizer': optimizers.configs.Dgd(), 'accumulate': 2},
+      },
+    ),
   )
   def test_resumed_is_uninterrupted_bit_for_bit(self, changes):
     whole = self.train('straight', **changes)
