@@ -124,7 +124,7 @@ def apply(
     own = info if learns else info._replace(local_loss=None)
     body = lambda x, both, own=own: group.apply(*both, x, own)
     if name == 'first':  # no scan, whose backward pass would reach its mixer
-      x, out = body(x, jax.tree.map(lambda a: a[0], (stack, part)))
+      x, out = body(x, jax.tree.map(lambda a: jnp.squeeze(a, 0), (stack, part)))
       out = jax.tree.map(lambda a: a[None], out)
     else:
       x, out = jax.lax.scan(body, x, (stack, part))

@@ -328,7 +328,8 @@ def _make_linear(apply, geometry: _Geometry, erase):
 
   def forward(x, w, probe, count):
     y = apply(x, w)
-    return y, (x, w, y, probe, count)
+    # Without an erasing term, the backward pass does not need the output.
+    return y, (x, w, None if erase is None else y, probe, count)
 
   def backward(residuals, error):
     x, w, y, probe, count = residuals
