@@ -18,9 +18,9 @@ from nested_learning.training import optimizer as optimizer_lib
 from nested_learning.training import sharded_step
 
 _MOST_TRIED = 4  # compilations, of minutes each
-# Float32 arrays of a parameter's size in a step: the parameter, its gradient,
-# the sum of gradients, and Adam's two moments.
-_COPIES = 5
+# Float32 arrays of a parameter's size in a step, beside the optimiser's: the
+# parameter, its gradient and the sum of gradients.
+_COPIES = 3
 
 
 class _Candidate(NamedTuple):
@@ -129,6 +129,7 @@ def _keeps_less(candidate: _Candidate, failed: _Candidate) -> bool:
 def _candidates(config, topology, table, num_devices) -> Iterator[_Candidate]:
   """Yields meshes that divide model and batch, and that could fit."""
   powers = [2**i for i in range(num_devices.bit_length())]
+  copies = _COPIES + _share_of_optimizer(config, table)
   for model in powers:
     for fsdp in powers:
       context = config.mesh.context  # chosen for the length of rows
@@ -138,7 +139,7 @@ def _candidates(config, topology, table, num_devices) -> Iterator[_Candidate]:
         continue
       if not _divides(table, mesh):
         continue
-      kept = _COPIES * _kept_bytes(table, mesh)
+      kept = copies * _kept_bytes(table, mesh)
       if kept > topology.hbm_bytes:
         continue
       for accumulate in (1, 2, 4, 8, 16):
@@ -171,6 +172,16 @@ def _shardings(table, mesh):
   return sharding.param_shardings(
     table, jax.sharding.AbstractMesh(sizes, sharding.AXES)
   )
+
+
+def _share_of_optimizer(config, table) -> float:
+  """Returns the bytes of the optimiser's state over those of parameters."""
+  params = parameters.abstract(table)
+  optimizer = optimizer_lib.make_optimizer(config, table)
+  num_bytes = lambda tree: sum(
+    x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)
+  )
+  return num_bytes(jax.eval_shape(optimizer.init, params)) / num_bytes(params)
 
 
 def _kept_bytes(table, mesh) -> int:

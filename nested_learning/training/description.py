@@ -53,7 +53,14 @@ def describe(config: config_lib.ExperimentConfig) -> str:
       f'{config.batch_tokens:,} tokens per step.',
       markdown.table(('parameters', 'number', 'share'), _groups(model)),
       markdown.table(
-        ('level', 'tokens per update', 'steps', 'parameters', 'updates'),
+        (
+          'level',
+          'optimiser',
+          'tokens per update',
+          'steps',
+          'parameters',
+          'updates',
+        ),
         _levels(config, state.params),
       ),
       layout(config, mesh),
@@ -147,6 +154,7 @@ def _levels(
     rows.append(
       (
         name,
+        config.rules[name].NAME,
         f'{train_every:,}',
         f'{period:,}',
         f'{sizes[name]:,}',

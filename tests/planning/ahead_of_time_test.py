@@ -17,10 +17,12 @@ import pytest
 
 from nested_learning import accelerators
 from nested_learning import compilation
+from nested_learning import configs
 from nested_learning import data
 from nested_learning import errors
 from nested_learning import levels
 from nested_learning import models
+from nested_learning import parameters
 from nested_learning import sharding
 from nested_learning import training
 from nested_learning.planning import ahead_of_time
@@ -176,6 +178,20 @@ class SuggestionsTest(parameterized.TestCase):
     text = tables.describe_tried(tried)
     self.assertIn('15.75G', text)
     self.assertIn('--set=mesh.model=1 --set=mesh.fsdp=8', text)
+
+  @parameterized.parameters(
+    ('sgd', 0, 0), ('adamw', 2, 2), ('ademamix', 3, 3), ('m3', 2, 4)
+  )
+  def test_counts_the_state_of_the_optimizer(self, name, least, most):
+    config = configs.override(_config(), [f'train.optimizer={name}'])
+    table = models.make_model(config.model).table
+    share = suggestions._share_of_optimizer(config, table)
+    self.assertBetween(share, least, most + 0.01)  # and some counters
+    if name == 'm3':  # 4 for matrices, 2 for the embedding and norms
+      rest = 264 * 16 + 3 * 16
+      matrices = parameters.count(table) - rest
+      expected = (4 * matrices + 2 * rest) / (matrices + rest)
+      self.assertAlmostEqual(share, expected, delta=0.01)
 
   def test_rejects_if_nothing_fits(self):
     with self.assertRaisesRegex(errors.UserError, 'nothing fits of .*remat'):

@@ -156,7 +156,7 @@ class ModesTest(parameterized.TestCase):
     # 260 x 16 embedding, two levels of 3 x 16 x 16 + 16, norms and the mixer.
     self.assertRegex(here, r'\| embedding +\| 4,160 +\|')
     self.assertRegex(here, r'\| blocks/levels/slow +\| 784 +\|')
-    self.assertRegex(here, r'\| slow +\| 512 +\| 2 +\| 784 +\| 3 +\|')
+    self.assertRegex(here, r'\| slow +\| adamw +\| 512 +\| 2 +\| 784 +\| 3 +\|')
     self.assertFalse(self.workdir.exists())
 
   def test_model_larger_than_the_memory_is_refused_before_anything(self):
@@ -176,7 +176,9 @@ class ModesTest(parameterized.TestCase):
     for i in range(2):
       self.assertRegex(text, rf'\| blocks/{i}/levels/slow +\| 784 +\|')
       self.assertRegex(text, rf'\| blocks/{i}/mixer/query +\| 256 +\|')
-    self.assertRegex(text, r'\| slow +\| 512 +\| 2 +\| 1,568 +\| 3 +\|')
+    self.assertRegex(
+      text, r'\| slow +\| adamw +\| 512 +\| 2 +\| 1,568 +\| 3 +\|'
+    )
 
 
 if __name__ == '__main__':

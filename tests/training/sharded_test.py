@@ -15,6 +15,7 @@ from nested_learning import compilation
 from nested_learning import data
 from nested_learning import layers
 from nested_learning import models
+from nested_learning import optimizers
 from nested_learning import parameters
 from nested_learning import sharding
 from nested_learning import training
@@ -41,8 +42,20 @@ _MESHES = (
 )
 
 
-def _config(name, mesh=(1, 1, 1, 1), **train):
+# By name: the optimiser of the model, of its first and of its second level.
+_RULES = {
+  'adamw': (optimizers.configs.AdamW(), None, None),
+  'others': (
+    optimizers.configs.M3(slow_every=2, ns_steps=2),
+    optimizers.configs.Dgd(),
+    optimizers.configs.DeepMomentum(),
+  ),
+}
+
+
+def _config(name, mesh=(1, 1, 1, 1), rules='adamw'):
   data_size, fsdp, context, model = mesh
+  base, fast, slow = _RULES[rules]
   return training.ExperimentConfig(
     name=name,
     model=models.ModelConfig(
@@ -51,8 +64,8 @@ def _config(name, mesh=(1, 1, 1, 1), **train):
       embed_dim=32,
       mixer=_MIXERS[name],
       levels=(
-        models.LevelConfig('fast', mlp_dim=16),
-        models.LevelConfig('slow', mlp_dim=16, train_every=2 * _ROWS * _LENGTH),
+        models.LevelConfig('fast', mlp_dim=16, optimizer=fast),
+        models.LevelConfig('slow', 16, 2 * _ROWS * _LENGTH, slow),
       ),
       max_length=_LENGTH,
       remat='layer',
@@ -60,7 +73,9 @@ def _config(name, mesh=(1, 1, 1, 1), **train):
     data=data.DataConfig(
       source='none', sequence_length=_LENGTH, batch_size=_ROWS
     ),
-    train=training.TrainConfig(learning_rate=1e-3, warmup_steps=0, **train),
+    train=training.TrainConfig(
+      optimizer=base, learning_rate=1e-3, warmup_steps=0
+    ),
     mesh=sharding.MeshConfig(data_size, model, fsdp, context),
   )
 
@@ -92,7 +107,7 @@ class _Stepped:
           config, model, optimizer, mesh, row=computed.row
         )
         self.compiled = traced.lower().compile()
-      state = _start(config.name)
+      state = _start(dataclasses.replace(config, mesh=sharding.MeshConfig()))
       state = jax.device_put(
         state, jax.tree.map(lambda x: x.sharding, self.abstract)
       )
@@ -109,8 +124,7 @@ class _Stepped:
 
 
 @functools.cache
-def _start(name):
-  config = _config(name)
+def _start(config):
   model = models.make_model(config.model)
   optimizer = training.make_optimizer(config, model.table)
   init = compiling.jit(training.make_init(config, model, optimizer))
@@ -118,13 +132,14 @@ def _start(name):
 
 
 @functools.cache
-def _alone(name):
-  return _Stepped(_config(name))
+def _alone(name, rules):
+  return _Stepped(_config(name, rules=rules))
 
 
 class ShardedTest(parameterized.TestCase):
-  def check(self, name, mesh):
-    alone, found = _alone(name), _Stepped(_config(name, mesh))
+  def check(self, name, mesh, rules='adamw'):
+    alone = _alone(name, rules)
+    found = _Stepped(_config(name, mesh, rules))
     for expected, actual in zip(alone.metrics, found.metrics, strict=True):
       jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-5),
@@ -151,6 +166,13 @@ class ShardedTest(parameterized.TestCase):
     for axis, size in zip(sharding.AXES, mesh, strict=True):
       used = any(axis in axes.split('_') for axes in kinds)
       self.assertEqual(used, size > 1, axis)
+
+  def test_other_optimizers(self):
+    found = self.check('transformer', (2, 2, 1, 2), rules='others')
+    levels = found.abstract.optimizer[1].levels
+    state = levels['slow'].inner[0].inner_states['deep'].inner_state[0]
+    layer = state.up['blocks']['levels']['slow']['gate']
+    self.assertEqual(layer.sharding.spec, jax.P(None, 'model', None))
 
   @parameterized.parameters((mesh,) for mesh in _MESHES)
   @pytest.mark.slow

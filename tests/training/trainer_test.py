@@ -1,6 +1,7 @@
 """Whole runs: resumed, interrupted, killed, diverging."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -76,12 +77,20 @@ class TrainerTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ('rows', {}),
     ('stream', {'data': {'reset': 'never', 'sequence_length': 16}}),
-    ('m3', {'train': {'optimizer': optimizers.configs.M3(slow_every=3)}}),
     (
-      'dgd_stream',
+      'other_optimizers',
       {
         'data': {'reset': 'never', 'sequence_length': 16},
-        'train': {'optimizer': optimizers.configs.Dgd(), 'accumulate': 2},
+        'model': {
+          'levels': tuple(
+            dataclasses.replace(level, optimizer=optimizers.configs.Dgd())
+            for level in tiny.MODEL.levels
+          )
+        },
+        'train': {
+          'accumulate': 2,
+          'optimizer': optimizers.configs.M3(slow_every=3, ns_steps=1),
+        },
       },
     ),
   )

@@ -45,6 +45,22 @@ class CellsTest(parameterized.TestCase):
     self.assertEqual(config.roles, ('k', 'v'))
     self.assertEqual(loaded['b,roles=empty', 0][1].roles, ())
 
+  def test_grid_of_optimizers(self):
+    sweep = sweeps.Sweep(
+      rows=(sweeps.Row('often', ('train.optimizer.slow_every=4',)),),
+      grid=('model.levels.1.optimizer=none,dgd',),
+    )
+    loaded = sweeps.load_cells(
+      sweeps.make_cells(
+        'experiments/quickstart.py', sweep, assignments=('train.optimizer=m3',)
+      ),
+      num_seeds=1,
+      seed_fields=('seed',),
+    )
+    rules = [config.rules for _, config in loaded.values()]
+    self.assertEqual([x['slow'].NAME for x in rules], ['m3', 'dgd'])
+    self.assertEqual([x['base'].slow_every for x in rules], [4, 4])
+
   def test_argument_of_a_row_makes_its_config(self):
     sweep = sweeps.Sweep(rows=(sweeps.Row('a'), sweeps.Row('b', arg='5')))
     for spec in (self.spec, f'{self.spec}:7'):
