@@ -1,20 +1,24 @@
-"""Measures the cost of optimiser steps: ratios of time, and bytes of state.
+"""Measures the cost of optimiser steps: time, bytes of state, and moves.
 
 Command:
   python launch/run.py --config=experiments/benchmarks/optimizers.py \
     --workdir=runs/benchmark_optimizers
 
-Hardware: two CPU cores and 4 GB, about five minutes. Results in summary.json:
+Hardware: two CPU cores and 6 GB, about 15 minutes. report.md has all numbers,
+summary.json the ratios:
 
-* m3_over_muon and m3_over_adamw. For a training step (gradients and update):
-  0.99 and 1.60. For the update alone: 0.98 and 15.6, nearly all of it products
-  of Newton-Schulz, which Muon has as well.
-* dgd_overhead, the time of gradients with DGD's term over plain gradients, less
-  one: 0.09.
-* Bytes of state per parameter: AdamW 8, Muon 5.2, M3 13.5, deep momentum 2.0,
-  DGD 1.2.
+* m3_over_muon, m3_over_adamw: of a training step (loss, gradients, update of
+  the parameters). One step of M3 in sixteen orthogonalises the slow momentum,
+  and counts a sixteenth. `_update` is the update alone, `_bfloat16` has
+  momenta in bfloat16 on both sides.
+* dgd_overhead: gradients with the energies that DGD needs over plain ones, less
+  one; dgd_printed_overhead with the printed target.
+* Bytes of state per parameter, of every optimiser.
+* Collectives of an update of sharded parameters; see `optimizer_moves.py`.
 
-The cores were shared with other work, which slows products more than AdamW.
+Programs run in turn, several times. Ratios are of processor time, summed over
+the cores, which other work on the machine hardly changes; report.md has those
+of elapsed time, too. A ratio is that of the fastest runs.
 """
 
 import dataclasses
@@ -22,11 +26,14 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from experiments import report_files
-from experiments.optimizers import rules
+from experiments.benchmarks import optimizer_moves
 from nested_learning import optimizers
+
+_PERIOD = 16  # of M3's slow momentum, its default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +44,14 @@ class BenchmarkConfig:
   embed_dim: int = 512
   vocab_size: int = 16384
   num_tokens: int = 2048  # of one training step
-  repeats: int = 3  # the fastest one counts
+  repeats: int = 5
 
 
 def get_config(arg: str | None = None) -> BenchmarkConfig:
   """Returns the benchmark; `arg` is 'small' in tests."""
   if arg == 'small':
     return BenchmarkConfig(
-      num_layers=2, embed_dim=32, vocab_size=64, num_tokens=64, repeats=1
+      num_layers=2, embed_dim=32, vocab_size=64, num_tokens=64, repeats=2
     )
   return BenchmarkConfig()
 
@@ -55,111 +62,174 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
   params = _init_params(config)
   tokens = jnp.arange(config.num_tokens) % config.vocab_size
   num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+  numbers = optimizers.dimension_numbers(_loss, params, tokens)
+  numbers['logits'] = None  # Adam's, as usual with Muon
 
-  def loss_fn(params, tokens):
-    logits = _forward(params, tokens)
-    return jnp.mean(
-      optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
-    )
-
-  seconds, best = _time_steps(config, loss_fn, params, tokens)
-  step = {
-    name: best['gradients'] + best[name] for name in ('Muon', 'M3', 'AdamW')
+  seconds = _time_all(config, params, tokens, numbers)
+  ratios = {
+    name: _ratio(seconds, *pair)
+    for name, pair in {
+      'm3_over_muon': ('M3 step', 'Muon step'),
+      'm3_over_adamw': ('M3 step', 'AdamW step'),
+      'm3_over_muon_update': ('M3 update', 'Muon update'),
+      'm3_over_adamw_update': ('M3 update', 'AdamW update'),
+      'm3_over_muon_bfloat16': ('M3, bfloat16 step', 'Muon, bfloat16 step'),
+      'm3_over_muon_update_bfloat16': (
+        'M3, bfloat16 update',
+        'Muon, bfloat16 update',
+      ),
+      'dgd': ('corrected gradients', 'gradients'),
+      'dgd_printed': ('printed gradients', 'gradients'),
+    }.items()
   }
-  summary = {
-    'parameters': num_params,
-    'tokens_per_step': config.num_tokens,
-    'm3_over_muon': step['M3'] / step['Muon'],
-    'm3_over_adamw': step['M3'] / step['AdamW'],
-    'm3_over_muon_update_only': best['M3'] / best['Muon'],
-    'm3_over_adamw_update_only': best['M3'] / best['AdamW'],
-    'dgd_overhead': best['delta gradients'] / best['gradients'] - 1,
-  }
-  rows = []
-  for name in rules.NAMES:
-    tx = rules.make_optimizer(name, 1e-3, loss_fn, params, tokens)
-    state = jax.eval_shape(tx.init, params)
-    size = sum(
-      leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
-    )
+  summary = {'parameters': num_params, 'tokens_per_step': config.num_tokens}
+  for name, (ratio, _) in ratios.items():
+    if name.startswith('dgd'):
+      summary[f'{name}_overhead'] = float(ratio - 1)
+    else:
+      summary[name] = float(ratio)
+  states = _count_bytes(params, numbers)
+  for name, size in states.items():
     key = f'state_bytes_per_parameter_{report_files.key(name)}'
     summary[key] = size / num_params
-    rows.append((name, size / num_params))
+  moves = optimizer_moves.count(config.num_layers, config.embed_dim)
   report_files.write(
     workdir,
     config,
     module=__name__,
     summary=summary,
     metrics=[
-      {'name': name, 'repeat': i, 'seconds': value}
+      {'name': name, 'turn': i, 'processor': processor, 'elapsed': elapsed}
       for name, values in seconds.items()
-      for i, value in enumerate(values)
+      for i, (processor, elapsed) in enumerate(values)
     ],
     sections=[
       '# What an optimiser step costs',
       f'{num_params / 1e6:.1f} million parameters, {config.num_tokens} tokens '
-      f'a step, float32; the fastest of {config.repeats} repeats in turn. A '
-      'step is the gradients and the update; M3 orthogonalises its slow '
-      'momentum on one step in sixteen.',
+      f'a step, float32, {config.repeats} turns.',
       report_files.table(
-        ('', 'seconds', 'of a step with AdamW'),
-        [(name, value, value / step['AdamW']) for name, value in best.items()],
+        ('ratio', 'processor time', 'elapsed time'),
+        [(name, *values) for name, values in ratios.items()],
       ),
       report_files.table(
-        ('ratio', ''),
-        [(name, value) for name, value in summary.items() if '_over_' in name]
-        + [('dgd_overhead', summary['dgd_overhead'])],
+        ('seconds of the fastest run', 'processor time', 'elapsed time'),
+        [(name, *np.min(values, 0)) for name, values in seconds.items()],
       ),
       '## State',
-      report_files.table(('optimiser', 'bytes per parameter'), rows),
+      report_files.table(
+        ('optimiser', 'bytes per parameter'),
+        [(name, size / num_params) for name, size in states.items()],
+      ),
+      f'## Sharded over {optimizer_moves.NUM_DEVICES} devices',
+      'Collectives of matrices per stack of them, in every step and in those '
+      'of the slow momentum; those in loops; those of sums; bytes that a '
+      'device sends per step, over the bytes of its parameters.',
+      report_files.table(optimizer_moves.Moves._fields, moves),
     ],
   )
 
 
-def _time_steps(config, loss_fn, params, tokens):
-  """Times gradients and updates.
+def _make_optimizers(numbers):
+  """Makes the optimisers that are timed, by name."""
+  made = {'AdamW': optax.adamw(1e-3, 0.9, 0.95)}
+  for suffix, dtype in (('', None), (', bfloat16', jnp.bfloat16)):
+    made[f'Muon{suffix}'] = optax.contrib.muon(
+      1e-3,
+      consistent_rms=0.2,
+      mu_dtype=dtype,
+      muon_weight_dimension_numbers=numbers,
+    )
+    made[f'M3{suffix}'] = optimizers.m3(
+      1e-3, slow_every=_PERIOD, mu_dtype=dtype, dimension_numbers=numbers
+    )
+  return made
+
+
+def _time_all(config, params, tokens, numbers):
+  """Times gradients, updates and steps.
 
   Args:
     config: The benchmark.
-    loss_fn: Function of (params, tokens).
     params: The parameters.
     tokens: The batch.
+    numbers: Dimension numbers of the matrices.
 
   Returns:
-    Seconds of every repeat, by name, and the fastest ones. The fastest of M3 is
-    the mean over a period of its slow momentum.
+    By name, [turn, 2] seconds of the processor and elapsed. Those of M3 are
+    means over a period of its slow momentum.
   """
-  delta_grad = optimizers.value_and_delta_grad(loss_fn, target='printed')
-  functions = {
-    'gradients': jax.jit(jax.grad(loss_fn)),
-    'delta gradients': jax.jit(lambda p, t: delta_grad(p, t)[1:]),
-  }
-  updates = {name: rules.RULES[name](1e-3) for name in ('Muon', 'M3')}
-  updates['AdamW'] = optax.adamw(1e-3, 0.9, 0.95)
-  compiled = {
-    name: jax.jit(tx.update, donate_argnums=1) for name, tx in updates.items()
-  }
-  gradients = functions['gradients'](params, tokens)
-  names = (*functions, *updates, 'M3, slow step')
-  seconds = {name: [] for name in names}
-  for repeat in range(config.repeats + 1):
-    for name, function in functions.items():
-      seconds[name].append(_time(function, params, tokens)[0])
-    for name, tx in updates.items():
+  plain = jax.jit(jax.grad(_loss))
+  gradients = {'gradients': jax.jit(jax.value_and_grad(_loss))}
+  for target in ('corrected', 'printed'):
+    delta = optimizers.value_and_delta_grad(_loss, target=target)
+    gradients[f'{target} gradients'] = jax.jit(delta)
+  made = _make_optimizers(numbers)
+  programs = {name: _compile(tx) for name, tx in made.items()}
+  seconds = {}
+  for turn in range(config.repeats + 1):
+    for name, function in gradients.items():
+      seconds.setdefault(name, []).append(_time(function, params, tokens)[0])
+    given = plain(params, tokens)
+    for name, tx in made.items():
+      update, step = programs[name]
       state = tx.init(params)
-      spent, (_, state) = _time(compiled[name], gradients, state, params)
-      seconds[name].append(spent)
-      if name == 'M3':
-        state = _at_step(state, 15)  # The slow momentum is due next.
-        spent, _ = _time(compiled[name], gradients, state, params)
-        seconds['M3, slow step'].append(spent)
+      for kind, program, inputs in (
+        ('update', update, given),
+        ('step', step, tokens),
+      ):
+        spent, state = _time(program, state, params, inputs)
+        if name.startswith('M3'):  # The slow momentum is due next.
+          slow, state = _time(program, _at_step(state, 15), params, inputs)
+          state = _at_step(state, 0)
+          spent = ((_PERIOD - 1) * spent + slow) / _PERIOD
+        seconds.setdefault(f'{name} {kind}', []).append(spent)
       del state  # Only one optimiser's state fits beside the parameters.
-    if repeat == 0:  # It compiled.
-      seconds = {name: [] for name in names}
-  best = {name: min(values) for name, values in seconds.items()}
-  # One step in sixteen orthogonalises the slow momentum as well.
-  best['M3'] = (15 * best['M3'] + best.pop('M3, slow step')) / 16
-  return seconds, best
+    if turn == 0:  # It compiled.
+      seconds = {}
+  return seconds
+
+
+def _compile(tx):
+  """Compiles two functions of (state, params, gradients or tokens).
+
+  The first one is the update alone, the second one a training step.
+  """
+
+  def update(state, params, gradients):
+    updates, state = tx.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+  def step(state, params, tokens):
+    return update(state, params, jax.grad(_loss)(params, tokens))
+
+  return [jax.jit(function, donate_argnums=0) for function in (update, step)]
+
+
+def _ratio(seconds, name, other):
+  """Returns the ratios of the fastest runs, of processor and elapsed time."""
+  return np.min(seconds[name], 0) / np.min(seconds[other], 0)
+
+
+def _count_bytes(params, numbers):
+  """Returns the bytes of state of all optimisers, by name."""
+  sizes = {}
+  for kind in optimizers.OptimizerConfig.__args__:
+    fields = {field.name for field in dataclasses.fields(kind)}
+    for dtype in (None, 'bfloat16') if 'mu_dtype' in fields else (None,):
+      config = kind(mu_dtype=dtype) if dtype else kind()
+      tx = optimizers.configs.make(config, 1e-3, dimension_numbers=numbers)
+      state = jax.eval_shape(tx.init, params)
+      name = kind.NAME + (f', {dtype}' if dtype else '')
+      sizes[name] = sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
+      )
+  return sizes
+
+
+def _loss(params, tokens):
+  logits = _forward(params, tokens)
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
+  return jnp.mean(losses)
 
 
 def _init_params(config):
@@ -208,6 +278,9 @@ def _at_step(state, count):
 
 
 def _time(function, *args):
-  start = time.perf_counter()
+  """Returns the seconds that a call takes, and the last of its results."""
+  processor, elapsed = time.process_time(), time.perf_counter()
   outputs = jax.block_until_ready(function(*args))
-  return time.perf_counter() - start, outputs
+  processor = time.process_time() - processor
+  elapsed = time.perf_counter() - elapsed
+  return np.array([processor, elapsed]), outputs[-1]

@@ -9,6 +9,7 @@ from absl.testing import absltest
 import pytest
 
 from experiments import report_files
+from experiments.benchmarks import optimizer_moves
 from experiments.benchmarks import optimizers as benchmark
 from experiments.optimizers import compare
 from experiments.optimizers import landscape
@@ -77,11 +78,27 @@ class ExperimentsTest(absltest.TestCase):
   @pytest.mark.slow
   def test_benchmark(self):
     summary = self.check(benchmark.run, benchmark.get_config('small'))
-    for name in ('m3_over_muon', 'm3_over_adamw', 'dgd_overhead'):
+    for name in ('m3_over_muon', 'm3_over_muon_update', 'dgd_overhead'):
       self.assertIsInstance(summary[name], float)
-    self.assertAlmostEqual(
-      summary['state_bytes_per_parameter_adam'], 8, places=2
-    )
+    size = lambda name: summary[f'state_bytes_per_parameter_{name}']
+    self.assertAlmostEqual(size('adamw'), 8, places=2)
+    self.assertLess(size('m3_bfloat16'), size('muon_bfloat16') + 8)
+
+  @pytest.mark.slow
+  def test_moves_of_sharded_parameters(self):
+    counts = optimizer_moves.count(2, 32)
+    self.assertLen(counts, 6)
+    for moves in counts:
+      if moves.optimizer == 'M3':
+        self.assertEqual(moves.per_stack, 2)
+        self.assertEqual(moves.per_stack_slow, 2)
+        self.assertEqual(moves.in_loops, 0)
+        muon = next(
+          other
+          for other in counts
+          if other.optimizer == 'Muon' and other.side == moves.side
+        )
+        self.assertLess(4 * moves.sent, muon.sent)
 
   def test_rejects_bad_arguments(self):
     with self.assertRaisesRegex(errors.UserError, '--mode=eval'):

@@ -110,6 +110,27 @@ class M3Test(parameterized.TestCase):
     )
     _assert_close(_run(ours, params, 2), _run(muon, params, 2))
 
+  @parameterized.parameters((None, 16, 4), ('bfloat16', 10, 2))
+  def test_bytes_of_state(self, mu_dtype, expected, muon):
+    # The numbers of the table in the README.
+    params = jax.eval_shape(lambda: {'kernel': jnp.zeros((64, 64))})
+
+    def num_bytes(tx):
+      leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
+      arrays = [leaf for leaf in leaves if leaf.ndim == 2]
+      return sum(leaf.dtype.itemsize for leaf in arrays)
+
+    settings = {'second_decay': None, 'slow_every': None}
+    m3 = lambda **off: optimizers.m3(1.0, mu_dtype=mu_dtype, **off)
+    second, slow = (4, 8) if mu_dtype is None else (2, 6)
+    self.assertEqual(num_bytes(m3()), expected)
+    self.assertEqual(num_bytes(m3(second_decay=None)), expected - second)
+    self.assertEqual(num_bytes(m3(slow_every=None)), expected - slow)
+    self.assertEqual(num_bytes(m3(**settings)), muon)
+    tx = optax.contrib.scale_by_muon(mu_dtype=mu_dtype)
+    init = lambda params: tx.init(params).mu
+    self.assertEqual(num_bytes(tx._replace(init=init)), muon)
+
   def test_mask_holds_for_adam_too(self):
     params = _make({'kernel': (3, 3), 'scale': (4,), 'table': (5,)})
     mask = {'kernel': False, 'scale': False, 'table': True}
