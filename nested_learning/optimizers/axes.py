@@ -51,6 +51,11 @@ class Axes(NamedTuple):
     return Axes((0, *stack), *sides)
 
 
+def last_two(rank: int) -> Axes:
+  """Returns the axes of a parameter whose last two axes are a matrix."""
+  return Axes(tuple(range(rank - 2)), (rank - 2,), (rank - 1,))
+
+
 def find(
   dimension_numbers: Any | Callable[[Any], Any] | None, params: Any
 ) -> Any:

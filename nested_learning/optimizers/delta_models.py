@@ -12,7 +12,6 @@ import optax
 from nested_learning.optimizers import capture
 from nested_learning.optimizers import delta_gradient_descent
 from nested_learning.optimizers import tracing
-from nested_learning.optimizers import trees
 
 
 def dgd_for_model(
@@ -103,24 +102,8 @@ def dgd_for_model(
       f'were lost: {listed}.',
       stacklevel=2,
     )
-  # By path, so that the rules apply to any part of the parameters.
-  known = {
-    trees.path_name(path): mark
-    for path, mark in jax.tree_util.tree_leaves_with_path(found)
-  }
-
-  def is_map(path, _):
-    name = trees.path_name(path)
-    if name not in known:
-      raise ValueError(
-        f'dgd_for_model did not get the parameter {name}; it got '
-        f'{sorted(known)}: give it the tree that is trained.'
-      )
-    return known[name]
-
-  maps = functools.partial(jax.tree_util.tree_map_with_path, is_map)
   tx = delta_gradient_descent.dgd(
-    learning_rate, target=target, erase=erase, maps=maps, fallback=fallback
+    learning_rate, target=target, erase=erase, maps=found, fallback=fallback
   )
   return value_and_grad, tx
 

@@ -6,12 +6,15 @@ gradient without a key. `preconditioned_momentum` chooses the values to store;
 new one.
 """
 
+from collections.abc import Callable
+import string
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from nested_learning.optimizers import axes as axes_lib
 from nested_learning.optimizers import placement
 from nested_learning.optimizers import settings
 from nested_learning.optimizers import trees
@@ -38,6 +41,7 @@ def delta_momentum(
   decay: float = 0.9,
   erase: float = 0.2,
   preconditioner: optax.GradientTransformation | None = None,
+  dimension_numbers: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Momentum that erases along a gradient before it stores it.
 
@@ -50,8 +54,7 @@ def delta_momentum(
 
   This is the delta rule on |m^T G - P|^2, with the columns of G as keys. If
   successive gradients agree, momentum does not pile up; if they turn, the old
-  direction decays by `decay` alone. A vector is one key, and the leading axes
-  of larger tensors are a stack of kernels.
+  direction decays by `decay` alone.
 
   Like `optax.ema`, m is an average of gradients and not their sum. For a loss
   with the largest curvature L, the step is then stable up to a rate of
@@ -79,20 +82,29 @@ def delta_momentum(
     erase: Fraction erased along the gradient (form 'stable'); 0 is momentum.
     preconditioner: Optax transformation that computes the values P(G). None:
       the gradients themselves.
+    dimension_numbers: Tree of `optax.contrib.MuonDimensionNumbers` with the
+      axes in and out of every kernel, or a function from the parameters to one;
+      see `optimizers.dimension_numbers`. Parameters with None get momentum
+      without erasing. None: vectors are one key, and the last two axes of
+      larger arrays are a kernel, the others a stack of them.
 
   Returns:
     An optax gradient transformation.
 
   Raises:
-    ValueError: If a setting is out of its range, or at `init` if a parameter is
-      not of a floating type.
+    ValueError: If a setting is out of its range, or if a parameter is not of a
+      floating type or the dimension numbers do not fit it.
 
   References:
     Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 48-49.
   """
   settings.check_rate(learning_rate=learning_rate)
   direction = scale_by_delta_momentum(
-    form=form, decay=decay, erase=erase, preconditioner=preconditioner
+    form=form,
+    decay=decay,
+    erase=erase,
+    preconditioner=preconditioner,
+    dimension_numbers=dimension_numbers,
   )
   return optax.chain(direction, optax.scale_by_learning_rate(learning_rate))
 
@@ -103,6 +115,7 @@ def scale_by_delta_momentum(
   decay: float = 0.9,
   erase: float = 0.2,
   preconditioner: optax.GradientTransformation | None = None,
+  dimension_numbers: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Computes the momentum of `delta_momentum`.
 
@@ -111,6 +124,7 @@ def scale_by_delta_momentum(
     decay: See `delta_momentum`.
     erase: See `delta_momentum`.
     preconditioner: See `delta_momentum`.
+    dimension_numbers: See `delta_momentum`.
 
   Returns:
     An optax gradient transformation.
@@ -129,17 +143,21 @@ def scale_by_delta_momentum(
       'without bound; about 0.2 is usual.'
     )
 
-  def remember(m, g, value):
-    kernel = _as_kernel(g)
-    if stable:
-      kernel = _normalize(kernel)
-    held = placement.matmul(jnp.matrix_transpose(kernel), _as_kernel(m))
-    erased = placement.matmul(kernel, held).reshape(m.shape)
+  def find_axes(params):
+    if dimension_numbers is None:
+      return jax.tree.map(_default_axes, params)
+    return axes_lib.find(dimension_numbers, params)
+
+  def remember(m, g, value, axes):
+    erased = 0.0
+    if axes is not None:  # of a kernel
+      key = _normalize(g, axes.matrix) if stable else g
+      erased = _project(key, m, axes)
     if stable:
       return decay * m - erase * erased + (1 - decay) * value
     return decay * m - erased + value
 
-  return _scale_by_momentum(remember, preconditioner)
+  return _scale_by_momentum(remember, preconditioner, find_axes)
 
 
 def preconditioned_momentum(
@@ -227,22 +245,24 @@ def scale_by_preconditioned_momentum(
       )
     )
 
-  def remember(m, g, value):
-    del g
+  def remember(m, g, value, axes):
+    del g, axes
     if form == 'paper':
       return m + value
     return decay * m + (1 - decay) * value
 
-  return _scale_by_momentum(remember, preconditioner)
+  no_axes = lambda params: jax.tree.map(lambda _: None, params)
+  return _scale_by_momentum(remember, preconditioner, no_axes)
 
 
-def _scale_by_momentum(remember, preconditioner):
+def _scale_by_momentum(remember, preconditioner, find_axes):
   """Makes a transformation from a rule for the momentum.
 
   Args:
-    remember: Function of (momentum, gradient, value) of a leaf, all of the
-      momentum's type, that returns the new momentum.
+    remember: Function of (momentum, gradient, value, axes) of a leaf, arrays of
+      the momentum's type, that returns the new momentum.
     preconditioner: Transformation of gradients to values; None: identity.
+    find_axes: Function of the parameters that returns the axes of each.
 
   Returns:
     An optax gradient transformation.
@@ -253,6 +273,7 @@ def _scale_by_momentum(remember, preconditioner):
 
   def init_fn(params):
     settings.check_params(params)
+    find_axes(params)  # Checks them.
     return MomentumState(trees.zeros(params), make_values.init(params))
 
   def update_fn(updates, state, params=None, **extra_args):
@@ -261,28 +282,49 @@ def _scale_by_momentum(remember, preconditioner):
       updates, state.preconditioner, params, **extra_args
     )
 
-    def leaf(m, g, value):
+    def leaf(m, g, value, axes):
       g, value = g.astype(m.dtype), value.astype(m.dtype)
-      return remember(m, g, value).astype(m.dtype)
+      return remember(m, g, value, axes).astype(m.dtype)
 
-    trace = jax.tree.map(leaf, state.trace, updates, values)
+    gradients, structure = jax.tree.flatten(updates)
+    columns = map(structure.flatten_up_to, (values, find_axes(updates)))
+    trace = structure.unflatten(
+      map(leaf, jax.tree.leaves(state.trace), gradients, *columns)
+    )
     return optax.tree.cast_like(trace, updates), MomentumState(trace, inner)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _normalize(kernel):
+def _default_axes(leaf):
+  """Returns the last two axes as those of a kernel; a vector has one output."""
+  if leaf.ndim < 2:
+    return axes_lib.Axes((), tuple(range(leaf.ndim)), ())
+  return axes_lib.last_two(leaf.ndim)
+
+
+def _project(key, m, axes):
+  """Computes key key^T m for every kernel of a parameter."""
+  letters = string.ascii_lowercase[: m.ndim]
+  # The outputs of the key are not those of the momentum.
+  outputs = ''.join(letters[axis] for axis in axes.output)
+  renamed = letters.translate(str.maketrans(outputs, outputs.upper()))
+  inputs = ''.join(letters[axis] for axis in axes.reduction)
+  kept = ''.join(letter for letter in letters if letter not in inputs)
+  held = placement.einsum(
+    f'{renamed},{letters}->{kept}{outputs.upper()}', key, m
+  )
+  return placement.einsum(
+    f'{renamed},{kept}{outputs.upper()}->{letters}', key, held
+  )
+
+
+def _normalize(kernel, axes):
   """Divides every matrix by its Frobenius norm; zero stays zero."""
   # By the largest entry first: squares of entries beyond 1e19 overflow, and
   # squares of entries below 1e-19 vanish.
   tiny = jnp.finfo(kernel.dtype).tiny
-  axes = (-2, -1)
   largest = jnp.max(jnp.abs(kernel), axis=axes, keepdims=True, initial=0)
   kernel = kernel / jnp.maximum(largest, tiny)
   norm = jnp.sqrt(jnp.sum(jnp.square(kernel), axis=axes, keepdims=True))
   return kernel / jnp.maximum(norm, tiny)
-
-
-def _as_kernel(leaf):
-  """Returns a leaf as [..., in, out]; a vector has one output."""
-  return leaf if leaf.ndim >= 2 else leaf.reshape(-1, 1)

@@ -1,5 +1,6 @@
 """Deep Momentum Gradient Descent: a small network holds the momentum."""
 
+from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nested_learning.optimizers import axes as axes_lib
 from nested_learning.optimizers import placement
 from nested_learning.optimizers import settings
 from nested_learning.optimizers import trees
@@ -38,6 +40,7 @@ def deep_momentum(
   state_ratio: float | None = None,
   seed: int = 0,
   fallback: optax.GradientTransformation | None = None,
+  dimension_numbers: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Momentum in a network that learns gradients by its own inner steps.
 
@@ -85,16 +88,20 @@ def deep_momentum(
     state_ratio: Bound on the size of the state over that of the parameters.
       None: 1/2.
     seed: Seed of the first layer's initial value (random and orthogonal).
-    fallback: Rule for leaves of rank below 2 or without entries; None:
-      `optax.adam` at the same learning rate.
+    fallback: Rule for parameters that are no matrices, or without entries.
+      None: `optax.adam` at the same learning rate.
+    dimension_numbers: Tree of `optax.contrib.MuonDimensionNumbers` with the
+      axes in and out of every matrix and None for other parameters, or a
+      function from the parameters to one; see `optimizers.dimension_numbers`.
+      None: the last two axes of every parameter of rank 2 or more, the others
+      being a stack of matrices.
 
   Returns:
-    An optax gradient transformation. Leading axes of leaves of higher rank are
-    stacks of matrices.
+    An optax gradient transformation.
 
   Raises:
-    ValueError: If a setting is out of its range, or at `init` if a parameter is
-      not of a floating type.
+    ValueError: If a setting is out of its range, or if a parameter is not of a
+      floating type or the dimension numbers do not fit it.
 
   References:
     Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 50.
@@ -109,7 +116,13 @@ def deep_momentum(
     inner_steps=inner_steps,
     state_ratio=state_ratio,
     seed=seed,
+    dimension_numbers=dimension_numbers,
   )
+
+  def label(leaf, axes):
+    # A matrix without entries has no memory to learn it.
+    return 'fallback' if axes is None or not leaf.size else 'deep'
+
   partition = optax.partition(
     {
       'deep': optax.chain(
@@ -118,9 +131,7 @@ def deep_momentum(
       'fallback': fallback,
     },
     lambda params: jax.tree.map(
-      # A matrix without entries has no memory to learn it.
-      lambda leaf: 'deep' if leaf.ndim >= 2 and leaf.size else 'fallback',
-      params,
+      label, params, _find_axes(dimension_numbers, params)
     ),
   )
 
@@ -139,6 +150,7 @@ def scale_by_deep_momentum(
   inner_steps: int = 1,
   state_ratio: float | None = None,
   seed: int = 0,
+  dimension_numbers: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
   """Computes the direction of `deep_momentum` for trees of matrices.
 
@@ -149,9 +161,10 @@ def scale_by_deep_momentum(
     inner_steps: See `deep_momentum`.
     state_ratio: See `deep_momentum`.
     seed: See `deep_momentum`.
+    dimension_numbers: See `deep_momentum`; every parameter is a matrix.
 
   Returns:
-    An optax gradient transformation; leaves have shape [..., m, n].
+    An optax gradient transformation.
 
   Raises:
     ValueError: See `deep_momentum`.
@@ -163,13 +176,26 @@ def scale_by_deep_momentum(
   settings.check_decay(decay=decay)
   settings.check_period(inner_steps=inner_steps)
 
+  def find_axes(params):
+    found = _find_axes(dimension_numbers, params)
+    for path, axes in jax.tree_util.tree_leaves_with_path(
+      found, is_leaf=_is_axes
+    ):
+      if axes is None:
+        raise ValueError(
+          f'scale_by_deep_momentum: parameter {trees.path_name(path)} is no '
+          'matrix; use deep_momentum, which has a fallback.'
+        )
+    return found
+
   def init_fn(params):
     settings.check_params(params)
     leaves, structure = jax.tree.flatten(params)
+    axes = structure.flatten_up_to(find_axes(params))
+    key = jax.random.key(seed)
     layers = [
-      _init_layers(leaf, state_ratio, jax.random.fold_in(key, i))
-      for key in [jax.random.key(seed)]
-      for i, leaf in enumerate(leaves)
+      _init_layers(leaf, its, state_ratio, jax.random.fold_in(key, i))
+      for i, (leaf, its) in enumerate(zip(leaves, axes, strict=True))
     ]
     downs, ups, squares = zip(*layers, strict=True) if layers else ((), (), ())
     return DeepMomentumState(
@@ -182,8 +208,11 @@ def scale_by_deep_momentum(
   def update_fn(updates, state, params=None):
     del params
 
-    def learn(g, down, up, mean_square):
-      u = jnp.matrix_transpose(g.astype(down.dtype))  # [..., n, m]
+    def learn(g, axes, down, up, mean_square):
+      merged = axes.reduction[1:] + axes.output[1:]
+      u = placement.gather(g.astype(down.dtype), merged)
+      u = axes_lib.to_matrices(u, axes)
+      u = jnp.matrix_transpose(u)  # [..., n, m]
       if form == 'paper':
         down, up = _literal_step(u, down, up, decay, inner_rate)
         direction = -placement.matmul(up, jnp.tanh(down))
@@ -194,12 +223,15 @@ def scale_by_deep_momentum(
         held = placement.matmul(up, jnp.tanh(down))
         direction = held + (1 - decay) * (u - held)
       direction = jnp.matrix_transpose(direction).astype(g.dtype)
+      direction = axes_lib.from_matrices(direction, axes, g.shape)
+      direction = placement.put(direction, placement.spec_of(g), like=g)
       return direction, down, up, mean_square
 
     leaves, structure = jax.tree.flatten(updates)
+    axes = structure.flatten_up_to(find_axes(updates))
     memories = state.down, state.up, state.mean_square
     parts = map(jax.tree.leaves, memories)
-    results = [learn(*leaf) for leaf in zip(leaves, *parts, strict=True)]
+    results = [learn(*leaf) for leaf in zip(leaves, axes, *parts, strict=True)]
     columns = zip(*results, strict=True) if results else ((), (), (), ())
     updates, *learned = (structure.unflatten(column) for column in columns)
     count = optax.safe_increment(state.count)
@@ -218,15 +250,33 @@ def _repeat(step, num_steps, memory):
   return memory
 
 
-def _init_layers(leaf, state_ratio, key):
+def _find_axes(dimension_numbers, params):
+  """Returns the axes of every matrix, and None for other parameters."""
+  if dimension_numbers is not None:
+    return axes_lib.find(dimension_numbers, params)
+  return jax.tree.map(
+    lambda leaf: axes_lib.last_two(leaf.ndim) if leaf.ndim >= 2 else None,
+    params,
+  )
+
+
+def _is_axes(node):
+  return node is None or isinstance(node, axes_lib.Axes)
+
+
+def _init_layers(leaf, axes, state_ratio, key):
   """Returns the two layers for a leaf, and its mean square."""
-  *stack, m, n = leaf.shape
+  m, n = axes.sides(leaf.shape)
+  stack = tuple(leaf.shape[axis] for axis in axes.stack)
   dtype = trees.wide(leaf.dtype)
   hidden = min(max(1, int(state_ratio * m * n / (m + n))), m)
   down = jax.nn.initializers.orthogonal()(key, (hidden, m), dtype)
   down = jnp.broadcast_to(down, (*stack, hidden, m))
   # Shard inputs, outputs and stacked matrices like those of the leaf.
-  *layers, inputs, outputs = placement.spec_of(leaf)
+  spec = placement.spec_of(leaf)
+  layers = [spec[axis] for axis in axes.stack]
+  # Axes that make one dimension are sharded along the first.
+  inputs, outputs = spec[axes.reduction[0]], spec[axes.output[0]]
   up, square = jnp.zeros((*stack, n, hidden), dtype), jnp.zeros(stack, dtype)
   return (
     placement.put(down, jax.P(*layers, None, inputs), like=leaf),

@@ -5,15 +5,42 @@ sharded dimension unless told where its result belongs. With any other mesh,
 and without one, these functions leave that to the compiler.
 """
 
+import string
+
 import jax
 import jax.numpy as jnp
 
 
+def einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  """Computes `jnp.einsum` of two arrays, which may be sharded.
+
+  A dimension of the result lies where it does in x or y, or on every device if
+  those axes of the mesh are taken by a dimension before it.
+
+  Args:
+    equation: As for `jnp.einsum`, with one letter for every dimension.
+    x: First operand.
+    y: Second operand.
+
+  Returns:
+    The result.
+  """
+  if not _has_explicit_axes():
+    return jnp.einsum(equation, x, y)
+  operands, result = equation.split('->')
+  entries, taken, spec = {}, set(), []
+  for letters, operand in zip(operands.split(','), (x, y), strict=True):
+    for letter, entry in zip(letters, spec_of(operand), strict=True):
+      entries[letter] = entries.get(letter) or entry
+  for letter in result:
+    names = _names(entries[letter])
+    spec.append(None if names & taken else entries[letter])
+    taken |= names
+  return jnp.einsum(equation, x, y, out_sharding=jax.P(*spec))
+
+
 def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
   """Computes `x @ y` for stacks of matrices, which may be sharded.
-
-  The rows of the result lie where the rows of x do, and its columns where the
-  columns of y do, or on every device if those axes of the mesh are taken.
 
   Args:
     x: [..., i, j]
@@ -22,15 +49,8 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
   Returns:
     [..., i, k]
   """
-  equation = '...ij,...jk->...ik'
-  if not _has_explicit_axes():
-    return jnp.einsum(equation, x, y)
-  *x_stack, rows, _ = spec_of(x)
-  *y_stack, _, columns = spec_of(y)
-  stack = [a or b for a, b in zip(x_stack, y_stack, strict=True)]
-  if _names(columns) & set().union(*map(_names, [*stack, rows])):
-    columns = None
-  return jnp.einsum(equation, x, y, out_sharding=jax.P(*stack, rows, columns))
+  stack = string.ascii_lowercase[: x.ndim - 2]
+  return einsum(f'{stack}XY,{stack}YZ->{stack}XZ', x, y)
 
 
 def spec_of(x: jax.Array) -> jax.P:
@@ -47,6 +67,25 @@ def spec_of(x: jax.Array) -> jax.P:
     sharding = getattr(x, 'sharding', sharding)
   spec = getattr(sharding, 'spec', jax.P())
   return jax.P(*spec, *[None] * (jnp.ndim(x) - len(spec)))
+
+
+def gather(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  """Copies some dimensions of a value to every device.
+
+  A dimension that is not the first of those merged by a reshape must not be
+  sharded.
+
+  Args:
+    x: The value.
+    axes: The dimensions.
+
+  Returns:
+    The value x; not moved without explicit axes.
+  """
+  if not _has_explicit_axes():
+    return x
+  spec = [None if i in axes else entry for i, entry in enumerate(spec_of(x))]
+  return jax.sharding.reshard(x, jax.P(*spec))
 
 
 def put(x: jax.Array, spec: jax.P, *, like: jax.Array) -> jax.Array:

@@ -43,22 +43,14 @@ def m3(learning_rate):
   )
 
 
-# Name: factory of a learning rate, a rate that converges, static arguments.
+# Name: factory of a learning rate, and a rate that converges.
 OPTIMIZERS = {
-  'dgd': (optimizers.dgd, 5e-4, ()),
-  'm3': (m3, 3e-3, ()),
-  'delta_momentum': (optimizers.delta_momentum, 1e-3, ('form',)),
-  'preconditioned_momentum': (
-    optimizers.preconditioned_momentum,
-    1e-3,
-    ('form',),
-  ),
-  'deep_momentum': (
-    optimizers.deep_momentum,
-    1e-3,
-    ('form', 'inner_steps', 'state_ratio', 'seed'),
-  ),
-  'multi_timescale': (timescales, 3e-3, ()),
+  'dgd': (optimizers.dgd, 5e-4),
+  'm3': (m3, 3e-3),
+  'delta_momentum': (optimizers.delta_momentum, 1e-3),
+  'preconditioned_momentum': (optimizers.preconditioned_momentum, 1e-3),
+  'deep_momentum': (optimizers.deep_momentum, 1e-3),
+  'multi_timescale': (timescales, 3e-3),
 }
 NAMES = tuple(OPTIMIZERS)
 # DGD takes the energy of every map's inputs; nothing erased is energy 0.
@@ -66,7 +58,7 @@ NEEDS_ENERGY = ('dgd',)
 
 
 def make(name, learning_rate=None):
-  factory, rate, _ = OPTIMIZERS[name]
+  factory, rate = OPTIMIZERS[name]
   return factory(rate if learning_rate is None else learning_rate)
 
 
@@ -170,7 +162,7 @@ class ContractTest(parameterized.TestCase):
 
   @parameterized.parameters(*NAMES)
   def test_works_inside_wrappers(self, name):
-    factory, rate, static = OPTIMIZERS[name]
+    factory, rate = OPTIMIZERS[name]
     params = make_params()
     gradients, more = make_gradients(params), extra(name, params)
     tx = make(name)
@@ -205,7 +197,7 @@ class ContractTest(parameterized.TestCase):
       assert_close(updates, expected)
     if name != 'multi_timescale':  # Its levels are no hyperparameters.
       with self.subTest('inject_hyperparams'):
-        injected = optax.inject_hyperparams(factory, static)(rate)
+        injected = optax.inject_hyperparams(factory)(rate)
         updates, _ = injected.update(
           gradients, injected.init(params), params, **more
         )
@@ -397,6 +389,55 @@ class ContractTest(parameterized.TestCase):
       for key in ('rows', 'columns', 'stack'):
         if old.shape == params[key].shape:
           self.assertEqual(old.sharding.spec, specs[key])
+
+
+class DimensionNumbersTest(parameterized.TestCase):
+  """Tests sharded matrices of several axes; `m3` has tests of its own."""
+
+  @parameterized.product(
+    factory=(optimizers.delta_momentum, optimizers.deep_momentum),
+    spec=(jax.P('x'), jax.P(None, 'x'), jax.P(None, None, 'x')),
+    axis_type=(jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit),
+  )
+  def test_sharded_equals_unsharded(self, factory, spec, axis_type):
+    numbers = optax.contrib.MuonDimensionNumbers
+    tx = factory(
+      0.1,
+      dimension_numbers={
+        'query': numbers((0,), (1, 2)),
+        'out': numbers((0, 1), (2,)),
+        'bias': None,
+      },
+    )
+    shapes = {'query': (16, 8, 8), 'out': (8, 8, 16), 'bias': (8, 8)}
+    params = {
+      key: jnp.sin(jnp.arange(np.prod(shape), dtype=jnp.float32)).reshape(shape)
+      for key, shape in shapes.items()
+    }
+    gradients = make_gradients(params)
+
+    @compiling.jit
+    def two_steps(params, gradients, state):
+      _, state = tx.update(gradients, state, params)
+      return tx.update(gradients, state, params)
+
+    expected, _ = two_steps(params, gradients, tx.init(params))
+    mesh = jax.make_mesh((8,), ('x',), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+      place = lambda tree: {
+        key: jax.device_put(
+          leaf, jax.NamedSharding(mesh, jax.P(*spec[: leaf.ndim]))
+        )
+        for key, leaf in tree.items()
+      }
+      params, gradients = place(params), place(gradients)
+      state = tx.init(params)
+      updates, new_state = two_steps(params, gradients, state)
+    assert_close(updates, expected, 1e-4)
+    for old, new in zip(
+      jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True
+    ):
+      self.assertTrue(new.sharding.is_equivalent_to(old.sharding, old.ndim))
 
 
 class Classifier(nn.Module):

@@ -562,7 +562,7 @@ class ModelTest(parameterized.TestCase):
     _, dgd = optimizers.dgd_for_model(
       mlp_loss, params, batch, learning_rate=0.5, fallback=optax.adam(0.1)
     )
-    with self.assertRaisesRegex(ValueError, r"did not get .*\['third'\]"):
+    with self.assertRaisesRegex(ValueError, r"maps has no value .*\['third'\]"):
       dgd.init({'third': jnp.ones((2, 2))})
 
   def test_finds_convolutions_and_joined_kernels_of_an_lstm(self):

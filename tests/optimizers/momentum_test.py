@@ -123,6 +123,45 @@ class DeltaMomentumTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "form='printed'"):
       optimizers.delta_momentum(0.1, form='printed')
 
+  @parameterized.named_parameters(
+    ('attention', (6, 2, 3), optax.contrib.MuonDimensionNumbers((0,), (1, 2))),
+    ('output', (2, 3, 6), optax.contrib.MuonDimensionNumbers((0, 1), (2,))),
+    ('transposed', (5, 4), optax.contrib.MuonDimensionNumbers(1, 0)),
+    ('stacked', (4, 3, 5), optax.contrib.MuonDimensionNumbers(2, 0)),
+  )
+  def test_dimension_numbers_are_those_of_a_matrix(self, shape, numbers):
+    gradients = make_gradients(3, shape)
+    tx = optimizers.delta_momentum(1.0, dimension_numbers={'w': numbers})
+    axes = [(a,) if isinstance(a, int) else a for a in numbers]
+    stack = tuple(set(range(len(shape))) - {*axes[0], *axes[1]})
+    order = stack + axes[0] + axes[1]
+
+    def to_matrices(x):  # [step, *shape] to [step, *stack, in, out]
+      sizes = [shape[axis] for axis in stack]
+      rows = int(np.prod([shape[axis] for axis in axes[0]]))
+      x = jnp.transpose(x, (0, *(axis + 1 for axis in order)))
+      return x.reshape(len(x), *sizes, rows, -1)
+
+    np.testing.assert_allclose(
+      to_matrices(run(tx, gradients)),
+      run(optimizers.delta_momentum(1.0), to_matrices(gradients)),
+      rtol=1e-4,
+      atol=1e-6,
+    )
+
+  def test_parameters_that_are_no_maps_have_plain_momentum(self):
+    # Biases of scanned layers are like those of unrolled ones.
+    gradients = make_gradients(3, (2, 4))
+    tx = optimizers.delta_momentum(1.0, dimension_numbers={'w': None})
+    expected = run(optimizers.delta_momentum(1.0, erase=0.0), gradients)
+    np.testing.assert_allclose(run(tx, gradients), expected, rtol=1e-5)
+    with self.assertRaisesRegex(ValueError, r"no entry for .*\['v'\]"):
+      tx.init({'v': gradients[0]})
+    bad = optax.contrib.MuonDimensionNumbers(0, 2)
+    tx = optimizers.delta_momentum(1.0, dimension_numbers={'w': bad})
+    with self.assertRaisesRegex(ValueError, r"\['w'\] of shape \(2, 4\)"):
+      tx.init({'w': gradients[0]})
+
   def test_rejects_gradients_of_other_parameters(self):
     tx = optimizers.delta_momentum(0.1)
     state = tx.init({'w': jnp.ones((2, 2)), 'b': jnp.ones(2)})

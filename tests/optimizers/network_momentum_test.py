@@ -108,6 +108,29 @@ class DeepMomentumTest(parameterized.TestCase):
     )
     self.assertGreater(jnp.max(jnp.abs(direction(3) - direction(1))), 1e-3)
 
+  def test_dimension_numbers_are_those_of_a_matrix(self):
+    numbers = optax.contrib.MuonDimensionNumbers
+    tx = optimizers.deep_momentum(
+      0.1, dimension_numbers={'w': numbers((0,), (1, 2)), 'b': None}
+    )
+    params = {'w': jnp.sin(jnp.arange(48.0)).reshape(6, 2, 4)}
+    params['b'] = jnp.ones((2, 4))  # of rank 2, and no matrix
+    updates, state = tx.update(params, tx.init(params), params)
+    self.assertEqual(deep_state(state).down['w'].shape[-1], 6)
+    self.assertEqual(deep_state(state).up['w'].shape[0], 8)
+
+    flat = {'w': params['w'].reshape(6, 8), 'b': jnp.ones(8)}
+    tx = optimizers.deep_momentum(0.1)
+    expected, _ = tx.update(flat, tx.init(flat), flat)
+    for key, update in updates.items():
+      self.assertEqual(update.shape, params[key].shape)
+      np.testing.assert_allclose(
+        update.reshape(expected[key].shape), expected[key], atol=1e-6
+      )
+    tx = optimizers.scale_by_deep_momentum(dimension_numbers={'b': None})
+    with self.assertRaisesRegex(ValueError, r"\['b'\] is no matrix"):
+      tx.init({'b': params['b']})
+
   def test_fallback_updates_vectors(self):
     params = {'w': jnp.ones((4, 4)), 'b': jnp.ones(4)}
     tx = optimizers.deep_momentum(0.1)
