@@ -2,23 +2,19 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import datetime
-from importlib import metadata
 import json
 import os
 import pathlib
-import platform
 import shlex
-import subprocess
 import sys
 
+from experiments import report_files
 from experiments.small import report
 from experiments.small import suite
 from launch import sweeps
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _RESULTS = _ROOT / 'experiments' / 'results' / 'small'
-_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
 _MAX_JOBS = 8  # by default; each takes about a gigabyte
 
 
@@ -61,7 +57,7 @@ def run(
     num_seeds=max(options.seeds, _count_seeds(options.workdir, cells)),
     seed_fields=('seed', 'data.seed'),
   )
-  num_jobs = options.jobs or min(_num_cores(), _MAX_JOBS)
+  num_jobs = options.jobs or min(report_files.num_cores(), _MAX_JOBS)
   make_command = make_command or _make_command
 
   def start(started):
@@ -150,43 +146,8 @@ def _report_failures(outcome: sweeps.Outcome, workdir: pathlib.Path) -> int:
 
 def _note_start(folder: pathlib.Path, *, num_jobs: int) -> None:
   """Adds a line to a run's started.jsonl: code, machine, date, versions."""
-  cores = f'{_num_cores()} cores, {_processor()}'
-  versions = [f'{name} {metadata.version(name)}' for name in _PACKAGES]
-  line = {
-    'command': shlex.join(['python', *sys.argv]),
-    'commit': _commit(),
-    'machine': f'{cores}, {num_jobs} runs at a time',
-    'date': datetime.date.today().isoformat(),
-    'software': ', '.join([f'Python {platform.python_version()}', *versions]),
-  }
+  line = report_files.provenance()
+  line['machine'] += f', {num_jobs} runs at a time'
   folder.mkdir(parents=True, exist_ok=True)
   with open(folder / report.STARTS, 'a', encoding='utf-8') as file:
     file.write(json.dumps(line) + '\n')
-
-
-def _num_cores() -> int:
-  """Returns the number of cores that this process may use."""
-  if hasattr(os, 'sched_getaffinity'):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
-
-
-def _commit() -> str:
-  """Returns the commit of the code, with '-dirty' if files differ."""
-  command = ['git', '-C', str(_ROOT), 'describe', '--always', '--dirty']
-  try:
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-  except (OSError, subprocess.CalledProcessError):
-    return 'unknown'
-  return result.stdout.strip()
-
-
-def _processor() -> str:
-  """Returns the name of the processor."""
-  path = pathlib.Path('/proc/cpuinfo')
-  if path.is_file():
-    for line in path.read_text(encoding='utf-8').splitlines():
-      name, _, value = line.partition(':')
-      if name.strip() == 'model name':
-        return value.strip()
-  return platform.processor() or platform.machine()
