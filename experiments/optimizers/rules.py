@@ -1,213 +1,221 @@
-"""Defines the optimisers that the experiments compare, and their search.
+"""Defines the optimisers that the experiments compare, and trains with them.
 
-Every optimiser gets the same grid of learning rates, initial parameters and
-batches.
+Every optimiser gets the same rates, initial parameters and batches.
 """
 
 from collections.abc import Callable, Sequence
-import functools
+import json
 import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nested_learning import configs
 from nested_learning import optimizers
 
-# Rate of Adam for embeddings, biases and norms under DGD; the rate of the maps
-# does not suit them.
-_FALLBACK_RATE = 3e-3
-
-_TABLES = ('embed', 'lm_head', 'logits', 'vocab')
-
-
-def _dimension_numbers(params):
-  """Returns the leaves that Muon and M3 treat as matrices."""
-
-  def axes(path, leaf):
-    name = jax.tree_util.keystr(path).lower()
-    if leaf.ndim < 2 or any(table in name for table in _TABLES):
-      return None
-    return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
-
-  return jax.tree_util.tree_map_with_path(axes, params)
-
-
-_m3 = functools.partial(
-  optimizers.m3, adam_b2=0.95, dimension_numbers=_dimension_numbers
-)
-RULES = {
-  'gradient descent': optax.sgd,
-  'momentum': lambda rate: optax.sgd(rate, momentum=0.9),
-  'delta momentum': optimizers.delta_momentum,
-  'preconditioned momentum': optimizers.preconditioned_momentum,
-  'deep momentum': optimizers.deep_momentum,
-  'Adam': lambda rate: optax.adam(rate, 0.9, 0.95),
-  'Muon': lambda rate: optax.contrib.muon(
-    rate,
-    consistent_rms=0.2,
-    adam_b2=0.95,
-    muon_weight_dimension_numbers=_dimension_numbers,
-  ),
-  'M3': _m3,
-  'M3, no second moment': functools.partial(_m3, second_decay=None),
+# The most informative ones first: a comparison may be interrupted.
+OPTIMIZERS: dict[str, optimizers.OptimizerConfig] = {
+  'AdamW': optimizers.configs.AdamW(),
+  'Muon': optimizers.configs.Muon(),
+  'M3': optimizers.configs.M3(),
+  'M3, no second moment': optimizers.configs.M3(second_decay=None),
+  'M3, no slow momentum': optimizers.configs.M3(slow_every=None),
+  'SGD with momentum': optimizers.configs.Sgd(momentum=0.9),
+  'delta momentum': optimizers.configs.DeltaMomentum(),
+  'preconditioned momentum': optimizers.configs.PreconditionedMomentum(),
+  'deep momentum': optimizers.configs.DeepMomentum(),
+  'AdEMAMix': optimizers.configs.AdEMAMix(),
+  'DGD, corrected': optimizers.configs.Dgd(),
+  'DGD, printed': optimizers.configs.Dgd(target='printed'),
 }
-# Weights of the erasing term: the paper's, and a light one.
-DGD = {'DGD': 1.0, 'DGD, erase 0.01': 0.01}
-NAMES = (*RULES, *DGD)
+NAMES = tuple(OPTIMIZERS)
+# On streams, with other periods of the slow momentum.
+OPTIMIZERS |= {
+  f'M3, slow every {n}': optimizers.configs.M3(slow_every=n) for n in (4, 64)
+}
+STREAM_NAMES = (
+  'M3, no slow momentum',
+  'M3, slow every 4',
+  'M3',
+  'M3, slow every 64',
+  'AdamW',
+  'AdEMAMix',
+)
 
 
-class Sweep(NamedTuple):
-  """Trainings with one optimiser, at every rate and with every seed.
+def settings(name: str) -> dict[str, Any]:
+  """Returns the config of an optimiser as JSON has it."""
+  return json.loads(configs.to_json(OPTIMIZERS[name]))
+
+
+def is_dgd(name: str) -> bool:
+  """Returns whether an optimiser is a form of Delta Gradient Descent."""
+  return isinstance(OPTIMIZERS[name], optimizers.configs.Dgd)
+
+
+def style(name: str) -> dict[str, str]:
+  """Returns colour and line style of an optimiser in plots."""
+  i = list(OPTIMIZERS).index(name)
+  return {'color': f'C{i % 10}', 'linestyle': ('-', '--')[i // 10]}
+
+
+class Setup(NamedTuple):
+  """An optimiser for a loss.
 
   Attributes:
-    rates: [rate]
-    losses: [rate, seed, step], the loss before each step.
-    params: Parameters after the last step; leaves [rate, seed, ...].
-    path: Parameters before each step, leaves [rate, seed, step, ...]; None
-      unless requested.
+    value_and_grad: Function of (params, batch) that returns (loss, gradients,
+      extra arguments of the update).
+    make: Function of a rate or schedule that returns an optax transformation.
   """
 
-  rates: np.ndarray
-  losses: np.ndarray
+  value_and_grad: Callable[..., Any]
+  make: Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
+
+
+def set_up(
+  name: str, loss_fn: Callable[..., jax.Array], params: Any, batch: Any
+) -> Setup:
+  """Sets up an optimiser for a loss.
+
+  Args:
+    name: One of `OPTIMIZERS`.
+    loss_fn: Function of (params, batch), in which maps are found.
+    params: Example parameters.
+    batch: Example batch.
+  """
+  config = OPTIMIZERS[name]
+  found = {}
+  if is_dgd(name):
+    value_and_grad = optimizers.value_and_delta_grad(
+      loss_fn, target=config.target, erase=config.erase
+    )
+    found['maps'] = optimizers.find_maps(loss_fn, params, batch)
+  else:
+    plain = jax.value_and_grad(loss_fn)
+    value_and_grad = lambda params, batch: (*plain(params, batch), {})
+    found['dimension_numbers'] = optimizers.dimension_numbers(
+      loss_fn, params, batch
+    )
+
+  def make(rate):
+    return optimizers.configs.make(config, rate, **found)
+
+  return Setup(value_and_grad, make)
+
+
+def bytes_per_parameter(state: Any, params: Any) -> float:
+  """Returns the bytes of an optimiser's state over the number of parameters.
+
+  Args:
+    state: Arrays or their shapes.
+    params: Arrays or their shapes.
+  """
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+  return size / sum(x.size for x in jax.tree.leaves(params))
+
+
+class Trained(NamedTuple):
+  """A training with one rate.
+
+  Attributes:
+    losses: [step], the loss before each step.
+    params: Parameters after the last step.
+    observed: What was observed, [observation, ...].
+  """
+
+  losses: jax.Array
   params: Any
-  path: Any
+  observed: Any
+
+
+def make_train(
+  name: str,
+  loss_fn: Callable[..., jax.Array],
+  params: Any,
+  batches: Any,
+  *,
+  decays: bool = True,
+  observe: Callable[[Any], Any] = lambda params: (),
+  observe_every: int = 1,
+) -> Callable[..., Trained]:
+  """Makes a function of (rate, params, batches) that trains, to be jitted.
+
+  Args:
+    name: One of `OPTIMIZERS`.
+    loss_fn: Function of (params, batch).
+    params: Example parameters.
+    batches: Example batches; leaves [step, ...].
+    decays: Whether the rate falls linearly to zero, or is constant.
+    observe: Function of the parameters, called after every `observe_every`
+      steps.
+    observe_every: Steps between two observations; divides the number of steps.
+  """
+  num_steps = jax.tree.leaves(batches)[0].shape[0]
+  first = jax.tree.map(lambda leaf: leaf[0], batches)
+  setup = set_up(name, loss_fn, params, first)
+  end = 0.0 if decays else 1.0
+  factor = optax.linear_schedule(1.0, end, num_steps)
+
+  def train(rate, params, batches):
+    tx = setup.make(lambda count: rate * factor(count))
+
+    def take_step(carry, batch):
+      params, state = carry
+      loss, gradients, extra = setup.value_and_grad(params, batch)
+      updates, state = tx.update(gradients, state, params, **extra)
+      return (optax.apply_updates(params, updates), state), loss
+
+    def take_steps(carry, batches):
+      carry, losses = jax.lax.scan(take_step, carry, batches)
+      return carry, (losses, observe(carry[0]))
+
+    groups = jax.tree.map(
+      lambda leaf: leaf.reshape(-1, observe_every, *leaf.shape[1:]), batches
+    )
+    (params, _), (losses, observed) = jax.lax.scan(
+      take_steps, (params, tx.init(params)), groups
+    )
+    return Trained(losses.reshape(-1), params, observed)
+
+  return train
 
 
 def sweep(
   name: str,
-  loss_fn: Callable[[Any, Any], jax.Array],
+  loss_fn: Callable[..., jax.Array],
   params: Any,
   batches: Any,
   *,
   rates: Sequence[float],
-  keep_path: bool = False,
-) -> Sweep:
-  """Trains with one optimiser at all rates, decayed linearly to zero.
+  **options,
+) -> Trained:
+  """Trains at all rates in one program.
 
   Args:
-    name: One of `NAMES`.
+    name: One of `OPTIMIZERS`.
     loss_fn: Function of (params, batch).
-    params: Initial parameters; leaves [seed, ...].
+    params: Initial parameters.
     batches: Leaves [step, ...].
     rates: Learning rates.
-    keep_path: Whether to return the parameters of every step.
+    **options: See `make_train`.
 
   Returns:
-    The losses and parameters.
+    The trainings; leaves have a leading axis [rate].
   """
-  num_steps = jax.tree.leaves(batches)[0].shape[0]
-  num_seeds = jax.tree.leaves(params)[0].shape[0]
-  batches = [
-    jax.tree.map(lambda x, i=i: x[i], batches) for i in range(num_steps)
-  ]
-  seeds = [jax.tree.map(lambda x, i=i: x[i], params) for i in range(num_seeds)]
+  train = make_train(name, loss_fn, params, batches, **options)
 
-  def make(rate):
-    schedule = optax.linear_schedule(rate, 0.0, num_steps)
-    return make_optimizer(name, schedule, loss_fn, seeds[0], batches[0])
+  @jax.jit
+  def over_rates(rates, params, batches):
+    return jax.lax.map(lambda rate: train(rate, params, batches), rates)
 
-  value_and_grad = compile_gradient(name, loss_fn)
-  init = jax.jit(lambda params: make(0.0).init(params))
-
-  @functools.partial(jax.jit, donate_argnums=2)
-  def update(rate, gradients, state, params, extra):
-    updates, state = make(rate).update(gradients, state, params, **extra)
-    return optax.apply_updates(params, updates), state
-
-  def train(rate, params):
-    state, losses, path = init(params), [], []
-    for batch in batches:
-      if keep_path:
-        path.append(params)
-      loss, gradients, extra = value_and_grad(params, batch)
-      params, state = update(rate, gradients, state, params, extra)
-      losses.append(loss)
-    return np.array(losses), params, _stack(path) if keep_path else None
-
-  runs = [_stack([train(rate, seed) for seed in seeds]) for rate in rates]
-  losses, params, path = _stack(runs)
-  return Sweep(np.array(rates), losses, params, path)
+  trained = over_rates(jnp.array(rates, jnp.float32), params, batches)
+  return jax.tree.map(np.asarray, trained)
 
 
-def measure(evaluate: Callable[[Any], Any], params: Any) -> Any:
-  """Evaluates the parameters of a sweep.
-
-  Args:
-    evaluate: Compiled function from one model's parameters to a tree of
-      numbers.
-    params: Leaves [rate, seed, ...].
-
-  Returns:
-    The tree, with leaves [rate, seed].
-  """
-  num_rates, num_seeds = jax.tree.leaves(params)[0].shape[:2]
-
-  def at(rate, seed):
-    return evaluate(_at(params, (rate, seed)))
-
-  rows = [[at(i, j) for j in range(num_seeds)] for i in range(num_rates)]
-  return _stack([_stack(row) for row in rows])
-
-
-def _at(tree, index):
-  return jax.tree.map(lambda leaf: leaf[index], tree)
-
-
-def _stack(trees):
-  return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-
-
-def compile_gradient(name: str, loss_fn: Callable[[Any, Any], jax.Array]):
-  """Compiles the gradients for an optimiser; most of them share one program.
-
-  Args:
-    name: One of `NAMES`.
-    loss_fn: Function of (params, batch).
-
-  Returns:
-    Function from (params, batch) to (loss, gradients, extra arguments).
-  """
-  return _compile_gradient(loss_fn, DGD.get(name))
-
-
-@functools.lru_cache(maxsize=4)
-def _compile_gradient(loss_fn, erase):
-  if erase is not None:
-    return jax.jit(
-      optimizers.value_and_delta_grad(loss_fn, target='printed', erase=erase)
-    )
-  plain = jax.value_and_grad(loss_fn)
-  return jax.jit(lambda params, batch: (*plain(params, batch), {}))
-
-
-def make_optimizer(name, rate, loss_fn, params, batch):
-  """Makes an optimiser.
-
-  Args:
-    name: One of `NAMES`.
-    rate: Learning rate or schedule.
-    loss_fn: Function of (params, batch), in which DGD finds the maps.
-    params: Example parameters.
-    batch: Example batch.
-
-  Returns:
-    An optax transformation.
-  """
-  if name not in DGD:
-    return RULES[name](rate)
-  return optimizers.dgd_for_model(
-    loss_fn,
-    params,
-    batch,
-    learning_rate=rate,
-    target='printed',
-    erase=DGD[name],
-    fallback=optax.adam(_FALLBACK_RATE, 0.9, 0.95),
-  )[1]
-
-
-def best(scores: np.ndarray) -> int:
+def best(scores: Sequence[float]) -> int:
   """Returns the index of the lowest score; diverged runs never win."""
+  scores = np.asarray(scores)
   return int(np.argmin(np.where(np.isfinite(scores), scores, math.inf)))

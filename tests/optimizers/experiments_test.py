@@ -1,50 +1,265 @@
-"""Tests that the optimiser experiments run and write their files."""
+"""Tests that the optimiser experiments run, resume and write their files."""
 
+import dataclasses
 import json
 import pathlib
 import sys
 from unittest import mock
 
 from absl.testing import absltest
+from absl.testing import parameterized
+import numpy as np
 import pytest
 
 from experiments import report_files
 from experiments.benchmarks import optimizer_moves
 from experiments.benchmarks import optimizers as benchmark
+from experiments.optimizers import cells as cells_lib
 from experiments.optimizers import compare
 from experiments.optimizers import landscape
+from experiments.optimizers import language
 from experiments.optimizers import least_squares
 from experiments.optimizers import orthogonal_tasks
 from experiments.optimizers import rules
+from experiments.optimizers import stream_tasks
+from experiments.optimizers import streams
+from experiments.optimizers import training_report
+from experiments.optimizers import trainings
 from nested_learning import errors
+from nested_learning import training as training_lib
 
 LEFT = ('config.json', 'metrics.jsonl', 'report.md', 'summary.json')
+SEARCH = trainings.Search(
+  ('M3', 'Muon', 'M3, no second moment', 'M3, no slow momentum'), (0.1, 1.0), 3
+)
 
 
-class ExperimentsTest(absltest.TestCase):
-  def check(self, run, config, plots=()):
+def make_training(calls, scores=None, num_steps=4):
+  """Returns a training of made numbers that notes its calls."""
+
+  def train(optimizer, rate, seed):
+    calls.append((optimizer, rate, seed))
+    base = (scores or {}).get(optimizer, 1.0)
+    score = base + rate + 0.01 * seed
+    return {'score': score, 'losses': [score] * num_steps, 'seconds': 1.0}
+
+  return trainings.Training(
+    name='made',
+    title='Made',
+    description='Made numbers.',
+    score='score',
+    columns={},
+    num_steps=num_steps,
+    per_entry=1,
+    settings=lambda optimizer: {'num_steps': num_steps},
+    train=train,
+    time=lambda optimizer: {'over_adamw': 2.0, 'state_bytes': 8.0},
+  )
+
+
+class CellsTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+    self.store = cells_lib.open_store(self.folder)
+    self.count = 0
+
+  def measure(self, settings, store=None, values=None):
+    def make():
+      self.count += 1
+      return values or {'loss': np.float32(0.5), 'curve': np.array([1, np.nan])}
+
+    return cells_lib.measure(
+      store or self.store, 'task', 'cell', settings, make
+    )
+
+  def test_finished_cells_are_not_measured_again(self):
+    first = self.measure({'steps': 3, 'optimizer': {'decay': 0.9}})
+    self.assertEqual(first.values, {'loss': 0.5, 'curve': [1.0, None]})
+    self.assertEqual(first.source['command'][:6], 'python')
+    again = self.measure({'steps': 3, 'optimizer': {'decay': 0.9, 'new': 1}})
+    self.assertEqual((self.count, again), (1, first))
+
+  def test_cells_of_other_settings_are_measured_again(self):
+    self.measure({'optimizer': {'decay': 0.9}})
+    self.measure({'optimizer': {'decay': 0.8}})
+    self.assertEqual(self.count, 2)
+
+  def test_interrupted_cells_leave_nothing(self):
+    def stop():
+      raise KeyboardInterrupt
+
+    with self.assertRaises(KeyboardInterrupt):
+      cells_lib.measure(self.store, 'task', 'cell', {}, stop)
+    self.assertEqual(cells_lib.read(self.store, 'task'), {})
+
+  def test_results_keep_cells(self):
+    cell = self.measure({'steps': 3})
+    results = self.folder / 'results'
+    cells_lib.publish(self.store, 'task', results)
+    elsewhere = self.folder / 'elsewhere'
+    store = cells_lib.open_store(elsewhere, str(results))
+    self.assertEqual(cells_lib.read(store, 'task'), {'cell': cell})
+    self.assertEqual(self.measure({'steps': 3}, store), cell)
+    self.measure({'steps': 4}, store, {'loss': 0.25})
+    self.assertEqual(self.count, 2)
+    found = cells_lib.read(store, 'task')['cell']  # the run's own comes first
+    self.assertEqual(found.values, {'loss': 0.25})
+
+  def test_damaged_files_are_named(self):
+    self.measure({})
+    (path,) = (self.folder / 'cells' / 'task').glob('*.json')
+    path.write_text('{"task": ')
+    with self.assertRaisesRegex(errors.UserError, 'cell.json .* remove it'):
+      cells_lib.read(self.store, 'task')
+
+
+class TrainingsTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+    self.store = cells_lib.open_store(self.folder)
+
+  def report(self, training):
+    task = training_report.make_task(training, SEARCH)
+    with mock.patch.object(report_files, 'save_figure') as save:  # takes long
+      sections, numbers = task.report(self.store, self.folder)
+    self.assertEqual(save.call_count, bool(numbers))
+    return '\n'.join(sections), numbers
+
+  def test_search_and_seeds(self):
+    calls = []
+    trainings.measure(make_training(calls), SEARCH, self.store)
+    ours = [call[1:] for call in calls if call[0] == 'M3']
+    self.assertEqual(ours, [(0.1, 0), (1.0, 0), (0.1, 1), (0.1, 2)])
+    trainings.measure(make_training(calls), SEARCH, self.store)
+    self.assertLen(calls, 4 * len(SEARCH.names))
+
+  def test_diverged_optimisers_get_no_more_seeds(self):
+    calls = []
+    made = make_training(calls, {'M3': np.inf})
+    trainings.measure(made, SEARCH, self.store)
+    self.assertLen([call for call in calls if call[0] == 'M3'], 2)
+    text, _ = self.report(made)
+    self.assertIn('Diverged at its best rate: M3.', text)
+    self.assertNotIn('cells are finished', text)
+
+  def test_interrupted_searches_go_on_and_say_so(self):
+    calls = []
+    made = make_training(calls)
+    stops = mock.Mock(side_effect=[made.train('M3', 0.1, 0), KeyboardInterrupt])
+    with self.assertRaises(KeyboardInterrupt):
+      trainings.measure(made._replace(train=stops), SEARCH, self.store)
+    text, numbers = self.report(made)
+    self.assertIn('**2 of 20 cells are finished.**', text)
+    self.assertEqual(numbers['m3_seeds'], 1)
+    calls.clear()
+    trainings.measure(made, SEARCH, self.store)
+    self.assertEqual(calls[0], ('M3', 1.0, 0))
+    self.assertLen(calls, 4 * len(SEARCH.names) - 1)
+
+  def test_report_of_parts(self):
+    scores = {'Muon': 0.5, 'M3, no second moment': 0.7}
+    made = make_training([], scores)
+    trainings.measure(made, SEARCH, self.store)
+    text, numbers = self.report(made)
+    for sentence in (
+      'The lowest score is that of Muon.',
+      'M3 is worse than Muon.',
+      'Its second moment hurts.',
+      'Its slow momentum makes no difference.',
+    ):
+      self.assertIn(sentence, text)
+    self.assertEqual(numbers['m3_rate'], 0.1)
+    self.assertAlmostEqual(numbers['m3_spread'], 0.01)
+
+  def test_cells_of_other_settings_are_not_reported(self):
+    trainings.measure(make_training([]), SEARCH, self.store)
+    text, numbers = self.report(make_training([], num_steps=8))
+    self.assertIn('**0 of 20 cells are finished.**', text)
+    self.assertEqual(numbers, {})
+
+  def test_loss_at_equal_time(self):
+    values = {'losses': list(range(24))}
+    cell = cells_lib.Cell('made', 'cell', {}, values, {})
+    self.assertEqual(trainings.loss_at(cell, 1.0), 22.5)
+    self.assertEqual(trainings.loss_at(cell, 0.5), 10.5)
+
+  @parameterized.parameters(
+    ([1.0, 1.2], [1.1, 1.3], False),
+    ([1.0, 1.01], [1.1, 1.11], True),
+    ([1.0], [2.0, 2.1], None),
+  )
+  def test_differ(self, ours, theirs, expected):
+    self.assertEqual(trainings.differ(ours, theirs), expected)
+
+  def test_times(self):
+    calls = []
+    numbers = trainings.time_in_turn(
+      lambda: calls.append('adamw'),
+      lambda: calls.append('other'),
+      num_steps=2,
+      num_rounds=2,
+    )
+    self.assertEqual(calls, ['adamw', 'other'] * 3)
+    self.assertCountEqual(numbers, ['step_seconds', 'over_adamw'])
+
+
+class StreamsTest(absltest.TestCase):
+  def test_every_order_has_all_batches(self):
+    for block, start in (
+      (1, [(0, 0), (1, 0), (0, 1)]),
+      (2, [(0, 0), (0, 1), (1, 0)]),
+      (4, [(0, 0), (0, 1), (0, 2)]),
+    ):
+      place = [tuple(row) for row in streams.arrange(2, 4, block)]
+      self.assertEqual(place[:3], start)
+      self.assertLen(set(place), 8)
+
+  def test_forgetting(self):
+    stream = mock.Mock(num_tasks=2, steps_per_task=4)
+    observed = np.zeros((1, 8, 2))  # 4 shortest blocks of 2 tasks
+    observed[0, 3, 0] = 1.0  # the first task, once it has been learned
+    observed[0, 7] = [1.5, 0.25]
+    once = streams.summarize(stream, 4, np.zeros(1), observed, 1)
+    np.testing.assert_allclose(once['forgotten'], [[0.5]])
+    np.testing.assert_allclose(once['final'], [[0.875]])
+    observed[0, 6, 0] = 1.25
+    returning = streams.summarize(stream, 1 + 0, np.zeros(1), observed, 1)
+    self.assertNotIn('forgotten', returning)
+
+  @pytest.mark.slow
+  def test_topics(self):
+    stream = stream_tasks.make_topics(4, 2, num_tasks=2)
+    store = cells_lib.open_store(pathlib.Path(self.create_tempdir().full_path))
+    with mock.patch.object(rules, 'STREAM_NAMES', ('AdamW',)):
+      streams.measure(stream, store, rates=(1e-3, 1e-1), num_seeds=2)
+    cells = cells_lib.read(store, 'topics')
+    self.assertLen(cells, 3)
+    online = np.array(cells['once,adamw'].values['online'])
+    self.assertEqual(online.shape, (2, 2))
+    self.assertTrue(np.all((online > 1) & (online < 10)))
+
+
+class ExperimentsTest(parameterized.TestCase):
+  def check(self, run, config, files=(), mode='train'):
     folder = pathlib.Path(self.create_tempdir().full_path)
-    run(config, str(folder), 'train')
-    for name in (*LEFT, *plots):
+    run(config, str(folder), mode)
+    for name in (*LEFT, *files):
       self.assertTrue((folder / name).stat().st_size, name)
-    with open(folder / 'summary.json', encoding='utf-8') as file:
-      return json.load(file)
+    return json.loads((folder / 'summary.json').read_text())
 
   def test_orthogonal_tasks(self):
-    summary = self.check(
-      orthogonal_tasks.run,
-      orthogonal_tasks.OrthogonalTasksConfig(
-        num_inputs=8, num_outputs=2, num_steps=20, num_rates=2
-      ),
-      ['orthogonal_tasks.png'],
+    config = orthogonal_tasks.OrthogonalTasksConfig(
+      num_inputs=8, num_outputs=2, num_steps=20, num_rates=3
     )
-    self.assertIn('m3_first_after_second', summary)
-    # Gradients of the second task do not move the map on the first one.
-    self.assertAlmostEqual(
-      summary['gradient_descent_first_after_first'],
-      summary['gradient_descent_first_after_second'],
-      places=3,
-    )
+    name = 'SGD with momentum'
+    with mock.patch.object(rules, 'NAMES', (name,)):
+      summary = self.check(
+        orthogonal_tasks.run, config, ['orthogonal_tasks.png']
+      )
+    self.assertLess(summary['sgd_with_momentum_second_after_second'], 1)
+    self.assertIn('sgd_with_momentum_first_after_second', summary)
 
   @pytest.mark.slow
   def test_landscape_and_least_squares(self):
@@ -53,27 +268,48 @@ class ExperimentsTest(absltest.TestCase):
       landscape.LandscapeConfig(num_steps=10, num_rates=3),
       ['landscape.png'],
     )
-    self.assertLen(summary, 2 * len(rules.NAMES))
+    for name in rules.NAMES:
+      self.assertIn(f'{report_files.key(name)}_end', summary)
     config = least_squares.LeastSquaresConfig(
       num_inputs=6, num_outputs=2, conditions=(10.0,), num_steps=10, num_rates=2
     )
     summary = self.check(least_squares.run, config, ['least_squares.png'])
-    self.assertLess(summary['adam_condition_10'], 1)
+    self.assertLess(summary['adamw_condition_10'], 1)
 
   @pytest.mark.slow
   def test_compare(self):
     pytest.importorskip('sklearn')
-    summary = self.check(
-      compare.run,
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    results = folder / 'results'
+    config = dataclasses.replace(
       compare.get_config('small'),
-      ['digits.png', 'language.png'],
+      parts=('digits', 'vit', 'language'),
+      optimizers=('AdamW', 'M3'),
+      results=str(results),
     )
-    for task in ('digits', 'language'):
-      self.assertIn(summary[f'{task}_best'], rules.NAMES)
-      for name in rules.NAMES:
-        key = f'{task}_{report_files.key(name)}'
-        self.assertIn(summary[f'{key}_rate'], (1e-2, 1e-1))
-    self.assertLess(summary['digits_adam_validation_loss'], 2.3)  # log 10
+    compare.run(config, str(folder / 'run'), 'train')
+    page = (results / 'README.md').read_text()
+    for name in ('digits', 'vit', 'language'):
+      self.assertIn(f'{name}.png', page)
+      self.assertTrue((results / f'{name}.png').stat().st_size)
+    summary = json.loads((results / 'summary.json').read_text())
+    self.assertIn(summary['language.m3_rate'], (1e-2, 1e-1))
+    self.assertEqual(summary['digits.adamw_seeds'], 2)
+    # Another folder goes on from the cells among the results.
+    compare.run(config, str(folder / 'again'), 'train')
+    self.assertFalse((folder / 'again' / 'cells').exists())
+
+  @pytest.mark.slow
+  def test_language_cells_are_runs_of_the_trainer(self):
+    sizes = {'mixer': 'transformer', 'num_steps': 3, 'num_tokens': 64}
+    training = language.make_training(**sizes)
+    cell = training.train('M3', 1e-2, 1)
+    config = language.make_config('M3', 1e-2, 1, **sizes)
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    outcome = training_lib.train(config, folder)
+    self.assertAlmostEqual(
+      cell['bits_per_byte'], outcome.evaluation.bits_per_byte, places=4
+    )
 
   @pytest.mark.slow
   def test_benchmark(self):
@@ -101,17 +337,19 @@ class ExperimentsTest(absltest.TestCase):
         self.assertLess(4 * moves.sent, muon.sent)
 
   def test_rejects_bad_arguments(self):
-    with self.assertRaisesRegex(errors.UserError, '--mode=eval'):
-      report_files.check_mode('eval')
-    with self.assertRaisesRegex(errors.UserError, "'cifar' must be"):
+    with self.assertRaisesRegex(errors.UserError, '--mode=generate'):
+      report_files.check_mode('generate')
+    with self.assertRaisesRegex(
+      errors.UserError, "parts=.*'cifar'.* among toy"
+    ):
       compare.get_config('cifar')
-    folder = self.create_tempdir().full_path
     with mock.patch.dict(sys.modules, {'sklearn': None}):
       with self.assertRaisesRegex(errors.UserError, r"'.\[experiments\]'"):
-        compare.run(compare.get_config('digits'), folder, 'train')
-    config = compare.CompareConfig(tasks=('digit',))
-    with self.assertRaisesRegex(errors.UserError, r"tasks \['digit'\] are not"):
-      compare.run(config, folder, 'train')
+        compare.run(
+          compare.get_config('digits'),
+          self.create_tempdir().full_path,
+          'train',
+        )
 
 
 if __name__ == '__main__':
