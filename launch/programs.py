@@ -37,6 +37,8 @@ _REFUSALS = {
   errno.EACCES: _USER_ERROR,
   errno.EPERM: _USER_ERROR,
   errno.ENAMETOOLONG: _USER_ERROR,
+  errno.EMFILE: _USER_ERROR,
+  errno.ENFILE: _USER_ERROR,
 }
 _CLOSED_PIPE = 128 + signal.SIGPIPE
 # Room below a folder for the longest names that runs write in it.

@@ -21,6 +21,7 @@ import pathlib
 import re
 import sys
 from typing import Any
+import warnings
 import zlib
 
 from absl import logging
@@ -305,10 +306,17 @@ def _silence_threads() -> None:
   builtin_logging.getLogger('asyncio').addFilter(
     lambda record: f'{os.sep}orbax{os.sep}' not in record.getMessage()
   )
+  warnings.filterwarnings(
+    'ignore', 'coroutine .*(serialize|run_sync|Handler|cancellable)'
+  )
   report = sys.unraisablehook
 
   def hook(unraisable):
-    closed = 'Event loop is closed' in str(unraisable.exc_value)
+    # The second is of an event loop that had no file to open.
+    closed = any(
+      text in str(unraisable.exc_value)
+      for text in ('Event loop is closed', "no attribute '_ssock'")
+    )
     if not closed and 'async_serialize' not in repr(unraisable.object):
       report(unraisable)
 

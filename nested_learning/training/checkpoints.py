@@ -39,6 +39,8 @@ _DISK = (
   errno.EACCES,
   errno.EDQUOT,
   errno.EIO,
+  errno.EMFILE,
+  errno.ENFILE,
   errno.ENOENT,
   errno.ENOSPC,
   errno.ENOTDIR,

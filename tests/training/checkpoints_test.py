@@ -396,6 +396,7 @@ class CheckpointsTest(parameterized.TestCase):
   @parameterized.parameters(
     ('save', ValueError('RESOURCE_EXHAUSTED: No space left on device')),
     ('wait_until_finished', OSError(errno.EROFS, 'x')),
+    ('wait_until_finished', OSError(errno.EMFILE, 'x')),
     ('wait_until_finished', ValueError('No ArrayMetadata found for x')),
     ('save', ValueError('Checkpoint directory does not exist: x')),
   )
@@ -404,7 +405,8 @@ class CheckpointsTest(parameterized.TestCase):
     with (
       mock.patch.object(checkpoints.Manager, failing, side_effect=error),
       self.assertRaisesRegex(
-        errors.UserError, 'Cannot save step . in .*: (No|Read-only) .* kept: 3.'
+        errors.UserError,
+        'Cannot save step . in .*: (No|Read-only|Too) .* kept: 3.',
       ) as caught,
     ):
       self.save(4)
