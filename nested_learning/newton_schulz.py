@@ -54,6 +54,13 @@ def orthogonalize(
   """
   if isinstance(coefficients, str):
     coefficients = COEFFICIENTS[coefficients]
+  if isinstance(num_steps, jax.core.Tracer):  # `optax.inject_hyperparams`
+    return _orthogonalize(x, epsilon, coefficients, num_steps)
+  # Compiled as a function, it is traced once for all matrices of a shape.
+  return _compiled(x, epsilon, tuple(map(float, coefficients)), int(num_steps))
+
+
+def _orthogonalize(x, epsilon, coefficients, num_steps):
   # Gram matrices are taken on the shorter side.
   is_tall = x.shape[-2] > x.shape[-1]
   y = jnp.matrix_transpose(x) if is_tall else x
@@ -62,22 +69,25 @@ def orthogonalize(
   square = jnp.sum(jnp.square(wide), axis=(-2, -1), keepdims=True)
   # epsilon**2 may vanish in float32, and zero must stay zero.
   floor = jnp.finfo(wide.dtype).tiny
-  square = square + jnp.asarray(epsilon, wide.dtype) ** 2
+  square = square + jnp.asarray(epsilon).astype(wide.dtype) ** 2
   y = (wide * jax.lax.rsqrt(jnp.maximum(square, floor))).astype(x.dtype)
   y = _iterate(y, coefficients, num_steps)
   return jnp.matrix_transpose(y) if is_tall else y
 
 
+_compiled = jax.jit(_orthogonalize, static_argnums=(2, 3))
+
+
 def _iterate(y, coefficients, num_steps):
   """Takes all steps, several on one Gram matrix where that costs less."""
-  if isinstance(num_steps, jax.core.Tracer):  # `optax.inject_hyperparams`
+  if isinstance(num_steps, jax.core.Tracer):
     step = lambda _, y: _take_steps(y, coefficients, 1)
     return jax.lax.fori_loop(0, num_steps, step, y)
   m, n = y.shape[-2:]
   # Products of factors [m, m] cost less than steps on [m, n] if m is small.
   at_once = _STEPS_PER_GRAM if n >= 2 * m else 1
-  for done in range(0, int(num_steps), at_once):
-    y = _take_steps(y, coefficients, min(at_once, int(num_steps) - done))
+  for done in range(0, num_steps, at_once):
+    y = _take_steps(y, coefficients, min(at_once, num_steps - done))
   return y
 
 

@@ -44,7 +44,7 @@ class BenchmarkConfig:
   embed_dim: int = 512
   vocab_size: int = 16384
   num_tokens: int = 2048  # of one training step
-  repeats: int = 5
+  repeats: int = 3
 
 
 def get_config(arg: str | None = None) -> BenchmarkConfig:
