@@ -12,6 +12,7 @@ summary.json has
   session_over_frozen: tokens per second of a session whose levels step every
     512, 2K and 8K tokens in the last quarter of the blocks, over those of the
     model at rest that reads the same segments;
+  session_over_frozen_dgd: with Delta Gradient Descent in every level;
   session_over_frozen_all_blocks, session_over_frozen_all_blocks_local: with all
     blocks learning, and with a local objective in all of them;
   bound and bound_*: the same ratios by matmul operations alone;
@@ -38,6 +39,7 @@ from nested_learning import errors
 from nested_learning import inference
 from nested_learning import levels
 from nested_learning import models
+from nested_learning import optimizers
 from nested_learning.layers import attention
 
 
@@ -106,6 +108,7 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
 # Arguments of `levels.make_inner` for each measured session.
 _VARIANTS = {
   'session_over_frozen': {},
+  'session_over_frozen_dgd': {'optimizer': optimizers.configs.Dgd()},
   'session_over_frozen_all_blocks': {'depth': 1.0},
   'session_over_frozen_all_blocks_local': {'depth': 1.0, 'objective': 'dot'},
 }

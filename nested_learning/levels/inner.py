@@ -26,7 +26,8 @@ class InnerLevelConfig:
   update_every: int | None = None
   learning_rate: float = 1.0
   optimizer: optimizers.OptimizerConfig = _SGD
-  clip_norm: float | None = 1.0  # largest norm of the gradient; None is any
+  # Largest norm of the gradient, with the erasing term of 'dgd'; None is any.
+  clip_norm: float | None = 1.0
   # Loss of the level: 'next_token' is the model's; 'in_segment' is the same
   # among the tokens of a segment, and does not lower the probability of all
   # others; 'l2' and 'dot' are local losses of the level's own input and output
@@ -78,6 +79,17 @@ class InnerConfig:
     'clip_norm': 'levels.0.clip_norm',
     'objective': 'levels.0.objective',
   }
+
+  def __new__(cls, *args: Any, **settings: Any) -> 'InnerConfig':
+    """Answers old names of fields with the new ones."""
+    del args
+    for name in settings:
+      if name in cls.RENAMED:
+        raise errors.UserError(
+          f'inner.{name} is now called inner.{cls.RENAMED[name]}; '
+          'levels.make_inner makes levels that are alike.'
+        )
+    return super().__new__(cls)
 
   def __post_init__(self):
     errors.check_choices(self)

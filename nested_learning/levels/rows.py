@@ -44,13 +44,13 @@ class ReaderSpec:
 
   @functools.cached_property
   def objectives(self) -> dict[str, list[str]]:
-    """Names of the levels by objective; 'local' for all local ones."""
-    found = {}
+    """Names of the levels by objective; 'local', the first, for local ones."""
+    found = {'local': []}
     for level in self.steps.levels:
       is_global = level.objective in _GLOBAL
       key = level.objective if is_global else 'local'
       found.setdefault(key, []).append(level.name)
-    return found
+    return {key: names for key, names in found.items() if names}
 
 
 def forward(

@@ -32,8 +32,14 @@ _CONFIG = models.ModelConfig(
   ),
   max_length=32,
 )
+# Two kinds of state: moments, and energies that are summed over two segments.
 _INNER = levels.make_inner(
-  (4, 8), learning_rate=(0.03, 0.02), optimizer=optimizers.configs.AdamW()
+  (4, 8),
+  learning_rate=(0.03, 0.1),
+  optimizer=(
+    optimizers.configs.AdamW(),
+    optimizers.configs.Dgd(target='printed'),
+  ),
 )
 
 

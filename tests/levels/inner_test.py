@@ -1,0 +1,95 @@
+"""Tests of the config of levels that learn inside a sequence."""
+
+import copy
+import dataclasses
+import json
+import pickle
+
+from absl.testing import absltest
+from absl.testing import parameterized
+
+from experiments.continual import facts
+from nested_learning import configs
+from nested_learning import errors
+from nested_learning import levels
+from nested_learning import optimizers
+
+_OLD = ('update_every', 'learning_rates', 'optimizer', 'clip_norm', 'objective')
+_DGD = optimizers.configs.Dgd(target='printed', erase=0.5)
+
+
+# A config with the levels in its field `inner`.
+Config = facts.FactsConfig
+
+
+class InnerConfigTest(parameterized.TestCase):
+  def test_makes_levels_that_are_alike_or_not(self):
+    level = levels.InnerLevelConfig
+    self.assertEqual(
+      levels.make_inner((64, None), objective='dot', depth=0.5),
+      levels.InnerConfig(
+        (level(64, objective='dot'), level(None, objective='dot')), depth=0.5
+      ),
+    )
+    inner = levels.make_inner(
+      (64, 128),
+      learning_rate=(0.1, 0.2),
+      optimizer=(optimizers.configs.Sgd(), _DGD),
+    )
+    self.assertEqual(inner.update_every, (64, 128))
+    self.assertEqual(inner.levels[1], level(128, 0.2, _DGD))
+    self.assertFalse(levels.InnerConfig().is_on)
+    self.assertFalse(levels.make_inner((None,)).is_on)
+
+  def test_one_flag_turns_learning_on(self):
+    off = Config(inner=levels.InnerConfig())
+    changed = configs.override(off, ['inner.levels=64,128'])
+    self.assertEqual(changed.inner, levels.make_inner((64, 128)))
+    changed = configs.override(
+      changed,
+      [
+        'inner.levels.all.learning_rate=0.1',
+        'inner.levels.1.optimizer=dgd',
+        'inner.levels.1.optimizer.target=printed',
+        'inner.levels.1.optimizer.erase=0.5',
+      ],
+    )
+    expected = levels.make_inner(
+      (64, 128),
+      learning_rate=0.1,
+      optimizer=(optimizers.configs.Sgd(), _DGD),
+    )
+    self.assertEqual(changed.inner, expected)
+    self.assertEqual(configs.from_json(configs.to_json(changed)), changed)
+    changed = configs.override(changed, ['inner.levels=()'])
+    self.assertFalse(changed.inner.is_on)
+
+  @parameterized.parameters(*_OLD)
+  def test_old_names_are_answered_with_the_new_ones(self, name):
+    new = {'learning_rates': 'learning_rate'}.get(name, name)
+    message = rf'inner\.{name} is now called inner\.levels\.0\.{new}'
+    with self.assertRaisesRegex(errors.UserError, message):
+      levels.InnerConfig(**{name: 1})
+    with self.assertRaisesRegex(errors.UserError, message):
+      configs.override(Config(), [f'inner.{name}=1'])
+    data = json.loads(configs.to_json(Config()))
+    data['inner'][name] = 1
+    with self.assertRaisesRegex(errors.UserError, message):
+      configs.from_json(json.dumps(data))
+
+  def test_can_be_copied(self):
+    inner = levels.make_inner((64, 128))
+    for copied in (copy.deepcopy(inner), pickle.loads(pickle.dumps(inner))):
+      self.assertEqual(copied, inner)
+    changed = dataclasses.replace(inner, depth=0.5)
+    self.assertEqual(changed, levels.make_inner((64, 128), depth=0.5))
+
+  def test_refuses_what_is_no_level(self):
+    with self.assertRaisesRegex(
+      errors.UserError, r'levels=\(64, 128\) must be'
+    ):
+      levels.InnerConfig((64, 128))
+
+
+if __name__ == '__main__':
+  absltest.main()
