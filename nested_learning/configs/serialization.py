@@ -65,15 +65,45 @@ def differences(ours: Any, theirs: Any) -> dict[str, tuple[Any, Any]]:
 
   Returns:
     From each path that differs to both values; '(absent)' is the value of a
-    path that a config does not have.
+    path that a config does not have. A field with a config of another class
+    differs in the names of the classes, and not in what is below it.
   """
   left, right = (dict(leaves(encode(c, ''), '')) for c in (ours, theirs))
-  absent = '(absent)'
-  return {
+  lefts, rights = (
+    {path: fields.class_name(cls) for path, cls in _classes(c, '')}
+    for c in (ours, theirs)
+  )
+  left, right, absent = left | lefts, right | rights, '(absent)'
+  changed = {
     path: (left.get(path, absent), right.get(path, absent))
     for path in left | right
     if left.get(path, absent) != right.get(path, absent)
   }
+  others = [path for path in changed if path in lefts or path in rights]
+  return {
+    path or TYPE_KEY: pair
+    for path, pair in changed.items()
+    if not any(_is_below(path, other) for other in others)
+  }
+
+
+def _classes(value: Any, path: str) -> Iterator[tuple[str, type]]:
+  """Yields the path and class of every config inside a value."""
+  if fields.is_config(value):
+    yield path, type(value)
+    items = [
+      (f.name, getattr(value, f.name)) for f in fields.init_fields(value)
+    ]
+  elif isinstance(value, tuple):
+    items = [(str(i), item) for i, item in enumerate(value)]
+  else:
+    return
+  for name, item in items:
+    yield from _classes(item, fields.join(path, name))
+
+
+def _is_below(path: str, other: str) -> bool:
+  return path != other and path.startswith(fields.join(other, ''))
 
 
 def encode(value: Any, path: str) -> Any:

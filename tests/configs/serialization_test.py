@@ -8,6 +8,8 @@ from absl.testing import parameterized
 
 from nested_learning import configs
 from nested_learning import errors
+from nested_learning import models
+from nested_learning import optimizers
 from nested_learning import sharding
 
 _MESH = 'nested_learning.sharding.MeshConfig'
@@ -139,6 +141,16 @@ class SerializationTest(parameterized.TestCase):
       },
     )
     self.assertEqual(configs.differences(ours, self._load()), {})
+
+  def test_differences_of_classes(self):
+    adamw, m3 = optimizers.configs.AdamW(), optimizers.configs.M3()
+    level = models.LevelConfig('a', 8, optimizer=adamw)
+    for other, names in ((m3, ('adamw', 'm3')), (None, ('adamw', None))):
+      self.assertEqual(
+        configs.differences(level, dataclasses.replace(level, optimizer=other)),
+        {'optimizer': names},
+      )
+    self.assertEqual(configs.differences(adamw, m3), {'_type': ('adamw', 'm3')})
 
 
 if __name__ == '__main__':
