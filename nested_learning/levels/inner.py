@@ -215,11 +215,14 @@ def _make_level(index, name, config: InnerLevelConfig) -> steps.LearningLevel:
   dgd = config.optimizer
   if not isinstance(dgd, optimizers.configs.Dgd):
     dgd = None
-  elif dgd.fallback != type(dgd)().fallback:
-    raise errors.UserError(
-      f'inner.levels.{index}.optimizer.fallback={dgd.fallback} has no effect '
-      'inside a sequence, where norms take gradient steps; leave it out.'
-    )
+  else:
+    for name in ('fallback', 'fallback_scale'):
+      value = getattr(dgd, name)
+      if value != getattr(type(dgd)(), name):
+        raise errors.UserError(
+          f'inner.levels.{index}.optimizer.{name}={value} has no effect inside '
+          'a sequence, where norms take gradient steps; leave it out.'
+        )
   return steps.LearningLevel(
     name, config.update_every, make_optimizer(config), config.objective, dgd
   )

@@ -173,10 +173,13 @@ class Dgd:
   target: Literal['corrected', 'printed'] = 'corrected'
   erase: float = 1.0  # weight of the erasing term of target 'printed'
   fallback: AdamW = AdamW()
+  # Learning rate of the fallback over that of the maps. Lower it for learning
+  # rates near 1, which suit maps: Adam's steps have the size of the rate.
+  fallback_scale: float = 1.0
 
   def __post_init__(self):
     errors.check_choices(self)
-    _check_not_negative(self, 'erase')
+    _check_not_negative(self, 'erase', 'fallback_scale')
     fine = self.target == 'printed' or self.erase == 1
     errors.check_field(self, 'erase', fine, "1 unless target='printed'")
 
@@ -325,7 +328,12 @@ def _make_rule(config, learning_rate, dimension_numbers, maps):
         target=config.target,
         erase=config.erase,
         maps=maps,
-        fallback=_make_adamw(config.fallback, learning_rate, 0.0, None),
+        fallback=_make_adamw(
+          config.fallback,
+          _scale(learning_rate, config.fallback_scale),
+          0.0,
+          None,
+        ),
       )
     case DeltaMomentum():
       return momentum_lib.delta_momentum(
@@ -345,6 +353,12 @@ def _make_rule(config, learning_rate, dimension_numbers, maps):
     f'{config!r} is no config of an optimiser; use one of '
     f'{", ".join(sorted(kind.__name__ for kind in OptimizerConfig.__args__))}.'
   )
+
+
+def _scale(learning_rate, factor: float):
+  if callable(learning_rate):
+    return lambda count: factor * learning_rate(count)
+  return factor * learning_rate
 
 
 def _make_adamw(config: AdamW, learning_rate, weight_decay, mask):

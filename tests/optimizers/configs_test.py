@@ -144,6 +144,20 @@ class ConfigsTest(parameterized.TestCase):
       atol=1e-6,
     )
 
+  def test_fallback_of_dgd_has_a_rate_of_its_own(self):
+    params, grads = _params(), jax.tree.map(jnp.ones_like, _params())
+    moved = []
+    for scale in (1.0, 0.01):
+      tx = kinds.make(
+        kinds.Dgd(fallback_scale=scale), optax.constant_schedule(1.0)
+      )
+      extra = _extra(kinds.Dgd(), params)
+      moved.append(tx.update(grads, tx.init(params), params, **extra)[0])
+    np.testing.assert_array_equal(moved[0]['kernel'], moved[1]['kernel'])
+    np.testing.assert_allclose(
+      0.01 * moved[0]['bias'], moved[1]['bias'], rtol=1e-5
+    )
+
   def test_adamw_is_that_of_optax_and_has_a_derivative_at_zero(self):
     params = _params()
     ours = kinds.make(kinds.AdamW(), 1e-2, weight_decay=0.1)
