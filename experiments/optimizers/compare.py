@@ -98,7 +98,7 @@ def get_config(arg: str | None = None) -> CompareConfig:
     return CompareConfig(parts=tuple(arg.split(',')))
   return CompareConfig(
     optimizers=('AdamW', 'Muon', 'M3'),
-    rates=(1e-2, 1e-1),
+    rates=(1e-2,),
     num_seeds=2,
     digits_steps=4,
     vit_steps=4,
@@ -199,7 +199,8 @@ def _write_page(config, tasks, store, folder) -> dict[str, float]:
       '# Optimisers compared',
       'Every optimiser gets the same data, steps, batches, initial parameters '
       f'and learning rates ({", ".join(f"{rate:g}" for rate in config.rates)} '
-      'in trainings). All rates are tried with seed 0; the one with the best '
+      'in trainings). All are tried with seed 0, and while the best is at '
+      'an end of those tried, the next one beyond it; the one with the best '
       f'score then gets seeds up to {config.num_seeds - 1}. Numbers are means '
       'over seeds ± the standard deviation of a sample. A difference below '
       'twice the larger of two such spreads is no difference. The rate is '

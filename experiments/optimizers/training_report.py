@@ -161,20 +161,16 @@ def _at_equal_time(results) -> str:
 
 
 def _at_the_edge(search, results) -> str:
-  """Returns the optimisers whose best rate may lie outside the grid."""
-  low, high = min(search.rates), max(search.rates)
-  complete = {
-    name: result
+  """Returns the optimisers whose best rate may lie beyond those tried."""
+  names = [
+    name
     for name, result in results.items()
-    if len(result.searched) == len(search.rates)
-  }
-  sentences = [
-    f'The best rate is the {word} of the grid, {edge:g}, for '
-    f'{", ".join(names)}.'
-    for word, edge in (('lowest', low), ('highest', high))
-    if (names := [n for n, result in complete.items() if result.rate == edge])
+    if trainings.next_rate(search, result.searched) is None
+    and result.rate in (min(result.searched), max(result.searched))
   ]
-  return ' '.join(sentences)
+  if not names:
+    return ''
+  return f'The best rate is at an end of those tried for {", ".join(names)}.'
 
 
 def _parts(training, results) -> list[str]:

@@ -1,7 +1,9 @@
 """Trains a task with every optimiser: a search of rates, then more seeds.
 
-A training is a cell: one optimiser, rate and seed. All rates are tried with
-seed 0, then the best of them with the other seeds.
+A training is a cell: one optimiser, rate and seed. All rates of the grid are
+tried with seed 0. While the best one is at an end of those tried, the next one
+beyond it is tried as well, for all optimisers alike. Then the best rate gets
+the other seeds.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +16,8 @@ import jax
 
 from experiments import report_files
 from experiments.optimizers import cells as cells_lib
+
+_MOST_RATES = 8  # of an optimiser, those beyond the grid included
 
 
 class Training(NamedTuple):
@@ -52,7 +56,7 @@ class Search(NamedTuple):
 
   Attributes:
     names: Optimisers, the most informative ones first.
-    rates: The rates to try with seed 0.
+    rates: The grid, evenly in the logarithm; see `next_rate`.
     num_seeds: Trainings at the best rate.
   """
 
@@ -110,14 +114,37 @@ def measure(training: Training, search: Search, store: cells_lib.Store) -> None:
       settings,
       lambda name=name: training.time(name),
     )
-    scores = {
-      rate: cells_lib.number(train(rate, 0), training.score)
-      for rate in search.rates
-    }
+    scores = {}
+    while (rate := next_rate(search, scores)) is not None:
+      scores[rate] = cells_lib.number(train(rate, 0), training.score)
     found = min(scores, key=scores.get)
     if math.isfinite(scores[found]):
       for seed in range(1, search.num_seeds):
         train(found, seed)
+
+
+def next_rate(search: Search, scores: Mapping[float, float]) -> float | None:
+  """Returns the next rate to try with seed 0; None if the search is over.
+
+  Args:
+    search: Optimisers, rates and seeds.
+    scores: Score by rate that was tried; infinite after a divergence.
+  """
+  for rate in search.rates:
+    if rate not in scores:
+      return rate
+  tried = sorted(scores)
+  if len(search.rates) < 2 or len(tried) >= _MOST_RATES:
+    return None
+  factor = search.rates[1] / search.rates[0]
+  best = min(tried, key=scores.get)  # the lowest rate if all diverged
+  if best == tried[0]:
+    beyond = best / factor
+  elif best == tried[-1]:
+    beyond = best * factor
+  else:
+    return None
+  return float(f'{beyond:g}')
 
 
 def summarize(
@@ -140,9 +167,9 @@ def summarize(
       if cells_lib.agrees(cell, settings)
     }
     searched = {
-      rate: cells_lib.number(ours[key], training.score)
-      for rate in search.rates
-      if (key := _cell_name(name, rate, 0)) in ours
+      cell.settings['rate']: cells_lib.number(cell, training.score)
+      for cell in ours.values()
+      if cell.settings.get('seed') == 0
     }
     if not searched:
       continue
@@ -223,19 +250,22 @@ def count(
     How many are finished, how many there are, and the optimisers that lack
     some.
   """
-  each = len(search.rates) + search.num_seeds  # seed 0 is in the search; a time
-  finished, lacking = 0, []
+  finished, total, lacking = 0, 0, []
   for name in search.names:
-    found = 0
+    found, missing = 0, len(search.rates) + search.num_seeds
     if name in results:
       searched, rate, cells, time_cell = results[name][1:]
       # No other seeds are trained at a rate that diverges.
       more = len(cells) if math.isfinite(searched[rate]) else search.num_seeds
       found = len(searched) + more - 1 + (time_cell is not None)
+      missing = search.num_seeds - more + (time_cell is None)
+      missing += sum(rate not in searched for rate in search.rates)
+      missing += not missing and next_rate(search, searched) is not None
     finished += found
-    if found < each:
+    total += found + missing
+    if missing:
       lacking.append(name)
-  return finished, each * len(search.names), lacking
+  return finished, total, lacking
 
 
 def show(values: Sequence[float]) -> str:

@@ -40,7 +40,7 @@ def make_training(calls, scores=None, num_steps=4):
   def train(optimizer, rate, seed):
     calls.append((optimizer, rate, seed))
     base = (scores or {}).get(optimizer, 1.0)
-    score = base + rate + 0.01 * seed
+    score = base + abs(np.log10(rate / 0.01)) + 0.01 * seed
     return {'score': score, 'losses': [score] * num_steps, 'seconds': 1.0}
 
   return trainings.Training(
@@ -131,15 +131,20 @@ class TrainingsTest(parameterized.TestCase):
     calls = []
     trainings.measure(make_training(calls), SEARCH, self.store)
     ours = [call[1:] for call in calls if call[0] == 'M3']
-    self.assertEqual(ours, [(0.1, 0), (1.0, 0), (0.1, 1), (0.1, 2)])
+    # Two rates beyond the grid, since the best one was at its end.
+    searched = [(0.1, 0), (1.0, 0), (0.01, 0), (0.001, 0)]
+    self.assertEqual(ours, [*searched, (0.01, 1), (0.01, 2)])
     trainings.measure(make_training(calls), SEARCH, self.store)
-    self.assertLen(calls, 4 * len(SEARCH.names))
+    self.assertLen(calls, 6 * len(SEARCH.names))
 
   def test_diverged_optimisers_get_no_more_seeds(self):
     calls = []
     made = make_training(calls, {'M3': np.inf})
     trainings.measure(made, SEARCH, self.store)
-    self.assertLen([call for call in calls if call[0] == 'M3'], 2)
+    rates = [call[1] for call in calls if call[0] == 'M3']
+    self.assertEqual(
+      rates, [0.1, 1.0, *(float(f'1e-{i}') for i in range(2, 8))]
+    )
     text, _ = self.report(made)
     self.assertIn('Diverged at its best rate: M3.', text)
     self.assertNotIn('cells are finished', text)
@@ -156,7 +161,7 @@ class TrainingsTest(parameterized.TestCase):
     calls.clear()
     trainings.measure(made, SEARCH, self.store)
     self.assertEqual(calls[0], ('M3', 1.0, 0))
-    self.assertLen(calls, 4 * len(SEARCH.names) - 1)
+    self.assertLen(calls, 6 * len(SEARCH.names) - 1)
 
   def test_report_of_parts(self):
     scores = {'Muon': 0.5, 'M3, no second moment': 0.7}
@@ -170,7 +175,7 @@ class TrainingsTest(parameterized.TestCase):
       'Its slow momentum makes no difference.',
     ):
       self.assertIn(sentence, text)
-    self.assertEqual(numbers['m3_rate'], 0.1)
+    self.assertEqual(numbers['m3_rate'], 0.01)
     self.assertAlmostEqual(numbers['m3_spread'], 0.01)
 
   def test_cells_of_other_settings_are_not_reported(self):
@@ -293,7 +298,7 @@ class ExperimentsTest(parameterized.TestCase):
       self.assertIn(f'{name}.png', page)
       self.assertTrue((results / f'{name}.png').stat().st_size)
     summary = json.loads((results / 'summary.json').read_text())
-    self.assertIn(summary['language.m3_rate'], (1e-2, 1e-1))
+    self.assertEqual(summary['language.m3_rate'], 1e-2)
     self.assertEqual(summary['digits.adamw_seeds'], 2)
     # Another folder goes on from the cells among the results.
     compare.run(config, str(folder / 'again'), 'train')
