@@ -272,11 +272,16 @@ def show(values: Sequence[float]) -> str:
   """Returns the mean of some numbers and, if there are several, the spread."""
   if not all(map(math.isfinite, values)):
     return 'diverged'
+  mean = _mean(values)
   if len(values) < 2:
-    return f'{_mean(values):.4g}'
+    return f'{mean:.4g}'
   spread = statistics.stdev(values)
-  digits = min(4, 1 - math.floor(math.log10(spread))) if spread else 4
-  return f'{_mean(values):.{max(digits, 0)}f} ± {spread:.{max(digits, 0)}f}'
+  # Two digits of the spread, and no more than four of the mean.
+  digits = min(
+    2 - _magnitude(spread) if spread else 4,
+    4 - _magnitude(mean) if mean else 4,
+  )
+  return f'{mean:.{max(digits, 0)}f} ± {spread:.{max(digits, 0)}f}'
 
 
 def time_in_turn(
@@ -318,6 +323,11 @@ def time_in_turn(
 
 def _mean(values: Sequence[float]) -> float:
   return sum(values) / len(values) if values else math.inf
+
+
+def _magnitude(value: float) -> int:
+  """Returns the number of digits before the point; 0.012 has -1."""
+  return 1 + math.floor(math.log10(abs(value)))
 
 
 def _cell_name(optimizer: str, rate: float, seed: int) -> str:

@@ -198,6 +198,18 @@ class TrainingsTest(parameterized.TestCase):
   def test_differ(self, ours, theirs, expected):
     self.assertEqual(trainings.differ(ours, theirs), expected)
 
+  @parameterized.parameters(
+    ([2.05, 2.07], '2.060 ± 0.014'),
+    ([0.00011, 0.00013], '0.000120 ± 0.000014'),
+    ([3.0846, 3.0847], '3.085 ± 0.000'),
+    ([0.5, np.inf], 'diverged'),
+    ([0.12345678], '0.1235'),
+    ([0.0, 0.0], '0.0000 ± 0.0000'),
+    ([-0.138, -0.158], '-0.148 ± 0.014'),
+  )
+  def test_show(self, values, expected):
+    self.assertEqual(trainings.show(values), expected)
+
   def test_times(self):
     calls = []
     numbers = trainings.time_in_turn(
