@@ -28,8 +28,9 @@ OPTIMIZERS: dict[str, optimizers.OptimizerConfig] = {
   'preconditioned momentum': optimizers.configs.PreconditionedMomentum(),
   'deep momentum': optimizers.configs.DeepMomentum(),
   'AdEMAMix': optimizers.configs.AdEMAMix(),
-  'DGD, corrected': optimizers.configs.Dgd(),
-  'DGD, printed': optimizers.configs.Dgd(target='printed'),
+  # Rates of maps are near 1, and Adam's steps have the size of the rate.
+  'DGD, corrected': optimizers.configs.Dgd(fallback_scale=0.01),
+  'DGD, printed': optimizers.configs.Dgd('printed', fallback_scale=0.01),
 }
 NAMES = tuple(OPTIMIZERS)
 # On streams, with other periods of the slow momentum.
