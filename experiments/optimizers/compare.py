@@ -60,7 +60,8 @@ class CompareConfig:
 
   parts: tuple[str, ...] = tuple(_PARTS)
   optimizers: tuple[str, ...] = rules.NAMES
-  rates: tuple[float, ...] = (4e-3, 2e-2, 1e-1, 5e-1)
+  # Equally far apart, from the quickstart's for AdamW to one that suits DGD.
+  rates: tuple[float, ...] = (4e-3, 2.5e-2, 0.16, 1.0)
   num_seeds: int = 3
   digits_steps: int = 300
   vit_steps: int = 400
