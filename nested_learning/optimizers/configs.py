@@ -276,7 +276,8 @@ def make(
       the parameters to one. None: all.
     dimension_numbers: Tree of `optax.contrib.MuonDimensionNumbers`, None where
       a parameter is no map, or a function from the parameters to one; see
-      `optimizers.dimension_numbers`. For `M3` and `Muon`.
+      `optimizers.dimension_numbers`. For `M3`, `Muon`, `DeltaMomentum` and
+      `DeepMomentum`.
     maps: For `Dgd`: tree of bools that marks the parameters with captured
       inputs, or a function from the parameters to one; see `optimizers.dgd`.
 
@@ -337,7 +338,9 @@ def _make_rule(config, learning_rate, dimension_numbers, maps):
       )
     case DeltaMomentum():
       return momentum_lib.delta_momentum(
-        learning_rate, **dataclasses.asdict(config)
+        learning_rate,
+        dimension_numbers=dimension_numbers,
+        **dataclasses.asdict(config),
       )
     case PreconditionedMomentum():
       return momentum_lib.preconditioned_momentum(
@@ -348,7 +351,9 @@ def _make_rule(config, learning_rate, dimension_numbers, maps):
       settings['fallback'] = _make_adamw(
         config.fallback, learning_rate, 0.0, None
       )
-      return network_momentum.deep_momentum(learning_rate, **settings)
+      return network_momentum.deep_momentum(
+        learning_rate, dimension_numbers=dimension_numbers, **settings
+      )
   raise TypeError(
     f'{config!r} is no config of an optimiser; use one of '
     f'{", ".join(sorted(kind.__name__ for kind in OptimizerConfig.__args__))}.'

@@ -115,7 +115,7 @@ def dgd(
     optax.scale_by_learning_rate(learning_rate),
   )
   if fallback is None:
-    return rule
+    return settings.check_trees(rule)
 
   def labels(params):
     marks = maps(params) if callable(maps) else maps
@@ -127,11 +127,7 @@ def dgd(
 
   partition = optax.partition({'dgd': rule, 'fallback': fallback}, labels)
 
-  def init_fn(params):
-    settings.check_params(params)
-    return partition.init(params)
-
-  return optax.GradientTransformationExtraArgs(init_fn, partition.update)
+  return settings.check_trees(partition)
 
 
 def scale_by_dgd(
@@ -198,6 +194,11 @@ def scale_by_dgd(
       )
 
     def shorten(g, e):
+      if jnp.shape(e) != g.shape[: jnp.ndim(e)]:
+        raise ValueError(
+          f'dgd: energy of shape {jnp.shape(e)} does not fit a parameter of '
+          f'shape {g.shape}: give a number, or an array over its leading axes.'
+        )
       dtype = trees.wide(g.dtype)
       # Energies count stacked maps along the leading axes, if any.
       e = jnp.reshape(e, jnp.shape(e) + (1,) * (g.ndim - jnp.ndim(e)))

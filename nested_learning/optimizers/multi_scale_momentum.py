@@ -140,6 +140,7 @@ def scale_by_m3(
 
   def update_fn(updates, state, params=None):
     del params
+    trees.check_like(updates, state.momentum)
     axes = _find_axes(dimension_numbers, updates)
     orthogonalize = lambda tree, like: spreading.map_matrices(
       iterate, tree, axes, like=like, mesh=mesh

@@ -169,13 +169,14 @@ def m3(
     labels,
   )
 
+  checked = settings.check_trees(partition)
+
   def init_fn(params):
-    settings.check_params(params)
     if dimension_numbers is None:
       _warn_of_unknown(params, labels(params))
-    return partition.init(params)
+    return checked.init(params)
 
-  return optax.GradientTransformationExtraArgs(init_fn, partition.update)
+  return optax.GradientTransformationExtraArgs(init_fn, checked.update)
 
 
 def m3_for_model(

@@ -135,11 +135,7 @@ def deep_momentum(
     ),
   )
 
-  def init_fn(params):
-    settings.check_params(params)
-    return partition.init(params)
-
-  return optax.GradientTransformationExtraArgs(init_fn, partition.update)
+  return settings.check_trees(partition)
 
 
 def scale_by_deep_momentum(
@@ -227,8 +223,10 @@ def scale_by_deep_momentum(
       direction = placement.put(direction, placement.spec_of(g), like=g)
       return direction, down, up, mean_square
 
+    found = find_axes(updates)
+    trees.check_like(*_matrix_shapes(updates, found, state))
     leaves, structure = jax.tree.flatten(updates)
-    axes = structure.flatten_up_to(find_axes(updates))
+    axes = structure.flatten_up_to(found)
     memories = state.down, state.up, state.mean_square
     parts = map(jax.tree.leaves, memories)
     results = [learn(*leaf) for leaf in zip(leaves, axes, *parts, strict=True)]
@@ -258,6 +256,24 @@ def _find_axes(dimension_numbers, params):
     lambda leaf: axes_lib.last_two(leaf.ndim) if leaf.ndim >= 2 else None,
     params,
   )
+
+
+def _matrix_shapes(updates, axes, state):
+  """Returns the matrices of gradients and those of a state, as shapes."""
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+  given = jax.tree.map(
+    lambda g, its: shape(
+      *(g.shape[axis] for axis in its.stack), *its.sides(g.shape)
+    ),
+    updates,
+    axes,
+  )
+  held = jax.tree.map(
+    lambda down, up: shape(*down.shape[:-2], down.shape[-1], up.shape[-2]),
+    state.down,
+    state.up,
+  )
+  return given, held
 
 
 def _is_axes(node):

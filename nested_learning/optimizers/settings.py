@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nested_learning.optimizers import trees
+
 
 def rate_at(
   learning_rate: optax.ScalarOrSchedule, count: jax.Array
@@ -42,6 +44,32 @@ def allow_promotion(
       return tx.update(updates, state, params)
 
   return optax.GradientTransformation(init_fn, update_fn)
+
+
+def check_trees(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Checks the parameters and gradients that a transformation is given.
+
+  Args:
+    tx: The transformation.
+
+  Returns:
+    The transformation. Its `init` refuses parameters that are not of a real
+    floating type, and its `update` gradients that are not like the parameters.
+  """
+  tx = optax.with_extra_args_support(tx)
+
+  def init_fn(params):
+    check_params(params)
+    return tx.init(params)
+
+  def update_fn(updates, state, params=None, **extra_args):
+    if params is not None:
+      trees.check_like(updates, params, 'the parameters')
+    return tx.update(updates, state, params, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def is_known(value):

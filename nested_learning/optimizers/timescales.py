@@ -129,7 +129,7 @@ def multi_timescale(
 
   def labels_of(tree):
     labels = label_fn(tree) if callable(label_fn) else label_fn
-    return jax.tree.broadcast(labels, tree)
+    return trees.broadcast_labels(labels, tree)
 
   def init_fn(params):
     # optax.tree.map_params calls init with a placeholder that has no leaves.
@@ -151,7 +151,13 @@ def multi_timescale(
     return MultiTimescaleState(jnp.zeros((), jnp.int32), states)
 
   def update_fn(updates, state, params=None, **extra_args):
+    if params is not None:
+      trees.check_like(updates, params, 'the parameters')
     labels = labels_of(updates)
+    for name, level in state.levels.items():
+      if periods[name] > 1:
+        own = trees.select_level(updates, labels, name)
+        trees.check_like(own, level.accumulated)
     _check_extra_args(extra_args, accumulate, updates, periods)
     new_updates, new_states = {}, {}
     for name, period in periods.items():

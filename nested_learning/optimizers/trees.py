@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -30,6 +31,31 @@ def zeros(tree: Any) -> Any:
   return jax.tree.map(
     lambda leaf: jnp.zeros_like(leaf, dtype=wide(leaf.dtype)), tree
   )
+
+
+def broadcast_labels(labels: Any, tree: Any) -> Any:
+  """Returns a label for every leaf of a tree.
+
+  Args:
+    labels: Tree of labels, a prefix of the tree.
+    tree: The tree.
+
+  Returns:
+    A tree like `tree`.
+
+  Raises:
+    ValueError: If the labels are no prefix of the tree.
+  """
+  try:
+    return jax.tree.broadcast(labels, tree)
+  except ValueError:
+    paths = lambda tree: _shown(
+      path_name(path) for path, _ in jax.tree.leaves_with_path(tree)
+    )
+    raise ValueError(
+      f'The tree of labels, with {paths(labels)}, is no prefix of that of the '
+      f'parameters, with {paths(tree)}: label every parameter, or a branch.'
+    ) from None
 
 
 def select_level(tree: Any, labels: Any, name: str) -> Any:
@@ -108,30 +134,32 @@ def match(tree: Any, like: Any, name: str) -> Any:
   return jax.tree_util.tree_map_with_path(leaf, like)
 
 
-def check_like(updates: Any, state: Any):
-  """Checks that gradients are of the parameters that a state was made for.
+def check_like(gradients: Any, tree: Any, name: str = 'the state'):
+  """Checks that gradients are of the parameters that a tree was made for.
 
   Args:
-    updates: The gradients.
-    state: A tree of the state, with a leaf for every parameter.
+    gradients: The gradients.
+    tree: Tree with an array for every parameter.
+    name: What the tree is, for errors.
 
   Raises:
     ValueError: If one has a parameter that the other lacks, or of another
       shape.
   """
-  given, held = (
+  is_masked = lambda node: isinstance(node, optax.MaskedNode)
+  given, known = (
     {
-      path_name(path): jnp.shape(leaf)
-      for path, leaf in jax.tree.leaves_with_path(tree)
+      path_name(path): 'masked' if is_masked(leaf) else np.shape(leaf)
+      for path, leaf in jax.tree.leaves_with_path(side, is_leaf=is_masked)
     }
-    for tree in (updates, state)
+    for side in (gradients, tree)
   )
-  for name in sorted(set(given) | set(held)):
-    shapes = given.get(name, 'missing'), held.get(name, 'missing')
+  for key in sorted(set(given) | set(known)):
+    shapes = given.get(key, 'missing'), known.get(key, 'missing')
     if shapes[0] != shapes[1]:
       raise ValueError(
-        f'The parameter {name} is {shapes[0]} in the gradients and {shapes[1]} '
-        'in the state: call init with the parameters that are trained.'
+        f'Parameter {key} is {shapes[0]} in the gradients and {shapes[1]} in '
+        f'{name}: init and update need the same tree.'
       )
 
 

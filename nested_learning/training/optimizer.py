@@ -68,7 +68,9 @@ def make_optimizer(
   rules = config.rules
   mask = _by_path(decay_mask(table))
   traced, accumulate = {}, {}
-  if _has(rules, optimizers.configs.Muon | optimizers.configs.M3):
+  kinds = optimizers.configs
+  of_matrices = kinds.Muon | kinds.M3 | kinds.DeltaMomentum | kinds.DeepMomentum
+  if _has(rules, of_matrices):
     numbers = matrices.dimension_numbers(config)
     traced['dimension_numbers'] = _by_path(numbers)
   if _has(rules, optimizers.configs.Dgd):

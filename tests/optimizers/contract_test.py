@@ -313,6 +313,25 @@ class ContractTest(parameterized.TestCase):
         injected.init({'w': jnp.ones((2, 2))})
 
   @parameterized.parameters(*NAMES)
+  def test_rejects_trees_that_do_not_match(self, name):
+    params = {key: make_params()[key] for key in ('kernel', 'bias')}
+    tx, more = make(name), extra(name, make_params())
+    state = tx.init(params)
+    others = {
+      'stack': {'kernel': params['kernel'], 'stack': jnp.ones((2, 2, 3))},
+      'kernel': {'kernel': jnp.ones((5, 6)), 'bias': params['bias']},
+    }
+    for key, gradients in others.items():
+      with self.assertRaisesRegex(ValueError, f"'(bias|{key})'") as caught:
+        tx.update(gradients, state, params, **more)
+      self.assertNotIn('\n', str(caught.exception))
+      if name == 'dgd':  # It has no state, so that the parameters may change.
+        continue
+      with self.assertRaisesRegex(ValueError, f"'(bias|{key})'") as caught:
+        tx.update(gradients, state, None, **more)
+      self.assertNotIn('\n', str(caught.exception))
+
+  @parameterized.parameters(*NAMES)
   def test_parameters_without_entries(self, name):
     shapes = {'none': (0, 3), 'empty': (3, 0), 'stack': (2, 0, 3), 'w': (3, 3)}
     params = {key: jnp.ones(shape) for key, shape in shapes.items()}

@@ -251,6 +251,13 @@ class TargetTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "target='paper' is not one of"):
       optimizers.dgd(1.0, target='paper')
     tx = optimizers.dgd(1.0)
+    for energy in (jnp.ones(3), jnp.ones((2, 5))):
+      with self.assertRaisesRegex(ValueError, r'does not fit .*\(5, 2\)'):
+        tx.update(
+          params['second'],
+          tx.init(params),
+          energy={'kernel': energy},
+        )
     with self.assertRaisesRegex(ValueError, 'takes no projection'):
       tx.update(
         params, tx.init(params), params, energy=params, projection=params

@@ -424,6 +424,10 @@ class MultiTimescaleTest(parameterized.TestCase):
     levels = [Level('fast', 1, optax.sgd(1.0))]
     with self.assertRaisesRegex(ValueError, r"\['n'\] has dtype int32"):
       multi_timescale(levels, 'fast').init({'n': jnp.zeros(2, jnp.int32)})
+    for labels in ({'slow': 'fast'}, ['fast'], {'n': {'m': 'fast'}}):
+      with self.assertRaisesRegex(ValueError, r'no prefix .*\[') as caught:
+        multi_timescale(levels, labels).init({'n': jnp.zeros(2), 'm': 1.0})
+      self.assertNotIn('\n', str(caught.exception))
     with self.assertRaisesRegex(ValueError, "reduce='max'"):
       multi_timescale(levels, 'fast', reduce='max')
     with self.assertRaisesRegex(ValueError, "phases='random'"):

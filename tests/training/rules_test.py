@@ -95,7 +95,7 @@ class RulesTest(parameterized.TestCase):
       self.assertLess(np.ptp(np.abs(vector)), 0.01 * np.abs(vector).max())
 
   def test_adamw_traces_no_model(self):
-    for name in ('adamw', 'sgd', 'delta_momentum'):
+    for name in ('adamw', 'sgd', 'preconditioned_momentum'):
       config = self.config(f'train.optimizer={name}')
       with mock.patch.object(matrices, '_make_loss') as made:
         training.make_optimizer(config, models.make_model(config.model).table)
