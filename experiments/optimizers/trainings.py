@@ -164,7 +164,8 @@ def summarize(
     ours = {
       key: cell
       for key, cell in finished.items()
-      if cells_lib.agrees(cell, settings)
+      if key.startswith(f'{report_files.key(name)},')
+      and cells_lib.agrees(cell, settings)
     }
     searched = {
       cell.settings['rate']: cells_lib.number(cell, training.score)
