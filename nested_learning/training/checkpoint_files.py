@@ -47,8 +47,11 @@ _FIELDS = {
 }
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 # Statuses of TensorStore that mean that a file is missing or not as written.
+# Where its checksum fits or is not reached, there is a message alone.
 _DAMAGE = re.compile(
-  'DATA_LOSS|FAILED_PRECONDITION|INVALID_ARGUMENT|NOT_FOUND|OUT_OF_RANGE'
+  'DATA_LOSS|FAILED_PRECONDITION|INVALID_ARGUMENT|NOT_FOUND|OUT_OF_RANGE|'
+  '(?![A-Z_]+: ).*Error (decoding|parsing)',
+  re.DOTALL,
 )
 
 

@@ -26,14 +26,17 @@ from tests.training import tiny
 
 
 def damage(path, how):
-  """Cuts a file in half, flips a bit of its middle, or deletes it."""
+  """Cuts a file, flips a bit of its middle, zeros its end, or deletes it."""
   if how == 'delete':
     path.unlink()
   elif how == 'cut':
     os.truncate(path, path.stat().st_size // 2)
   else:
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0x40
+    if how == 'zero':  # with its checksum
+      content[-20:] = bytes(20)
+    else:
+      content[len(content) // 2] ^= 0x40
     path.write_bytes(content)
 
 
@@ -120,6 +123,7 @@ class CheckpointsTest(parameterized.TestCase):
     ('cut', 'params/**/d/*'),
     ('flip', 'params/**/d/*'),
     ('delete', 'params/**/d/*'),
+    ('zero', 'params/manifest.ocdbt'),
     ('flip', 'manifest/metadata'),
     ('delete', 'manifest/metadata'),
     ('flip', 'data/metadata'),
