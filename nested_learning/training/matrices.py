@@ -31,11 +31,19 @@ def dimension_numbers(config: config_lib.ExperimentConfig) -> Any:
   Returns:
     A tree like the parameters of `optax.contrib.MuonDimensionNumbers`, None for
     parameters that are no matrices; see `optimizers.dimension_numbers`.
+
+  Raises:
+    errors.UserError: The model has no matrix, or one of two kinds.
   """
   # Without levels that learn inside a row: there, every row has a copy of their
   # weights, which a trace cannot follow.
   model = models.make_model(config.model, head=config.head)
-  return optimizers.dimension_numbers(*_make_loss(config, model))
+  try:
+    return optimizers.dimension_numbers(*_make_loss(config, model))
+  except ValueError as error:
+    raise errors.UserError(
+      f'train.optimizer={config.train.optimizer.NAME}: {error}'
+    ) from error
 
 
 @functools.lru_cache(maxsize=8)

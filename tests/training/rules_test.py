@@ -1,6 +1,9 @@
 """Tests of training with other optimisers than AdamW."""
 
+import dataclasses
+import functools
 import pathlib
+import tempfile
 from unittest import mock
 
 from absl.testing import absltest
@@ -94,6 +97,28 @@ class RulesTest(parameterized.TestCase):
     for vector in (updates['blocks']['norm'], updates['embedding']):
       self.assertLess(np.ptp(np.abs(vector)), 0.01 * np.abs(vector).max())
 
+  @parameterized.parameters('hope', 'samba')  # memories, a pattern of mixers
+  def test_matrices_of_a_family(self, family):
+    model = dataclasses.replace(
+      models.zoo.make_config(f'{family}_tiny'), max_length=128
+    )
+    config = tiny.experiment(self.root, model=model)
+    table = models.make_model(model).table
+    numbers = jax.tree.leaves(
+      matrices.dimension_numbers(config),
+      is_leaf=lambda x: not isinstance(x, dict),
+    )
+    is_param = lambda x: isinstance(x, parameters.Param)
+    params = jax.tree.leaves_with_path(table, is_leaf=is_param)
+    for (path, param), axes in zip(params, numbers, strict=True):
+      name = parameters.path_name(path)
+      if 'memory' in name:
+        continue
+      self.assertEqual(axes is not None, param.decay, name)
+      if axes is not None:  # from the leading axes to the last ones
+        order = (*axes.reduction_axis, *axes.output_axis)
+        self.assertEqual(order, tuple(range(1, len(param.shape))), name)
+
   def test_adamw_traces_no_model(self):
     for name in ('adamw', 'sgd', 'preconditioned_momentum'):
       config = self.config(f'train.optimizer={name}')
@@ -114,37 +139,39 @@ class _Spy:
     return zeros, (gradients, jax.tree.map(jnp.mean, energy))
 
 
+@functools.cache
+def _capture(*assignments):
+  """Returns the gradients and energies of a batch with masked targets."""
+  with tempfile.TemporaryDirectory() as root:
+    config = configs.override(tiny.experiment(root), assignments)
+    batch = next(data.make_iterator(config.data))
+  del batch['document']
+  batch['mask'] = np.random.default_rng(0).uniform(size=(8, 32)) < 0.3
+  model = models.make_model(config.model)
+  init = training.make_init(config, model, _Spy())
+  step = training.make_step(config, model, _Spy())
+
+  @compiling.jit
+  def capture(key):
+    return step(init(key), batch)[0].optimizer
+
+  return capture(jax.random.key(0))
+
+
 class DgdTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     tiny.share_executables(self)
     self.root = pathlib.Path(self.create_tempdir().full_path)
 
-  def capture(self, *assignments):
-    """Returns the gradients and energies of a batch with masked targets."""
-    config = configs.override(tiny.experiment(self.root), assignments)
-    model = models.make_model(config.model)
-    batch = next(data.make_iterator(config.data))
-    del batch['document']
-    mask = np.random.default_rng(0).uniform(size=batch['mask'].shape) < 0.3
-    init = training.make_init(config, model, _Spy())
-    step = training.make_step(config, model, _Spy())
-    batch['mask'] = mask
-
-    @compiling.jit
-    def capture(key):
-      return step(init(key), batch)[0].optimizer
-
-    return capture(jax.random.key(0))
-
   def test_samples_are_the_targets_of_all_micro_batches(self):
-    gradients, energy = self.capture('train.optimizer=dgd')
+    gradients, energy = _capture('train.optimizer=dgd')
     # Inputs of these maps have entries of root mean square 1. The level is in
     # the last block, so that tokens without a target are no samples of it.
     of_fast = energy['blocks']['levels']['fast']
     np.testing.assert_allclose(of_fast['up'], 16.0, rtol=1e-3)
     np.testing.assert_allclose(of_fast['norm'], 0.0)
-    parts, energy_of_parts = self.capture(
+    parts, energy_of_parts = _capture(
       'train.optimizer=dgd', 'train.accumulate=4'
     )
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -152,8 +179,8 @@ class DgdTest(parameterized.TestCase):
     jax.tree.map(close, energy, energy_of_parts)
 
   def test_levels_of_others_have_their_plain_gradient(self):
-    plain, _ = self.capture('train.optimizer=dgd')
-    mixed, energy = self.capture(
+    plain, _ = _capture('train.optimizer=dgd')
+    mixed, energy = _capture(
       'model.levels.0.optimizer=dgd',
       'model.levels.0.optimizer.target=printed',
     )
