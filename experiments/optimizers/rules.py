@@ -21,27 +21,27 @@ OPTIMIZERS: dict[str, optimizers.OptimizerConfig] = {
   'AdamW': optimizers.configs.AdamW(),
   'Muon': optimizers.configs.Muon(),
   'M3': optimizers.configs.M3(),
-  'M3, no second moment': optimizers.configs.M3(second_decay=None),
-  'M3, no slow momentum': optimizers.configs.M3(slow_every=None),
+  'M3 no second moment': optimizers.configs.M3(second_decay=None),
+  'M3 no slow momentum': optimizers.configs.M3(slow_every=None),
   'SGD with momentum': optimizers.configs.Sgd(momentum=0.9),
   'delta momentum': optimizers.configs.DeltaMomentum(),
   'preconditioned momentum': optimizers.configs.PreconditionedMomentum(),
   'deep momentum': optimizers.configs.DeepMomentum(),
   'AdEMAMix': optimizers.configs.AdEMAMix(),
   # Rates of maps are near 1, and Adam's steps have the size of the rate.
-  'DGD, corrected': optimizers.configs.Dgd(fallback_scale=0.01),
-  'DGD, printed': optimizers.configs.Dgd('printed', fallback_scale=0.01),
+  'DGD corrected': optimizers.configs.Dgd(fallback_scale=0.01),
+  'DGD printed': optimizers.configs.Dgd('printed', fallback_scale=0.01),
 }
 NAMES = tuple(OPTIMIZERS)
 # On streams, with other periods of the slow momentum.
 OPTIMIZERS |= {
-  f'M3, slow every {n}': optimizers.configs.M3(slow_every=n) for n in (4, 64)
+  f'M3 slow every {n}': optimizers.configs.M3(slow_every=n) for n in (4, 64)
 }
 STREAM_NAMES = (
-  'M3, no slow momentum',
-  'M3, slow every 4',
+  'M3 no slow momentum',
+  'M3 slow every 4',
   'M3',
-  'M3, slow every 64',
+  'M3 slow every 64',
   'AdamW',
   'AdEMAMix',
 )

@@ -20,9 +20,9 @@ _NUMBERS = {
 }
 # A learner with a slow momentum, and the same without.
 _PAIRS = {
-  'M3, slow every 4': 'M3, no slow momentum',
-  'M3': 'M3, no slow momentum',
-  'M3, slow every 64': 'M3, no slow momentum',
+  'M3 slow every 4': 'M3 no slow momentum',
+  'M3': 'M3 no slow momentum',
+  'M3 slow every 64': 'M3 no slow momentum',
   'AdEMAMix': 'AdamW',
 }
 

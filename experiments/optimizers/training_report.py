@@ -15,8 +15,8 @@ from experiments.optimizers import trainings
 
 _REFERENCE = 'Muon'  # M3 without its two parts
 _PARTS = {
-  'M3, no second moment': 'second moment',
-  'M3, no slow momentum': 'slow momentum',
+  'M3 no second moment': 'second moment',
+  'M3 no slow momentum': 'slow momentum',
 }
 
 
@@ -183,8 +183,8 @@ def _parts(training, results) -> list[str]:
   table = report_files.table(
     ('', 'slow momentum', 'no slow momentum'),
     [
-      ('second moment', shown['M3'], shown['M3, no slow momentum']),
-      ('no second moment', shown['M3, no second moment'], shown[_REFERENCE]),
+      ('second moment', shown['M3'], shown['M3 no slow momentum']),
+      ('no second moment', shown['M3 no second moment'], shown[_REFERENCE]),
     ],
   )
   against = _compare('M3', values['M3'], _REFERENCE, values[_REFERENCE])

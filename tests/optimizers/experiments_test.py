@@ -30,7 +30,7 @@ from nested_learning import training as training_lib
 
 LEFT = ('config.json', 'metrics.jsonl', 'report.md', 'summary.json')
 SEARCH = trainings.Search(
-  ('M3', 'Muon', 'M3, no second moment', 'M3, no slow momentum'), (0.1, 1.0), 3
+  ('M3', 'Muon', 'M3 no second moment', 'M3 no slow momentum'), (0.1, 1.0), 3
 )
 
 
@@ -164,7 +164,7 @@ class TrainingsTest(parameterized.TestCase):
     self.assertLen(calls, 6 * len(SEARCH.names) - 1)
 
   def test_report_of_parts(self):
-    scores = {'Muon': 0.5, 'M3, no second moment': 0.7}
+    scores = {'Muon': 0.5, 'M3 no second moment': 0.7}
     made = make_training([], scores)
     trainings.measure(made, SEARCH, self.store)
     text, numbers = self.report(made)
