@@ -1,6 +1,8 @@
 """Tests optax's contract for optimisers on all of ours."""
 
 import functools
+import pathlib
+import re
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -330,6 +332,23 @@ class ContractTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, f"'(bias|{key})'") as caught:
         tx.update(gradients, state, None, **more)
       self.assertNotIn('\n', str(caught.exception))
+
+  @parameterized.parameters(*(name for name in NAMES if name != 'm3'))
+  def test_size_of_the_state_is_that_of_the_readme(self, name):
+    path = pathlib.Path(optimizers.__file__).parent / 'README.md'
+    row = re.search(
+      rf'^\| `{name}` \|.*\| (\d+)[^|]*\|$', path.read_text(), re.M
+    )
+    params = {'kernel': jax.ShapeDtypeStruct((256, 256), jnp.float32)}
+    tx = make(name)
+    if name == 'multi_timescale':  # With the 8 bytes of Adam.
+      tx = optimizers.multi_timescale(
+        [optimizers.Level('slow', 2, optax.adam(1e-3))], 'slow'
+      )
+    state = jax.eval_shape(tx.init, params)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    adam = 8 if name == 'multi_timescale' else 0
+    self.assertEqual(round(size / 256**2 - adam, 1), int(row[1]))
 
   @parameterized.parameters(*NAMES)
   def test_parameters_without_entries(self, name):
