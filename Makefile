@@ -12,8 +12,8 @@ PYTEST := $(BIN)/python -m pytest $(TEST_FLAGS) -rs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	-c constraints.txt
 
-.PHONY: demo test test-extras test-rest test-all extras harness test-harness \
-	seqio bench-small lint format clean
+.PHONY: demo test test-extras test-slow test-rest test-all extras harness \
+	test-harness seqio bench-small lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python launch/run.py --config=experiments/quickstart.py \
@@ -29,6 +29,11 @@ test-rest: $(EXTRAS) $(HARNESS) $(SEQIO)
 # Tests of optional packages that are not slow.
 test-extras: $(EXTRAS) $(HARNESS) $(SEQIO)
 	$(PYTEST) -m 'extra and not slow'
+
+# Slow tests that compute only; the others start processes and kill them.
+test-slow: $(INSTALLED)
+	$(PYTEST) -m 'slow and not extra' tests/memory tests/layers tests/levels \
+	  tests/models tests/optimizers tests/evaluation tests/data
 
 # Everything that this machine can run.
 test-all: $(EXTRAS) $(HARNESS) $(SEQIO)
