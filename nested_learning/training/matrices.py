@@ -41,9 +41,7 @@ def dimension_numbers(config: config_lib.ExperimentConfig) -> Any:
   try:
     return optimizers.dimension_numbers(*_make_loss(config, model))
   except ValueError as error:
-    raise errors.UserError(
-      f'train.optimizer={config.train.optimizer.NAME}: {error}'
-    ) from error
+    raise errors.UserError(str(error)) from error
 
 
 @functools.lru_cache(maxsize=8)
