@@ -5,6 +5,8 @@ import math
 import numbers
 from typing import Any
 
+from nested_learning.optimizers import settings
+
 # Phases are searched among the last so many steps of a period. Only residues
 # modulo the other periods matter, so more candidates would bring nothing.
 _NUM_PHASES = 4096
@@ -66,10 +68,9 @@ def make_phases(periods: Sequence[int], name: str) -> tuple[int, ...]:
   Raises:
     ValueError: If the name is unknown.
   """
+  settings.check_choice(('aligned', 'staggered'), phases=name)
   if name == 'aligned':
     return tuple(period - 1 for period in periods)
-  if name != 'staggered':
-    raise ValueError(f"phases={name!r} is not one of 'staggered', 'aligned'.")
   chosen = []  # (period, phase)
   for period in periods:
     others = [(p, phase) for p, phase in chosen if p > 1]
