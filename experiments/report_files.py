@@ -110,12 +110,17 @@ def provenance() -> dict[str, str]:
   """
   versions = [f'{name} {metadata.version(name)}' for name in _PACKAGES]
   return {
-    'command': shlex.join(['python', *sys.argv]),
+    'command': portable(shlex.join(['python', *sys.argv])),
     'commit': _commit(),
     'machine': f'{num_cores()} cores, {_processor()}',
     'date': datetime.date.today().isoformat(),
     'software': ', '.join([f'Python {platform.python_version()}', *versions]),
   }
+
+
+def portable(command: str) -> str:
+  """Returns a command without the folders that absolute paths begin with."""
+  return re.sub(r"(?<![\w.])/(?:[^\s/'=]+/)+", '', command)
 
 
 def num_cores() -> int:

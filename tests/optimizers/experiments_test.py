@@ -353,6 +353,17 @@ class ExperimentsTest(parameterized.TestCase):
         )
         self.assertLess(4 * moves.sent, muon.sent)
 
+  @parameterized.parameters(
+    ('run.py --workdir=/a/b/cmp', 'run.py --workdir=cmp'),
+    ("run.py '--set=x=(1, 2)' --workdir=runs/cmp", None),
+    (
+      '/a/b/run.py --config=experiments/x.py:y',
+      'run.py --config=experiments/x.py:y',
+    ),
+  )
+  def test_commands_without_folders_of_the_machine(self, command, expected):
+    self.assertEqual(report_files.portable(command), expected or command)
+
   def test_rejects_bad_arguments(self):
     with self.assertRaisesRegex(errors.UserError, '--mode=generate'):
       report_files.check_mode('generate')
