@@ -56,10 +56,10 @@ def delta_momentum(
   successive gradients agree, momentum does not pile up; if they turn, the old
   direction decays by `decay` alone.
 
-  Like `optax.ema`, m is an average of gradients and not their sum. For a loss
-  with the largest curvature L, the step is then stable up to a rate of
-  2 (1 + decay) / ((1 - decay) L), at least; with a sum, as in `optax.sgd`, up
-  to 2 (1 + decay) / L. Above that, momentum diverges like gradient descent:
+  Like `optax.ema`, m is an average of gradients and not their sum. Along a
+  gradient with curvature L, the step is then stable up to a rate of
+  2 (1 + decay - erase) / ((1 - decay) L). With a sum, as in `optax.sgd`, the
+  limit is 2 (1 + decay) / L. Above it, momentum diverges like gradient descent:
   give P = `optax.scale_by_rms()` where the scale of gradients is not known.
 
   Form 'paper' has neither the norm nor the weight `erase` nor the average,
@@ -322,9 +322,10 @@ def _project(key, m, axes):
 def _normalize(kernel, axes):
   """Divides every matrix by its Frobenius norm; zero stays zero."""
   # By the largest entry first: squares of entries beyond 1e19 overflow, and
-  # squares of entries below 1e-19 vanish.
+  # squares of entries below 1e-19 vanish. The two divisors may be multiplied by
+  # the compiler, so that neither is tiny where the other is.
   tiny = jnp.finfo(kernel.dtype).tiny
   largest = jnp.max(jnp.abs(kernel), axis=axes, keepdims=True, initial=0)
-  kernel = kernel / jnp.maximum(largest, tiny)
-  norm = jnp.sqrt(jnp.sum(jnp.square(kernel), axis=axes, keepdims=True))
-  return kernel / jnp.maximum(norm, tiny)
+  kernel = kernel / jnp.where(largest > tiny, largest, 1)
+  square = jnp.sum(jnp.square(kernel), axis=axes, keepdims=True)
+  return kernel * jax.lax.rsqrt(jnp.maximum(square, 1))  # 1 is its largest.

@@ -188,6 +188,22 @@ class ContractTest(parameterized.TestCase):
       self.assertTrue(all(jax.tree.leaves(finite)))
 
   @parameterized.parameters(*contract.NAMES)
+  def test_vanishing_gradients_leave_finite_parameters(self, name):
+    shapes = {'one': (1,), 'kernel': (1, 1), 'stack': (2, 1, 1), 'two': (2, 3)}
+    params = {key: jnp.ones(shape) for key, shape in shapes.items()}
+    tx, more = contract.make(name), contract.extra(name, params)
+    update = compiling.jit(
+      lambda scale, state: tx.update(
+        jax.tree.map(lambda leaf: scale * leaf, params), state, params, **more
+      )
+    )
+    state = tx.init(params)
+    for scale in (1.0, 0.0, 1e-40, 1e-30, 0.0, 1.0):
+      updates, state = update(scale, state)
+      finite = jax.tree.map(lambda u: bool(jnp.all(jnp.isfinite(u))), updates)
+      self.assertTrue(all(jax.tree.leaves(finite)))
+
+  @parameterized.parameters(*contract.NAMES)
   def test_multi_steps(self, name):
     params = {key: contract.make_params()[key] for key in ('kernel', 'bias')}
     tx, more = contract.make(name), contract.extra(name, params)

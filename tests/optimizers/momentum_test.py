@@ -76,12 +76,14 @@ class DeltaMomentumTest(parameterized.TestCase):
       turned[1], -(0.09 * first + 0.1 * second), atol=1e-6
     )
 
-  @parameterized.named_parameters(('below', 0.9, True), ('above', 1.1, False))
-  def test_is_stable_up_to_its_rate_on_a_curvature(self, share, converges):
-    # Without erasing, which only adds to the margin.
+  @parameterized.product(
+    ({'share': 0.9, 'converges': True}, {'share': 1.1, 'converges': False}),
+    erase=(0.0, 0.2),
+  )
+  def test_is_stable_up_to_its_rate(self, share, converges, erase):
     curvature, decay = 1000.0, 0.9
-    limit = 2 * (1 + decay) / ((1 - decay) * curvature)
-    tx = optimizers.delta_momentum(share * limit, decay=decay, erase=0.0)
+    limit = 2 * (1 + decay - erase) / ((1 - decay) * curvature)
+    tx = optimizers.delta_momentum(share * limit, decay=decay, erase=erase)
 
     def body(_, carry):
       x, state = carry
