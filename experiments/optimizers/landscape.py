@@ -141,6 +141,7 @@ def _report(config, cells, folder):
     f'{config.num_rates} rates from 1e-4 to 10, falling linearly to zero.',
     report_files.table(head, rows),
     '![Trajectories over the contours](landscape.png)',
+    f'{order[0]} ends lowest and {order[-1]} highest. {_first_below(found)}',
     'The point is a 1 x 2 matrix with the input 1. To orthogonalise its '
     'gradient is to normalise it, so that steps of Muon and M3 have the same '
     'length on any slope. The printed DGD erases the output for that input, '
@@ -148,6 +149,19 @@ def _report(config, cells, folder):
     'happens to be.',
   ]
   return cells_lib.Report(sections, cells_lib.plain_numbers(cells))
+
+
+def _first_below(found) -> str:
+  """Returns the first optimiser below 0.1 in words."""
+  steps = {
+    name: cell.values['steps_to_0.1']
+    for name, cell in found.items()
+    if cell.values['steps_to_0.1'] is not None
+  }
+  if not steps:
+    return 'None is ever below 0.1.'
+  first = min(steps, key=steps.get)
+  return f'{first} is the first below 0.1, after {steps[first]} steps.'
 
 
 def _draw(path, config, cells):

@@ -130,11 +130,25 @@ def _report(config, cells, folder):
       ('optimiser', *(f'condition {c:g}' for c in config.conditions)), rows
     ),
     '![Relative loss by condition number](least_squares.png)',
+    *_outcomes(config, found),
     'The printed DGD minimises the loss plus 1/2 |W x|^2. With erase 1, the '
     'minimum is a map with half of every target as its output: a quarter of '
     'the loss.',
   ]
   return cells_lib.Report(sections, cells_lib.plain_numbers(cells))
+
+
+def _outcomes(config, found) -> list[str]:
+  """Returns the lowest and the highest losses in words."""
+  sentences = []
+  for i in dict.fromkeys((0, len(config.conditions) - 1)):
+    order = sorted(found, key=lambda name, i=i: found[name][i])
+    shown = [f'{name} ({found[name][i]:.1e})' for name in order]
+    sentences.append(
+      f'At condition {config.conditions[i]:g} the lowest losses are those of '
+      f'{", ".join(shown[:3])}, the highest that of {shown[-1]}.'
+    )
+  return [' '.join(sentences)]
 
 
 def _last(row):

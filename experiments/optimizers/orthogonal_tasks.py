@@ -130,6 +130,7 @@ def _report(config, cells, folder):
     (name, cell.values['rate'], *(cells_lib.number(cell, key) for key in keys))
     for name, cell in found.items()
   ]
+  rows.sort(key=lambda row: row[3])
   sections = [
     '## Orthogonal tasks: forgetting of the first',
     f'Losses over the loss of the untrained map, {config.num_steps} steps a '
@@ -137,9 +138,12 @@ def _report(config, cells, folder):
     'to 10, falling linearly to zero.',
     report_files.table(
       ('optimiser', 'rate', 'A after A', 'A after B', 'B after B'),
-      sorted(rows, key=lambda row: row[3]),
+      rows,
     ),
     '![Loss of the first task](orthogonal_tasks.png)',
+    f'{rows[0][0]} keeps the first task best ({rows[0][3]:.1e}), and '
+    f'{rows[-1][0]} worst ({rows[-1][3]:.1e}). Behind an untrained map on it: '
+    f'{", ".join(row[0] for row in rows if row[3] > 1) or "none"}.',
     'A gradient of B is orthogonal to the inputs of A, and so is any sum of '
     'such gradients. Dividing it entry by entry leaves that space. '
     'Orthogonalising does not, but while a momentum still holds gradients of '
