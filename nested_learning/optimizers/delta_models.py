@@ -9,9 +9,9 @@ from flax import nnx
 import jax
 import optax
 
-from nested_learning.optimizers import capture
 from nested_learning.optimizers import delta_gradient_descent
-from nested_learning.optimizers import tracing
+from nested_learning.optimizers.tracing import capture
+from nested_learning.optimizers.tracing import interpreter
 
 
 def dgd_for_model(
@@ -81,7 +81,7 @@ def dgd_for_model(
     value_and_grad = _nnx_value_and_grad(loss_fn, options)
   else:
     value_and_grad = capture.value_and_delta_grad(loss_fn, **options)
-  pure, params, rest = tracing.as_pure(loss_fn, model, has_aux)
+  pure, params, rest = interpreter.as_pure(loss_fn, model, has_aux)
   found, lost = capture.trace_maps(pure, params, *rest, *args)
   listed = '; '.join(f'{path} ({", ".join(ops)})' for path, ops in lost.items())
   if not any(jax.tree.leaves(found)):
@@ -134,7 +134,7 @@ def _nnx_value_and_grad(loss_fn, options):
     options = {**options, 'num_samples': lambda _, *args: num_samples(*args)}
 
   def value_and_grad(model, *args):
-    pure, params, rest = tracing.as_pure(loss_fn, model, has_aux)
+    pure, params, rest = interpreter.as_pure(loss_fn, model, has_aux)
     (value, (aux, after)), gradients, extra = capture.value_and_delta_grad(
       pure, **{**options, 'has_aux': True}
     )(params, *rest, *args)

@@ -8,10 +8,10 @@ import jax
 import optax
 
 from nested_learning.optimizers import axes as axes_lib
-from nested_learning.optimizers import matrices
 from nested_learning.optimizers import multi_scale_momentum
 from nested_learning.optimizers import settings
 from nested_learning.optimizers import trees
+from nested_learning.optimizers.tracing import matrices
 
 
 def m3(

@@ -15,7 +15,7 @@ from nested_learning import levels
 from nested_learning import models
 from nested_learning import optimizers
 from nested_learning import parameters
-from nested_learning.optimizers import capture
+from nested_learning.optimizers.tracing import capture
 from nested_learning.training import config as config_lib
 from nested_learning.training import make_workload
 from nested_learning.training import workload as workload_lib

@@ -220,7 +220,9 @@ class DgdTest(parameterized.TestCase):
     matrices.find_maps.cache_clear()
     with (
       mock.patch.object(
-        optimizers.capture, 'trace_maps', return_value=(none, {'w': ['sort']})
+        optimizers.tracing.capture,
+        'trace_maps',
+        return_value=(none, {'w': ['sort']}),
       ),
       self.assertRaisesRegex(
         errors.UserError,

@@ -6,7 +6,7 @@ upstream held fixed. A backward pass multiplies the error at the map's output by
 x^T anyway. Adding the output itself to that error, for the weights only, gives
 the sum of both terms for one addition. To find the maps, the loss is traced
 once and every contraction or convolution of a parameter with data is replaced,
-see `tracing.py`. This works for Linen, for NNX and for functions of a plain
+see `interpreter.py`. This works for Linen, for NNX and for functions of a plain
 tree alike.
 """
 
@@ -19,11 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nested_learning.optimizers import origins
 from nested_learning.optimizers import settings
-from nested_learning.optimizers import tracing
 from nested_learning.optimizers import trees
-from nested_learning.optimizers import usage
+from nested_learning.optimizers.tracing import interpreter
+from nested_learning.optimizers.tracing import origins
+from nested_learning.optimizers.tracing import usage
 
 
 def find_maps(loss_fn: Callable[..., Any], params, *args) -> Any:
@@ -176,7 +176,7 @@ def value_and_delta_grad(
         for i, leaf in enumerate(leaves)
       ]
       sources += [None] * (len(arguments) - len(leaves))
-      outputs, _ = tracing.Interpreter(linear).run(
+      outputs, _ = interpreter.Interpreter(linear).run(
         closed.jaxpr, closed.consts, arguments, sources, probes
       )
       outputs = jax.tree.unflatten(jax.tree.structure(shapes), outputs)

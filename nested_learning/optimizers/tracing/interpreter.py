@@ -13,7 +13,7 @@ from flax import nnx
 import jax
 from jax.extend import core
 
-from nested_learning.optimizers import origins as origins_lib
+from nested_learning.optimizers.tracing import origins as origins_lib
 
 Origin = origins_lib.Origin
 

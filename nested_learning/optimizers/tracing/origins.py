@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from nested_learning.optimizers import layouts as layouts_lib
+from nested_learning.optimizers.tracing import layouts as layouts_lib
 
 # Operations that return all of a parameter, in another shape or type.
 _LAYOUT = frozenset({

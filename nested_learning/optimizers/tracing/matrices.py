@@ -16,9 +16,9 @@ import jax
 from optax import contrib
 
 from nested_learning import markdown
-from nested_learning.optimizers import tracing
 from nested_learning.optimizers import trees
-from nested_learning.optimizers import usage
+from nested_learning.optimizers.tracing import interpreter
+from nested_learning.optimizers.tracing import usage
 
 _TWO_MAPS = 'two maps'
 # Kinds of parameters without products, by the operations that they enter.
@@ -142,7 +142,7 @@ class ParameterReport(tuple[ParameterInfo, ...]):
 
 def _inspect(loss_fn, params, *args):
   """Returns the tree structure of the parameters and what each of them is."""
-  pure, params, rest = tracing.as_pure(loss_fn, params)
+  pure, params, rest = interpreter.as_pure(loss_fn, params)
   jaxpr = jax.make_jaxpr(pure)(params, *rest, *args).jaxpr
   paths = jax.tree.leaves_with_path(params)
   infos = [

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 import dataclasses
 
-from nested_learning.optimizers import layouts
-from nested_learning.optimizers import origins
-from nested_learning.optimizers import tracing
+from nested_learning.optimizers.tracing import interpreter
+from nested_learning.optimizers.tracing import layouts
+from nested_learning.optimizers.tracing import origins
 
 PRODUCTS = ('conv_general_dilated', 'dot_general', 'ragged_dot_general')
 
@@ -87,7 +87,7 @@ def find(jaxpr, num_leaves: int) -> list[Usage]:
   return usages
 
 
-class _Search(tracing.Interpreter):
+class _Search(interpreter.Interpreter):
   """Walks through a traced function with shapes in place of values."""
 
   literal = origins.CONSTANT
@@ -113,7 +113,7 @@ class _Search(tracing.Interpreter):
       return shapes, called
     followed = origins.follow(eqn, exact)
     if not any(followed):
-      weights = tracing.find_weights(eqn, exact)
+      weights = interpreter.find_weights(eqn, exact)
       if weights is None:
         self._lose(eqn, exact)
       followed = origins.follow_loosely(eqn, sources)
@@ -124,16 +124,16 @@ class _Search(tracing.Interpreter):
   def _call(self, eqn, sources, exact) -> list[origins.Origin | None] | None:
     """Walks through what an operation calls; returns None if that is nothing.
 
-    Inputs are captured in what `tracing.Interpreter` inlines. In everything
+    Inputs are captured in what `interpreter.Interpreter` inlines. In everything
     else, parameters are followed loosely.
     """
     name, params = eqn.primitive.name, eqn.params
     bodies = _bodies(eqn)
-    if name in tracing.JITS:
+    if name in interpreter.JITS:
       return self.look(bodies[0], sources)
     if name == 'scan':
       return self._scan(eqn, sources, exact)
-    if name in tracing.REMATS:
+    if name in interpreter.REMATS:
       return [origins.loosely(x) for x in self.look(bodies[0], sources)]
     if name == 'cond':
       branches = [self.look(body, sources[1:]) for body in bodies]
@@ -161,7 +161,7 @@ class _Search(tracing.Interpreter):
     last = first + eqn.params['num_carry']
     for source in exact[first:last]:
       self._lose_source(source, 'the carry of a scan')
-    inner = tracing.enter_scan(eqn, sources)
+    inner = interpreter.enter_scan(eqn, sources)
     # The carry is the parameter in the first turn alone, which tells its role.
     unknown = origins.unknown(eqn, sources)[0]
     for i in range(first, last):
@@ -171,7 +171,7 @@ class _Search(tracing.Interpreter):
     return origins.unknown(eqn, sources)
 
   def _note_product(self, eqn, sources, exact):
-    weights = tracing.find_weights(eqn, exact)
+    weights = interpreter.find_weights(eqn, exact)
     if weights is not None:
       source = exact[weights]
       for leaf in source.leaves:
