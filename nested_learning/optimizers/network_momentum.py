@@ -174,10 +174,10 @@ def scale_by_deep_momentum(
 
   def find_axes(params):
     found = _find_axes(dimension_numbers, params)
-    for path, axes in jax.tree_util.tree_leaves_with_path(
-      found, is_leaf=_is_axes
-    ):
-      if axes is None:
+    items, structure = jax.tree.flatten_with_path(params)
+    axes = structure.flatten_up_to(found)  # None may also be an empty subtree
+    for (path, _), its in zip(items, axes, strict=True):
+      if its is None:
         raise ValueError(
           f'scale_by_deep_momentum: parameter {trees.path_name(path)} is no '
           'matrix; use deep_momentum, which has a fallback.'
@@ -274,10 +274,6 @@ def _matrix_shapes(updates, axes, state):
     state.up,
   )
   return given, held
-
-
-def _is_axes(node):
-  return node is None or isinstance(node, axes_lib.Axes)
 
 
 def _init_layers(leaf, axes, state_ratio, key):

@@ -132,7 +132,7 @@ class DeepMomentumTest(parameterized.TestCase):
       tx.init({'b': params['b']})
 
   def test_fallback_updates_vectors(self):
-    params = {'w': jnp.ones((4, 4)), 'b': jnp.ones(4)}
+    params = {'w': jnp.ones((4, 4)), 'b': jnp.ones(4), 'nothing': None}
     tx = optimizers.deep_momentum(0.1)
     updates, _ = tx.update(params, tx.init(params), params)
     adam = optax.adam(0.1)
