@@ -216,12 +216,12 @@ def _make_level(index, name, config: InnerLevelConfig) -> steps.LearningLevel:
   if not isinstance(dgd, optimizers.configs.Dgd):
     dgd = None
   else:
-    for name in ('fallback', 'fallback_scale'):
-      value = getattr(dgd, name)
-      if value != getattr(type(dgd)(), name):
+    for field in ('fallback', 'fallback_scale'):
+      value = getattr(dgd, field)
+      if value != getattr(type(dgd)(), field):
         raise errors.UserError(
-          f'inner.levels.{index}.optimizer.{name}={value} has no effect inside '
-          'a sequence, where norms take gradient steps; leave it out.'
+          f'inner.levels.{index}.optimizer.{field}={value} has no effect '
+          'inside a sequence, where norms take gradient steps; leave it out.'
         )
   return steps.LearningLevel(
     name, config.update_every, make_optimizer(config), config.objective, dgd
