@@ -15,11 +15,12 @@ class LevelsBenchmarkTest(absltest.TestCase):
     workdir = pathlib.Path(self.create_tempdir().full_path)
     levels.run(levels.get_config('small'), str(workdir), 'train')
     summary = json.loads((workdir / 'summary.json').read_text())
-    for variant in ('', '_all_blocks', '_all_blocks_local'):
+    for variant in ('', '_dgd', '_all_blocks', '_all_blocks_local'):
       self.assertGreater(summary[f'session_over_frozen{variant}'], 0)
     # One block learns here in all, and what is local spares the logits' pass.
     self.assertLess(summary['bound'], 1)
     self.assertEqual(summary['bound'], summary['bound_all_blocks'])
+    self.assertEqual(summary['bound'], summary['bound_dgd'])
     self.assertGreater(summary['bound_all_blocks_local'], summary['bound'])
     self.assertGreater(summary['flatness_to_1m'], 0)
     self.assertEqual(summary['flatness_tokens'], 64)
