@@ -4,7 +4,8 @@ Command:
   python launch/run.py --config=experiments/benchmarks/optimizers.py \
     --workdir=runs/benchmark_optimizers
 
-Hardware: two CPU cores and 6 GB, about 15 minutes. report.md has all numbers,
+Hardware: two CPU cores and 6 GB, about 15 minutes. Numbers of one run are in
+experiments/results/benchmarks/. report.md has all numbers,
 summary.json the ratios:
 
 * m3_over_muon, m3_over_adamw: of a training step (loss, gradients, update of
