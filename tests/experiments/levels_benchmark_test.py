@@ -4,11 +4,13 @@ import json
 import pathlib
 
 from absl.testing import absltest
+import pytest
 
 from experiments.benchmarks import levels
 from tests import compiling
 
 
+@pytest.mark.slow
 class LevelsBenchmarkTest(absltest.TestCase):
   def test_writes_every_ratio(self):
     self.enterContext(compiling.quickly())

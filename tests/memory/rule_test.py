@@ -242,6 +242,7 @@ class _LongStream(parameterized.TestCase):
       self.assertLess(jnp.max(departure), 8.0 + 1e-3)
 
 
+@pytest.mark.slow
 class LongStreamTest(_LongStream):
   """Self-modifying memories at the largest rates."""
 
