@@ -69,7 +69,7 @@ class CompareConfig:
   language_mixer: str = 'hope'  # as the quickstart's argument
   language_steps: int = 600  # as the quickstart
   language_tokens: int = 512  # of a row; as the quickstart
-  stream_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+  stream_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)
   stream_steps: int = 64  # of a task
   pretraining_steps: int = 1000  # before the stream of text
   toys: tuple[

@@ -56,14 +56,15 @@ def make_task(
 
 def _report(stream, store, folder) -> cells_lib.Report:
   """Reports on any cells that are finished; draws their plot."""
-  cells = cells_lib.read(store, stream.name)
-  measured = {
-    (order, name): _best(cells[key])
+  finished = cells_lib.read(store, stream.name)
+  cells = {
+    (order, name): finished[key]
     for order in streams.orders(stream)
     for name in rules.STREAM_NAMES
-    if (key := streams.cell_name(order, name)) in cells
-    and cells_lib.agrees(cells[key], stream.settings)
+    if (key := streams.cell_name(order, name)) in finished
+    and cells_lib.agrees(finished[key], stream.settings)
   }
+  measured = {key: _best(cell) for key, cell in cells.items()}
   total = len(streams.orders(stream)) * len(rules.STREAM_NAMES)
   sections = [f'## {stream.title}', stream.description]
   if len(measured) < total:
@@ -71,7 +72,7 @@ def _report(stream, store, folder) -> cells_lib.Report:
   if not measured:
     return cells_lib.Report(sections, {})
   plot = f'{stream.name}.png'
-  _plot(folder / plot, stream, measured)
+  _plot(folder / plot, stream, cells)
   orders = ', '.join(
     f'{order} ({block} step{"s" if block > 1 else ""} of a task at a time)'
     for order, block in streams.orders(stream).items()
@@ -83,7 +84,9 @@ def _report(stream, store, folder) -> cells_lib.Report:
     'forgotten is the mean rise of the loss of a task since its last block, at '
     'the rate with the lowest loss at the end.',
     report_files.table(*_table(stream, measured)),
-    f'![Losses by period of the slow momentum]({plot})',
+    f'![Loss before steps and loss at the end, by rate]({plot})',
+    'A point of the plot is a rate, the mean over seeds. A learner is better '
+    'if its points lie lower and further to the left.',
     'With a slow momentum against without, and the mean change over seeds. A '
     'change below twice its standard deviation over seeds is no difference; '
     'both learners have the same initial parameters and batches.',
@@ -194,24 +197,27 @@ def _conclude(measured) -> str:
   return ' '.join(sentences)
 
 
-def _plot(path: pathlib.Path, stream, measured) -> None:
-  """Draws every number by learner, with spreads."""
-  columns = _columns(stream)
+def _plot(path: pathlib.Path, stream, cells) -> None:
+  """Draws what is learned against what is left of it, a point per rate."""
+  orders = list(streams.orders(stream))
   figure = mpl_figure.Figure(
-    figsize=(1.7 * len(columns), 3.6), layout='constrained'
+    figsize=(3.6 * len(orders) + 1.5, 3.8), layout='constrained'
   )
-  panels = figure.subplots(1, len(columns), sharey=True)
-  names = rules.STREAM_NAMES[::-1]
-  for axes, (order, key) in zip(panels, columns, strict=True):
-    for place, name in enumerate(names):
-      if (order, name) in measured:
-        values = getattr(measured[order, name], key)
-        spread = np.std(values, ddof=1) if len(values) > 1 else 0
-        axes.errorbar(
-          np.mean(values), place, xerr=spread, fmt='o', capsize=3, color='C0'
+  panels = figure.subplots(1, len(orders))
+  for axes, order in zip(panels, orders, strict=True):
+    for name in rules.STREAM_NAMES:
+      if (order, name) in cells:
+        values = cells[order, name].values
+        online, final = (
+          np.mean(np.array(values[key], float), axis=1)
+          for key in ('online', 'final')
         )
-    axes.set_title(f'{order}\n{_NUMBERS[key]}', fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.grid(axis='x', alpha=0.4)
-  panels[0].set_yticks(range(len(names)), names)
+        style = rules.style(name)
+        axes.plot(online, final, marker='.', label=name, **style)
+    lowest = axes.dataLim.y0
+    axes.set(title=order, yscale='log')
+    axes.set_ylim(0.9 * lowest, min(30 * lowest, 1.1 * axes.dataLim.y1))
+    axes.set_xlabel(_NUMBERS['online'])
+  panels[0].set_ylabel(_NUMBERS['final'])
+  panels[-1].legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
   report_files.save_figure(figure, path)
