@@ -1,8 +1,10 @@
 """The zoo: every family of models at every named size.
 
     config = zoo.make_config('hope_170m')
+    inner = zoo.make_inner('hope_170m')
 
-A family is a row of `FAMILIES`: a mixer and a chain of levels.
+A family is a row of `FAMILIES`: a mixer, a chain of levels, and how these learn
+inside a stream.
 
 Widths, depths and heads of 170M to 760M are those of Miras, arXiv:2504.13173,
 and of 1.3B those of Atlas, arXiv:2505.23735, whose tables Nested Learning
@@ -17,6 +19,7 @@ import difflib
 from typing import Any, NamedTuple
 
 from nested_learning import errors
+from nested_learning import levels as levels_lib
 from nested_learning.layers import attention
 from nested_learning.layers import cms
 from nested_learning.layers import hybrids
@@ -37,11 +40,14 @@ class Size:
   vocab_size: int = 32_000
   max_length: int = 4096  # tokens
   window: int = 512  # tokens of sliding-window attention
+  # Tokens of a stream between two steps of each level that learns inside it.
+  update_every: tuple[int, int, int] = (512, 2048, 8192)
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
-      at_least_one = getattr(self, field.name) >= 1
-      errors.check_field(self, field.name, at_least_one, 'at least 1')
+      if field.type is int:
+        at_least_one = getattr(self, field.name) >= 1
+        errors.check_field(self, field.name, at_least_one, 'at least 1')
 
   @property
   def head_dim(self) -> int:
@@ -49,9 +55,10 @@ class Size:
     return self.embed_dim // self.num_heads
 
 
+_SHORT = {'vocab_size': 257, 'update_every': (64, 256, 1024)}
 SIZES = {
-  'tiny': Size(2, 32, 2, 48, vocab_size=257, max_length=256, window=32),
-  'small': Size(3, 128, 4, 384, vocab_size=257, max_length=1024, window=128),
+  'tiny': Size(2, 32, 2, 48, max_length=256, window=32, **_SHORT),
+  'small': Size(3, 128, 4, 384, max_length=1024, window=128, **_SHORT),
   '170m': Size(12, 768, 16, 3840),
   '340m': Size(24, 1024, 16, 2304),
   '760m': Size(24, 1536, 16, 3600),
@@ -72,10 +79,14 @@ class Family(NamedTuple):
     mixer: `mixer(size)` returns the config of the mixer, or a tuple of them
       that the blocks repeat.
     levels: `levels(size)` returns the chain of a block.
+    inner: `inner(size)` returns how its levels learn inside a stream.
   """
 
   mixer: Callable[[Size], Any]
   levels: Callable[[Size], tuple[cms.LevelConfig, ...]]
+  inner: Callable[[Size], levels_lib.InnerConfig] = lambda size: (
+    levels_lib.InnerConfig()
+  )
 
 
 def _mlp(size: Size) -> tuple[cms.LevelConfig, ...]:
@@ -87,6 +98,11 @@ def _chain(size: Size) -> tuple[cms.LevelConfig, ...]:
     cms.LevelConfig(level, size.mlp_dim // len(_PERIODS), period)
     for level, period in _PERIODS
   )
+
+
+def _learning(size: Size) -> levels_lib.InnerConfig:
+  """Makes all levels of a chain learn, in the last quarter of the blocks."""
+  return levels_lib.make_inner(size.update_every)
 
 
 def _memory(
@@ -190,8 +206,8 @@ _GATED_LINEAR = _memory(**_LINEAR)
 _PERSISTENT = {'num_persistent': 4}  # tokens; Titans does not say how many
 
 FAMILIES = {
-  'hope': Family(_memory(), _chain),
-  'hope_attention': Family(_attention(), _chain),
+  'hope': Family(_memory(), _chain, _learning),
+  'hope_attention': Family(_attention(), _chain, _learning),
   'transformer': Family(_attention(), _mlp),
   'sliding_window': Family(_window(), _mlp),
   'samba': Family(_pattern(_GATED_LINEAR, _window()), _mlp),
@@ -267,13 +283,25 @@ def make_config(name: str, **changes) -> trunk.ModelConfig:
   Raises:
     errors.UserError: The zoo has no such model.
   """
-  if name not in _named():
-    nearest = difflib.get_close_matches(name, names(), n=3, cutoff=0)
-    raise errors.UserError(
-      f'no model {name!r} in the zoo; the nearest are {", ".join(nearest)}.'
-    )
-  family, size = _named()[name]
+  family, size = _find(name)
   return make_sized(family, size, **changes)
+
+
+def make_inner(name: str) -> levels_lib.InnerConfig:
+  """Returns how the levels of a named model learn inside a stream.
+
+  Args:
+    name: Family and size, see `make_config`.
+
+  Returns:
+    An `InnerConfig`: `make_model(make_config(name), make_inner(name))` is the
+    model with these levels. It is off for a family whose MLPs do not learn.
+
+  Raises:
+    errors.UserError: The zoo has no such model.
+  """
+  family, size = _find(name)
+  return FAMILIES[family].inner(size)
 
 
 def make_sized(family: str, size: Size, **changes) -> trunk.ModelConfig:
@@ -298,6 +326,16 @@ def make_sized(family: str, size: Size, **changes) -> trunk.ModelConfig:
     max_length=size.max_length,
   )
   return dataclasses.replace(config, **changes)
+
+
+def _find(name: str) -> tuple[str, Size]:
+  """Returns family and size of a name."""
+  if name not in _named():
+    nearest = difflib.get_close_matches(name, names(), n=3, cutoff=0)
+    raise errors.UserError(
+      f'no model {name!r} in the zoo; the nearest are {", ".join(nearest)}.'
+    )
+  return _named()[name]
 
 
 def _named() -> dict[str, tuple[str, Size]]:

@@ -56,6 +56,17 @@ class ZooTest(parameterized.TestCase):
       config = models.zoo.make_config(name)
       self.assertEqual(configs.from_json(configs.to_json(config)), config, name)
 
+  def test_levels_of_a_chain_learn_inside_a_stream(self):
+    for name in models.zoo.names():
+      config, inner = models.zoo.make_config(name), models.zoo.make_inner(name)
+      self.assertEqual(inner.is_on, len(config.levels) > 1, name)
+      models.make_model(config, inner)  # refuses clocks that do not fit
+      self.assertEqual(configs.from_json(configs.to_json(inner)), inner, name)
+    of = lambda name: models.zoo.make_inner(name).update_every
+    self.assertEqual(of('hope_170m'), (512, 2048, 8192))
+    self.assertEqual(of('hope_attention_small'), (64, 256, 1024))
+    self.assertEqual(of('transformer_170m'), ())
+
   def test_mixers_of_a_pattern_are_changed_by_their_index(self):
     config = models.zoo.make_config('samba_tiny')
     changed = configs.override(config, ['mixer.1.window=8'])
@@ -83,6 +94,8 @@ class ZooTest(parameterized.TestCase):
   def test_names_the_nearest(self):
     with self.assertRaisesRegex(ValueError, "no model 'hope_17m'.*hope_170m"):
       models.zoo.make_config('hope_17m')
+    with self.assertRaisesRegex(ValueError, "no model 'hope_17m'.*hope_170m"):
+      models.zoo.make_inner('hope_17m')
 
 
 if __name__ == '__main__':
