@@ -23,3 +23,8 @@ from nested_learning.evaluation.scoring import encode_pair
 from nested_learning.evaluation.scoring import make_score
 from nested_learning.evaluation.scoring import Request
 from nested_learning.evaluation.scoring import Score
+from nested_learning.evaluation.streams import bits_per_byte_over_bins
+from nested_learning.evaluation.streams import make_evaluate_streams
+from nested_learning.evaluation.streams import plot_curves
+from nested_learning.evaluation.streams import stream_edges
+from nested_learning.evaluation.streams import write_curves

@@ -21,6 +21,7 @@ import optax
 
 from nested_learning import errors
 from nested_learning import files
+from nested_learning import levels
 from nested_learning import models
 from nested_learning.evaluation import scoring
 
@@ -32,9 +33,17 @@ class EvaluationConfig:
   """How much of the validation split is read."""
 
   num_batches: int = 8  # batches of data.batch_size rows, always the same ones
+  # Tokens of the streams that are read after training, data.batch_size of them
+  # side by side, with memories and levels carried to the end; 0 reads none.
+  stream_tokens: int = 8192
+  # How levels learn on these streams; off: as in `inner` of the experiment, or,
+  # if that is off too, as in a session (`inference.default_inner`).
+  inner: levels.InnerConfig = levels.InnerConfig()
 
   def __post_init__(self):
     errors.check_field(self, 'num_batches', self.num_batches >= 1, 'at least 1')
+    fine = self.stream_tokens >= 0
+    errors.check_field(self, 'stream_tokens', fine, 'at least 0')
 
 
 class Totals(NamedTuple):
@@ -123,12 +132,52 @@ def make_evaluate(
   Raises:
     errors.UserError: If there are more tokens than the model has.
   """
+  batch_totals = make_batch_totals(
+    model, byte_lengths, context_position, write=write, carry=carry
+  )
+
+  def evaluate(params, batches):
+    # Summed in float64: float32 stops counting at 2^24 tokens.
+    totals, state = Totals(0.0, 0.0, 0.0), None
+    for batch in batches:
+      sums, state = batch_totals(params, state, batch)
+      totals = jax.tree.map(np.add, totals, sums)
+    return make_evaluation(totals)
+
+  return evaluate
+
+
+def make_batch_totals(
+  model: models.Model,
+  byte_lengths: np.ndarray,
+  find_position: Callable[[jax.Array], jax.Array],
+  *,
+  write: bool = True,
+  carry: bool = True,
+) -> Callable[..., tuple[Totals, Any]]:
+  """Makes `batch_totals(params, state, batch) -> (totals, state)`.
+
+  Args:
+    model: See `make_evaluate`.
+    byte_lengths: See `make_evaluate`.
+    find_position: `find_position(reset)` is the position of each token in the
+      totals, int [b, t].
+    write: See `make_evaluate`.
+    carry: False returns None in place of the state.
+
+  Returns:
+    The function, compiled once; totals are float64. It raises UserError if the
+    model does not have a token.
+
+  Raises:
+    errors.UserError: If there are more tokens than the model has.
+  """
   byte_lengths = jnp.asarray(byte_lengths, jnp.float32)
   vocab_size = scoring.check_vocab_size(model.config, len(byte_lengths))
   token_loss = optax.softmax_cross_entropy_with_integer_labels
 
   @jax.jit
-  def batch_totals(params, state, batch):
+  def compute(params, state, batch):
     tokens, targets, reset = batch['tokens'], batch['targets'], batch['reset']
     counts = batch['mask'].astype(jnp.float32)
     if write and model.losses is not None:  # whole segments, read only once
@@ -140,7 +189,7 @@ def make_evaluate(
         params, state, tokens, reset=reset, write=write
       )
       loss = token_loss(logits, targets)  # [b, t]
-    position = context_position(reset)
+    position = find_position(reset)
 
     def by_position(x):
       return jnp.zeros(x.shape[1], jnp.float32).at[position].add(x * counts)
@@ -155,28 +204,31 @@ def make_evaluate(
     wrong |= ((targets < 0) | (targets >= vocab_size)) & batch['mask']
     return totals, jnp.sum(wrong), state if carry else None
 
-  def evaluate(params, batches):
-    # Summed in float64: float32 stops counting at 2^24 tokens.
-    totals, state = Totals(0.0, 0.0, 0.0), None
-    for batch in batches:
-      sums, num_wrong, state = batch_totals(params, state, batch)
-      if num_wrong:
-        raise errors.UserError(
-          f'{int(num_wrong)} tokens of a batch are not among the {vocab_size} '
-          'of the model; use the tokenizer that the model was trained with.'
-        )
-      totals = jax.tree.map(
-        lambda a, b: a + np.float64(b), totals, jax.device_get(sums)
-      )
-    if not np.sum(totals.num_bytes):
+  def batch_totals(params, state, batch):
+    sums, num_wrong, state = compute(params, state, batch)
+    if num_wrong:
       raise errors.UserError(
-        'no target with text in the batches to evaluate; the validation split '
-        'is empty or too small: give more text or raise '
-        'data.validation_fraction.'
+        f'{int(num_wrong)} tokens of a batch are not among the {vocab_size} '
+        'of the model; use the tokenizer that the model was trained with.'
       )
-    return Evaluation(totals)
+    return jax.tree.map(np.float64, jax.device_get(sums)), state
 
-  return evaluate
+  return batch_totals
+
+
+def make_evaluation(totals: Totals) -> Evaluation:
+  """Returns the evaluation with these sums.
+
+  Raises:
+    errors.UserError: If no target counts.
+  """
+  if not np.sum(totals.num_bytes):
+    raise errors.UserError(
+      'no target with text in the batches to evaluate; the validation split '
+      'is empty or too small: give more text or raise '
+      'data.validation_fraction.'
+    )
+  return Evaluation(totals)
 
 
 def context_position(reset: jax.Array) -> jax.Array:

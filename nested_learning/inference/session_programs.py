@@ -263,7 +263,6 @@ def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
 
 @functools.lru_cache(maxsize=16)
 def _make_programs(config, head, inner) -> Programs:
-  plain = models.make_model(config, head=head)
   reader = models.make_model(config, inner, head=head).reader
 
   def init(params, num_rows):
@@ -321,15 +320,7 @@ def _make_programs(config, head, inner) -> Programs:
 
   @jax.jit
   def restart(params, state, rows):
-    axes = trees.row_axes(plain.init_state, params)
-    fresh = trees.rows_first(axes, plain.init_state(params, rows.shape[0]))
-    begin = lambda old: trees.where(rows, fresh, old)
-    stream = state.stream
-    stream = stream._replace(
-      model=begin(stream.model),
-      segment=stream.segment._replace(model=begin(stream.segment.model)),
-    )
-    return state._replace(stream=stream)
+    return state._replace(stream=reader.restart(params, state.stream, rows))
 
   def continue_row(params, stream, tokens, *, mask):
     # The buffer of the segment is not read again: no step follows.

@@ -3,6 +3,7 @@
 from nested_learning.levels.health import Health
 from nested_learning.levels.health import health_warnings
 from nested_learning.levels.health import measure_health
+from nested_learning.levels.inner import clock_warnings
 from nested_learning.levels.inner import InnerConfig
 from nested_learning.levels.inner import InnerLevelConfig
 from nested_learning.levels.inner import make_inner

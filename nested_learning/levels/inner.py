@@ -177,6 +177,11 @@ def make_levels(
       one before a faster one, or has a setting without effect.
   """
   sizes = config.update_every
+  if not names:
+    raise errors.UserError(
+      f'inner.levels, with update_every={sizes}, is for a model without a '
+      'chain of levels; name some in model.levels, or set inner.levels=().'
+    )
   if len(sizes) != len(names):
     raise errors.UserError(
       f'inner.levels, with update_every={sizes}, must have one entry for each '
@@ -193,6 +198,28 @@ def make_levels(
     _make_level(i, name, level)
     for i, (name, level) in enumerate(zip(names, config.levels, strict=True))
     if level.update_every is not None
+  ]
+
+
+def clock_warnings(
+  config: InnerConfig, num_tokens: int, *, field: str = 'inner'
+) -> list[str]:
+  """Describes levels that never step, because streams are too short.
+
+  Args:
+    config: How levels learn.
+    num_tokens: Tokens of a stream.
+    field: Name of the config, for the sentences.
+
+  Returns:
+    One sentence per level; none if all levels step.
+  """
+  return [
+    f'{field}.levels.{i}.update_every={every} is longer than a stream of '
+    f'{num_tokens} tokens: this level never steps; lower it, or read longer '
+    'streams.'
+    for i, every in enumerate(config.update_every)
+    if every is not None and every > num_tokens
   ]
 
 

@@ -112,6 +112,8 @@ class Reader(NamedTuple):
     losses: `losses(params, state, tokens, targets, token_loss, *, reset=None)`
       returns the losses [b, t] of full segments in place of their logits, which
       the backward pass then does not keep, and the state.
+    restart: `restart(params, state, rows)` begins new streams of the mixers in
+      some rows [b], with the levels as they are.
   """
 
   segment_size: int
@@ -121,6 +123,7 @@ class Reader(NamedTuple):
   read_segments: Callable[..., tuple[jax.Array, State]]
   read_piece: Callable[..., tuple[jax.Array, State]]
   losses: Callable[..., tuple[jax.Array, State]]
+  restart: Callable[[Any, State, jax.Array], State]
 
 
 def make_reader(spec: rows.ReaderSpec) -> Reader:
@@ -146,6 +149,7 @@ def make_reader(spec: rows.ReaderSpec) -> Reader:
     read_segments=prepared(_read_segments),
     read_piece=prepared(_read_piece),
     losses=prepared(_losses),
+    restart=prepared(_restart),
   )
 
 
@@ -165,6 +169,14 @@ def _init_state(spec, params, batch_size):
     num_segments=jnp.zeros((batch_size,), jnp.int32),
     levels=steps.init(spec.steps, params, batch_size, energies),
   )
+
+
+def _restart(spec, params, state, rows):
+  axes = trees.row_axes(spec.init_state, params)
+  fresh = trees.rows_first(axes, spec.init_state(params, rows.shape[0]))
+  begin = lambda old: trees.where(rows, fresh, old)
+  segment = state.segment._replace(model=begin(state.segment.model))
+  return state._replace(model=begin(state.model), segment=segment)
 
 
 def _read(spec, params, state, tokens, *, reset=None, mask=None, write=True):

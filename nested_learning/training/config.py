@@ -135,6 +135,23 @@ class ExperimentConfig:
     return models.LanguageHead()
 
   @property
+  def stream_tokens(self) -> int:
+    """Tokens of each stream of text that is evaluated; 0 if none is read."""
+    # Tokens that lie on several devices cannot go on where others stopped.
+    reads = self.has_validation and self.mesh.context == 1
+    return self.evaluation.stream_tokens if reads else 0
+
+  @property
+  def stream_inner(self) -> levels.InnerConfig:
+    """How levels learn on streams that are evaluated; off if none can."""
+    for given in (self.evaluation.inner, self.inner):
+      if given.is_on:
+        return given
+    default = inference.default_inner(self.model)
+    fits = default.is_on and min(default.update_every) <= self.model.max_length
+    return default if fits else levels.InnerConfig()
+
+  @property
   def has_validation(self) -> bool:
     """Whether any data is held out to evaluate on."""
     return getattr(self.data, 'has_validation', True)
@@ -172,14 +189,23 @@ def _check_levels(config: ExperimentConfig) -> None:
         '(data.batch_size x data.sequence_length); set it to '
         f'{above}, or to None for an update at every step.'
       )
+  names = [level.name for level in config.model.levels]
   if config.inner.is_on:
-    names = [level.name for level in config.model.levels]
     size = levels.segment_size(levels.make_levels(config.inner, names))
     if config.data.sequence_length % size:
       raise errors.UserError(
         f'data.sequence_length={config.data.sequence_length} is not a multiple '
         f'of the {size} tokens of a segment of inner.levels with update_every='
         f'{config.inner.update_every}; change the one or the other.'
+      )
+  inner = config.evaluation.inner
+  if inner.is_on:
+    size = levels.segment_size(levels.make_levels(inner, names))
+    if size > config.model.max_length:
+      raise errors.UserError(
+        f'a segment of {size} tokens (evaluation.inner.levels with '
+        f'update_every={inner.update_every}) is longer than model.max_length='
+        f'{config.model.max_length}; lower the one or raise the other.'
       )
 
 

@@ -1,10 +1,12 @@
-"""The workload of a text: bits per byte with memory writes on and off."""
+"""The workload of a text: bits per byte of rows, and of long streams."""
 
 from collections.abc import Mapping
+import dataclasses
 import functools
 import math
 from typing import Any
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from nested_learning import data as data_lib
 from nested_learning import errors
 from nested_learning import evaluation
 from nested_learning import inference
+from nested_learning import levels
 from nested_learning import models
 from nested_learning.training import config as config_lib
 from nested_learning.training import workload as workload_lib
@@ -29,6 +32,24 @@ writing.
 
 The numbers are in [{_POSITION_TABLE}]({_POSITION_TABLE})."""
 
+_STREAM_PLOT = 'stream.png'
+_STREAM_TABLE = 'stream.csv'
+_BY_STREAM = f"""## Streams
+
+Held-out text end to end, with the state carried from its first token to its \
+last: nothing written, memories written, and memories written while levels \
+learn.
+
+![Bits per byte by position in the stream]({_STREAM_PLOT})
+
+The numbers are in [{_STREAM_TABLE}]({_STREAM_TABLE})."""
+# Labels of the curves, by the end of their names in the summary.
+_CURVES = {
+  '_writes_off': 'nothing written',
+  '': 'memories',
+  '_levels_learning': 'memories and levels',
+}
+
 
 token_loss = evaluation.cross_entropy
 
@@ -40,9 +61,11 @@ def make_workload(
   tokenizer = make_tokenizer(config)
   encode_prompt(config, tokenizer)  # refuses a long one before training
   model = models.make_model(config.model, config.inner)
+  for warning in _clock_warnings(config):
+    logging.warning('%s', warning)
+  lengths = byte_lengths(config, tokenizer)
 
   def make_evaluate(write):
-    lengths = byte_lengths(config, tokenizer)
     return evaluation.make_evaluate(
       model, lengths, write=write, carry=config.carries_state
     )
@@ -55,9 +78,11 @@ def make_workload(
     )
     with jax.set_mesh(mesh):
       writes_on = evaluated or workload.evaluate(params, batches())
-      _check_finite(writes_on, 'on')
+      _check_finite(writes_on, 'writes on')
       writes_off = make_evaluate(False)(params, batches())
-      _check_finite(writes_off, 'off')
+      _check_finite(writes_off, 'writes off')
+
+      curves = _read_streams(config, workload, lengths, params, mesh)
 
     def write_files(workdir):
       for path, write in (
@@ -65,8 +90,17 @@ def make_workload(
         (_POSITION_PLOT, evaluation.plot_by_position),
       ):
         write(workdir / path, writes_on, writes_off)
+      if curves:
+        evaluation.write_curves(
+          workdir / _STREAM_TABLE,
+          {f'bits_per_byte{name}': x for name, x in curves.items()},
+        )
+        evaluation.plot_curves(
+          workdir / _STREAM_PLOT,
+          {_CURVES[name]: x for name, x in curves.items()},
+        )
 
-    numbers = _summarize(writes_on, writes_off)
+    numbers = _summarize(writes_on, writes_off) | _summarize_streams(curves)
     return workload_lib.Summary(numbers, write_files)
 
   def sample(params, mesh):
@@ -83,7 +117,7 @@ def make_workload(
     summarize=summarize,
     sample=sample,
     verdict=verdict,
-    sections=lambda summary: [_BY_POSITION] if config.has_validation else [],
+    sections=_sections,
     watched=('bits_per_byte', 'bits per byte'),
   )
   return workload
@@ -159,21 +193,101 @@ def generate_text(
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
-  """Returns one sentence on what the memory's writes gain."""
+  """Returns sentences on what writes and levels that learn gain.
+
+  The first is on streams, if any were read, and the last on rows.
+  """
   if 'bits_per_byte' not in summary:
     return 'Not evaluated: data.validation_fraction=0 holds no text out.'
   on, off = summary['bits_per_byte'], summary['bits_per_byte_writes_off']
   if on == off:
-    return (
+    rows = (
       f'{on:.4f} bits per byte of validation text. Writes on or off makes no '
       'difference: this model writes no memory.'
     )
-  better = 'better' if on < off else 'WORSE'
+  else:
+    better = 'better' if on < off else 'WORSE'
+    rows = (
+      f'{on:.4f} bits per byte of validation text with memory writes on, '
+      f'{off:.4f} with writes off: writing is {abs(off - on):.4f} bits per '
+      f'byte ({abs(off - on) / off:.1%}) {better}.'
+    )
+  if 'stream_tokens' not in summary:
+    return rows
+  numbers = [
+    f'{summary[key]:.3f} with {what}'
+    for key, what in (
+      ('stream_bits_per_byte_writes_off', 'writes off'),
+      ('stream_bits_per_byte', 'memory writes'),
+      ('stream_bits_per_byte_levels_learning', 'levels learning as well'),
+    )
+    if key in summary
+  ]
   return (
-    f'{on:.4f} bits per byte of validation text with memory writes on, '
-    f'{off:.4f} with writes off: writing is {abs(off - on):.4f} bits per byte '
-    f'({abs(off - on) / off:.1%}) {better}.'
+    f'Bits per byte on streams of {summary["stream_tokens"]:,} tokens of '
+    f'validation text: {", ".join(numbers)}.\n{rows}'
   )
+
+
+def _clock_warnings(config: config_lib.ExperimentConfig) -> list[str]:
+  num_rows = config.train.num_steps if config.carries_state else 1
+  found = levels.clock_warnings(
+    config.inner, num_rows * config.data.sequence_length
+  )
+  if config.stream_tokens:
+    found += levels.clock_warnings(
+      config.evaluation.inner, config.stream_tokens, field='evaluation.inner'
+    )
+  return found
+
+
+def _sections(summary: Mapping[str, Any]) -> list[str]:
+  sections = [_BY_STREAM] if 'stream_tokens' in summary else []
+  return sections + ([_BY_POSITION] if 'bits_per_byte' in summary else [])
+
+
+def _read_streams(
+  config, workload, lengths, params, mesh
+) -> dict[str, evaluation.Evaluation]:
+  """Reads the same streams in every way; returns the curves by name."""
+  num_tokens, inner = config.stream_tokens, config.stream_inner
+  if not num_tokens:
+    return {}
+  plain = models.make_model(config.model)
+  readings = {'_writes_off': (plain, False), '': (plain, True)}
+  length = config.data.sequence_length
+  if inner.is_on:
+    model = models.make_model(config.model, inner)
+    readings['_levels_learning'] = model, True
+    size = model.reader.segment_size
+    length = max(length // size, 1) * size
+  data = dataclasses.replace(config.data, reset='never', sequence_length=length)
+  source = workload._replace(
+    make_batches=functools.partial(_make_batches, data)
+  )
+  curves = {}
+  for name, (model, write) in readings.items():
+    batches = workload_lib.validation_batches(
+      source, -(-num_tokens // length), mesh
+    )
+    evaluate = evaluation.make_evaluate_streams(model, lengths, write=write)
+    curves[name] = evaluate(params, batches)
+    _check_finite(curves[name], f'{_CURVES[name]} on a stream')
+  return curves
+
+
+def _summarize_streams(
+  curves: Mapping[str, evaluation.Evaluation],
+) -> dict[str, float]:
+  if not curves:
+    return {}
+  return {
+    'stream_tokens': int((curves[''].totals.num_tokens > 0).sum()),
+    **{
+      f'stream_bits_per_byte{name}': curve.bits_per_byte
+      for name, curve in curves.items()
+    },
+  }
 
 
 def _make_batches(data, split, *, process_index, process_count):
@@ -182,10 +296,10 @@ def _make_batches(data, split, *, process_index, process_count):
   )
 
 
-def _check_finite(evaluated: evaluation.Evaluation, writes: str) -> None:
+def _check_finite(evaluated: evaluation.Evaluation, how: str) -> None:
   if not math.isfinite(evaluated.loss):  # which no plot can show
     raise FloatingPointError(
-      f'the validation loss with writes {writes} is {evaluated.loss}'
+      f'the validation loss with {how} is {evaluated.loss}'
     )
 
 

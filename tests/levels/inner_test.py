@@ -41,6 +41,14 @@ class InnerConfigTest(parameterized.TestCase):
     self.assertFalse(levels.InnerConfig().is_on)
     self.assertFalse(levels.make_inner((None,)).is_on)
 
+  def test_warns_of_clocks_that_never_strike(self):
+    inner = levels.make_inner((8, 32, None))
+    self.assertEmpty(levels.clock_warnings(inner, 32))
+    (warning,) = levels.clock_warnings(inner, 31, field='evaluation.inner')
+    self.assertRegex(
+      warning, r'^evaluation.inner.levels.1.update_every=32 .* 31 tokens.*never'
+    )
+
   def test_one_flag_turns_learning_on(self):
     off = Config(inner=levels.InnerConfig())
     changed = configs.override(off, ['inner.levels=64,128'])

@@ -7,6 +7,7 @@ from absl.testing import parameterized
 from nested_learning import configs
 from nested_learning import data
 from nested_learning import errors
+from nested_learning import evaluation
 from nested_learning import levels
 from nested_learning import models
 from nested_learning import training
@@ -55,6 +56,43 @@ class ConfigTest(parameterized.TestCase):
     root = pathlib.Path(self.create_tempdir().full_path)
     with self.assertRaisesRegex(errors.UserError, message):
       tiny.experiment(root, **changes)
+
+  def test_levels_of_streams_are_the_first_that_learn(self):
+    root = pathlib.Path(self.create_tempdir().full_path)
+    make, inner = levels.make_inner, levels.make_inner((16, 32))
+    default = tiny.experiment(root).stream_inner
+    self.assertEqual(default, make((128, 512)))  # as in a session
+    short = tiny.experiment(root, model={'max_length': 64})
+    self.assertFalse(short.stream_inner.is_on)  # holds no segment of it
+    both = tiny.experiment(root, inner=inner)
+    self.assertEqual(both.stream_inner, inner)
+    both = dataclasses.replace(
+      both, evaluation=evaluation.EvaluationConfig(inner=make((8, None)))
+    )
+    self.assertEqual(both.stream_inner, make((8, None)))
+
+  @parameterized.parameters(
+    ((16,), 'one entry for each of the 2 levels'),
+    ((32, 16), 'a slower level before a faster'),
+    ((15, 32), 'no common divisor'),
+    ((256, 512), r'a segment of 256 .*evaluation.inner.*max_length=128'),
+  )
+  def test_refuses_levels_of_streams_that_do_not_fit(self, clocks, message):
+    root = pathlib.Path(self.create_tempdir().full_path)
+    with self.assertRaisesRegex(errors.UserError, message) as caught:
+      tiny.experiment(root, evaluation={'inner': levels.make_inner(clocks)})
+    self.assertNotIn('\n', str(caught.exception))
+
+  def test_refuses_levels_of_a_model_without_a_chain(self):
+    root = pathlib.Path(self.create_tempdir().full_path)
+    config = tiny.experiment(root, model={'levels': ()})
+    self.assertFalse(config.stream_inner.is_on)
+    for name in ('inner', 'evaluation.inner'):
+      with self.assertRaisesRegex(
+        errors.UserError, 'without a chain'
+      ) as caught:
+        configs.override(config, [f'{name}.levels=8,16'])
+      self.assertNotIn('\n', str(caught.exception))
 
   @parameterized.parameters(-1, 2**32, 10**20)
   def test_refuses_a_seed_that_makes_no_key(self, seed):

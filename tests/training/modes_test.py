@@ -15,6 +15,7 @@ from nested_learning import configs
 from nested_learning import errors
 from nested_learning import files
 from nested_learning import layers
+from nested_learning import levels
 from nested_learning import sharding
 from nested_learning import training
 from nested_learning.training import make_workload
@@ -33,7 +34,11 @@ class ModesTest(parameterized.TestCase):
     tiny.share_executables(self)
     self.root = pathlib.Path(self.create_tempdir().full_path)
     self.workdir = self.root / 'run'
-    self.config = tiny.experiment(self.root, model={'mixer': _TITANS})
+    self.config = tiny.experiment(
+      self.root,
+      model={'mixer': _TITANS},
+      evaluation={'stream_tokens': 128, 'inner': levels.make_inner((16, 64))},
+    )
 
   def run_mode(self, mode, config=None):
     output = io.StringIO()
@@ -53,6 +58,13 @@ class ModesTest(parameterized.TestCase):
     self.assertNotEqual(
       summary['bits_per_byte'], summary['bits_per_byte_writes_off']
     )
+    first = verdict.splitlines()[0]
+    self.assertStartsWith(first, 'Bits per byte on streams of 128 tokens')
+    ends = '_writes_off', '', '_levels_learning'
+    numbers = [summary[f'stream_bits_per_byte{end}'] for end in ends]
+    self.assertEqual(numbers, sorted(set(numbers), reverse=True))
+    for number, what in zip(numbers, ('off', 'memory', 'levels'), strict=True):
+      self.assertRegex(first, f'{number:.3f} with [a-z ]*{what}')
     for value in summary.values():
       self.assertIsInstance(value, int | float | str)
     stored = configs.from_json((self.workdir / 'config.json').read_text())
@@ -65,7 +77,7 @@ class ModesTest(parameterized.TestCase):
     ):
       self.assertIn(text, report)
     self.assertRegex(report, r'\| slow +\| 512 +\| 3 +\|')
-    for plot in ('loss.png', 'loss_by_position.png'):
+    for plot in ('loss.png', 'loss_by_position.png', 'stream.png'):
       self.assertEqual((self.workdir / plot).read_bytes()[1:4], b'PNG')
     table = (self.workdir / 'loss_by_position.csv').read_text().splitlines()
     self.assertLen(table, 1 + self.config.data.sequence_length)

@@ -65,7 +65,7 @@ def experiment(root: pathlib.Path, **changes) -> training.ExperimentConfig:
       evaluate_every=100,
       checkpoint_every=100,
     ),
-    evaluation=evaluation.EvaluationConfig(num_batches=2),
+    evaluation=evaluation.EvaluationConfig(num_batches=2, stream_tokens=0),
     generate=inference.GenerateConfig(prompt='line', num_tokens=8),
   )
   for name, value in changes.items():
