@@ -23,6 +23,7 @@ import collections
 import dataclasses
 import json
 import pathlib
+import shlex
 
 from experiments import report_files
 from experiments.optimizers import cells as cells_lib
@@ -217,14 +218,26 @@ def _write_page(config, tasks, store, folder) -> dict[str, float]:
 
 
 def _provenance(counts, sources) -> str:
-  """Returns a table with the command, code and machine behind the cells."""
+  """Returns a list of the commands, code and machines behind the cells."""
   values = collections.defaultdict(set)
   for source in sources:
     for key, value in source.items():
-      values[key].add(value)
-  rows = [
-    (key, '; '.join(f'`{v}`' if key == 'command' else v for v in sorted(found)))
-    for key, found in values.items()
-  ]
+      values[key].add(_quoted(value) if key == 'command' else value)
+  lines = []
+  for key, found in values.items():
+    shown = sorted(found)
+    if key == 'command':
+      lines += ['- commands:', *(f'  - `{command}`' for command in shown)]
+    else:
+      lines.append(f'- {key}: {"; ".join(shown)}')
   finished = ', '.join(f'{name} {count}' for name, count in counts.items())
-  return report_files.table(('', ''), [*rows, ('cells', finished or 'none')])
+  return '\n'.join([*lines, f'- cells: {finished or "none"}'])
+
+
+def _quoted(command: str) -> str:
+  """Returns a command with words in double quotes that contain single ones."""
+  return ' '.join(
+    f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else quoted
+    for word in shlex.split(command)
+    for quoted in [shlex.quote(word)]
+  )

@@ -81,7 +81,7 @@ def make_task(
 
 def _search(config, name):
   """Returns the values of a cell: rate and relative loss by condition."""
-  rates = np.logspace(-3, 1, config.num_rates)
+  rates = _rates(config)
   values = {}
   for condition in config.conditions:
     x, start, loss_fn = _make_problem(config, condition)
@@ -92,6 +92,10 @@ def _search(config, name):
     values[f'rate_{condition:g}'] = rates[found]
     values[f'condition_{condition:g}'] = ends[found] / loss_fn(start, x)
   return values
+
+
+def _rates(config):
+  return np.logspace(-3, 1, config.num_rates)
 
 
 def _make_problem(config, condition):
@@ -134,7 +138,18 @@ def _report(config, cells, folder):
     'The printed DGD minimises the loss plus 1/2 |W x|^2. With erase 1, the '
     'minimum is a map with half of every target as its output: a quarter of '
     'the loss.',
+    rules.at_the_edge(
+      {
+        name: [
+          cells[report_files.key(name)].values[f'rate_{c:g}']
+          for c in config.conditions
+        ]
+        for name in found
+      },
+      _rates(config),
+    ),
   ]
+  sections = list(filter(None, sections))
   return cells_lib.Report(sections, cells_lib.plain_numbers(cells))
 
 

@@ -82,7 +82,7 @@ def _search(config, name):
   """Returns the values of a cell; losses are over those of the start."""
   first, second, start, loss_fn = _make_tasks(config)
   batches = jnp.stack([first] * config.num_steps + [second] * config.num_steps)
-  rates = np.logspace(-3, 1, config.num_rates)
+  rates = _rates(config)
   swept = rules.sweep(
     name,
     loss_fn,
@@ -102,6 +102,10 @@ def _search(config, name):
     'second_after_second': after_second[found, 1],
     'first': curves[found, ::5, 0],  # every fifth step
   }
+
+
+def _rates(config):
+  return np.logspace(-3, 1, config.num_rates)
 
 
 def _make_tasks(config):
@@ -141,14 +145,22 @@ def _report(config, cells, folder):
       rows,
     ),
     '![Loss of the first task](orthogonal_tasks.png)',
-    f'{rows[0][0]} keeps the first task best ({rows[0][3]:.1e}), and '
-    f'{rows[-1][0]} worst ({rows[-1][3]:.1e}). Behind an untrained map on it: '
+    # Losses below are rounding errors of float32.
+    'No more of the first task than 1e-6 is lost by '
+    f'{", ".join(row[0] for row in rows if row[3] < 1e-6) or "none"}; '
+    f'{rows[-1][0]} keeps it worst ({rows[-1][3]:.1e}). Behind an untrained '
+    'map on it: '
     f'{", ".join(row[0] for row in rows if row[3] > 1) or "none"}.',
     'A gradient of B is orthogonal to the inputs of A, and so is any sum of '
     'such gradients. Dividing it entry by entry leaves that space. '
     'Orthogonalising does not, but while a momentum still holds gradients of '
     'A, they get the same weight as those of B; a slow one holds them long.',
+    rules.at_the_edge(
+      {name: [cell.values['rate']] for name, cell in found.items()},
+      _rates(config),
+    ),
   ]
+  sections = list(filter(None, sections))
   return cells_lib.Report(sections, cells_lib.plain_numbers(cells))
 
 

@@ -3,7 +3,7 @@
 Every optimiser gets the same rates, initial parameters and batches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import json
 import math
 from typing import Any, NamedTuple
@@ -220,3 +220,26 @@ def best(scores: Sequence[float]) -> int:
   """Returns the index of the lowest score; diverged runs never win."""
   scores = np.asarray(scores)
   return int(np.argmin(np.where(np.isfinite(scores), scores, math.inf)))
+
+
+def at_the_edge(
+  found: Mapping[str, Sequence[float]], rates: Sequence[float]
+) -> str:
+  """Returns a sentence that names optimisers whose best rate may lie beyond.
+
+  Args:
+    found: Best rates by optimiser, one for each problem.
+    rates: The rates that were tried.
+
+  Returns:
+    A sentence; '' if all best rates lie inside.
+  """
+  ends = np.array([min(rates), max(rates)])
+  names = [
+    name
+    for name, theirs in found.items()
+    if np.any(np.isclose(np.array(theirs)[:, None], ends))
+  ]
+  if not names:
+    return ''
+  return f'The best rate is at an end of those tried for {", ".join(names)}.'

@@ -137,26 +137,36 @@ def _outcome(training, results) -> str:
 
 
 def _at_equal_time(results) -> str:
-  """Returns the order at equal steps and at equal time."""
-  at_end, in_time = {}, {}
-  for name, result in results.items():
-    losses = trainings.losses_in_time(result)
-    if losses is not None:
-      at_end[name], in_time[name] = map(np.mean, losses)
-  if not at_end:
+  """Returns the lowest training losses at equal steps and at equal time."""
+  found = {
+    name: losses
+    for name, result in results.items()
+    if (losses := trainings.losses_in_time(result)) is not None
+  }
+  if not found:
     return ''
-  first = [min(losses, key=losses.get) for losses in (at_end, in_time)]
-  same = (
-    f'{first[0]} has the lowest training loss at equal steps and at equal time.'
-    if first[0] == first[1]
-    else f'{first[0]} has the lowest training loss at equal steps, and '
-    f'{first[1]} when AdamW has ended.'
-  )
+  sentences = []
+  for i, when in enumerate(('at equal steps', 'when AdamW has ended')):
+    means = {name: np.mean(both[i]) for name, both in found.items()}
+    best = min(means, key=means.get)
+    # They lie orders of magnitude apart, and so do the spreads.
+    logs = {
+      name: [math.log(max(loss, np.finfo(float).tiny)) for loss in both[i]]
+      for name, both in found.items()
+    }
+    equal = [
+      name
+      for name in logs
+      if name != best and trainings.differ(logs[best], logs[name]) is False
+    ]
+    but = f'; no different: {", ".join(equal)}' if equal else ''
+    sentences.append(f'{best} has the lowest training loss {when}{but}.')
   return (
-    f'{same} The losses are means over the last twelfth of the steps. At equal '
-    'time, an optimiser is cut off when AdamW has ended, before its rate has '
-    'fallen as far. Times are those of the processor, with the gradient, '
-    'measured in turn with those of AdamW.'
+    f'{" ".join(sentences)} The losses are means over the last twelfth of the '
+    'steps, and are compared in the logarithm. At equal time, an optimiser is '
+    'cut off when AdamW has ended, before its rate has fallen as far. Times '
+    'are those of the processor, with the gradient, measured in turn with '
+    'those of AdamW; its own ratio to itself shows the noise.'
   )
 
 

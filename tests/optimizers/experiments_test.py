@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shlex
 import sys
 from unittest import mock
 
@@ -173,10 +174,47 @@ class TrainingsTest(parameterized.TestCase):
       'M3 is worse than Muon.',
       'Its second moment hurts.',
       'Its slow momentum makes no difference.',
+      # Seeds of 0, 1 and 2 hundredths, and so a spread of 0.01.
+      'Muon has the lowest training loss at equal steps. Muon has the lowest '
+      'training loss when AdamW has ended.',
     ):
       self.assertIn(sentence, text)
     self.assertEqual(numbers['m3_rate'], 0.01)
     self.assertAlmostEqual(numbers['m3_spread'], 0.01)
+
+  def test_losses_within_the_spread_are_no_different(self):
+    scores = {'Muon': 0.5, 'M3': 0.51}
+    made = make_training([], scores)
+    trainings.measure(made, SEARCH, self.store)
+    text, _ = self.report(made)
+    self.assertIn(
+      'Muon has the lowest training loss at equal steps; no different: M3.',
+      text,
+    )
+
+  def test_rates_at_the_edge_are_named(self):
+    found = {'M3': [0.1, 1.0], 'Muon': [0.1, 0.01], 'AdamW': [0.1]}
+    rates = np.logspace(-2, 1, 4)
+    self.assertEqual(
+      rules.at_the_edge(found, rates),
+      'The best rate is at an end of those tried for Muon.',
+    )
+    self.assertEqual(rules.at_the_edge({'M3': [0.1]}, rates), '')
+
+  def test_provenance_lists_commands(self):
+    sources = [
+      {'command': shlex.join(['python', 'run.py', f"--set=names=('{name}',)"])}
+      | {'commit': commit}
+      for name, commit in (('M3', 'b'), ('AdamW', 'a'), ('M3', 'a'))
+    ]
+    self.assertEqual(
+      compare._provenance({'vit': 3}, sources),
+      '- commands:\n'
+      '  - `python run.py "--set=names=(\'AdamW\',)"`\n'
+      '  - `python run.py "--set=names=(\'M3\',)"`\n'
+      '- commit: a; b\n'
+      '- cells: vit 3',
+    )
 
   def test_cells_of_other_settings_are_not_reported(self):
     trainings.measure(make_training([]), SEARCH, self.store)
@@ -189,6 +227,11 @@ class TrainingsTest(parameterized.TestCase):
     cell = cells_lib.Cell('made', 'cell', {}, values, {})
     self.assertEqual(trainings.loss_at(cell, 1.0), 22.5)
     self.assertEqual(trainings.loss_at(cell, 0.5), 10.5)
+    # A ratio of AdamW to itself is noise, which must not cut it off.
+    clock = cells_lib.Cell('made', 'time', {}, {'over_adamw': 2.0}, {})
+    for name, expected in (('M3', 10.5), ('AdamW', 22.5)):
+      result = trainings.Result(name, {0.1: 1.0}, 0.1, [cell], clock)
+      self.assertEqual(trainings.losses_in_time(result), ([22.5], [expected]))
 
   @parameterized.parameters(
     ([1.0, 1.2], [1.1, 1.3], False),
