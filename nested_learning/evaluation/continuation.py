@@ -87,7 +87,7 @@ def make_generate_until(
   @functools.cache
   def make_draw(temperature, top_k, top_p):
     draw = inference.make_draw(
-      model.decode,
+      model,
       inference.DrawConfig(
         _BLOCK, temperature, top_k, top_p, tokenizer.document_id, vocab_size
       ),

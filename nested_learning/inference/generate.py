@@ -201,7 +201,7 @@ def make_generate(
   )
   sampling.check_draw(config, model.config.vocab_size)
   read_prompt = make_prompt_reader(model)
-  draw = jax.jit(sampling.make_draw(model.decode, config))
+  draw = jax.jit(sampling.make_draw(model, config))
 
   def generate(params, prompt, key, mask=None):
     prompt = np.asarray(prompt)

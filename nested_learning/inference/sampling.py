@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_learning import errors
+from nested_learning import models
 
 
 class DrawConfig(NamedTuple):
@@ -192,17 +193,17 @@ def row_keys(key: jax.Array, rows: Any) -> jax.Array:
 
 
 def make_draw(
-  decode: Callable[..., tuple[jax.Array, Any]], config: DrawConfig
+  model: models.Model, config: DrawConfig
 ) -> Callable[..., tuple[Generated, jax.Array, Any]]:
   """Makes `draw(params, logits, state, keys, start=0)`.
 
-  It draws a token per row from logits [b, v], reads it with `decode`, and so
+  It draws a token per row from logits [b, v], reads it with the model, and so
   on until all rows have ended. Token number n of a row is drawn with
   `fold_in(key of the row, n)`, so it depends neither on the other rows nor on
   how many tokens are drawn in one call; `start` is the number of the first.
 
   Args:
-    decode: `decode(params, state, tokens, mask=mask)` of a model.
+    model: From `models.make_model`.
     config: The settings; see `check_draw`.
 
   Returns:
@@ -232,7 +233,7 @@ def make_draw(
       if stop_token is not None:
         running = running & (token != stop_token)
         token = jnp.where(running, token, stop_token)
-      logits, state = decode(
+      logits, state = model.decode(
         params, loop.state, token[:, None], mask=running[:, None]
       )
       tokens = loop.tokens.at[:, loop.step].set(token)
@@ -242,6 +243,7 @@ def make_draw(
       return (loop.step < config.num_tokens) & loop.running.any()
 
     batch_size = logits.shape[0]
+    params, state = model.to_layers(params, state)
     loop = _Loop(
       jnp.zeros((), jnp.int32),
       logits,
@@ -254,6 +256,7 @@ def make_draw(
       lengths = jnp.full((batch_size,), config.num_tokens, jnp.int32)
     else:
       lengths = jnp.sum(loop.tokens != stop_token, axis=1)
-    return Generated(loop.tokens, lengths), loop.logits, loop.state
+    state = model.from_layers(loop.state)
+    return Generated(loop.tokens, lengths), loop.logits, state
 
   return draw

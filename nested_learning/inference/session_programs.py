@@ -263,7 +263,8 @@ def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
 
 @functools.lru_cache(maxsize=16)
 def _make_programs(config, head, inner) -> Programs:
-  reader = models.make_model(config, inner, head=head).reader
+  learner = models.make_model(config, inner, head=head)
+  reader = learner.reader
 
   def init(params, num_rows):
     return SessionState(
@@ -322,14 +323,9 @@ def _make_programs(config, head, inner) -> Programs:
   def restart(params, state, rows):
     return state._replace(stream=reader.restart(params, state.stream, rows))
 
-  def continue_row(params, stream, tokens, *, mask):
-    # The buffer of the segment is not read again: no step follows.
-    reset = jnp.zeros(tokens.shape, bool)
-    return reader.read_piece(params, stream, tokens, reset=reset, mask=mask)
-
   @functools.cache
   def make_draw(settings):
-    draw = sampling.make_draw(continue_row, settings)
+    draw = sampling.make_draw(learner, settings)
 
     def draw_rows(params, state, key):
       keys = sampling.row_keys(key, jnp.arange(len(state.logits)))

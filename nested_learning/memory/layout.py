@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nested_learning import sharding
+
 
 class Chunks(NamedTuple):
   """Tokens in n chunks of c slots; a scan passes one chunk, without n.
@@ -94,6 +96,8 @@ def present_first(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     The token of each place, int [b, t], and the place of each token, its
     inverse: `take(take(x, order, 1), place, 1)` is x.
   """
+  if mask.shape[1] == 1:  # a token of each row has one place
+    return (jnp.zeros(mask.shape, int),) * 2
   order = jnp.argsort(~mask, axis=1, stable=True)
   return order, jnp.argsort(order, axis=1)
 
@@ -143,6 +147,14 @@ def where(condition: jax.Array, yes: Any, no: Any) -> Any:
     return jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
   return jax.tree.map(leaf, yes, no)
+
+
+def where_any(condition: jax.Array, yes: Callable[[], Any], no: Any) -> Any:
+  """Selects rows of `yes()` by a condition [b]; computes them only if any."""
+  # Branches lose the shardings of their results, so pin them on both sides.
+  pin = sharding.pin_heads
+  select = lambda: pin(where(condition, yes(), no))
+  return pin(jax.lax.cond(jnp.any(condition), select, lambda: pin(no)))
 
 
 def where_tokens(condition: jax.Array, yes: Any, no: Any) -> Any:

@@ -40,6 +40,8 @@ class Model(NamedTuple):
       tokens that the model itself has generated: memories are written, and
       levels that learn inside the sequence do not learn from them. The state
       must not be given to `forward` again.
+    to_layers: `to_layers(params, state)` returns both in another form, which
+      `decode` takes too and is faster with; `from_layers(state)` undoes it.
     losses: `losses(params, state, tokens, targets, token_loss, *, reset=None)`
       returns the losses [b, t] of whole segments and the state, and takes less
       memory than `forward` followed by the loss; None for a model whose levels
@@ -55,6 +57,8 @@ class Model(NamedTuple):
   init_state: Callable[[Any, int], Any]
   forward: Callable[..., tuple[jax.Array, Any]]
   decode: Callable[..., tuple[jax.Array, Any]]
+  to_layers: Callable[[Any, Any], tuple[Any, Any]]
+  from_layers: Callable[[Any], Any]
   losses: Callable[..., tuple[jax.Array, Any]] | None = None
   reader: levels.Reader | None = None
 
@@ -104,6 +108,8 @@ def make_model(
     init_state=trunk.init_state,
     forward=forward,
     decode=decode,
+    to_layers=stacks.split_layers,
+    from_layers=stacks.join_layers,
   )
   if inner is None or not inner.is_on:
     return model
@@ -125,6 +131,8 @@ def make_model(
     init_state=reader.init_state,
     forward=reader.read,
     decode=decode_at_rest,
+    to_layers=lambda params, state: (reader.prepare(params), state),
+    from_layers=lambda state: state,
     losses=reader.losses,
     reader=reader,
   )

@@ -74,6 +74,32 @@ def split_labels(labels: Any, num_blocks: int, num_last: int) -> Any:
   return {**labels, 'blocks': stacks}
 
 
+def split_layers(params: Any, state: Any) -> tuple[Any, Any]:
+  """Takes stacks of blocks apart, for loops that read token by token.
+
+  A block in a stack is copied out of it whenever it is read, and its state is
+  copied back.
+
+  Args:
+    params: Parameters of a model.
+    state: States of all blocks, stacked.
+
+  Returns:
+    Parameters and states with a tuple in place of each stack; the model takes
+    them as well.
+  """
+  blocks = params['blocks']
+  layers = range(_num_layers(blocks))
+  part = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
+  blocks = tuple(part(blocks, i) for i in layers)
+  return {**params, 'blocks': blocks}, tuple(part(state, i) for i in layers)
+
+
+def join_layers(state: Any) -> Any:
+  """Stacks the states of blocks that `split_layers` took apart."""
+  return jax.tree.map(lambda *x: jnp.stack(x), *state)
+
+
 def init_state(group: base.Layer, blocks: Any, batch_size: int) -> Any:
   """Returns the stacked states of all blocks at the start of streams.
 
@@ -101,8 +127,9 @@ def apply(
 
   Args:
     group: The layer that is stacked.
-    blocks: Stacked parameters, or `Stacks` of them.
-    state: States of all blocks, or None at a stream's start.
+    blocks: Stacked parameters, `Stacks` of them, or a tuple of blocks.
+    state: States of all blocks, or None at a stream's start; a tuple if the
+      blocks are one.
     x: [b, t, e].
     info: Facts about the tokens; a local loss in it is for blocks that learn.
 
@@ -110,6 +137,12 @@ def apply(
     [b, t, e] and the states, with a local loss in
     `local_losses.StateAndGradients`.
   """
+  if isinstance(blocks, tuple) and not isinstance(blocks, Stacks):
+    states = []
+    for block, before in zip(blocks, state, strict=True):
+      x, after = group.apply(block, before, x, info)
+      states.append(after)
+    return x, tuple(states)
   if not isinstance(blocks, Stacks):
     body = lambda x, both: group.apply(*both, x, info)
     return jax.lax.scan(body, x, (blocks, state))

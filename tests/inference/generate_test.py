@@ -21,7 +21,14 @@ _TITANS = dataclasses.replace(
     num_heads=2, head_dim=8, kind='matrix', adaptive=(), chunk_size=4
   ),
 )
-_MIXERS = (('attention', tiny.MODEL), ('titans', _TITANS))
+# Chunks end in the prompt, and in the tokens that are drawn after it.
+_HOPE = dataclasses.replace(
+  tiny.MODEL,
+  mixer=layers.MemoryMixerConfig(
+    num_heads=2, head_dim=8, chunk_size=4, chunk_size_others=5, max_norm=0.2
+  ),
+)
+_MIXERS = (('attention', tiny.MODEL), ('titans', _TITANS), ('hope', _HOPE))
 
 
 @functools.cache
