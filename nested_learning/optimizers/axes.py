@@ -76,18 +76,22 @@ def find(
 
   Raises:
     ValueError: If a parameter has no dimension numbers, or they do not fit its
-      shape.
+      shape, or they are of another type.
   """
   if dimension_numbers is None:
     dimension_numbers = DimensionNumbers(-2, -1)
   elif callable(dimension_numbers):
     dimension_numbers = dimension_numbers(params)
-  entries = {
-    _names(path): numbers
-    for path, numbers in jax.tree_util.tree_leaves_with_path(
-      dimension_numbers, is_leaf=_is_entry
-    )
-  }
+  entries = {}
+  for path, numbers in jax.tree_util.tree_leaves_with_path(
+    dimension_numbers, is_leaf=_is_entry
+  ):
+    if not _is_entry(numbers):
+      raise ValueError(
+        f'dimension_numbers has {numbers!r} at {trees.path_name(path)}: give '
+        'an optax.contrib.MuonDimensionNumbers, or None for what is no matrix.'
+      )
+    entries[_names(path)] = numbers
 
   def find_axes(path, leaf):
     names = _names(path)

@@ -116,6 +116,7 @@ def dgd(
   )
   if fallback is None:
     return settings.check_trees(rule)
+  settings.check_transformation(fallback=fallback)
 
   def labels(params):
     marks = maps(params) if callable(maps) else maps

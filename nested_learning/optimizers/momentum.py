@@ -267,9 +267,10 @@ def _scale_by_momentum(remember, preconditioner, find_axes):
   Returns:
     An optax gradient transformation.
   """
-  make_values = optax.with_extra_args_support(
-    optax.identity() if preconditioner is None else preconditioner
-  )
+  if preconditioner is None:
+    preconditioner = optax.identity()
+  settings.check_transformation(preconditioner=preconditioner)
+  make_values = optax.with_extra_args_support(preconditioner)
 
   def init_fn(params):
     settings.check_params(params)

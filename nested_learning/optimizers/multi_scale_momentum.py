@@ -104,10 +104,13 @@ def scale_by_m3(
       fit the parameters.
   """
   settings.check_choice(('ema', 'paper'), form=form)
-  settings.check_decay(
-    beta=beta, slow_decay=slow_decay, second_decay=second_decay
-  )
-  settings.check_rate(eps=eps, damping=damping, consistent_rms=consistent_rms)
+  settings.check_decay(beta=beta, slow_decay=slow_decay)
+  settings.check_rate(eps=eps, damping=damping)
+  if second_decay is not None:
+    settings.check_decay(second_decay=second_decay)
+  if consistent_rms is not None:
+    settings.check_rate(consistent_rms=consistent_rms)
+  settings.check_dtype(mu_dtype=mu_dtype)
   settings.check_period(ns_steps=ns_steps)
   if isinstance(ns_coeffs, str):
     settings.check_choice(newton_schulz.COEFFICIENTS, ns_coeffs=ns_coeffs)

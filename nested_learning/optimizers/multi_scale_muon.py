@@ -99,8 +99,8 @@ def m3(
 
   Raises:
     ValueError: If a setting is out of its range, or at `init` if dimension
-      numbers do not fit the parameters or a parameter is not of a floating
-      type.
+      numbers or the mask do not fit the parameters or a parameter is not of a
+      floating type.
 
   Warns:
     UserWarning: At `init`, if dimension_numbers is None and Adam updates
@@ -172,6 +172,11 @@ def m3(
   checked = settings.check_trees(partition)
 
   def init_fn(params):
+    settings.check_params(params)
+    if weight_decay_mask is not None and jax.tree.leaves(params):
+      is_function = callable(weight_decay_mask)
+      mask = weight_decay_mask(params) if is_function else weight_decay_mask
+      trees.broadcast(mask, params, 'weight_decay_mask')
     if dimension_numbers is None:
       _warn_of_unknown(params, labels(params))
     return checked.init(params)

@@ -109,6 +109,7 @@ def deep_momentum(
   settings.check_rate(learning_rate=learning_rate)
   if fallback is None:
     fallback = settings.allow_promotion(optax.adam(learning_rate))
+  settings.check_transformation(fallback=fallback)
   direction = scale_by_deep_momentum(
     form=form,
     decay=decay,

@@ -7,6 +7,7 @@ import numbers
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from nested_learning.optimizers import trees
@@ -91,9 +92,10 @@ def check_rate(**settings):
     **settings: Values by name.
 
   Raises:
-    ValueError: If a number is negative or not finite.
+    ValueError: If one is no number, or negative, or not finite.
   """
   for name, value in settings.items():
+    _check_number(name, value)
     if is_known(value) and not 0 <= value < float('inf'):
       raise ValueError(f'{name}={value} must be a finite number of at least 0.')
 
@@ -105,12 +107,51 @@ def check_decay(**settings):
     **settings: Values by name.
 
   Raises:
-    ValueError: If a number is outside [0, 1).
+    ValueError: If one is no number, or outside [0, 1).
   """
   for name, value in settings.items():
+    _check_number(name, value)
     if is_known(value) and not 0 <= value < 1:
       raise ValueError(
         f'{name}={value} must be at least 0 and below 1; 0.9 is usual.'
+      )
+
+
+def check_dtype(**settings):
+  """Checks that types of a state are real floating types, or None.
+
+  Args:
+    **settings: Types, or their names, by name.
+
+  Raises:
+    ValueError: If one is another type, or no type.
+  """
+  for name, value in settings.items():
+    try:
+      fine = value is None or jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+      fine = False
+    if not fine:
+      raise ValueError(
+        f'{name}={value!r} must be a floating type, such as "bfloat16", or '
+        'None.'
+      )
+
+
+def check_transformation(**settings):
+  """Checks that settings are optax transformations.
+
+  Args:
+    **settings: Values by name.
+
+  Raises:
+    ValueError: If one has no `init` and `update`.
+  """
+  for name, value in settings.items():
+    if not (hasattr(value, 'init') and hasattr(value, 'update')):
+      raise ValueError(
+        f'{name}={value!r} must be an optax transformation, such as '
+        'optax.adam(1e-3).'
       )
 
 
@@ -178,11 +219,23 @@ def check_params(params):
     params: Tree of arrays.
 
   Raises:
-    ValueError: If one is integer, boolean or complex.
+    ValueError: If one is integer, boolean or complex, or no array.
   """
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    if not hasattr(leaf, 'dtype'):
+      raise ValueError(
+        f'Parameter {trees.path_name(path)} is {leaf!r}, which is no array: '
+        'make it one with jnp.asarray.'
+      )
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       raise ValueError(
-        f'Parameter {jax.tree_util.keystr(path)} has dtype {leaf.dtype}; only '
+        f'Parameter {trees.path_name(path)} has dtype {leaf.dtype}; only '
         'real floating types can be trained: leave it out with optax.masked.'
       )
+
+
+def _check_number(name, value):
+  """Refuses what is neither a number, an array nor a schedule."""
+  is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
+  if not (is_array or callable(value) or isinstance(value, numbers.Real)):
+    raise ValueError(f'{name}={value!r} must be a number.')

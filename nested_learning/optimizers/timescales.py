@@ -129,14 +129,14 @@ def multi_timescale(
 
   def labels_of(tree):
     labels = label_fn(tree) if callable(label_fn) else label_fn
-    return trees.broadcast_labels(labels, tree)
+    return trees.broadcast(labels, tree, 'label_fn')
 
   def init_fn(params):
     # optax.tree.map_params calls init with a placeholder that has no leaves.
     empty = not jax.tree.leaves(params)
+    settings.check_params(params)
     labels = None if empty else labels_of(params)
     if not empty:
-      settings.check_params(params)
       _check_labels(labels, periods)
     states = {}
     for name, period in periods.items():

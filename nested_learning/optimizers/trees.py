@@ -14,7 +14,7 @@ def path_name(path) -> str:
   # nnx.Param keeps its array in an attribute; gradients are bare arrays.
   if path and path[-1] == jax.tree_util.GetAttrKey('value'):
     path = path[:-1]
-  return jax.tree_util.keystr(path)
+  return jax.tree_util.keystr(path) or '(the whole tree)'
 
 
 def wide(dtype: Any) -> Any:
@@ -33,28 +33,29 @@ def zeros(tree: Any) -> Any:
   )
 
 
-def broadcast_labels(labels: Any, tree: Any) -> Any:
-  """Returns a label for every leaf of a tree.
+def broadcast(prefix: Any, tree: Any, name: str) -> Any:
+  """Returns the value of a prefix of a tree for every leaf of the tree.
 
   Args:
-    labels: Tree of labels, a prefix of the tree.
+    prefix: Tree of values, a prefix of the tree.
     tree: The tree.
+    name: What the values are, for errors.
 
   Returns:
     A tree like `tree`.
 
   Raises:
-    ValueError: If the labels are no prefix of the tree.
+    ValueError: If it is no prefix of the tree.
   """
   try:
-    return jax.tree.broadcast(labels, tree)
+    return jax.tree.broadcast(prefix, tree)
   except ValueError:
     paths = lambda tree: _shown(
       path_name(path) for path, _ in jax.tree.leaves_with_path(tree)
     )
     raise ValueError(
-      f'The tree of labels, with {paths(labels)}, is no prefix of that of the '
-      f'parameters, with {paths(tree)}: label every parameter, or a branch.'
+      f'{name}, with {paths(prefix)}, is no prefix of the tree of parameters, '
+      f'with {paths(tree)}: give a value for every parameter, or for a branch.'
     ) from None
 
 

@@ -254,12 +254,20 @@ class ContractTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, f"'n'.*{jnp.dtype(dtype)}"):
         tx.init(params)
     if name != 'multi_timescale':
-      for rate in (-0.1, jnp.array(-0.1), float('nan'), float('inf')):
-        with self.assertRaisesRegex(ValueError, f'learning_rate={rate} must'):
+      for rate in (-0.1, jnp.array(-0.1), float('nan'), float('inf'), [1.0]):
+        with self.assertRaisesRegex(
+          ValueError, re.escape(f'learning_rate={rate} must')
+        ):
           contract.make(name, rate)
       injected = optax.inject_hyperparams(contract.OPTIMIZERS[name][0])(-0.1)
       with self.assertRaisesRegex(ValueError, 'learning_rate=-0.1'):
         injected.init({'w': jnp.ones((2, 2))})
+
+  @parameterized.parameters(*contract.NAMES)
+  def test_rejects_parameters_that_are_no_arrays(self, name):
+    params = {'w': jnp.ones((2, 2)), 'b': jnp.ones(2), 's': 1.0}
+    with self.assertRaisesRegex(ValueError, r"\['s'\] is 1.0, .* no array"):
+      contract.make(name).init(params)
 
   @parameterized.parameters(*contract.NAMES)
   def test_rejects_trees_that_do_not_match(self, name):

@@ -310,6 +310,8 @@ class ModelTest(parameterized.TestCase):
       optimizers.dgd(-1.0)
     with self.assertRaisesRegex(ValueError, 'erase=-0.5 must be'):
       optimizers.dgd(1.0, target='printed', erase=-0.5)
+    with self.assertRaisesRegex(ValueError, "fallback='adam' must be an optax"):
+      optimizers.dgd(1.0, fallback='adam')
     tx = optimizers.dgd(1.0)
     with self.assertRaisesRegex(ValueError, 'extra argument energy='):
       tx.update(params, tx.init(params), params)

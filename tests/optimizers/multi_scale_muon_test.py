@@ -234,6 +234,14 @@ class M3Test(parameterized.TestCase):
     ('adam', 'adam_b2=1.0', {'adam_b2': 1.0}),
     ('period', 'slow_every=0', {'slow_every': 0}),
     ('steps', 'ns_steps=2.5', {'ns_steps': 2.5}),
+    (
+      'text',
+      "learning_rate='1e-3' must be a number",
+      {'learning_rate': '1e-3'},
+    ),
+    ('nothing', 'beta=None must be a number', {'beta': None}),
+    ('integers', "mu_dtype='int8' must be a floating", {'mu_dtype': 'int8'}),
+    ('no_type', "mu_dtype='bf16' must be a floating", {'mu_dtype': 'bf16'}),
   )
   def test_rejects_bad_settings(self, message, settings):
     with self.assertRaisesRegex(ValueError, message):
@@ -244,12 +252,24 @@ class M3Test(parameterized.TestCase):
     ('rank', {'w': _numbers(0, 2)}, r"fit parameter \['w'\].*from -2 to 1"),
     ('overlap', {'w': _numbers(1, -1)}, r"fit parameter \['w'\].*different"),
     ('none', {'w': _numbers((), 1)}, r"fit parameter \['w'\].*at least one"),
+    ('tuple', {'w': (0, 1)}, r"0 at \['w'\]\[0\]: give an optax.contrib"),
+    ('bool', {'w': True}, r"True at \['w'\]: give an optax.contrib"),
+    ('text', 'auto', r"'auto' at \(the whole tree\): give an optax.contrib"),
   )
   def test_rejects_dimension_numbers_that_do_not_fit(self, numbers, message):
     tx = optimizers.m3(1e-3, dimension_numbers=numbers)
     with self.assertRaisesRegex(ValueError, message) as caught:
       tx.init({'w': jnp.ones((4, 4))})
     self.assertNotIn('\n', str(caught.exception))
+
+  def test_rejects_a_mask_of_another_tree(self):
+    for mask in ({'v': True}, lambda params: {'v': True}):
+      tx = optimizers.m3(1e-3, weight_decay=0.1, weight_decay_mask=mask)
+      with self.assertRaisesRegex(
+        ValueError, r"weight_decay_mask, with \['v'\], .* with \['kernel'\]"
+      ) as caught:
+        tx.init({'kernel': jnp.ones((4, 4))})
+      self.assertNotIn('\n', str(caught.exception))
 
   def test_rejects_integer_and_complex_parameters(self):
     for dtype in (jnp.int32, jnp.complex64):

@@ -426,7 +426,9 @@ class MultiTimescaleTest(parameterized.TestCase):
       multi_timescale(levels, 'fast').init({'n': jnp.zeros(2, jnp.int32)})
     for labels in ({'slow': 'fast'}, ['fast'], {'n': {'m': 'fast'}}):
       with self.assertRaisesRegex(ValueError, r'no prefix .*\[') as caught:
-        multi_timescale(levels, labels).init({'n': jnp.zeros(2), 'm': 1.0})
+        multi_timescale(levels, labels).init(
+          {'n': jnp.zeros(2), 'm': jnp.ones(2)}
+        )
       self.assertNotIn('\n', str(caught.exception))
     with self.assertRaisesRegex(ValueError, "reduce='max'"):
       multi_timescale(levels, 'fast', reduce='max')

@@ -119,8 +119,9 @@ def value_and_delta_grad(
     layers), or an array of the leaf's shape.
 
   Raises:
-    ValueError: If the target is unknown, or erase is set for another one than
-      'printed'.
+    ValueError: If the target is unknown or no prefix of params, erase is set
+      for another one than 'printed', num_samples is not above 0, or a parameter
+      is not of a floating type.
 
   References:
     Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eq. 56-57.
@@ -130,9 +131,11 @@ def value_and_delta_grad(
     check(target, erase)
 
   def value_and_grad(params, *args):
+    settings.check_params(params)
     closed, shapes = jax.make_jaxpr(loss_fn, return_shape=True)(params, *args)
     leaves, structure = jax.tree.flatten(params)
-    targets, erases = _spread(target, params), _spread(erase, params)
+    targets = _spread(target, params, 'target')
+    erases = _spread(erase, params, 'erase')
     for pair in zip(targets, erases, strict=True):
       check(*pair)
     depths = {
@@ -141,6 +144,8 @@ def value_and_delta_grad(
       if used.depths and targets[leaf] is not None
     }
     count = num_samples(*args) if callable(num_samples) else num_samples
+    if settings.is_known(count) and not count > 0:
+      raise ValueError(f'num_samples={count} must be above 0, or None.')
     count = None if count is None else jnp.asarray(count, jnp.float32)
     # In float32 at least: energies are sums over many samples.
     zeros = lambda leaf, shape: jnp.zeros(shape, _wide(leaf.dtype))
@@ -196,7 +201,7 @@ def value_and_delta_grad(
   return value_and_grad
 
 
-def _spread(prefix: Any, params: Any) -> list[Any]:
+def _spread(prefix: Any, params: Any, name: str) -> list[Any]:
   """Returns the value of a prefix of params for each of their leaves."""
   # None is a value here, and no leaf to JAX; a namespace is one.
   boxes = jax.tree.map(
@@ -204,7 +209,7 @@ def _spread(prefix: Any, params: Any) -> list[Any]:
     prefix,
     is_leaf=lambda x: x is None,
   )
-  boxes = jax.tree.leaves(jax.tree.broadcast(boxes, params))
+  boxes = jax.tree.leaves(trees.broadcast(boxes, params, name))
   return [box.value for box in boxes]
 
 

@@ -16,7 +16,6 @@ import jax
 from optax import contrib
 
 from nested_learning import markdown
-from nested_learning.optimizers import trees
 from nested_learning.optimizers.tracing import interpreter
 from nested_learning.optimizers.tracing import usage
 
@@ -144,15 +143,15 @@ def _inspect(loss_fn, params, *args):
   """Returns the tree structure of the parameters and what each of them is."""
   pure, params, rest = interpreter.as_pure(loss_fn, params)
   jaxpr = jax.make_jaxpr(pure)(params, *rest, *args).jaxpr
-  paths = jax.tree.leaves_with_path(params)
+  is_variable = lambda node: isinstance(node, nnx.Variable)
+  paths = jax.tree.leaves_with_path(params, is_leaf=is_variable)
   infos = [
-    _describe(trees.path_name(path), var.aval.shape, used)
+    _describe(jax.tree_util.keystr(path), var.aval.shape, used)
     for (path, _), var, used in zip(
       paths, jaxpr.invars, usage.find(jaxpr, len(paths)), strict=False
     )
   ]
   # Without the variables of NNX, it fits parameters with and without them.
-  is_variable = lambda node: isinstance(node, nnx.Variable)
   return jax.tree.structure(params, is_leaf=is_variable), infos
 
 

@@ -391,6 +391,21 @@ class CaptureTest(parameterized.TestCase):
     for a, b in zip(actual, expected, strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
+  def test_rejects_bad_arguments(self):
+    x = jnp.ones((4, 2))
+    loss_fn = lambda params, x: jnp.mean(x @ params['w']) * params['n']
+    params = {'w': jnp.ones((2, 3)), 'n': jnp.ones(())}
+    for message, settings, changes in (
+      (r"\['n'\] has dtype int32", {}, {'n': jnp.int32(1)}),
+      (r"\['w'\] has dtype complex", {}, {'w': jnp.ones((2, 3), complex)}),
+      ('num_samples=0 must be above 0', {'num_samples': 0}, {}),
+      (r"target, with \['v'\], is no prefix", {'target': {'v': None}}, {}),
+    ):
+      grad = optimizers.value_and_delta_grad(loss_fn, **settings)
+      with self.assertRaisesRegex(ValueError, message) as caught:
+        grad({**params, **changes}, x)
+      self.assertNotIn('\n', str(caught.exception))
+
   def test_returns_auxiliary_outputs(self):
     loss_fn = lambda kernel, x: (jnp.sum(x @ kernel), {'x': x})
     grad = printed_grad(loss_fn, has_aux=True)

@@ -1,5 +1,6 @@
 """Tests which parameters of a model are found to be matrices."""
 
+import dataclasses
 import math
 
 from absl.testing import absltest
@@ -16,6 +17,13 @@ from tests import compiling
 
 _DENSE = ((0,), (1,))
 _STACKED = ((1,), (2,))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Projections:
+  key: jax.Array
+  value: jax.Array
 
 
 class Block(nn.Module):
@@ -343,6 +351,18 @@ class ParameterReportTest(absltest.TestCase):
         'dgd': 'map',
       },
     )
+
+  def test_names_fields_called_value(self):
+    # As in a tree of dataclasses; a variable of NNX has such a field as well.
+    loss_fn = lambda params, x: jnp.sum(x @ params.key @ params.value)
+    params = Projections(jnp.ones((8, 8)), jnp.ones((8, 4)))
+    report = optimizers.parameter_report(loss_fn, params, jnp.ones((5, 8)))
+    self.assertEqual([info.path for info in report], ['.key', '.value'])
+    module = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    report = optimizers.parameter_report(
+      lambda module, x: jnp.sum(module(x)), module, jnp.ones((5, 8))
+    )
+    self.assertEqual([i.path for i in report], ["['bias']", "['kernel']"])
 
   def test_tells_groups_and_mixed_axes(self):
     loss_fn, params, args = make_module('convolutions')
