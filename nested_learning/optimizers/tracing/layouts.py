@@ -118,6 +118,9 @@ def follow(eqn, layout: Layout) -> list[Layout] | None:
       return [reshape(layout, shape)]
     case 'broadcast_in_dim':
       return [broadcast(layout, shape, params['broadcast_dimensions'])]
+    # Gathers the shards of a parameter, inside a shard_map.
+    case 'all_gather' | 'all_gather_invariant' if params['tiled']:
+      return [resize(layout, shape)]
     case 'slice' | 'dynamic_slice' | 'pad' | 'rev' | 'split':
       return [resize(layout, var.aval.shape) for var in eqn.outvars]
     case 'gather':
@@ -129,6 +132,9 @@ def follow(eqn, layout: Layout) -> list[Layout] | None:
       'convert_element_type'
       | 'copy'
       | 'copy_p'
+      | 'pvary'  # inside a shard_map, as the next two
+      | 'preduced'
+      | 'reduced_vary_cast_p'
       | 'reduce_precision'
       | 'reshard'
       | 'sharding_constraint'

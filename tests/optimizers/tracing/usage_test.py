@@ -103,6 +103,23 @@ def in_a_shard_map(params, x):
   return jnp.sum(product(params['w'], x))
 
 
+def in_a_shard_map_of_samples(params, x):
+  # Copies of parameters, made to vary by device, or gathered from their shards.
+  mesh = jax.make_mesh((2,), ('i',), axis_types=(jax.sharding.AxisType.Auto,))
+
+  def apply(copied, sharded, x):
+    gathered = jax.lax.all_gather(sharded, 'i', axis=0, tiled=True)
+    return jax.lax.pmean(jnp.sum(jnp.tanh(x @ copied) @ gathered), 'i')
+
+  product = jax.shard_map(
+    apply,
+    mesh=mesh,
+    in_specs=(jax.P(), jax.P('i', None), jax.P('i', None)),
+    out_specs=jax.P(),
+  )
+  return product(params['w'], params['sharded'], x[:4])
+
+
 def initial_memory(params, x):
   # Written by a delta rule in every row, from a starting value that is learned.
   def step(memory, x):
@@ -153,6 +170,11 @@ FUNCTIONS = [
   (lambda p, x: jnp.sum(custom_product(p['w'], x)), W, IS_MATRIX),
   (chosen_in_a_branch, W, IS_MATRIX),
   (in_a_shard_map, W, IS_MATRIX),
+  (
+    in_a_shard_map_of_samples,
+    {**W, **shapes(sharded=(8, 4))},
+    {**IS_MATRIX, 'sharded': _DENSE},
+  ),
   # A function of entries is not entered.
   (
     lambda p, x: jnp.sum(
