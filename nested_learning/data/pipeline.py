@@ -36,8 +36,11 @@ class DataConfig:
   tokenizer: str = 'bytes'  # or the path of a .model or .json file
   sequence_length: int = 1024  # tokens per row
   batch_size: int = 8  # rows per step, over all processes
-  # Where memories forget: at document starts, or never.
-  reset: Literal['document', 'never'] = 'document'
+  # Where memories begin anew: at starts of documents and rows; or rows go on
+  # where those of the batch before stopped, and memories and levels begin anew
+  # after every stream_tokens tokens, or never.
+  reset: Literal['document', 'stream', 'never'] = 'document'
+  stream_tokens: int = 8192  # tokens of a stream, with reset='stream'
   # Share of the documents that is held out; of the tokens, if a source is a
   # single text. 0 trains without validation.
   validation_fraction: float = 0.05
@@ -48,6 +51,15 @@ class DataConfig:
     errors.check_choices(self)
     for name in ('sequence_length', 'batch_size'):
       errors.check_field(self, name, getattr(self, name) >= 1, 'at least 1')
+    if self.reset == 'stream':
+      fine = self.stream_tokens >= 1
+      fine &= self.stream_tokens % self.sequence_length == 0
+      errors.check_field(
+        self,
+        'stream_tokens',
+        fine,
+        f'a multiple of sequence_length={self.sequence_length}',
+      )
     errors.check_field(
       self,
       'validation_fraction',
@@ -69,7 +81,7 @@ class DataConfig:
   @property
   def carries_state(self) -> bool:
     """True if a row of a batch continues the same row of the batch before."""
-    return self.reset == 'never'
+    return self.reset != 'document'
 
 
 class Batches:
@@ -139,8 +151,10 @@ def make_iterator(
   With reset='document' this stream is cut into rows, which are shuffled anew in
   every epoch; memories start afresh in a row that begins inside a document.
   With reset='never' it is cut into batch_size lanes, and row r of a batch
-  continues row r of the batch before. Training on a mixture keeps its shares;
-  validation reads the held-out documents of every source.
+  continues row r of the batch before. So it does with reset='stream', where
+  each lane begins a new stream every stream_tokens tokens, at a step of its
+  own. Training on a mixture keeps its shares; validation reads the held-out
+  documents of every source.
 
   Training drops the tokens that do not fill a row and, after num_epochs, the
   rows that do not fill a batch. Validation keeps the order of the files and
@@ -178,15 +192,15 @@ def make_iterator(
   corpora = [_load(config, source, tokenizer) for source in mixture]
   fingerprint = _fingerprint(corpora, list(mixture.values()))
   stream = _make_stream(config, split, corpora, list(mixture.values()))
-  make_plan = _plan_lanes if config.reset == 'never' else _plan_rows
+  make_plan = _plan_lanes if config.carries_state else _plan_rows
   num_steps, place = make_plan(config, split, stream.length, num_epochs)
 
   def make_batch(step: int) -> Batch:
     begins, ends = place(step, rows)
     batch = streams.pack(stream, begins, length=config.sequence_length)
-    if config.reset == 'never':
+    if config.carries_state:
       batch['reset'] = np.zeros_like(batch['reset'])
-    batch['reset'][:, 0] |= config.reset == 'document' or step == 0
+    batch['reset'][:, 0] |= _begins(config, step, rows)
     batch['mask'] = (
       begins[:, None] + np.arange(config.sequence_length) < ends[:, None]
     )
@@ -195,12 +209,27 @@ def make_iterator(
   identity = dataclasses.asdict(config)
   for name in ('source', 'text_field', 'cache_dir'):
     del identity[name]
+  if config.reset != 'stream':  # so that older checkpoints have the same
+    del identity['stream_tokens']
   identity |= {
     'tokenizer': tokenizer.fingerprint,
     'text': fingerprint,
     'split': split,
   }
   return Batches(make_batch, num_steps, stream=identity)
+
+
+def _begins(config: DataConfig, step: int, rows: np.ndarray) -> np.ndarray:
+  """Returns which rows of the global batch begin a stream at a step."""
+  match config.reset:
+    case 'document':
+      return np.ones(len(rows), bool)
+    case 'never':
+      return np.full(len(rows), step == 0)
+  # Lanes begin at different steps, so that a batch has early and late rows.
+  period = config.stream_tokens // config.sequence_length
+  phases = rows * period // config.batch_size
+  return (step + phases) % period == 0 if step else np.ones(len(rows), bool)
 
 
 def _load(
@@ -250,7 +279,7 @@ def _make_stream(
   )
   needed = 1
   if split == 'train':
-    lanes = config.batch_size if config.reset == 'never' else 1
+    lanes = config.batch_size if config.carries_state else 1
     needed = lanes * config.sequence_length
   if stream.length < needed:
     raise errors.UserError(

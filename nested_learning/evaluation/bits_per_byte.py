@@ -121,8 +121,8 @@ def make_evaluate(
       model has.
     write: Whether memories are written; if not, they stay at their initial
       values.
-    carry: Whether row r of a batch continues row r of the batch before, as with
-      data.reset='never'; otherwise every row starts a stream.
+    carry: Whether row r of a batch continues row r of the batch before, unless
+      its first token is a reset; otherwise every row starts a stream.
 
   Returns:
     The function. Batches are dicts with tokens and targets int [b, t], mask
@@ -180,6 +180,8 @@ def make_batch_totals(
   def compute(params, state, batch):
     tokens, targets, reset = batch['tokens'], batch['targets'], batch['reset']
     counts = batch['mask'].astype(jnp.float32)
+    if state is not None:
+      state = model.restart(params, state, reset[:, 0])
     if write and model.losses is not None:  # whole segments, read only once
       loss, state = model.losses(
         params, state, tokens, targets, token_loss, reset=reset
@@ -192,7 +194,8 @@ def make_batch_totals(
     position = find_position(reset)
 
     def by_position(x):
-      return jnp.zeros(x.shape[1], jnp.float32).at[position].add(x * counts)
+      values = (x * counts).astype(jnp.float32)
+      return jnp.zeros(x.shape[1], jnp.float32).at[position].add(values)
 
     totals = Totals(
       by_position(loss),

@@ -47,12 +47,14 @@ References:
 """
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from nested_learning import errors
+from nested_learning import optimizers
 from nested_learning.levels import rows
 from nested_learning.levels import steps
 from nested_learning.levels import trees
@@ -112,8 +114,12 @@ class Reader(NamedTuple):
     losses: `losses(params, state, tokens, targets, token_loss, *, reset=None)`
       returns the losses [b, t] of full segments in place of their logits, which
       the backward pass then does not keep, and the state.
-    restart: `restart(params, state, rows)` begins new streams of the mixers in
-      some rows [b], with the levels as they are.
+    restart: `restart(params, state, rows, *, levels=False)` begins new streams
+      in some rows [b]. Without `levels`, these stay as they are.
+    follow: `follow(state, old, new)` moves the levels of all rows by the
+      difference of the model's parameters. So a stream that goes on after an
+      optimiser step keeps what its levels learned, and gets what training
+      learned. Leaves of the state may have more axes in front.
   """
 
   segment_size: int
@@ -123,7 +129,8 @@ class Reader(NamedTuple):
   read_segments: Callable[..., tuple[jax.Array, State]]
   read_piece: Callable[..., tuple[jax.Array, State]]
   losses: Callable[..., tuple[jax.Array, State]]
-  restart: Callable[[Any, State, jax.Array], State]
+  restart: Callable[..., State]
+  follow: Callable[[State, Any, Any], State]
 
 
 def make_reader(spec: rows.ReaderSpec) -> Reader:
@@ -150,6 +157,7 @@ def make_reader(spec: rows.ReaderSpec) -> Reader:
     read_piece=prepared(_read_piece),
     losses=prepared(_losses),
     restart=prepared(_restart),
+    follow=functools.partial(_follow, spec),
   )
 
 
@@ -171,12 +179,26 @@ def _init_state(spec, params, batch_size):
   )
 
 
-def _restart(spec, params, state, rows):
+def _restart(spec, params, state, rows, *, levels=False):
+  if levels:
+    return trees.where(rows, _init_state(spec, params, rows.shape[0]), state)
   axes = trees.row_axes(spec.init_state, params)
   fresh = trees.rows_first(axes, spec.init_state(params, rows.shape[0]))
   begin = lambda old: trees.where(rows, fresh, old)
   segment = state.segment._replace(model=begin(state.segment.model))
   return state._replace(model=begin(state.model), segment=segment)
+
+
+def _follow(spec, state, old, new):
+  old, new = spec.prepare(old), spec.prepare(new)
+  moved = {}
+  for name, level in state.levels.items():
+    own = (
+      optimizers.select_level(x, spec.steps.labels, name) for x in (old, new)
+    )
+    weights = jax.tree.map(lambda w, a, b: w + (b - a), level.params, *own)
+    moved[name] = level._replace(params=weights)
+  return state._replace(levels=moved)
 
 
 def _read(spec, params, state, tokens, *, reset=None, mask=None, write=True):

@@ -213,13 +213,15 @@ def _check_stream(config: ExperimentConfig) -> None:
   """Checks that attention has room for a stream that never resets."""
   limit = models.max_stream_length(config.model)
   if config.carries_state and limit is not None:
-    longest = config.data.sequence_length * max(
-      config.train.num_steps, config.evaluation.num_batches
-    )
+    longest = config.data.stream_tokens
+    if config.data.reset == 'never':
+      longest = config.data.sequence_length * max(
+        config.train.num_steps, config.evaluation.num_batches
+      )
     if longest > limit:
       raise errors.UserError(
-        f"data.reset='never' makes a stream of {longest} tokens per row, but "
-        f'attention holds model.max_length={limit}; use '
+        f'data.reset={config.data.reset!r} makes a stream of {longest} tokens '
+        f'per row, but attention holds model.max_length={limit}; use '
         "data.reset='document' or a mixer with a state of constant size."
       )
 
@@ -242,9 +244,9 @@ def _check_context(config: ExperimentConfig) -> None:
     )
   if config.carries_state:
     raise errors.UserError(
-      "with data.reset='never' a row begins where another stopped, which "
-      f'mesh.context={context} cannot share among devices; set it to 1, or '
-      "use data.reset='document'."
+      f'with data.reset={config.data.reset!r} a row begins where another '
+      f'stopped, which mesh.context={context} cannot share among devices; set '
+      "it to 1, or use data.reset='document'."
     )
   for mixer in config.model.pattern:
     together = mixer.granularity

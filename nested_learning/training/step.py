@@ -88,7 +88,9 @@ def make_update(
 
   The loss is the mean over the targets of the whole batch, whatever the number
   of micro-batches. No gradient flows from a step into the steps before it: the
-  state of a stream that continues is a constant.
+  state of a stream that continues is a constant. Of levels that learn inside
+  rows, the constant is what they learned: their gradient is that of the
+  parameters they began with, which the streams follow.
 
   A step that `guard.check_step` refuses returns the state unchanged, but for
   its counts.
@@ -98,7 +100,8 @@ def make_update(
     optimizer: Its optimiser.
     token_loss: `token_loss(outputs, targets)` is the loss [b, t].
     num_micro: Micro-batches of a batch, computed one after the other.
-    carries_state: Whether rows continue those of the batch before.
+    carries_state: Whether rows continue those of the batch before, but for
+      those whose first token is a reset: they begin a stream.
     spike_factor: See `guard.check_step`.
     delta_grad: `optimizers.value_and_delta_grad`, with settings, for an
       optimiser with levels of Delta Gradient Descent. Its samples are the
@@ -112,6 +115,7 @@ def make_update(
   compute = _make_gradients(
     model, token_loss, num_micro, carries_state, delta_grad
   )
+  follows = carries_state and model.reader is not None
 
   def step(state, batch):
     loss, gradients, extra, stream = compute(state.params, state.stream, batch)
@@ -124,7 +128,14 @@ def make_update(
       updates, opt_state = optimizer.update(
         gradients, state.optimizer, state.params, **extra
       )
-      return optax.apply_updates(state.params, updates), opt_state, stream
+      params = optax.apply_updates(state.params, updates)
+      if follows:
+        return (
+          params,
+          opt_state,
+          model.reader.follow(stream, state.params, params),
+        )
+      return params, opt_state, stream
 
     def skip():
       return state.params, state.optimizer, state.stream
@@ -160,6 +171,8 @@ def _make_gradients(model, token_loss, num_micro, carries_state, delta_grad):
     num_targets = jnp.maximum(jnp.sum(batch['mask']), 1)  # avoids 0 / 0
 
     def micro_loss(params, stream, micro):
+      if carries_state:
+        stream = _go_on(model, params, stream, micro['reset'][:, 0])
       loss, stream = loss_fn(params, stream, micro, num_targets)
       return loss, stream if carries_state else None
 
@@ -185,3 +198,10 @@ def _make_gradients(model, token_loss, num_micro, carries_state, delta_grad):
     return loss, gradients, extra, stream
 
   return compute
+
+
+def _go_on(model, params, stream, begins):
+  """Returns the state where rows go on, or begin [b]."""
+  if model.reader is not None:  # no value changes, and levels get a gradient
+    stream = model.reader.follow(stream, jax.lax.stop_gradient(params), params)
+  return model.restart(params, stream, begins)

@@ -230,10 +230,13 @@ def verdict(summary: Mapping[str, Any]) -> str:
 
 
 def _clock_warnings(config: config_lib.ExperimentConfig) -> list[str]:
-  num_rows = config.train.num_steps if config.carries_state else 1
-  found = levels.clock_warnings(
-    config.inner, num_rows * config.data.sequence_length
-  )
+  length = config.data.sequence_length
+  trained = {
+    'document': length,
+    'stream': config.data.stream_tokens,
+    'never': config.train.num_steps * length,
+  }
+  found = levels.clock_warnings(config.inner, trained[config.data.reset])
   if config.stream_tokens:
     found += levels.clock_warnings(
       config.evaluation.inner, config.stream_tokens, field='evaluation.inner'

@@ -237,6 +237,27 @@ class PipelineTest(parameterized.TestCase):
     # A lane ends where the next one began.
     self.assertTrue((tokens[:-1, total // 4] == tokens[1:, 0]).all())
 
+  def test_streams_begin_at_steps_of_their_own(self):
+    lanes = list(itertools.islice(self.make(reset='never'), 8))
+    found = self.make(reset='stream', stream_tokens=4 * 16)
+    batches = list(itertools.islice(found, 8))
+    begins = np.stack([b['reset'][:, 0] for b in batches], axis=1)
+    expected = np.array(
+      [
+        [1, 0, 0, 0, 1, 0, 0, 0],
+        [1, 0, 0, 1, 0, 0, 0, 1],
+        [1, 0, 1, 0, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 1, 0, 0],
+      ]
+    )
+    np.testing.assert_array_equal(begins, expected)
+    for lane, batch in zip(lanes, batches, strict=True):
+      self.assertFalse(batch['reset'][:, 1:].any())
+      for name in ('tokens', 'targets', 'mask'):
+        np.testing.assert_array_equal(batch[name], lane[name])
+    with self.assertRaisesRegex(errors.UserError, 'stream_tokens=40 .* of seq'):
+      self.make(reset='stream', stream_tokens=40)
+
   def test_stdlib_with_defaults(self):
     config = data.DataConfig(cache_dir=self.config.cache_dir)
     batch = next(data.make_iterator(config))

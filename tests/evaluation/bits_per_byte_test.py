@@ -29,6 +29,10 @@ class UniformModel:
     carried = jnp.zeros(()) if state is None else state
     return logits + carried * logits, carried + 1.0
 
+  def restart(self, params, state, rows):
+    del params
+    return jnp.where(rows.all(), 0.0, state)
+
 
 def make_batch(seed, mask=1.0):
   keys = jax.random.split(jax.random.key(seed), 3)
@@ -81,6 +85,11 @@ class EvaluateTest(parameterized.TestCase):
       self.losses(model, batch, scale).mean()
       for batch, scale in zip(batches, (2.0, 4.0), strict=True)
     ]
+    np.testing.assert_allclose(
+      evaluate(None, batches).loss, np.mean(expected), rtol=1e-5
+    )
+    batches[1]['reset'] = batches[1]['reset'].at[:, 0].set(True)  # new streams
+    expected[1] = self.losses(model, batches[1], 2.0).mean()
     np.testing.assert_allclose(
       evaluate(None, batches).loss, np.mean(expected), rtol=1e-5
     )

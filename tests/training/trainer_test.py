@@ -22,6 +22,7 @@ import pytest
 
 from nested_learning import errors
 from nested_learning import evaluation
+from nested_learning import levels
 from nested_learning import optimizers
 from nested_learning import training
 from nested_learning.training import checkpoint_files
@@ -76,7 +77,17 @@ class TrainerTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
     ('rows', {}),
-    ('stream', {'data': {'reset': 'never', 'sequence_length': 16}}),
+    (
+      'stream',
+      {
+        'data': {
+          'reset': 'stream',
+          'stream_tokens': 64,
+          'sequence_length': 16,
+        },
+        'inner': levels.make_inner((8, 16), learning_rate=0.3),
+      },
+    ),
     (
       'other_optimizers',
       {
