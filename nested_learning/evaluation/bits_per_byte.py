@@ -181,7 +181,7 @@ def make_batch_totals(
     tokens, targets, reset = batch['tokens'], batch['targets'], batch['reset']
     counts = batch['mask'].astype(jnp.float32)
     if state is not None:
-      state = model.restart(params, state, reset[:, 0])
+      state = models.restart(model, params, state, reset[:, 0])
     if write and model.losses is not None:  # whole segments, read only once
       loss, state = model.losses(
         params, state, tokens, targets, token_loss, reset=reset

@@ -8,6 +8,8 @@ from nested_learning.models.heads import LanguageHead
 from nested_learning.models.model import level_labels
 from nested_learning.models.model import make_model
 from nested_learning.models.model import Model
+from nested_learning.models.streams import follow
+from nested_learning.models.streams import restart
 from nested_learning.models.task_heads import CompressionHead
 from nested_learning.models.task_heads import RegressionHead
 from nested_learning.models.trunk import make_trunk

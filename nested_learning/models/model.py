@@ -19,7 +19,6 @@ from nested_learning import levels
 from nested_learning import parameters
 from nested_learning.layers import base
 from nested_learning.layers import local_losses
-from nested_learning.levels import trees
 from nested_learning.models import heads
 from nested_learning.models import stacks
 from nested_learning.models import trunk as trunk_lib
@@ -36,7 +35,6 @@ class Model(NamedTuple):
     table: Its parameters, see `nested_learning.parameters`.
     init_params: `init_params(key) -> params`.
     init_state: `init_state(params, batch_size) -> state` at a stream's start.
-    restart: `restart(params, state, rows)` begins new streams in some rows [b].
     forward: See `make_model`.
     decode: `decode(params, state, tokens, *, mask=None)` is `forward` for
       tokens that the model itself has generated: memories are written, and
@@ -57,7 +55,6 @@ class Model(NamedTuple):
   table: parameters.Table
   init_params: Callable[[jax.Array], Any]
   init_state: Callable[[Any, int], Any]
-  restart: Callable[[Any, Any, jax.Array], Any]
   forward: Callable[..., tuple[jax.Array, Any]]
   decode: Callable[..., tuple[jax.Array, Any]]
   to_layers: Callable[[Any, Any], tuple[Any, Any]]
@@ -109,7 +106,6 @@ def make_model(
     table=table,
     init_params=lambda key: parameters.init(key, table),
     init_state=trunk.init_state,
-    restart=functools.partial(_restart, trunk.init_state),
     forward=forward,
     decode=decode,
     to_layers=stacks.split_layers,
@@ -133,7 +129,6 @@ def make_model(
 
   return model._replace(
     init_state=reader.init_state,
-    restart=functools.partial(reader.restart, levels=True),
     forward=reader.read,
     decode=decode_at_rest,
     to_layers=lambda params, state: (reader.prepare(params), state),
@@ -176,14 +171,6 @@ def level_labels(
   return jax.tree_util.tree_map_with_path(
     label, table, is_leaf=lambda x: isinstance(x, parameters.Param)
   )
-
-
-def _restart(init_state, params, state, rows):
-  axes = trees.row_axes(init_state, params)
-  both = init_state(params, rows.shape[0]), state
-  new, old = (trees.rows_first(axes, x) for x in both)
-  picked = trees.where(rows, new, old)
-  return jax.tree.map(lambda i, x: jnp.moveaxis(x, 0, i), axes, picked)
 
 
 def _make_reader(

@@ -88,9 +88,8 @@ def make_update(
 
   The loss is the mean over the targets of the whole batch, whatever the number
   of micro-batches. No gradient flows from a step into the steps before it: the
-  state of a stream that continues is a constant. Of levels that learn inside
-  rows, the constant is what they learned: their gradient is that of the
-  parameters they began with, which the streams follow.
+  state of a stream that continues is a constant, but for the parameters that
+  its levels began with (`models.follow`).
 
   A step that `guard.check_step` refuses returns the state unchanged, but for
   its counts.
@@ -100,8 +99,8 @@ def make_update(
     optimizer: Its optimiser.
     token_loss: `token_loss(outputs, targets)` is the loss [b, t].
     num_micro: Micro-batches of a batch, computed one after the other.
-    carries_state: Whether rows continue those of the batch before, but for
-      those whose first token is a reset: they begin a stream.
+    carries_state: Whether rows without a reset at their first token continue
+      those of the batch before.
     spike_factor: See `guard.check_step`.
     delta_grad: `optimizers.value_and_delta_grad`, with settings, for an
       optimiser with levels of Delta Gradient Descent. Its samples are the
@@ -115,7 +114,6 @@ def make_update(
   compute = _make_gradients(
     model, token_loss, num_micro, carries_state, delta_grad
   )
-  follows = carries_state and model.reader is not None
 
   def step(state, batch):
     loss, gradients, extra, stream = compute(state.params, state.stream, batch)
@@ -129,13 +127,8 @@ def make_update(
         gradients, state.optimizer, state.params, **extra
       )
       params = optax.apply_updates(state.params, updates)
-      if follows:
-        return (
-          params,
-          opt_state,
-          model.reader.follow(stream, state.params, params),
-        )
-      return params, opt_state, stream
+      carried = models.follow(model, stream, state.params, params)
+      return params, opt_state, carried
 
     def skip():
       return state.params, state.optimizer, state.stream
@@ -156,11 +149,7 @@ def make_update(
 
 
 def _make_gradients(model, token_loss, num_micro, carries_state, delta_grad):
-  """Makes `compute(params, stream, batch)`.
-
-  It returns the loss, the gradients, the extra arguments of the optimiser and
-  the stream.
-  """
+  """Makes `compute(params, stream, batch)`: loss, gradients, extra, stream."""
   loss_fn = workload_lib.make_loss(model, token_loss)
 
   def split(x):
@@ -172,7 +161,9 @@ def _make_gradients(model, token_loss, num_micro, carries_state, delta_grad):
 
     def micro_loss(params, stream, micro):
       if carries_state:
-        stream = _go_on(model, params, stream, micro['reset'][:, 0])
+        constant = jax.lax.stop_gradient(params)
+        stream = models.follow(model, stream, constant, params)
+        stream = models.restart(model, params, stream, micro['reset'][:, 0])
       loss, stream = loss_fn(params, stream, micro, num_targets)
       return loss, stream if carries_state else None
 
@@ -198,10 +189,3 @@ def _make_gradients(model, token_loss, num_micro, carries_state, delta_grad):
     return loss, gradients, extra, stream
 
   return compute
-
-
-def _go_on(model, params, stream, begins):
-  """Returns the state where rows go on, or begin [b]."""
-  if model.reader is not None:  # no value changes, and levels get a gradient
-    stream = model.reader.follow(stream, jax.lax.stop_gradient(params), params)
-  return model.restart(params, stream, begins)

@@ -17,7 +17,7 @@ from tests.training import tiny
 class UniformModel:
   """Predicts a distribution that depends on the token alone."""
 
-  losses = None
+  losses = reader = None
 
   def __init__(self, vocab_size):
     self.config = types.SimpleNamespace(vocab_size=vocab_size)
@@ -26,12 +26,12 @@ class UniformModel:
   def forward(self, params, state, tokens, *, reset, write):
     del params, reset
     logits = self.table[tokens] * (2.0 if write else 1.0)
-    carried = jnp.zeros(()) if state is None else state
-    return logits + carried * logits, carried + 1.0
+    carried = jnp.zeros(len(tokens)) if state is None else state
+    return logits + carried[:, None, None] * logits, carried + 1.0
 
-  def restart(self, params, state, rows):
+  def init_state(self, params, batch_size):
     del params
-    return jnp.where(rows.all(), 0.0, state)
+    return jnp.zeros(batch_size)
 
 
 def make_batch(seed, mask=1.0):

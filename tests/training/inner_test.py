@@ -150,7 +150,7 @@ class InnerTest(absltest.TestCase):
       rested, _ = step(first, again, 0.0)
       moved, _ = step(first, again, 0.1)
       learned = [
-        model.reader.follow(x.stream, x.params, params).levels
+        models.follow(model, x.stream, x.params, params).levels
         for x in (rested, moved)
       ]
       one_anew = {**again, 'reset': again['reset'].copy()}
