@@ -32,7 +32,7 @@ from nested_learning import models
 from nested_learning import optimizers
 from nested_learning import parameters
 
-VERSION = 4
+VERSION = 5
 _FORMAT = 'nested_learning session'
 _MAGIC_BEFORE_3 = b'NLSESSN\n'  # what files of versions 1 and 2 begin with
 _KEYS = ('format', 'version', 'model', 'tokenizer', 'inner', 'sha256')

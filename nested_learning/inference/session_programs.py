@@ -309,6 +309,7 @@ def _make_programs(config, head, inner) -> Programs:
     segment_state = state.stream.segment
     stream = state.stream._replace(
       model=segment_state.model,
+      mixture=segment_state.mixture,
       segment=segment_state._replace(count=jnp.zeros_like(segment_state.count)),
     )
     _, learned = segment(

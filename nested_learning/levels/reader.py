@@ -11,6 +11,11 @@ the n next-token losses since its last step,
 so that no logit depends on a step that has used its token. Every row of a batch
 has its own weights of its levels; all other parameters are shared and constant.
 
+A nested chain is read once for each of its levels: member k has the levels
+faster than k at their anchors (`steps`), and level k learns from its losses.
+The logits are those of the mixture of the members (`mixture`), which predicts
+about as well as the best of them. Any other chain has one member.
+
 Every level has its own optimiser and its own loss. The next-token loss lowers
 the probability of every other token of the vocabulary, also of those that the
 stream used long ago, and this is one way in which levels forget. With
@@ -31,9 +36,9 @@ next segment starts. Levels learn the same bits however the stream was split,
 and the size of the state is constant. Calls of whole segments read each only
 once.
 
-With learning rates of zero, logits and states equal, bit for bit, those of the
-model fed the same segments and mapped over rows. Other shapes of call may add
-in another order.
+With learning rates of zero, logits and states of a chain with one member equal,
+bit for bit, those of the model fed the same segments and mapped over rows.
+Other shapes of call may add in another order.
 
 Two conventions. Only the S - 1 transitions within a segment have a loss: the
 last token's target is read after the weights have changed. And a reset starts a
@@ -55,6 +60,7 @@ import jax.numpy as jnp
 
 from nested_learning import errors
 from nested_learning import optimizers
+from nested_learning.levels import mixture
 from nested_learning.levels import rows
 from nested_learning.levels import steps
 from nested_learning.levels import trees
@@ -66,13 +72,16 @@ class Segment(NamedTuple):
   """The open segment of every row.
 
   Attributes:
-    model: The model's state before its first token, rows first.
+    model: The model's state before its first token, rows first, of each member
+      of the chain.
+    mixture: `State.mixture` before its first token.
     tokens: int32 [b, s].
     reset: bool [b, s].
     count: int32 [b], tokens read, less than s.
   """
 
-  model: Any
+  model: tuple[Any, ...]
+  mixture: Any
   tokens: jax.Array
   reset: jax.Array
   count: jax.Array
@@ -82,13 +91,16 @@ class State(NamedTuple):
   """State of streams whose levels learn; all leaves begin with the rows [b].
 
   Attributes:
-    model: The model's state after the last token, rows first.
+    model: The model's state after the last token, rows first, of each member of
+      the chain.
+    mixture: `mixture.Mixture` of a chain with several members; () otherwise.
     segment: The open segment, to learn from when it is full.
     num_segments: int32 [b], full segments so far: the clock of the levels.
     levels: `steps.InnerLevel`s by name.
   """
 
-  model: Any
+  model: tuple[Any, ...]
+  mixture: Any
   segment: Segment
   num_segments: jax.Array
   levels: Mapping[str, steps.InnerLevel]
@@ -163,13 +175,17 @@ def make_reader(spec: rows.ReaderSpec) -> Reader:
 
 def _init_state(spec, params, batch_size):
   axes = trees.row_axes(spec.init_state, params)
-  model = trees.rows_first(axes, spec.init_state(params, batch_size))
+  one = trees.rows_first(axes, spec.init_state(params, batch_size))
+  model = (one,) * (len(spec.steps.levels) if spec.steps.nested else 1)
+  mixed = _init_mixture(spec, params, model, batch_size)
   shape = batch_size, spec.steps.segment_size
   energies = rows.energy_shapes(spec, params, model, batch_size)
   return State(
     model=model,
+    mixture=mixed,
     segment=Segment(
       model,
+      mixed,
       tokens=jnp.zeros(shape, jnp.int32),
       reset=jnp.zeros(shape, bool),
       count=jnp.zeros((batch_size,), jnp.int32),
@@ -180,25 +196,55 @@ def _init_state(spec, params, batch_size):
 
 
 def _restart(spec, params, state, rows, *, levels=False):
+  fresh = _init_state(spec, params, rows.shape[0])
   if levels:
-    return trees.where(rows, _init_state(spec, params, rows.shape[0]), state)
-  axes = trees.row_axes(spec.init_state, params)
-  fresh = trees.rows_first(axes, spec.init_state(params, rows.shape[0]))
-  begin = lambda old: trees.where(rows, fresh, old)
-  segment = state.segment._replace(model=begin(state.segment.model))
-  return state._replace(model=begin(state.model), segment=segment)
+    return trees.where(rows, fresh, state)
+
+  def begin(old):
+    new = {'model': fresh.model, 'mixture': fresh.mixture}
+    kept = {name: getattr(old, name) for name in new}
+    return old._replace(**trees.where(rows, new, kept))
+
+  return begin(state)._replace(segment=begin(state.segment))
+
+
+def _init_mixture(spec, params, model, batch_size):
+  """Returns the mixture of several members at the start of streams."""
+  if len(model) == 1:
+    return ()
+
+  def read(tokens):
+    weights, _ = steps.start(spec.steps, params, batch_size)
+    marks = {'reset': None, 'mask': None, 'write': True}
+    read = functools.partial(rows.forward, spec, params)
+    return read([weights], model[:1], tokens, **marks)[0][0]
+
+  one = jax.eval_shape(read, jax.ShapeDtypeStruct((batch_size, 2), jnp.int32))
+  dtype = jnp.promote_types(one.dtype, jnp.float32)
+  return mixture.init(batch_size, len(model), one.shape[-1], dtype)
+
+
+def _mix(mixed, logits, tokens, reset, mask):
+  """Returns the logits of a chain, and its mixture after the tokens."""
+  if len(logits) == 1:
+    return logits[0], mixed
+  return mixture.mix(mixed, logits, tokens, reset=reset, mask=mask)
 
 
 def _follow(spec, state, old, new):
   old, new = spec.prepare(old), spec.prepare(new)
-  moved = {}
-  for name, level in state.levels.items():
-    own = (
+
+  def follow(name, level):
+    own = [
       optimizers.select_level(x, spec.steps.labels, name) for x in (old, new)
+    ]
+    move = lambda x: jax.tree.map(lambda w, a, b: w + (b - a), x, *own)
+    return level._replace(
+      params=move(level.params), anchors=tuple(map(move, level.anchors))
     )
-    weights = jax.tree.map(lambda w, a, b: w + (b - a), level.params, *own)
-    moved[name] = level._replace(params=weights)
-  return state._replace(levels=moved)
+
+  levels = {name: follow(name, level) for name, level in state.levels.items()}
+  return state._replace(levels=levels)
 
 
 def _read(spec, params, state, tokens, *, reset=None, mask=None, write=True):
@@ -219,13 +265,12 @@ def _read(spec, params, state, tokens, *, reset=None, mask=None, write=True):
 
 def _read_at_rest(spec, params, state, tokens, reset, mask):
   """Reads tokens that neither memories nor levels learn from."""
-  logits, model = _forward(spec, params, state, tokens, reset, mask, False)
+  logits, after = _forward(spec, params, state, tokens, reset, mask, False)
   # In a row at the start of a segment, the tokens come before the segment.
   at_start = state.segment.count == 0
-  segment = state.segment._replace(
-    model=trees.where(at_start, model, state.segment.model)
-  )
-  return logits, state._replace(model=model, segment=segment)
+  before = {key: getattr(state.segment, key) for key in after}
+  segment = state.segment._replace(**trees.where(at_start, after, before))
+  return logits, state._replace(**after, segment=segment)
 
 
 def _read_pieces(spec, params, state, tokens, reset, mask):
@@ -270,7 +315,7 @@ def _read_pieces(spec, params, state, tokens, reset, mask):
 
 def _read_piece(spec, params, state, tokens, *, reset, mask):
   """Reads tokens within the open segment, see `Reader.read_piece`."""
-  logits, model = _forward(spec, params, state, tokens, reset, mask, True)
+  logits, after = _forward(spec, params, state, tokens, reset, mask, True)
   segment, row = state.segment, jnp.arange(tokens.shape[0])[:, None]
   places = segment.count[:, None] + jnp.arange(tokens.shape[1])
   # Padding gets a place beyond the buffer, where it is dropped.
@@ -281,19 +326,18 @@ def _read_piece(spec, params, state, tokens, *, reset, mask):
     reset=put(segment.reset, reset),
     count=segment.count + jnp.sum(mask, axis=1, dtype=jnp.int32),
   )
-  return logits, state._replace(model=model, segment=segment)
+  return logits, state._replace(**after, segment=segment)
 
 
 def _forward(spec, params, state, tokens, reset, mask, write):
-  """Returns logits and the model's state; levels do not change."""
-  weights, marks = _weights(state.levels), {'reset': reset, 'mask': mask}
-  return rows.forward(
-    spec, params, weights, state.model, tokens, **marks, write=write
+  """Returns logits, and the fields of the state that change with them."""
+  members = steps.members(spec.steps, state.levels)
+  marks = {'reset': reset, 'mask': mask, 'write': write}
+  logits, model = rows.forward(
+    spec, params, members, state.model, tokens, **marks
   )
-
-
-def _weights(levels):
-  return {name: level.params for name, level in levels.items()}
+  logits, mixed = _mix(state.mixture, logits, tokens, reset, mask)
+  return logits, {'model': model, 'mixture': mixed}
 
 
 def _end_segments(spec, params, state):
@@ -302,20 +346,26 @@ def _end_segments(spec, params, state):
 
   def end(state):
     segment = state.segment
-    sums, _, model, num_targets = rows.sums(
+    sums, logits, model, num_targets = rows.sums(
       spec,
       params,
-      _weights(state.levels),
+      steps.members(spec.steps, state.levels),
       segment.model,
       segment.tokens,
       segment.reset,
     )
     num_segments = state.num_segments + full
+    _, mixed = _mix(
+      segment.mixture, logits, segment.tokens, segment.reset, None
+    )
     model = trees.where(full, model, state.model)
+    mixed = trees.where(full, mixed, state.mixture)
     return State(
       model,
+      mixed,
       segment._replace(
         model=trees.where(full, model, segment.model),
+        mixture=trees.where(full, mixed, segment.mixture),
         count=jnp.where(full, 0, segment.count),
       ),
       num_segments,
@@ -368,11 +418,17 @@ def _scan_segments(spec, params, state, tokens, reset, extra, emit):
   everywhere = jnp.ones((batch_size,), bool)
 
   def body(carry, inputs):
-    model, num_segments, states = carry
+    model, mixed, num_segments, states = carry
     tokens, reset, extra = inputs
     sums, logits, model, num_targets = rows.sums(
-      spec, params, _weights(states), model, tokens, reset
+      spec,
+      params,
+      steps.members(spec.steps, states),
+      model,
+      tokens,
+      reset,
     )
+    logits, mixed = _mix(mixed, logits, tokens, reset, None)
     num_segments = num_segments + 1
     states = steps.learn(
       spec.steps,
@@ -383,19 +439,19 @@ def _scan_segments(spec, params, state, tokens, reset, extra, emit):
       num_segments,
       everywhere,
     )
-    return (model, num_segments, states), emit(logits, extra)
+    return (model, mixed, num_segments, states), emit(logits, extra)
 
   cut = (
     lambda x: jnp.swapaxes(  # [n, b, s, ...]
       x.reshape(batch_size, -1, size, *x.shape[2:]), 0, 1
     )
   )
-  carry = state.model, state.num_segments, dict(state.levels)
+  carry = state.model, state.mixture, state.num_segments, dict(state.levels)
   carry, outputs = chunk_scan.scan_groups(
     body, carry, jax.tree.map(cut, (tokens, reset, extra)), kept=1
   )
-  model, num_segments, states = carry
+  model, mixed, num_segments, states = carry
   outputs = jnp.swapaxes(outputs, 0, 1)  # [b, n, s, ...]
   outputs = outputs.reshape(batch_size, num_tokens, *outputs.shape[3:])
-  segment = state.segment._replace(model=model)
-  return outputs, State(model, segment, num_segments, states)
+  segment = state.segment._replace(model=model, mixture=mixed)
+  return outputs, State(model, mixed, segment, num_segments, states)

@@ -1,6 +1,6 @@
 """A model's forward pass and gradients, each row with its own levels."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -52,46 +52,65 @@ class ReaderSpec:
       found.setdefault(key, []).append(level.name)
     return {key: names for key, names in found.items() if names}
 
+  @functools.cached_property
+  def passes(self) -> list[tuple[int, str, list[str]]]:
+    """Backward passes of a segment: member, objective and names of levels."""
+    groups = self.objectives.items()
+    if not self.steps.nested:
+      return [(0, objective, names) for objective, names in groups]
+    return [
+      (i, objective, [name])
+      for i, name in enumerate(self.steps.by_name)
+      for objective, names in groups
+      if name in names
+    ]
+
 
 def forward(
   spec: ReaderSpec,
   params: Any,
-  weights: Mapping[str, Any],
-  model: Any,
+  members: Sequence[Mapping[str, Any]],
+  model: Sequence[Any],
   tokens: jax.Array,
   *,
   reset: jax.Array | None,
   mask: jax.Array | None,
   write: bool,
-) -> tuple[jax.Array, Any]:
+) -> tuple[list[jax.Array], tuple[Any, ...]]:
   """Reads tokens, each row with its own levels, which do not change.
 
   Args:
     spec: The model and how its levels learn.
     params: Prepared parameters.
-    weights: Weights of the levels by name, rows first.
-    model: The model's state, rows first.
+    members: Weights of the levels by name, rows first, see `steps.members`.
+    model: The model's state of each member, rows first.
     tokens: int [b, t].
     reset: bool [b, t] or None.
     mask: bool [b, t] or None.
     write: Whether memories are written.
 
   Returns:
-    Logits [b, t, v], and the model's state, rows first.
+    Logits [b, t, v] and the model's state, rows first, of each member.
   """
   axes = trees.row_axes(spec.init_state, params)
   row = functools.partial(_forward_row, spec, params, axes, write)
-  return jax.vmap(row)(weights, model, tokens, reset, mask)
+  read = jax.vmap(row)
+  said = [
+    read(weights, own, tokens, reset, mask)
+    for weights, own in zip(members, model, strict=True)
+  ]
+  logits, model = zip(*said, strict=True)
+  return list(logits), model
 
 
 def sums(
   spec: ReaderSpec,
   params: Any,
-  weights: Mapping[str, Any],
-  model: Any,
+  members: Sequence[Mapping[str, Any]],
+  model: Sequence[Any],
   tokens: jax.Array,
   reset: jax.Array | None,
-) -> tuple[dict[str, steps.Sums], jax.Array, Any, jax.Array]:
+) -> tuple[dict[str, steps.Sums], list[jax.Array], tuple[Any, ...], jax.Array]:
   """Reads a full segment of every row and differentiates its losses.
 
   Levels with the same objective share one pass through the model, and those
@@ -100,18 +119,18 @@ def sums(
   Args:
     spec: The model and how its levels learn.
     params: Prepared parameters.
-    weights: Weights of the levels by name, rows first.
-    model: The model's state before the segment, rows first.
+    members: Weights of the levels by name, rows first, see `steps.members`.
+    model: The model's state of each member before the segment, rows first.
     tokens: int [b, s].
     reset: bool [b, s] or None.
 
   Returns:
-    Sums over the segment by level [b, ...]; logits [b, s, v]; the model's
-    state, rows first; and the number of targets, float32 [b].
+    Sums over the segment by level [b, ...]; logits [b, s, v] and the model's
+    state, rows first, of each member; and the number of targets, float32 [b].
   """
   axes = trees.row_axes(spec.init_state, params)
   row = functools.partial(_sums_row, spec, params, axes)
-  found, *rest = jax.vmap(row)(weights, model, tokens, reset)
+  found, *rest = jax.vmap(row)(members, model, tokens, reset)
   if spec.gradient == 'first_order':
     found = jax.lax.stop_gradient(found)
   return found, *rest
@@ -125,7 +144,7 @@ def energy_shapes(
   Args:
     spec: The model and how its levels learn.
     params: Prepared parameters.
-    model: The model's state, rows first.
+    model: The model's state of each member, rows first.
     num_rows: Rows b.
 
   Returns:
@@ -144,8 +163,9 @@ def energy_shapes(
     weights, _ = steps.start(spec.steps, params, num_rows)
     axes = trees.row_axes(spec.init_state, params)
     check = functools.partial(_check_maps, spec, params, axes)
-    jax.vmap(check)(weights, model, tokens)
-    found, *_ = sums(spec, params, weights, model, tokens, None)
+    jax.vmap(check)(weights, model[0], tokens)
+    members = [weights] * len(model)
+    found, *_ = sums(spec, params, members, model, tokens, None)
     return {name: found[name].energy for name in names}
 
   return jax.eval_shape(find, jax.ShapeDtypeStruct(shape, jnp.int32))
@@ -167,26 +187,27 @@ def _forward_row(
   return logits[0], trees.drop_row_axis(axes, model)
 
 
-def _sums_row(spec, params, axes, weights, model, tokens, reset):
+def _sums_row(spec, params, axes, members, model, tokens, reset):
   """Reads a full segment [s] of one row; see `sums`."""
   counts = jnp.ones((tokens.shape[0] - 1,), jnp.float32)  # of targets
   if reset is not None:  # a document does not predict the next one
     counts = 1 - reset[1:].astype(jnp.float32)
-  found = {}
-  for objective, names in spec.objectives.items():
+  found, said = {}, {}
+  for member, objective, names in spec.passes:
+    weights = members[member]
     if objective == 'local':
-      add, logits, after = _local_sums(
-        spec, params, axes, names, weights, model, tokens, reset, counts
+      add, *said[member] = _local_sums(
+        spec, params, axes, names, weights, model[member], tokens, reset, counts
       )
     else:
-      loss = _make_loss(
-        spec, params, axes, objective, weights, model, tokens, reset, counts
-      )
+      inputs = weights, model[member], tokens, reset, counts
+      loss = _make_loss(spec, params, axes, objective, *inputs)
       own = {name: weights[name] for name in names}
-      add, logits, after = _differentiate(spec, loss, own)
+      add, *said[member] = _differentiate(spec, loss, own)
     found |= add
-  found = {name: found[name] for name in weights}
-  return found, logits, after, jnp.sum(counts)
+  found = {name: found[name] for name in members[0]}
+  logits, after = zip(*said.values(), strict=True)
+  return found, list(logits), after, jnp.sum(counts)
 
 
 def _local_sums(

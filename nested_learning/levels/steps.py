@@ -1,4 +1,17 @@
-"""Optimiser steps of levels inside a sequence, row by row."""
+r"""Optimiser steps of levels inside a sequence, row by row.
+
+In a nested chain, a level also has an anchor for each slower level k: its own
+weights on the clock of k. Whenever level k steps, the anchor moves a share of
+the way to the weights, and the level restarts there:
+
+.. math:: A_{l,k} \leftarrow A_{l,k} + s (A_{l,k-1} - A_{l,k}), \quad
+    \theta_l, A_{l,l+1}, \ldots, A_{l,k-1} \leftarrow A_{l,k},
+
+where A_{l,l} are the weights and s is `SHARE`; with s = 0 a level restarts from
+its parameters. Member k of the chain has its faster levels at their anchors of
+clock k. Level k learns from the losses of member k, which faster levels cannot
+explain away, and after its step the chain is this member.
+"""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -14,6 +27,10 @@ import optax
 from nested_learning import errors
 from nested_learning import optimizers
 from nested_learning.levels import trees
+
+# Share of the way to the weights that an anchor moves. In a larger one, recent
+# text drives out older text; a smaller one brings little back to a fast level.
+SHARE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +66,8 @@ class InnerLevel(NamedTuple):
 
   Attributes:
     params: Weights of the level.
+    anchors: Weights where it restarts, one tree like `params` for each slower
+      level of a nested chain; () otherwise.
     optimizer: State of its optimiser.
     accumulated: `Sums` since the last step, in float32 or wider; () if the
       level steps after every segment.
@@ -62,6 +81,7 @@ class InnerLevel(NamedTuple):
   """
 
   params: Any
+  anchors: tuple[Any, ...]
   optimizer: Any
   accumulated: Any
   num_targets: jax.Array
@@ -82,8 +102,8 @@ class StepSpec:
       gets an extra argument.
     labels: Tree of level names with the structure of the parameters.
     reduce: 'mean' or 'sum' of the gradients of the tokens between two steps.
-    nested: Whether a level restarts, weights and optimiser, at every step of
-      the next slower one.
+    nested: Whether levels have anchors, where they restart at every step of a
+      slower level, and learn from the losses of their own members.
     max_drift: Largest drift, see `InnerLevel`. A level that goes further, or
       whose step is not finite, has diverged.
   """
@@ -159,6 +179,29 @@ def segment_size(levels: Sequence[optimizers.Level]) -> int:
   return size
 
 
+def members(
+  spec: StepSpec, states: Mapping[str, InnerLevel]
+) -> list[dict[str, Any]]:
+  """Returns the weights of the levels by name, for each member of the chain.
+
+  Args:
+    spec: The levels.
+    states: `InnerLevel`s by name.
+
+  Returns:
+    One member for each level of a nested chain, that of the fastest first; one
+    with the weights of all levels otherwise.
+  """
+  weights = {
+    name: (state.params, *state.anchors) for name, state in states.items()
+  }
+  count = len(spec.levels) if spec.nested else 1
+  return [
+    {name: own[max(k - i, 0)] for i, (name, own) in enumerate(weights.items())}
+    for k in range(count)
+  ]
+
+
 def start(
   spec: StepSpec, params: Any, num_rows: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -202,6 +245,9 @@ def init(
   """
   weights, optimizer_states = start(spec, params, num_rows)
   zeros = lambda dtype: jnp.zeros((num_rows,), dtype)  # [b]
+  num_slower = dict.fromkeys(spec.periods, 0)
+  if spec.nested:
+    num_slower = {name: i for i, name in enumerate(reversed(spec.periods))}
 
   def accumulators(name):
     return Sums(
@@ -214,6 +260,7 @@ def init(
   return {
     name: InnerLevel(
       params=weights[name],
+      anchors=(weights[name],) * num_slower[name],
       optimizer=optimizer_states[name],
       accumulated=accumulators(name) if period > 1 else (),
       num_targets=zeros(jnp.float32),
@@ -264,14 +311,52 @@ def learn(
       states[name] = _add(states[name], sums[name], num_targets, active)
       states[name] = _step_if_due(spec, level, states[name], first, due[name])
   if spec.nested:
-    for faster, slower in itertools.pairwise(spec.periods):
-      restart = functools.partial(trees.where, due[slower])
-      states[faster] = states[faster]._replace(
-        params=restart(weights[faster], states[faster].params),
-        optimizer=restart(optimizer_states[faster], states[faster].optimizer),
-        drift=restart(jnp.zeros_like(num_targets), states[faster].drift),
+    for i, level in enumerate(spec.levels[:-1]):
+      later = [due[x.name] for x in spec.levels[i + 1 :]]
+      first = weights[level.name], optimizer_states[level.name]
+      states[level.name] = jax.lax.cond(
+        jnp.any(later[0]),  # clocks are multiples: no slower level alone is due
+        _restart,
+        lambda state, *_: state,
+        *(states[level.name], first, later),
       )
   return states
+
+
+def _restart(state, first, due):
+  """Moves anchors, and restarts a level there, in the rows that are due.
+
+  Args:
+    state: The level after its step.
+    first: Weights and optimiser state at the start.
+    due: bool [b] for each slower level, fastest first.
+
+  Returns:
+    The level.
+  """
+  weights, optimizer = first
+  params, anchors = state.params, []
+  for rows, anchor in zip(due, state.anchors, strict=True):
+    source = anchors[-1] if anchors else params
+    moved = jax.tree.map(lambda a, x: a + SHARE * (x - a), anchor, source)
+    moved = trees.where(state.frozen, weights, moved)
+    anchor = trees.where(rows, moved, anchor)
+    restart = functools.partial(trees.where, rows, anchor)
+    params, anchors = restart(params), [*map(restart, anchors), anchor]
+  restart = functools.partial(trees.where, due[0])
+  return state._replace(
+    params=params,
+    anchors=tuple(anchors),
+    optimizer=restart(optimizer, state.optimizer),
+    drift=restart(_drift(params, weights), state.drift),
+  )
+
+
+def _drift(params, start):
+  """Returns the distance from the start over its norm, [b]."""
+  distance = trees.norm(jax.tree.map(jnp.subtract, params, start))
+  # The floor keeps the drift of a level that starts at zero finite.
+  return distance / jnp.maximum(trees.norm(start), 1e-12)
 
 
 def _add(state, sums, num_targets, active):
@@ -326,9 +411,7 @@ def _step(spec, level, state, sums, num_targets, first, due):
   )
   params = optax.apply_updates(state.params, updates)
   gradient_norm, update_norm = map(trees.norm, (gradients, updates))
-  distance = trees.norm(jax.tree.map(jnp.subtract, params, weights))
-  # The floor keeps the drift of a level that starts at zero finite.
-  drift = distance / jnp.maximum(trees.norm(weights), 1e-12)
+  drift = _drift(params, weights)
   sound = jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
   sound &= drift <= spec.max_drift
   seen = due & ~state.frozen

@@ -118,8 +118,8 @@ class SessionFilesTest(parameterized.TestCase):
       session_files.read(self.path)
 
   @parameterized.parameters(
-    (b'"version":"4"', b'"version":"9"', 'version 9, .* version 4'),
-    (b'"version":"4"', b'"version": 4 ', 'as a string, not 4;'),
+    (b'"version":"5"', b'"version":"9"', 'version 9, .* version 5'),
+    (b'"version":"5"', b'"version": 5 ', 'as a string, not 5;'),
     (b'"model":"m"', b'"modem":"m"', "lacks 'model'"),
     (b'"shape":[2,3]', b'"shape":[9,9]', 'is not a session, or is cut'),
     (b'"shape":[2,3]', b'"shape":"ab" ', 'is not a session, or is cut'),

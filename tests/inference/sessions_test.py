@@ -30,6 +30,7 @@ _CONFIG = models.ModelConfig(
     models.LevelConfig('fast', mlp_dim=6),
     models.LevelConfig('slow', mlp_dim=6),
   ),
+  chain=models.ChainConfig('nested'),  # all that a state can have
   max_length=32,
 )
 # Two kinds of state: moments, and energies that are summed over two segments.
@@ -270,7 +271,7 @@ class SessionsTest(parameterized.TestCase):
     losses = session.feed(draw(50))
     self.assertTrue(np.isfinite(losses[:, 1:]).all())
     np.testing.assert_array_equal(session.health()['fast'].num_updates, [12])
-    position = session.state.stream.model.position
+    position = session.state.stream.model[0].position
     self.assertEqual(int(position[0, 0]), 50 % 12)
     again = inference.Session(model, params, _INNER)
     for part in np.split(draw(50), [11, 12, 31]):

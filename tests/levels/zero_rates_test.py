@@ -71,13 +71,13 @@ class ZeroRatesTest(absltest.TestCase):
     logits, state = whole(start)
     expected, after = expect({}, {})
     np.testing.assert_array_equal(logits, expected)
-    jax.tree.map(np.testing.assert_array_equal, state.model, after)
+    jax.tree.map(np.testing.assert_array_equal, state.model, (after,))
     marked = {'reset': nothing, 'mask': ~nothing}
     pieces = compiling.jit(lambda s: reader.read(params, s, tokens))
     logits, state = pieces(start)
     expected, after = expect(marked, {'reset': nothing})
     np.testing.assert_array_equal(logits, expected)
-    jax.tree.map(np.testing.assert_array_equal, state.model, after)
+    jax.tree.map(np.testing.assert_array_equal, state.model, (after,))
     forward = compiling.jit(lambda: model.forward(params, None, tokens)[0])
     np.testing.assert_allclose(logits, forward(), rtol=1e-5, atol=1e-5)
 
