@@ -1,24 +1,26 @@
-"""Facts told once, then much other text: which levels still know them?
+"""Facts, then much other text: which levels still know them?
 
-A stream tells some facts, several times each. It goes on with documents that
-have facts of their own, about other names made of the same parts; each of these
+A stream tells some facts, 64 times each. It goes on with documents that have
+facts of their own, about other names made of the same parts; each of these
 holds only within its document and is asked for there, so that a memory has to
 make room. From time to time a copy of the learner is asked for the first facts.
-Three learners of one size are trained alike on short streams: with memories
-only, with a fast level, and with a fast and a slow level. The last one is also
-read with one of its levels at rest.
+Learners of one size are trained alike on short streams, with several seeds:
+with memories only, with a fast level, with a slow one, and with both. The last
+one is also read with one of its levels at rest, and its fast level is asked on
+its own before and after a step of the slow one, at which it restarts.
 
 Command:
   python launch/run.py --config=experiments/continual/facts.py \
     --workdir=runs/facts
 
-Hardware: one CPU core, five minutes.
-Result: after 16,384 tokens the learner with both levels recalls 94 % of the
-facts and with the fast one 9 %, where a guess gives 6 %; after 131,072 tokens
-31 %; see experiments/results/continual/README.md.
+`:full` reads a million tokens. A run that was stopped goes on with the next
+learner.
+
+Results: experiments/results/continual/README.md.
 """
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -32,7 +34,14 @@ from nested_learning import models
 
 _TELL, _ASK = 0, 1
 _SENTENCE = 4  # tokens: mark, two parts of a name, value
-_LEVELS = ('fast', 'slow')
+LEVELS = ('fast', 'slow')
+# Levels that learn in training.
+_LEARNERS = {
+  'memories only': (),
+  'fast level': (0,),
+  'slow level': (1,),
+  'fast and slow level': (0, 1),
+}
 _MOST_TOKENS = 2**16  # generated at a time
 
 
@@ -43,7 +52,7 @@ class StreamConfig:
   num_parts: int = 8  # choices for the first half of a name, and the second
   num_values: int = 16
   num_facts: int = 16  # of a stream; its documents do not use their names
-  plant_tokens: int = 4096  # tokens that tell the facts, in rounds
+  tellings: int = 64  # times that each of them is told
   document_facts: int = 4  # told and asked in a document
   document_tokens: int = 64
 
@@ -51,6 +60,11 @@ class StreamConfig:
   def vocab_size(self) -> int:
     """Number of tokens."""
     return 2 + 2 * self.num_parts + self.num_values
+
+  @property
+  def plant_tokens(self) -> int:
+    """Tokens that tell the facts, in rounds."""
+    return self.tellings * self.num_facts * _SENTENCE
 
   @property
   def first_value(self) -> int:
@@ -70,10 +84,11 @@ class FactsConfig:
     learning_rate=6e-3,
   )
   inner: levels.InnerConfig = levels.make_inner((16, 256))
-  train_plant: int = 512  # tokens that tell facts, in a row of training
+  train_tellings: int = 8  # times that each fact is told in a row of training
   train_gap: int = 1536  # tokens of documents, in a row of training
   gaps: tuple[int, ...] = (0, 64, 256, 1024, 4096, 16_384, 65_536, 131_072)
   num_streams: int = 16
+  num_seeds: int = 3  # of training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +109,7 @@ def get_config(arg: str | None = None) -> FactsConfig:
     return FactsConfig(gaps=gaps)
   if arg == 'small':
     return FactsConfig(
-      stream=StreamConfig(num_parts=4, num_facts=4, plant_tokens=32),
+      stream=StreamConfig(num_parts=4, num_facts=4, tellings=2),
       learner=reading.LearnerConfig(
         embed_dim=16,
         mlp_dim=16,
@@ -103,10 +118,11 @@ def get_config(arg: str | None = None) -> FactsConfig:
         batch_size=2,
       ),
       inner=levels.make_inner((16, 32)),
-      train_plant=32,
+      train_tellings=2,
       train_gap=64,
       gaps=(0, 64),
       num_streams=2,
+      num_seeds=1,
     )
   raise errors.UserError(f"{arg!r} must be 'full' or 'small', or nothing.")
 
@@ -123,10 +139,9 @@ class Stream:
 
   def plant(self) -> np.ndarray:
     """Returns sentences that tell the facts in random rounds, int [t]."""
-    count = self._config.plant_tokens // _SENTENCE
-    rounds = -(-count // len(self._facts))
-    order = [self._rng.permutation(len(self._facts)) for _ in range(rounds)]
-    picked = np.concatenate(order)[:count]
+    rounds = range(self._config.tellings)
+    order = [self._rng.permutation(len(self._facts)) for _ in rounds]
+    picked = np.concatenate(order)
     return self._say(_TELL, self._facts[picked], self._values[picked])
 
   def documents(self, num_tokens: int) -> np.ndarray:
@@ -167,7 +182,7 @@ def make_row(
   config: StreamConfig,
   rng: np.random.Generator,
   *,
-  plant: int,
+  tellings: int,
   gap: int,
   multiple_of: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -176,14 +191,14 @@ def make_row(
   Args:
     config: Facts and documents.
     rng: Random numbers.
-    plant: Number of tokens that tell the facts.
+    tellings: Number of times that each fact is told.
     gap: Minimum number of tokens between telling and asking.
     multiple_of: The number of tokens of the row is a multiple of this.
 
   Returns:
     Tokens int [t], and weights [t] of their losses.
   """
-  stream = Stream(dataclasses.replace(config, plant_tokens=plant), rng)
+  stream = Stream(dataclasses.replace(config, tellings=tellings), rng)
   told, asked = stream.plant(), stream.questions()
   gap += -(len(told) + gap + len(asked)) % multiple_of
   parts = told, stream.documents(gap), asked
@@ -221,99 +236,203 @@ def recall(
   Returns:
     The share of facts with a right answer, [stream, gap].
   """
-  learner = reading.make_reading(model, inner, segment_size=segment_size)
-  streams = [
-    Stream(config.stream, np.random.default_rng((1, i)))
-    for i in range(config.num_streams)
-  ]
-  allowed = np.arange(model.config.vocab_size) >= config.stream.first_value
-  questions = [stream.questions().reshape(-1, _SENTENCE) for stream in streams]
-  questions = np.stack(questions, axis=1)
-  state = learner.start(params, config.num_streams)
-  plant = np.stack([stream.plant() for stream in streams])
-  _, state = learner.read(params, state, plant)
-  scores, done = [], 0
+  asked = _Asked(config, model, inner, params, segment_size)
+  scores = []
   for gap in config.gaps:
-    while done < gap:
-      count = min(gap - done, _MOST_TOKENS)
-      tokens = np.stack([stream.documents(count) for stream in streams])
-      _, state = learner.read(params, state, tokens)
-      done += count
-    said = learner.ask(params, state, questions, allowed=allowed)
-    right = said.answers[..., -1] == questions[..., -1]
-    scores.append(np.mean(right, axis=0))
+    asked.read_until(gap)
+    scores.append(asked.recall(asked.state))
     print(f'{name}: {np.mean(scores[-1]):.3f} after {gap:,} tokens', flush=True)
-    reading.print_warnings(state, name)
+    reading.print_warnings(asked.state, name)
   return np.stack(scores, axis=1)
+
+
+def recall_around_restarts(
+  config: FactsConfig, model: models.Model, params: Any, *, segment_size: int
+) -> np.ndarray:
+  """Measures what the fast level's own weights recall, around its restarts.
+
+  The slow level is at its start while it is asked, and no prediction is mixed.
+
+  Args:
+    config: The streams and the gaps; those that end in no restart are left out.
+    model: The learner with both levels.
+    params: Its parameters.
+    segment_size: As for `reading.make_reading`.
+
+  Returns:
+    The share of facts with a right answer a segment before the restart, and
+    after it, [stream, gap, 2].
+  """
+  asked = _Asked(config, model, config.inner, params, segment_size)
+  start, scores = asked.state.levels, []
+
+  def recall():
+    fast = asked.state.levels['fast']
+    fast = fast._replace(anchors=(fast.params,) * len(fast.anchors))
+    own = {'fast': fast, 'slow': start['slow']}
+    return asked.recall(asked.state._replace(levels=own))
+
+  every = config.inner.update_every[-1]
+  for gap in config.gaps:
+    if gap and not (config.stream.plant_tokens + gap) % every:
+      asked.read_until(gap - segment_size)
+      before = recall()
+      asked.read_until(gap)
+      scores.append(np.stack([before, recall()], axis=-1))
+  return np.array(scores).reshape(-1, config.num_streams, 2).swapaxes(0, 1)
+
+
+class _Asked:
+  """Streams that are read, and asked for their facts on the way."""
+
+  def __init__(self, config, model, inner, params, segment_size):
+    self._learner = reading.make_reading(
+      model, inner, segment_size=segment_size
+    )
+    self._params, vocab_size = params, model.config.vocab_size
+    self._document_tokens = config.stream.document_tokens
+    self._streams = [
+      Stream(config.stream, np.random.default_rng((1, i)))
+      for i in range(config.num_streams)
+    ]
+    self._allowed = np.arange(vocab_size) >= config.stream.first_value
+    questions = [s.questions().reshape(-1, _SENTENCE) for s in self._streams]
+    self._questions = np.stack(questions, axis=1)
+    self.state = self._learner.start(params, config.num_streams)
+    self._done, self._ahead = 0, np.stack([s.plant() for s in self._streams])
+    self._read(self._ahead.shape[1])
+
+  def read_until(self, gap):
+    """Reads documents until so many tokens lie behind the facts."""
+    while self._done < gap:
+      count = min(gap - self._done, _MOST_TOKENS)
+      if not self._ahead.shape[1]:  # a segment may be shorter than a document
+        size = -(-count // self._document_tokens) * self._document_tokens
+        self._ahead = np.stack([s.documents(size) for s in self._streams])
+      count = min(count, self._ahead.shape[1])
+      self._read(count)
+      self._done += count
+
+  def recall(self, state):
+    """Returns the share of right answers, [stream]."""
+    said = self._learner.ask(
+      self._params, state, self._questions, allowed=self._allowed
+    )
+    right = said.answers[..., -1] == self._questions[..., -1]
+    return np.mean(right, axis=0)
+
+  def _read(self, count):
+    tokens, self._ahead = self._ahead[:, :count], self._ahead[:, count:]
+    _, self.state = self._learner.read(self._params, self.state, tokens)
 
 
 def run(config: FactsConfig, workdir: str, mode: str) -> None:
   """Trains each learner, reads the streams, writes the report."""
   report_files.check_mode(mode)
   model = models.make_model(
-    reading.make_config(config.learner, config.stream.vocab_size, _LEVELS)
+    reading.make_config(config.learner, config.stream.vocab_size, LEVELS)
   )
+  parts = pathlib.Path(workdir) / 'parts'
+  seeds = [
+    reading.remember(
+      parts / f'seed_{seed}.npz',
+      functools.partial(_run_seed, config, model, seed, parts),
+    )
+    for seed in range(config.num_seeds)
+  ]
+  # Mean over streams, [seed, gap, ...].
+  found = {
+    name: np.stack([np.mean(one[name], axis=0) for one in seeds])
+    for name in seeds[0]
+  }
+  metrics = []
+  for seed in range(config.num_seeds):
+    for name in _LEARNERS:
+      with np.load(_parameters(parts, name, seed)) as file:
+        metrics += [
+          {'learner': name, 'seed': seed, 'step': i, 'loss': float(loss)}
+          for i, loss in enumerate(file['losses'])
+        ]
+  _write(config, workdir, found, metrics)
+
+
+def _parameters(parts, name, seed):
+  return parts / f'{report_files.key(name)}_{seed}.npz'
+
+
+def _run_seed(config, model, seed, parts):
+  """Returns the share of recalled facts by learner, [stream, gap, ...]."""
   inner = config.inner
-  size = levels.segment_size(levels.make_levels(inner, _LEVELS))
+  size = levels.segment_size(levels.make_levels(inner, LEVELS))
+  found = {}
 
   def ask(arm, params, name):
-    return recall(config, model, arm, params, segment_size=size, name=name)
+    found[name] = recall(
+      config, model, arm, params, segment_size=size, name=f'{name}, {seed}'
+    )
 
-  arms = {
-    'memories only': reading.only(inner, ()),
-    'fast level': reading.only(inner, (0,)),
-    'fast and slow level': inner,
-  }
-  curves, metrics = {}, []
-  for name, arm in arms.items():
-    params, losses = reading.train(
+  for name, which in _LEARNERS.items():
+    arm = reading.only(inner, which)
+    params, _ = reading.train(
       model,
       arm,
       lambda rng: make_row(
         config.stream,
         rng,
-        plant=config.train_plant,
+        tellings=config.train_tellings,
         gap=config.train_gap,
         multiple_of=size,
       ),
       config.learner,
-      name=name,
+      seed=seed,
+      name=f'{name}, seed {seed}',
+      file=_parameters(parts, name, seed),
     )
-    metrics += [
-      {'learner': name, 'step': i, 'loss': float(loss)}
-      for i, loss in enumerate(losses)
-    ]
-    curves[name] = ask(arm, params, name)
-  for name, which in {'slow': (0,), 'fast': (1,), 'both': ()}.items():
-    name = f'fast and slow level, {name} at rest'
+    ask(arm, params, name)
+  for name, which in {'slow': (0,), 'fast': (1,)}.items():
     arm = reading.only(inner, which)
-    curves[name] = ask(arm, params, name)
-  _write(config, workdir, curves, metrics)
+    ask(arm, params, f'fast and slow level, {name} at rest')
+  found['restarts'] = recall_around_restarts(
+    config, model, params, segment_size=size
+  )
+  return found
 
 
-def _write(config, workdir, curves, metrics):
+def _write(config, workdir, found, metrics):
   chance = 1 / config.stream.num_values
+  restarts = found.pop('restarts')  # [seed, gap, 2]
   summary = {'chance': chance}
-  for name, scores in curves.items():
+  for name, scores in found.items():
     for gap, score in zip(config.gaps, scores.T, strict=True):
       summary[f'{report_files.key(name)}_after_{gap}'] = float(np.mean(score))
-  names = list(curves)
-  last = {name: curves[name][:, -1] for name in names}
-  summary['slow_gain_at_the_end'] = float(
-    np.mean(last['fast and slow level'] - last[names[3]])
-  )
+  names = list(found)
+  both = found['fast and slow level'][:, -1]
+  alone = np.maximum(found['fast level'], found['slow level'])[:, -1]
+  summary['gain_on_the_best_level_at_the_end'] = float(np.mean(both - alone))
   reading.plot_lines(
     pathlib.Path(workdir) / 'recall.png',
     config.gaps,
-    curves,
+    found,
     xlabel='tokens since the facts were told',
     ylabel='facts recalled',
     floor=chance,
   )
   rows = [
-    (f'{gap:,}', *(reading.mean_and_spread(curves[n][:, i]) for n in names))
+    (f'{gap:,}', *(reading.mean_and_spread(found[n][:, i]) for n in names))
     for i, gap in enumerate(config.gaps)
   ]
+  every = config.inner.update_every[-1]
+  gaps = [
+    g for g in config.gaps if g and not (config.stream.plant_tokens + g) % every
+  ]
+  around = [
+    (f'{gap:,}', *map(reading.mean_and_spread, restarts[:, i].T))
+    for i, gap in enumerate(gaps)
+  ]
+  for i, gap in enumerate(gaps):
+    before, after = np.mean(restarts[:, i], axis=0)
+    summary[f'fast_weights_before_the_restart_after_{gap}'] = float(before)
+    summary[f'fast_weights_after_the_restart_after_{gap}'] = float(after)
   report_files.write(
     workdir,
     config,
@@ -321,11 +440,18 @@ def _write(config, workdir, curves, metrics):
     summary=summary,
     metrics=metrics,
     sections=[
-      '# Facts told once',
-      f'Share of {config.stream.num_facts} facts that are recalled, mean and '
-      f'spread over {config.num_streams} streams; a guess gives {chance:.3f}. '
-      f'Levels step every {config.inner.update_every} tokens.',
+      f'# Facts told {config.stream.tellings} times',
+      f'Share of {config.stream.num_facts} facts that are recalled over '
+      f'{config.num_streams} streams, mean and spread over {config.num_seeds} '
+      f'trainings; a guess gives {chance:.3f}. Levels step every '
+      f'{config.inner.update_every} tokens.',
       report_files.table(('tokens since', *names), rows),
       '![Recall by distance](recall.png)',
+      'What the own weights of the fast level recall, a segment before it '
+      'restarts and after that:',
+      report_files.table(('tokens since', 'before', 'after'), around),
+      report_files.table(
+        ('made by', ''), list(report_files.provenance().items())
+      ),
     ],
   )

@@ -1,20 +1,21 @@
 """Recall by the number of levels and by the clock of the slowest.
 
-This is Figure 7 of the paper at a small scale. The chain has four levels, and
-facts and streams are those of `facts.py`. A learner is trained once for every
-number of levels. It then reads with several clocks of its slowest level, the
-others spread evenly (in the logarithm) between that and the fastest, and with
-several multiples of their learning rates.
+This is Figure 7 of the paper at a small scale, on the facts and streams of
+`facts.py`. The MLPs of a chain are together as wide for every number of levels,
+and the chain of two levels is that of `facts.py`. A learner is trained once for
+every number of levels. It then reads with several clocks of its slowest level,
+the others spread evenly (in the logarithm) between that and the fastest, and
+with several multiples of their learning rates.
 
 Command:
   python launch/run.py --config=experiments/continual/frequencies.py \
     --workdir=runs/frequencies
 
-Hardware: one CPU core, fifteen minutes.
 Results: experiments/results/continual/README.md.
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 
@@ -27,7 +28,8 @@ from nested_learning import errors
 from nested_learning import levels
 from nested_learning import models
 
-_MOST_LEVELS = 4
+# Levels of chains, fastest first.
+_NAMES = (*facts.LEVELS, 'slower', 'slowest')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,17 +37,14 @@ class FrequenciesConfig:
   """Numbers of levels, clocks and rates to compare."""
 
   stream: facts.StreamConfig = facts.StreamConfig()
-  learner: reading.LearnerConfig = reading.LearnerConfig(
-    mlp_dim=64, connection='nested', batch_size=4, learning_rate=6e-3
-  )
-  # Clocks are set below.
-  inner: levels.InnerConfig = levels.make_inner((None,) * _MOST_LEVELS)
+  learner: reading.LearnerConfig = facts.FactsConfig().learner
+  width: int = 256  # of the MLPs of all levels together
   fastest: int = 16  # tokens
   slowest: tuple[int, ...] = (128, 256, 1024)  # tokens; the paper: 512, 2K, 8K
   trained_at: int = 256  # clock of the slowest level in training
   num_levels: tuple[int, ...] = (0, 1, 2, 3, 4)
   rates: tuple[float, ...] = (0.3, 1.0)  # times the learning rates of training
-  train_plant: int = 512  # tokens, as in `facts.py`
+  train_tellings: int = 8  # as in `facts.py`
   train_gap: int = 1536
   gaps: tuple[int, ...] = (1024, 16_384)
   num_streams: int = 16
@@ -66,11 +65,12 @@ def get_config(arg: str | None = None) -> FrequenciesConfig:
       config,
       stream=small.stream,
       learner=small.learner,
+      width=32,
       slowest=(32,),
       trained_at=32,
       num_levels=(0, 2),
       rates=(1.0,),
-      train_plant=small.train_plant,
+      train_tellings=small.train_tellings,
       train_gap=small.train_gap,
       gaps=(64,),
       num_streams=2,
@@ -89,7 +89,8 @@ def update_every(
     slowest: Clock of the slowest level: `fastest` times a power of two.
 
   Returns:
-    A clock for each level of the chain, fastest first; None is at rest.
+    A clock for each level of the chain, fastest first; one that is None, at
+    rest, if no level learns.
 
   Raises:
     errors.UserError: `slowest` is not `fastest` times a power of two.
@@ -104,36 +105,56 @@ def update_every(
   if num_levels > 1:
     steps = np.arange(num_levels) / (num_levels - 1)
     sizes = [fastest * 2 ** round(x * math.log2(ratio)) for x in steps]
-  rest = (None,) * (_MOST_LEVELS - num_levels)
-  return (*sizes[:num_levels], *rest)
+  return tuple(sizes[:num_levels]) or (None,)
+
+
+def make_learner(
+  config: FrequenciesConfig, num_levels: int, slowest: int, rate: float
+) -> tuple[models.Model, levels.InnerConfig]:
+  """Makes the model for a number of levels, and the config of their steps.
+
+  Args:
+    config: The experiment.
+    num_levels: Number of levels that learn.
+    slowest: Clock of the slowest, in tokens.
+    rate: Multiple of their learning rates.
+
+  Returns:
+    The model and the config.
+  """
+  clocks = update_every(num_levels, config.fastest, slowest)
+  learner = dataclasses.replace(
+    config.learner, mlp_dim=config.width // len(clocks)
+  )
+  names = _NAMES[: len(clocks)]
+  made = reading.make_config(learner, config.stream.vocab_size, names)
+  inner = levels.make_inner(clocks, learning_rate=rate)
+  return models.make_model(made), inner
 
 
 def run(config: FrequenciesConfig, workdir: str, mode: str) -> None:
   """Trains with every number of levels, reads with every clock and rate."""
   report_files.check_mode(mode)
-  if max(config.num_levels) > _MOST_LEVELS:
+  if max(config.num_levels) > len(_NAMES):
     raise errors.UserError(
-      f'num_levels={config.num_levels} must be at most {_MOST_LEVELS}, the '
+      f'num_levels={config.num_levels} must be at most {len(_NAMES)}, the '
       'number of levels of the chain.'
     )
-  names = [f'level_{i}' for i in range(_MOST_LEVELS)]
-  model = models.make_model(
-    reading.make_config(config.learner, config.stream.vocab_size, names)
-  )
   asked = facts.AskConfig(config.stream, config.gaps, config.num_streams)
   scores, metrics = {}, []
   for number in config.num_levels:
-    inner = _inner(config, number, config.trained_at, 1.0)
+    model, inner = make_learner(config, number, config.trained_at, 1.0)
+    make_row = functools.partial(
+      facts.make_row,
+      config.stream,
+      tellings=config.train_tellings,
+      gap=config.train_gap,
+      multiple_of=config.trained_at if number == 1 else config.fastest,
+    )
     params, losses = reading.train(
       model,
       inner,
-      lambda rng: facts.make_row(
-        config.stream,
-        rng,
-        plant=config.train_plant,
-        gap=config.train_gap,
-        multiple_of=config.trained_at,
-      ),
+      make_row,
       config.learner,
       name=f'{number} levels',
     )
@@ -143,7 +164,7 @@ def run(config: FrequenciesConfig, workdir: str, mode: str) -> None:
     ]
     settings = [(s, r) for s in config.slowest for r in config.rates]
     for slowest, rate in settings if number else settings[:1]:
-      inner = _inner(config, number, slowest, rate)
+      _, inner = make_learner(config, number, slowest, rate)
       found = facts.recall(
         asked,
         model,
@@ -156,17 +177,6 @@ def run(config: FrequenciesConfig, workdir: str, mode: str) -> None:
       if not number:  # without levels there is no clock and no rate
         scores.update({(0, *setting): found for setting in settings})
   _write(config, workdir, scores, metrics)
-
-
-def _inner(config, number, slowest, rate):
-  sizes = update_every(number, config.fastest, slowest)
-  learning = tuple(
-    dataclasses.replace(
-      level, update_every=size, learning_rate=rate * level.learning_rate
-    )
-    for level, size in zip(config.inner.levels, sizes, strict=True)
-  )
-  return dataclasses.replace(config.inner, levels=learning)
 
 
 def _write(config, workdir, scores, metrics):
@@ -230,5 +240,8 @@ def _write(config, workdir, scores, metrics):
       'Sensitivity of recall after the longest gap: best minus worst over one '
       'setting, averaged over the others:',
       report_files.table(('setting', 'moves'), sensitivity),
+      report_files.table(
+        ('made by', ''), list(report_files.provenance().items())
+      ),
     ],
   )

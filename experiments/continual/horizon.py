@@ -4,21 +4,22 @@ A stream begins with a long stretch of one topic, its home, and goes on with a
 new topic every few thousand tokens. A topic is a table of likely successors of
 each word. A copy of the learner is asked for other text of home; the measure is
 nats per token saved against the learner before it read anything. The learner
-reads with no level, with each of its levels alone, and with all of them.
+reads with no level, with each of its levels alone, and with all of them, and
+its loss on the stream itself is measured as well.
 
 Command:
   python launch/run.py --config=experiments/continual/horizon.py \
     --workdir=runs/horizon
 
-`:full` reads ten million tokens per stream.
+`:full` reads ten million tokens per stream. `:untrained` asks whether levels
+add up in a learner with its initial parameters, on shorter streams.
+A run that was stopped goes on with the next set of levels.
 
-Hardware: one CPU core, four minutes; `:full` fifteen.
-Result: forgetting comes back. After four of its own steps on other topics the
-slow level keeps about half of what it saved, and from a million tokens on
-nothing is left; see experiments/results/continual/README.md.
+Results: experiments/results/continual/README.md.
 """
 
 import dataclasses
+import functools
 import pathlib
 
 import numpy as np
@@ -68,10 +69,22 @@ class HorizonConfig:
 
 
 def get_config(arg: str | None = None) -> HorizonConfig:
-  """Returns the config; 'full' reads 10^7 tokens, 'small' is for tests."""
+  """Returns the config; see the command, and 'small' is for tests."""
   config = HorizonConfig()
   if arg is None:
     return config
+  if arg == 'untrained':
+    return dataclasses.replace(
+      config,
+      topic_tokens=2048,
+      home_tokens=32_768,
+      distances=(0, 2048, 8192, 32_768),
+      num_streams=2,
+      learner=dataclasses.replace(config.learner, num_steps=0),
+      inner=levels.make_inner(
+        (64, 512, 8192), learning_rate=2.0, clip_norm=None, max_drift=1e9
+      ),
+    )
   if arg == 'full':
     longer = (2**20, 2**21, 2**22, 2**23, 10_485_760)
     return dataclasses.replace(config, distances=(*config.distances, *longer))
@@ -90,7 +103,9 @@ def get_config(arg: str | None = None) -> HorizonConfig:
       train_clocks=(16, 32, 32),
       train_tokens=(32, 16, 16),
     )
-  raise errors.UserError(f"{arg!r} must be 'full' or 'small', or nothing.")
+  raise errors.UserError(
+    f"{arg!r} must be 'full', 'untrained' or 'small', or nothing."
+  )
 
 
 def make_topic(config: HorizonConfig, rng: np.random.Generator) -> np.ndarray:
@@ -154,18 +169,29 @@ def run(config: HorizonConfig, workdir: str, mode: str) -> None:
     ),
   )
   params, losses = reading.train(
-    model, trained, lambda rng: make_row(config, rng), config.learner
+    model,
+    trained,
+    lambda rng: make_row(config, rng),
+    config.learner,
+    file=pathlib.Path(workdir) / 'parts/parameters.npz',
   )
   metrics = [{'step': i, 'loss': float(loss)} for i, loss in enumerate(losses)]
   found = {}
   for name, which in _ARMS.items():
     inner = reading.only(config.inner, which)
-    found[name] = _read(config, model, inner, params, name)
+    found[name] = reading.remember(
+      pathlib.Path(workdir) / f'parts/{report_files.key(name)}.npz',
+      functools.partial(_read, config, model, inner, params, name),
+    )
   _write(config, workdir, found, metrics)
 
 
 def _read(config, model, inner, params, name):
-  """Returns losses on home before it, and by distance, [stream, 1 + d]."""
+  """Returns losses on home and on the stream, 'asked' and 'read'.
+
+  Both are [stream, 1 + d]: home before it was read and by distance; the tokens
+  of home, and those since the distance before.
+  """
   size = levels.segment_size(levels.make_levels(config.inner, _LEVELS))
   learner = reading.make_reading(model, inner, segment_size=size)
   num, rng = config.num_streams, np.random.default_rng(1)
@@ -180,38 +206,46 @@ def _read(config, model, inner, params, name):
     return np.nanmean(losses, axis=(0, 2))
 
   scores = [ask()]
-  _, state = learner.read(
+  said, state = learner.read(
     params, state, write_text(home, config.home_tokens, rng)
   )
-  done = 0
+  done, stream = 0, [np.nanmean(said.losses, axis=1)]
   for distance in config.distances:
+    parts = [np.full((num, 1), np.nan)]
     while done < distance:
       # Many topics are generated at once and read one after the other.
       count = min((distance - done) // config.topic_tokens, 64)
       text = write_text(draw(num * count), config.topic_tokens, rng)
-      _, state = learner.read(params, state, text.reshape(num, -1))
+      said, state = learner.read(params, state, text.reshape(num, -1))
+      parts.append(said.losses[:, 1:])
       done += count * config.topic_tokens
     scores.append(ask())
+    if done:
+      stream.append(np.nanmean(np.concatenate(parts, axis=1), axis=1))
     print(
       f'{name}: {np.mean(scores[-1]):.3f} nats after {distance:,} tokens',
       flush=True,
     )
     reading.print_warnings(state, name)
-  return np.stack(scores, axis=1)
+  return {'asked': np.stack(scores, axis=1), 'read': np.stack(stream, axis=1)}
 
 
 def _write(config, workdir, found, metrics):
-  start = found['no level'][:, :1]
-  best = min(np.mean(losses[:, 1]) for losses in found.values())
+  asked = {name: one['asked'] for name, one in found.items()}
+  start = asked['no level'][:, :1]
+  best = min(np.mean(losses[:, 1]) for losses in asked.values())
   summary, rows = {'loss_before': float(np.mean(start))}, []
   summary['loss_best_after_home'] = float(best)
-  gains = {name: start - losses[:, 1:] for name, losses in found.items()}
+  gains = {name: start - losses[:, 1:] for name, losses in asked.items()}
   for name, gain in gains.items():
     row = [name]
     for i, distance in enumerate(config.distances):
       row.append(reading.mean_and_spread(gain[:, i]))
       key = f'{report_files.key(name)}_gain_after_{distance}'
       summary[key] = float(np.mean(gain[:, i]))
+    row.append(reading.mean_and_spread(found[name]['read'][:, -1]))
+    key = f'{report_files.key(name)}_loss_on_the_stream'
+    summary[key] = float(np.mean(found[name]['read'][:, -1]))
     rows.append(row)
   last = {name: float(np.mean(gain[:, -1])) for name, gain in gains.items()}
   summary['keeps_most'] = max(last, key=last.get)
@@ -235,10 +269,19 @@ def _write(config, workdir, found, metrics):
       f'and spread over {config.num_streams} streams, by tokens of other '
       'topics since. Levels step every '
       f'{config.inner.update_every} tokens; before home, the loss is '
-      f'{np.mean(start):.3f}.',
+      f'{np.mean(start):.3f}. The last column is the loss on the stream '
+      'itself, since the distance before the last.',
       report_files.table(
-        ('levels that learn', *(f'{d:,}' for d in config.distances)), rows
+        (
+          'levels that learn',
+          *(f'{d:,}' for d in config.distances),
+          'loss on the stream',
+        ),
+        rows,
       ),
       '![What is kept of home](horizon.png)',
+      report_files.table(
+        ('made by', ''), list(report_files.provenance().items())
+      ),
     ],
   )

@@ -7,6 +7,7 @@ asked questions, which leave no trace in the stream.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
+import io
 import pathlib
 from typing import Any, NamedTuple
 
@@ -18,9 +19,11 @@ import optax
 
 from nested_learning import errors
 from nested_learning import evaluation
+from nested_learning import files
 from nested_learning import layers
 from nested_learning import levels
 from nested_learning import models
+from nested_learning import parameters
 from nested_learning import training
 
 _PIECE = 1024  # tokens of a row that one call of the program reads
@@ -40,7 +43,7 @@ class LearnerConfig:
   num_heads: int = 1
   mlp_dim: int = 64  # of each level
   connection: str = 'sequential'  # of the levels; or 'nested', 'independent'
-  num_steps: int = 300
+  num_steps: int = 300  # 0 leaves the initial parameters
   batch_size: int = 8  # rows
   learning_rate: float = 3e-3
 
@@ -106,6 +109,7 @@ def train(
   *,
   seed: int = 0,
   name: str = 'training',
+  file: pathlib.Path | None = None,
 ) -> tuple[Any, np.ndarray]:
   """Trains a model on rows, with a gradient through the steps of its levels.
 
@@ -117,16 +121,47 @@ def train(
     config: Number of steps, batch size and peak learning rate.
     seed: Seed of parameters and rows.
     name: Label of the progress bar.
+    file: Where the result is kept; if it is there, no training is needed. None
+      keeps none.
 
   Returns:
     The parameters, and the loss of every step [step].
   """
+
+  def make():
+    params, losses = _train(model, inner, make_row, config, seed, name)
+    leaves = jax.tree.leaves_with_path(params)
+    named = {parameters.path_name(path): x for path, x in leaves}
+    return {**named, 'losses': losses}
+
+  found = make() if file is None else remember(file, make)
+  shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, _: jnp.asarray(found[parameters.path_name(path)]), shapes
+  )
+  return params, np.asarray(found['losses'])
+
+
+def remember(
+  file: pathlib.Path, make: Callable[[], Mapping[str, Any]]
+) -> dict[str, np.ndarray]:
+  """Returns arrays by name from a file, or makes them and writes the file."""
+  if not file.exists():
+    content = io.BytesIO()
+    np.savez(content, **make())
+    files.write_whole(file, content.getvalue())
+  with np.load(file) as found:
+    return dict(found)
+
+
+def _train(model, inner, make_row, config, seed, name):
   learner = models.make_model(model.config, inner, head=model.head)
+  num_steps = max(config.num_steps, 2)
   schedule = optax.warmup_cosine_decay_schedule(
     0.0,
     config.learning_rate,
-    max(config.num_steps // 20, 1),
-    config.num_steps,
+    max(num_steps // 20, 1),
+    num_steps,
     config.learning_rate / 20,
   )
   optimizer = optax.chain(

@@ -101,8 +101,32 @@ class ContinualTest(parameterized.TestCase):
   @pytest.mark.slow
   def test_facts(self):
     summary = self._run(facts)
-    for name in ('memories_only', 'fast_level', 'fast_and_slow_level'):
+    for name in (
+      'memories_only',
+      'fast_level',
+      'slow_level',
+      'fast_and_slow_level',
+      'fast_weights_after_the_restart',
+    ):
       self.assertBetween(summary[f'{name}_after_64'], 0, 1)
+
+  def test_two_levels_are_the_same_in_both_experiments_on_facts(self):
+    ours, theirs = facts.get_config(), frequencies.get_config()
+    model, inner = frequencies.make_learner(theirs, 2, theirs.trained_at, 1.0)
+    config = reading.make_config(
+      ours.learner, ours.stream.vocab_size, facts.LEVELS
+    )
+    self.assertEqual(model.config, config)
+    self.assertEqual(inner, ours.inner)
+    for name in ('stream', 'learner', 'train_tellings', 'train_gap'):
+      self.assertEqual(getattr(ours, name), getattr(theirs, name))
+
+  def test_every_fact_is_told_as_often_as_the_config_says(self):
+    config = facts.get_config().stream
+    tokens = facts.Stream(config, np.random.default_rng(0)).plant()
+    self.assertLen(tokens, config.plant_tokens)
+    _, counts = np.unique(tokens.reshape(-1, 4), axis=0, return_counts=True)
+    np.testing.assert_array_equal(counts, [config.tellings] * config.num_facts)
 
   @pytest.mark.slow
   def test_horizon(self):
