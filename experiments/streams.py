@@ -1,0 +1,402 @@
+"""Bits per byte of long streams: memories, levels that learn, and two controls.
+
+Command:
+  python launch/run.py --config=experiments/streams.py --workdir=runs/streams
+
+The same command goes on where it was interrupted, and
+--set=results=experiments/results/streams also takes finished cells from that
+folder and writes page and cells there. --set=models=hope measures one model.
+
+Hardware: two CPU cores; three trainings of three to five minutes, and twenty
+minutes of reading.
+Results: experiments/results/streams/README.md.
+
+Every model is trained as `experiments/quickstart.py`, with the chain of its
+Hope and the same number of parameters within 3 per cent. Then it reads held-out
+files end to end: with nothing written, with memories, and with memories and
+levels. The controls: a temperature and a bias over the vocabulary learn in
+place of the levels, and the files are read in another order.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import quickstart
+from experiments import report_files
+from experiments import streams_report
+from experiments.optimizers import cells as cells_lib
+from nested_learning import data as data_lib
+from nested_learning import errors
+from nested_learning import evaluation
+from nested_learning import levels
+from nested_learning import models
+from nested_learning import parameters
+from nested_learning import training
+from nested_learning.levels import inner as inner_lib
+from nested_learning.training import modes
+from nested_learning.training import text_workload
+
+MODELS = ('hope', 'gated_deltanet', 'transformer')
+_SIZE = models.zoo.Size(2, 128, 4, mlp_dim=384, vocab_size=257)
+_STEP = 3.0  # about the ratio of two rates of the search
+_MOST_RATES = 4  # tried beyond the ends of the grid
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamsConfig:
+  """Models, streams, and the search for the rate of what learns."""
+
+  models: tuple[str, ...] = MODELS
+  num_tokens: int = 2**17  # of a stream
+  num_streams: int = 2  # side by side
+  piece: int = 512  # tokens of a call, also the window of attention
+  update_every: tuple[int, ...] = (128, 512)  # of the levels, fastest first
+  rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
+  search_tokens: int = 2**14  # of the streams of the search
+  # Changes of the quickstart, for tests.
+  source: str = 'stdlib'
+  num_steps: int = 600
+  # Folder of earlier cells, to which page and cells are written as well.
+  results: str | None = None
+
+  def __post_init__(self):
+    unknown = sorted(set(self.models) - set(MODELS))
+    rule = f'among {", ".join(MODELS)}'
+    errors.check_field(self, 'models', not unknown, rule)
+    for name in ('num_tokens', 'search_tokens'):
+      fine = getattr(self, name) % self.piece == 0
+      rule = f'a multiple of piece={self.piece}'
+      errors.check_field(self, name, fine, rule)
+
+
+def get_config(arg: str | None = None) -> StreamsConfig:
+  """Returns the experiment; it has no variants."""
+  if arg is not None:
+    raise errors.UserError(f'{arg!r}: this experiment takes no argument.')
+  return StreamsConfig()
+
+
+def run(config: StreamsConfig, workdir: str, mode: str) -> None:
+  """Trains and reads what is not finished, and writes the page."""
+  report_files.check_mode(mode)
+  folder = pathlib.Path(workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  store = cells_lib.open_store(folder, config.results)
+  for name in config.models:
+    _measure(config, store, name)
+  page = folder / 'results' if store.results is None else store.results
+  summary = streams_report.write_page(store, page, MODELS)
+  report_files.write(
+    workdir,
+    config,
+    module=__name__,
+    summary=summary,
+    metrics=[],
+    sections=['# Streams', f'The results are in {page}/README.md.'],
+  )
+  print(f'{page}/README.md has the results.')
+
+
+def make_config(name: str, config: StreamsConfig) -> training.ExperimentConfig:
+  """Returns the training of a model: the quickstart with another mixer."""
+  base = quickstart.get_config()
+  if name == 'hope':
+    model = base.model
+  else:
+    mixer = quickstart.get_config('transformer').model.mixer
+    mixer = dataclasses.replace(mixer, window=config.piece)
+    if name == 'gated_deltanet':
+      mixer = models.zoo.make_sized(name, _SIZE).mixer
+    model = fit(dataclasses.replace(base.model, mixer=mixer), base.model)
+  return dataclasses.replace(
+    base,
+    name=name,
+    model=model,
+    data=dataclasses.replace(base.data, source=config.source),
+    train=dataclasses.replace(base.train, num_steps=config.num_steps),
+    # Its streams are read here.
+    evaluation=dataclasses.replace(base.evaluation, stream_tokens=0),
+  )
+
+
+def fit(
+  model: models.ModelConfig, like: models.ModelConfig
+) -> models.ModelConfig:
+  """Returns a model with levels so wide that it is as large as another one."""
+
+  def make(width):
+    chain = [dataclasses.replace(x, mlp_dim=width) for x in like.levels]
+    return dataclasses.replace(model, levels=tuple(chain))
+
+  count = lambda x: parameters.count(models.make_model(x).table)
+  one, unit = count(make(1)), count(make(2)) - count(make(1))
+  return make(max(1, 1 + round((count(like) - one) / unit)))
+
+
+def _measure(config, store, name) -> None:
+  """Trains a model, searches the rates, and reads the streams."""
+  trained = make_config(name, config)
+  workdir = store.workdir / 'models' / name
+  settings = {
+    'streams': {
+      key: getattr(config, key)
+      for key in ('num_tokens', 'num_streams', 'piece', 'update_every')
+    },
+    'search': {'rates': config.rates, 'num_tokens': config.search_tokens},
+    'num_params': parameters.count(models.make_model(trained.model).table),
+    'num_steps': config.num_steps,
+  }
+
+  @functools.cache
+  def load():
+    """Returns the trained parameters and the text that is held out."""
+    if not (workdir / 'summary.json').is_file():
+      training.run(trained, workdir)
+    tokenizer = text_workload.make_tokenizer(trained)
+    params, _ = modes.restore_params(trained, workdir, tokenizer.fingerprint)
+    return (
+      params,
+      _read_text(trained),
+      text_workload.byte_lengths(trained, tokenizer),
+    )
+
+  def measure(cell, make_values, **more):
+    return cells_lib.measure(
+      store, 'streams', f'{name} {cell}', settings | more, make_values
+    )
+
+  def trained_values():
+    load()
+    summary = json.loads((workdir / 'summary.json').read_text())
+    return {key: summary[key] for key in ('bits_per_byte', 'steps')}
+
+  def read(kind, rate, order, num_tokens, skip=0):
+    params, text, _ = load()
+    batches = make_batches(
+      text, config, num_tokens=num_tokens, skip=skip, order=order
+    )
+    evaluate = make(kind, 0.0 if kind == 'calibration' else rate)
+    if kind == 'calibration':
+      params = params, rate
+    return _values(evaluate(params, batches), num_tokens)
+
+  @functools.cache  # one program for the search and for both orders
+  def make(kind, rate):
+    return make_reading(kind, trained.model, config, rate, load()[2])
+
+  def search(kind):
+    """Returns the best rate; the grid goes on where an end is the best."""
+    skip = config.num_streams * config.num_tokens
+    found, rates = {}, list(config.rates)
+    while rates:
+      for rate in rates:
+        cell = measure(
+          f'{kind} search {rate:g}',
+          lambda rate=rate: read(
+            kind, rate, 'files', config.search_tokens, skip
+          ),
+        )
+        found[rate] = sum(cell.values['bits'])
+      best = min(found, key=found.get)
+      rates = []
+      if len(found) < len(config.rates) + _MOST_RATES:
+        ends = {min(found): best / _STEP, max(found): best * _STEP}
+        rates = [float(f'{ends[best]:.2g}')] if best in ends else []
+    return best
+
+  measure('trained', trained_values)
+  kinds = ['nothing', 'memories'] if name != 'transformer' else ['nothing']
+  for order in ('files', 'other'):
+    for kind in (*kinds, 'levels', 'calibration'):
+      learns = kind in ('levels', 'calibration')
+      rate = search(kind) if learns else 0.0
+      measure(
+        f'{kind} {order}',
+        functools.partial(read, kind, rate, order, config.num_tokens),
+        rate=rate,
+      )
+
+
+def _read_text(trained) -> dict[str, np.ndarray]:
+  """Returns the held-out text, end to end: arrays [tokens]."""
+  batches = data_lib.make_iterator(trained.data, split='validation')
+  tokens = np.concatenate([x['tokens'][x['mask']] for x in batches])
+  tokenizer = text_workload.make_tokenizer(trained)
+  return {'tokens': tokens, 'starts': tokens == tokenizer.document_id}
+
+
+def make_batches(
+  text: Mapping[str, np.ndarray],
+  config: StreamsConfig,
+  *,
+  num_tokens: int,
+  skip: int,
+  order: str,
+) -> list[dict[str, np.ndarray]]:
+  """Cuts streams out of a text.
+
+  Args:
+    text: Tokens [n], and starts [n], True at a document's first token.
+    config: Number of streams, and tokens of a piece.
+    num_tokens: Tokens of a stream.
+    skip: Tokens of the text before the streams.
+    order: 'files' as in the text; 'other' shuffles the documents of each
+      stream, with those at its ends as they were cut.
+
+  Returns:
+    Batches [stream, piece] as the evaluation reads them.
+
+  Raises:
+    errors.UserError: The text is too short.
+  """
+  total = config.num_streams * num_tokens
+  if len(text['tokens']) <= skip + total:
+    raise errors.UserError(
+      f'the held-out text has {len(text["tokens"])} tokens, and the streams '
+      f'need {skip + total + 1}; lower num_tokens or num_streams.'
+    )
+  rows = []
+  for i in range(config.num_streams):
+    begin = skip + i * num_tokens
+    own = slice(begin, begin + num_tokens)
+    row = np.append(text['tokens'][own], text['tokens'][begin + num_tokens])
+    if order == 'other':
+      documents = np.split(row[:-1], np.flatnonzero(text['starts'][own]))
+      picked = np.random.default_rng(i).permutation(len(documents))
+      row[:-1] = np.concatenate([documents[j] for j in picked])
+    rows.append(row)
+  rows = np.stack(rows)
+  shape = config.num_streams, num_tokens
+  arrays = {
+    'tokens': rows[:, :-1],
+    'targets': rows[:, 1:],
+    'mask': np.ones(shape, bool),
+    'reset': np.arange(num_tokens) == np.zeros((shape[0], 1)),
+  }
+  cuts = range(0, num_tokens, config.piece)
+  return [
+    {name: x[:, i : i + config.piece] for name, x in arrays.items()}
+    for i in cuts
+  ]
+
+
+def make_reading(
+  kind: str,
+  model: models.ModelConfig,
+  config: StreamsConfig,
+  rate: float,
+  byte_lengths: np.ndarray,
+) -> Callable[[Any, Any], evaluation.Evaluation]:
+  """Makes `evaluate(params, batches)` of one curve.
+
+  Args:
+    kind: 'nothing', 'memories', 'levels' or 'calibration', whose params are
+      those of the model and a rate.
+    model: The model.
+    config: The clocks.
+    rate: Rate of the levels.
+    byte_lengths: int [v], bytes of text of each token.
+
+  Returns:
+    The function, see `evaluation.make_evaluate_streams`.
+  """
+  inner = levels.make_inner(config.update_every, learning_rate=rate)
+  made = models.make_model(model, inner if kind == 'levels' else None)
+  if kind == 'calibration':
+    level = dataclasses.replace(inner.levels[0], learning_rate=1.0)
+    made = calibrate(made, level)
+  return evaluation.make_evaluate_streams(
+    made, byte_lengths, write=kind != 'nothing'
+  )
+
+
+def calibrate(
+  model: models.Model, level: levels.InnerLevelConfig
+) -> models.Model:
+  """Returns a model whose logits are calibrated online.
+
+  A temperature and a bias over the vocabulary take the steps that a level takes
+  inside a sequence: logits are exp(scale) * logits + bias, and both start at 0.
+
+  Args:
+    model: A model without levels that learn.
+    level: Clock, clip and optimiser, whose updates are proportional to its
+      rate; the loss is that of the next token.
+
+  Returns:
+    The model. Its `losses` takes whole segments of `update_every` tokens, and
+    as params those of the model and a factor of the rate.
+  """
+  optimizer = inner_lib.make_optimizer(level)
+  size, vocab_size = level.update_every, model.config.vocab_size
+
+  def start(num_rows):
+    params = {
+      'scale': jnp.zeros((num_rows,)),
+      'bias': jnp.zeros((num_rows, vocab_size)),
+    }
+    return params, jax.vmap(optimizer.init)(params)
+
+  def apply(params, logits):
+    return jnp.exp(params['scale']) * logits + params['bias']
+
+  def row_loss(params, logits, targets):
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+      apply(params, logits), targets
+    )
+    # As for a level, the last target is read after the step.
+    return jnp.mean(losses[:-1])
+
+  def row_step(rate, params, state, logits, targets):
+    gradients = jax.grad(row_loss)(params, logits, targets)
+    updates, state = optimizer.update(gradients, state, params)
+    updates = jax.tree.map(lambda x: rate * x, updates)
+    return apply(params, logits), optax.apply_updates(params, updates), state
+
+  def losses(params, state, tokens, targets, token_loss, *, reset=None):
+    params, rate = params
+    num_rows, num_tokens = tokens.shape
+    own, calibration = (None, start(num_rows)) if state is None else state
+    logits, own = model.forward(params, own, tokens, reset=reset)
+    cut = lambda x: jnp.moveaxis(
+      x.reshape(num_rows, num_tokens // size, size, *x.shape[2:]), 1, 0
+    )
+
+    def body(carry, inputs):
+      step = jax.vmap(functools.partial(row_step, rate))
+      logits, *carry = step(*carry, *inputs)
+      return tuple(carry), logits
+
+    calibration, found = jax.lax.scan(
+      body, calibration, (cut(logits), cut(targets))
+    )
+    found = jnp.moveaxis(found, 0, 1).reshape(logits.shape)
+    return token_loss(found, targets), (own, calibration)
+
+  def init_state(params, batch_size):
+    return model.init_state(params[0], batch_size), start(batch_size)
+
+  return model._replace(losses=losses, init_state=init_state)
+
+
+def _values(found: evaluation.Evaluation, num_tokens: int) -> dict[str, Any]:
+  """Returns bits and bytes of each bin of positions."""
+  edges = evaluation.stream_edges(num_tokens)
+  sums = lambda x: np.add.reduceat(x, edges[:-1])
+  bits = sums(found.totals.loss) / math.log(2)
+  return {
+    'edges': edges,
+    'bits': bits,
+    'bytes': sums(found.totals.num_bytes),
+    'bits_per_byte': found.bits_per_byte,
+  }
