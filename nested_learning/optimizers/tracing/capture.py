@@ -84,7 +84,8 @@ def value_and_delta_grad(
   Other parameters have the plain gradient and energy 0. A map that is applied
   in several places sums its energies and terms, as it does its gradients. The
   loss is a mean over samples; with target 'printed' it must not be scaled (the
-  added term would not be).
+  added term would not be). Inside a `jax.shard_map` over samples, let it be the
+  mean over all devices (`jax.lax.pmean`), as for `jax.grad`.
 
   An input vector is a sample if the loss depends on the map's output for it,
   that is, if the gradient of the loss there is not exactly zero. Padding that
@@ -147,16 +148,14 @@ def value_and_delta_grad(
     if settings.is_known(count) and not count > 0:
       raise ValueError(f'num_samples={count} must be above 0, or None.')
     count = None if count is None else jnp.asarray(count, jnp.float32)
-    # In float32 at least: energies are sums over many samples.
-    zeros = lambda leaf, shape: jnp.zeros(shape, _wide(leaf.dtype))
     # The energies are the gradients of the probes and the twins.
     probes = {
-      leaf: zeros(leaves[leaf], leaves[leaf].shape[:depth])
+      leaf: _zeros(leaves[leaf], leaves[leaf].shape[:depth])
       for leaf, depth in depths.items()
       if depth is not None
     }
     twins = {
-      leaf: jnp.zeros_like(leaves[leaf], dtype=_wide(leaves[leaf].dtype))
+      leaf: _zeros(leaves[leaf], leaves[leaf].shape)
       for leaf, depth in depths.items()
       if depth is None
     }
@@ -172,7 +171,11 @@ def value_and_delta_grad(
       x, w = inputs[1 - weights], inputs[weights]
       first = source.leaves[0]
       pull = erases[first] if targets[first] == 'printed' else None
-      return _make_linear(apply, geometry, pull)(x, w, probe, count)
+      # Inside a shard_map, other devices have further samples of a map that
+      # does not vary by device: terms and energies of all are added up.
+      shared = (_varying(x) | _varying(w)) - _varying(probe)
+      shared, probe = tuple(sorted(shared)), _vary(probe, shared)
+      return _make_linear(apply, geometry, pull, shared)(x, w, probe, count)
 
     def loss(leaves, probes, twins):
       arguments = jax.tree.leaves((structure.unflatten(leaves), *args))
@@ -312,13 +315,14 @@ def _num_vectors(shape, samples, repeats: int) -> int | None:
   return repeats * math.prod(shape[axis] for axis in samples)
 
 
-def _make_linear(apply, geometry: _Geometry, erase):
+def _make_linear(apply, geometry: _Geometry, erase, shared: tuple[str, ...]):
   """Makes a linear map whose weights are also pulled towards an output of 0.
 
   Args:
     apply: Function of (x, w) that is linear in each.
     geometry: The layout of its outputs.
     erase: Weight of the pull; None leaves it out.
+    shared: Axes of the mesh along which devices have samples of the same map.
 
   Returns:
     A function of (x, w, probe, count) with the value of `apply`; the gradient
@@ -348,6 +352,8 @@ def _make_linear(apply, geometry: _Geometry, erase):
       num = jnp.float32(geometry.num_vectors)
     else:
       num = jnp.sum(counted, geometry.samples, jnp.float32, keepdims=True)
+    if shared and count is None:
+      num = jax.lax.psum(_vary(num, shared), shared)
     num = jnp.maximum(num, 1).astype(probe.dtype)  # 0 if all are masked
 
     norms = geometry.measure(jnp.square(x.astype(probe.dtype)))
@@ -370,6 +376,23 @@ def _make_linear(apply, geometry: _Geometry, erase):
 
   linear.defvjp(forward, backward)
   return linear
+
+
+def _zeros(leaf, shape):
+  """Returns zeros that vary over the devices of a shard_map as a leaf does."""
+  # In float32 at least: energies are sums over many samples.
+  zeros = jnp.zeros(shape, _wide(leaf.dtype))
+  return _vary(zeros, _varying(leaf))
+
+
+def _varying(x) -> frozenset[str]:
+  """Returns the axes of the mesh over which a value varies in a shard_map."""
+  return jax.typeof(x).mat.varying
+
+
+def _vary(x, axes):
+  missing = tuple(sorted(set(axes) - _varying(x)))
+  return jax.lax.pcast(x, missing, to='varying') if missing else x
 
 
 def _wide(dtype):

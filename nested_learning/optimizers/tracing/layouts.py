@@ -19,6 +19,9 @@ class Factor(NamedTuple):
 
 Layout = tuple[tuple[Factor, ...], ...]
 
+# Operations inside a shard_map that say how copies of a value may differ.
+MANUAL_CASTS = frozenset({'preduced', 'pvary', 'reduced_vary_cast_p'})
+
 _NO_AXES = frozenset()
 
 
@@ -132,13 +135,12 @@ def follow(eqn, layout: Layout) -> list[Layout] | None:
       'convert_element_type'
       | 'copy'
       | 'copy_p'
-      | 'pvary'  # inside a shard_map, as the next two
-      | 'preduced'
-      | 'reduced_vary_cast_p'
       | 'reduce_precision'
       | 'reshard'
       | 'sharding_constraint'
     ):
+      return [layout]
+    case name if name in MANUAL_CASTS:
       return [layout]
   return None
 

@@ -18,12 +18,13 @@ from nested_learning.optimizers.tracing import layouts as layouts_lib
 _LAYOUT = frozenset({
   'broadcast_in_dim', 'convert_element_type', 'copy', 'copy_p',
   'optimization_barrier', 'reduce_precision', 'reshape', 'reshard',
-  'sharding_constraint', 'squeeze', 'transpose',
+  'sharding_constraint', 'squeeze', 'transpose', *layouts_lib.MANUAL_CASTS,
 })  # fmt: skip
 # Of these, the ones that leave every entry in its place.
 _IN_PLACE = frozenset({
   'convert_element_type', 'copy', 'copy_p', 'optimization_barrier',
   'reduce_precision', 'reshard', 'sharding_constraint',
+  *layouts_lib.MANUAL_CASTS,
 })  # fmt: skip
 # Operations that return parts of a parameter.
 _PARTS = frozenset({'rev', 'slice', 'split', 'unstack'})

@@ -391,6 +391,46 @@ class CaptureTest(parameterized.TestCase):
     for a, b in zip(actual, expected, strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
+  @parameterized.product(
+    apply=(apply_plainly, apply_in_a_loop, apply_in_halves),
+    target=('printed', 'corrected'),
+  )
+  def test_samples_spread_by_a_shard_map(self, apply, target):
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+      'own': jax.random.normal(keys[0], (4, 6)),
+      'shared': jax.random.normal(keys[1], (6, 2)),
+    }
+    x = jax.random.normal(keys[2], (8, 4))
+    # One device has more padding than the other. A loop counts padding.
+    masked = apply is not apply_in_a_loop
+    mask = (jnp.arange(8) < 5).astype(jnp.float32) if masked else jnp.ones(8)
+
+    def make(add):
+      def loss_fn(params, x, mask):
+        y = jnp.tanh(apply(params['own'], x)) @ params['shared']
+        total = add(jnp.sum(jnp.sin(y) * mask[:, None]))
+        return total / add(jnp.sum(mask))
+
+      return optimizers.value_and_delta_grad(loss_fn, target=target)
+
+    expected = compiling.jit(make(lambda total: total))(params, x, mask)
+    rows = jax.P('i')
+    spread = jax.shard_map(
+      make(lambda total: jax.lax.psum(total, 'i')),
+      mesh=jax.make_mesh(
+        (2,), ('i',), axis_types=(jax.sharding.AxisType.Auto,)
+      ),
+      in_specs=(jax.P(), rows, rows),
+      out_specs=jax.P(),
+    )
+    actual = compiling.jit(spread)(params, x, mask)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5),
+      actual,
+      expected,
+    )
+
   def test_rejects_bad_arguments(self):
     x = jnp.ones((4, 2))
     loss_fn = lambda params, x: jnp.mean(x @ params['w']) * params['n']
