@@ -264,13 +264,10 @@ def recall_around_restarts(
     after it, [stream, gap, 2].
   """
   asked = _Asked(config, model, config.inner, params, segment_size)
-  start, scores = asked.state.levels, []
+  scores = []
 
   def recall():
-    fast = asked.state.levels['fast']
-    fast = fast._replace(anchors=(fast.params,) * len(fast.anchors))
-    own = {'fast': fast, 'slow': start['slow']}
-    return asked.recall(asked.state._replace(levels=own))
+    return asked.recall(reading.alone(asked.state, asked.start, 'fast'))
 
   every = config.inner.update_every[-1]
   for gap in config.gaps:
@@ -298,7 +295,8 @@ class _Asked:
     self._allowed = np.arange(vocab_size) >= config.stream.first_value
     questions = [s.questions().reshape(-1, _SENTENCE) for s in self._streams]
     self._questions = np.stack(questions, axis=1)
-    self.state = self._learner.start(params, config.num_streams)
+    self.start = self._learner.start(params, config.num_streams)
+    self.state = self.start
     self._done, self._ahead = 0, np.stack([s.plant() for s in self._streams])
     self._read(self._ahead.shape[1])
 

@@ -4,8 +4,9 @@ A stream begins with a long stretch of one topic, its home, and goes on with a
 new topic every few thousand tokens. A topic is a table of likely successors of
 each word. A copy of the learner is asked for other text of home; the measure is
 nats per token saved against the learner before it read anything. The learner
-reads with no level, with each of its levels alone, and with all of them, and
-its loss on the stream itself is measured as well.
+reads with no level, with each of its levels alone, and with all of them; its
+loss on the stream itself is measured as well. With all levels, the weights of
+the fast one are also asked on their own, before and after they restart.
 
 Command:
   python launch/run.py --config=experiments/continual/horizon.py \
@@ -183,7 +184,41 @@ def run(config: HorizonConfig, workdir: str, mode: str) -> None:
       pathlib.Path(workdir) / f'parts/{report_files.key(name)}.npz',
       functools.partial(_read, config, model, inner, params, name),
     )
-  _write(config, workdir, found, metrics)
+  around = reading.remember(
+    pathlib.Path(workdir) / 'parts/restart.npz',
+    functools.partial(_around_restart, config, model, params),
+  )
+  _write(config, workdir, found, around, metrics)
+
+
+def _around_restart(config, model, params):
+  """Returns losses on home of the fast level's own weights, [stream] by name.
+
+  After home, a period of the slow level is read, at whose end it steps.
+  """
+  size = levels.segment_size(levels.make_levels(config.inner, _LEVELS))
+  learner = reading.make_reading(model, config.inner, segment_size=size)
+  num, rng = config.num_streams, np.random.default_rng(1)
+  draw = lambda count: np.stack([make_topic(config, rng) for _ in range(count)])
+  home, period = draw(num), config.inner.update_every[-1]
+  probes = np.stack([write_text(home, size, rng) for _ in range(config.probes)])
+  start = learner.start(params, num)
+
+  def ask(state):
+    own = reading.alone(state, start, 'fast')
+    return np.nanmean(learner.ask(params, own, probes).losses, axis=(0, 2))
+
+  state, losses = start, {'before home': ask(start)}
+  others = draw(num * -(-period // config.topic_tokens))
+  others = write_text(others, config.topic_tokens, rng).reshape(num, -1)
+  for name, text in {
+    'after home': write_text(home, config.home_tokens, rng),
+    'before the restart': others[:, : period - size],
+    'after the restart': others[:, period - size : period],
+  }.items():
+    _, state = learner.read(params, state, text)
+    losses[name] = ask(state)
+  return losses
 
 
 def _read(config, model, inner, params, name):
@@ -230,7 +265,7 @@ def _read(config, model, inner, params, name):
   return {'asked': np.stack(scores, axis=1), 'read': np.stack(stream, axis=1)}
 
 
-def _write(config, workdir, found, metrics):
+def _write(config, workdir, found, around, metrics):
   asked = {name: one['asked'] for name, one in found.items()}
   start = asked['no level'][:, :1]
   best = min(np.mean(losses[:, 1]) for losses in asked.values())
@@ -247,6 +282,13 @@ def _write(config, workdir, found, metrics):
     key = f'{report_files.key(name)}_loss_on_the_stream'
     summary[key] = float(np.mean(found[name]['read'][:, -1]))
     rows.append(row)
+  own = {
+    name: around['before home'] - losses for name, losses in around.items()
+  }
+  for name, gain in own.items():
+    summary[f'fast_weights_gain_{report_files.key(name)}'] = float(
+      np.mean(gain)
+    )
   last = {name: float(np.mean(gain[:, -1])) for name, gain in gains.items()}
   summary['keeps_most'] = max(last, key=last.get)
   reading.plot_lines(
@@ -280,6 +322,11 @@ def _write(config, workdir, found, metrics):
         rows,
       ),
       '![What is kept of home](horizon.png)',
+      'The same for the own weights of the fast level, around its restart '
+      f'after {config.inner.update_every[-1]:,} tokens of other topics:',
+      report_files.table(
+        tuple(own), [tuple(map(reading.mean_and_spread, own.values()))]
+      ),
       report_files.table(
         ('made by', ''), list(report_files.provenance().items())
       ),

@@ -334,6 +334,23 @@ def only(inner: levels.InnerConfig, which: Iterable[int]) -> levels.InnerConfig:
   return dataclasses.replace(inner, levels=changed)
 
 
+def alone(state: levels.State, start: levels.State, name: str) -> levels.State:
+  """Returns a state in which one level alone has learned.
+
+  Args:
+    state: State of a `StreamReader` whose levels learn.
+    start: Its state at the start of streams.
+    name: Name of the level.
+
+  Returns:
+    The state, with the level's own weights in place of its anchors, so that all
+    members of a nested chain predict the same.
+  """
+  own = state.levels[name]
+  own = own._replace(anchors=(own.params,) * len(own.anchors))
+  return state._replace(levels={**start.levels, name: own})
+
+
 def print_warnings(state: Any, name: str) -> None:
   """Prints warnings about the levels of a stream, if any learn.
 

@@ -132,6 +132,7 @@ class ContinualTest(parameterized.TestCase):
   def test_horizon(self):
     summary = self._run(horizon)
     self.assertIn('all_levels_gain_after_64', summary)
+    self.assertIn('fast_weights_gain_after_the_restart', summary)
     self.assertGreater(summary['loss_before'], 0)
 
   @pytest.mark.slow
