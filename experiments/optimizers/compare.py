@@ -22,6 +22,7 @@ Results: experiments/results/optimizers/README.md.
 import collections
 import dataclasses
 import json
+import math
 import pathlib
 import shlex
 
@@ -90,6 +91,11 @@ class CompareConfig:
       unknown = sorted(set(getattr(self, name)) - set(known))
       rule = f'among {", ".join(known)}'
       errors.check_field(self, name, not unknown, rule)
+    for name in ('rates', 'stream_rates'):
+      rates = getattr(self, name)
+      fine = rates and all(0 < rate < math.inf for rate in rates)
+      errors.check_field(self, name, fine, 'one or more finite numbers above 0')
+    errors.check_field(self, 'num_seeds', self.num_seeds >= 1, 'at least 1')
 
 
 def get_config(arg: str | None = None) -> CompareConfig:

@@ -414,6 +414,10 @@ class ExperimentsTest(parameterized.TestCase):
       errors.UserError, "parts=.*'cifar'.* among toy"
     ):
       compare.get_config('cifar')
+    for setting in ({'rates': ()}, {'rates': (-1.0,)}, {'num_seeds': 0}):
+      (name,) = setting
+      with self.assertRaisesRegex(errors.UserError, f'{name}=.* must be'):
+        compare.CompareConfig(**setting)
     with mock.patch.dict(sys.modules, {'sklearn': None}):
       with self.assertRaisesRegex(errors.UserError, r"'.\[experiments\]'"):
         compare.run(
