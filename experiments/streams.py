@@ -315,9 +315,8 @@ def make_reading(
   if kind == 'calibration':
     level = dataclasses.replace(inner.levels[0], learning_rate=1.0)
     made = calibrate(made, level)
-  return evaluation.make_evaluate_streams(
-    made, byte_lengths, write=kind != 'nothing'
-  )
+  reading = evaluation.make_reading(made, byte_lengths, write=kind != 'nothing')
+  return evaluation.make_evaluate_streams(reading)
 
 
 def calibrate(

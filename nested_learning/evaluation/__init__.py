@@ -13,8 +13,10 @@ from nested_learning.evaluation.bits_per_byte import Evaluation
 from nested_learning.evaluation.bits_per_byte import EvaluationConfig
 from nested_learning.evaluation.bits_per_byte import gain_by_position
 from nested_learning.evaluation.bits_per_byte import make_evaluate
+from nested_learning.evaluation.bits_per_byte import make_reading
 from nested_learning.evaluation.bits_per_byte import mean_over_bins
 from nested_learning.evaluation.bits_per_byte import plot_by_position
+from nested_learning.evaluation.bits_per_byte import Reading
 from nested_learning.evaluation.bits_per_byte import Totals
 from nested_learning.evaluation.bits_per_byte import write_by_position
 from nested_learning.evaluation.continuation import GenerateUntilConfig

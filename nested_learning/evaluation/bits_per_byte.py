@@ -106,68 +106,38 @@ class Evaluation:
       return self.totals.loss / self.totals.num_tokens
 
 
-def make_evaluate(
-  model: models.Model,
-  byte_lengths: np.ndarray,
-  *,
-  write: bool = True,
-  carry: bool = False,
-) -> Callable[[Any, Iterable[Any]], Evaluation]:
-  """Makes `evaluate(params, batches) -> Evaluation`, compiled once.
+class Reading(NamedTuple):
+  """A way to read text: a model, with writes on or off.
+
+  Attributes:
+    model: The model.
+    init_state: `init_state(params, num_rows)`, compiled.
+    read: `read(params, state, batch)` returns `Totals` by position in the
+      context, `Totals` by position in the row, in float64, and the state. Rows
+      whose first token is a reset begin anew.
+  """
+
+  model: models.Model
+  init_state: Callable[[Any, int], Any]
+  read: Callable[..., tuple[Totals, Totals, Any]]
+
+
+def make_reading(
+  model: models.Model, byte_lengths: np.ndarray, *, write: bool = True
+) -> Reading:
+  """Makes a `Reading`, which is compiled once for rows and streams alike.
 
   Args:
     model: From `models.make_model`.
     byte_lengths: int [v], bytes of text of each token; no more tokens than the
       model has.
     write: Whether memories are written; if not, they stay at their initial
-      values.
-    carry: Whether row r of a batch continues row r of the batch before, unless
-      its first token is a reset; otherwise every row starts a stream.
+      values, and no level learns.
 
   Returns:
-    The function. Batches are dicts with tokens and targets int [b, t], mask
-    [b, t] (targets that count) and reset bool [b, t]. It raises UserError if no
-    target counts, or the model does not have a token.
-
-  Raises:
-    errors.UserError: If there are more tokens than the model has.
-  """
-  batch_totals = make_batch_totals(
-    model, byte_lengths, context_position, write=write, carry=carry
-  )
-
-  def evaluate(params, batches):
-    # Summed in float64: float32 stops counting at 2^24 tokens.
-    totals, state = Totals(0.0, 0.0, 0.0), None
-    for batch in batches:
-      sums, state = batch_totals(params, state, batch)
-      totals = jax.tree.map(np.add, totals, sums)
-    return make_evaluation(totals)
-
-  return evaluate
-
-
-def make_batch_totals(
-  model: models.Model,
-  byte_lengths: np.ndarray,
-  find_position: Callable[[jax.Array], jax.Array],
-  *,
-  write: bool = True,
-  carry: bool = True,
-) -> Callable[..., tuple[Totals, Any]]:
-  """Makes `batch_totals(params, state, batch) -> (totals, state)`.
-
-  Args:
-    model: See `make_evaluate`.
-    byte_lengths: See `make_evaluate`.
-    find_position: `find_position(reset)` is the position of each token in the
-      totals, int [b, t].
-    write: See `make_evaluate`.
-    carry: False returns None in place of the state.
-
-  Returns:
-    The function, compiled once; totals are float64. It raises UserError if the
-    model does not have a token.
+    The reading. Batches are dicts with tokens and targets int [b, t], mask
+    [b, t] (targets that count) and reset bool [b, t]; `read` raises UserError
+    if the model does not have a token.
 
   Raises:
     errors.UserError: If there are more tokens than the model has.
@@ -180,8 +150,7 @@ def make_batch_totals(
   def compute(params, state, batch):
     tokens, targets, reset = batch['tokens'], batch['targets'], batch['reset']
     counts = batch['mask'].astype(jnp.float32)
-    if state is not None:
-      state = models.restart(model, params, state, reset[:, 0])
+    state = models.restart(model, params, state, reset[:, 0])
     if write and model.losses is not None:  # whole segments, read only once
       loss, state = model.losses(
         params, state, tokens, targets, token_loss, reset=reset
@@ -191,32 +160,62 @@ def make_batch_totals(
         params, state, tokens, reset=reset, write=write
       )
       loss = token_loss(logits, targets)  # [b, t]
-    position = find_position(reset)
 
-    def by_position(x):
-      values = (x * counts).astype(jnp.float32)
-      return jnp.zeros(x.shape[1], jnp.float32).at[position].add(values)
+    def by(position):
+      def add(x):
+        values = (x * counts).astype(jnp.float32)
+        return jnp.zeros(x.shape[1], jnp.float32).at[position].add(values)
 
-    totals = Totals(
-      by_position(loss),
-      by_position(jnp.ones_like(loss)),
-      by_position(byte_lengths[targets]),
-    )
+      return Totals(
+        add(loss), add(jnp.ones_like(loss)), add(byte_lengths[targets])
+      )
+
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     # A token that the model does not have would make the loss NaN in silence.
     wrong = (tokens < 0) | (tokens >= vocab_size)
     wrong |= ((targets < 0) | (targets >= vocab_size)) & batch['mask']
-    return totals, jnp.sum(wrong), state if carry else None
+    sums = by(context_position(reset)), by(index)
+    return sums, jnp.sum(wrong), state
 
-  def batch_totals(params, state, batch):
+  def read(params, state, batch):
     sums, num_wrong, state = compute(params, state, batch)
     if num_wrong:
       raise errors.UserError(
         f'{int(num_wrong)} tokens of a batch are not among the {vocab_size} '
         'of the model; use the tokenizer that the model was trained with.'
       )
-    return jax.tree.map(np.float64, jax.device_get(sums)), state
+    # Summed in float64: float32 stops counting at 2^24 tokens.
+    return *jax.tree.map(np.float64, jax.device_get(sums)), state
 
-  return batch_totals
+  return Reading(model, jax.jit(model.init_state, static_argnums=1), read)
+
+
+def make_evaluate(
+  reading: Reading, *, carry: bool = False
+) -> Callable[[Any, Iterable[Any]], Evaluation]:
+  """Makes `evaluate(params, batches) -> Evaluation` by position in the context.
+
+  Args:
+    reading: From `make_reading`.
+    carry: Whether row r of a batch continues row r of the batch before, unless
+      its first token is a reset; otherwise every row starts a stream.
+
+  Returns:
+    The function. It raises UserError if no target counts, or the model does not
+    have a token.
+  """
+
+  def evaluate(params, batches):
+    totals, state = Totals(0.0, 0.0, 0.0), None
+    for batch in batches:
+      if state is None:
+        start = state = reading.init_state(params, len(batch['tokens']))
+      sums, _, state = reading.read(params, state, batch)
+      state = state if carry else start
+      totals = jax.tree.map(np.add, totals, sums)
+    return make_evaluation(totals)
+
+  return evaluate
 
 
 def make_evaluation(totals: Totals) -> Evaluation:

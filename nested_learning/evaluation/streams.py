@@ -11,7 +11,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from matplotlib import figure as mpl_figure
 import numpy as np
 
@@ -23,34 +22,32 @@ _FIRST = 64  # positions of the first bin: single positions have few bytes
 
 
 def make_evaluate_streams(
-  model: models.Model, byte_lengths: np.ndarray, *, write: bool = True
+  reading: bits_per_byte.Reading,
 ) -> Callable[[Any, Iterable[Any]], bits_per_byte.Evaluation]:
   """Makes `evaluate(params, batches) -> Evaluation` of one stream per row.
 
   Args:
-    model: From `models.make_model`, with `inner` for levels that learn. Where
-      attention has no room for the next batch, it begins anew; levels go on.
-    byte_lengths: int [v], bytes of text of each token.
-    write: Whether memories are written and levels learn.
+    reading: From `make_reading`. Where the attention of its model has no room
+      for the next batch, it begins anew; levels go on.
 
   Returns:
     The function. Batches are as for `make_evaluate`, and each row continues the
     row of the batch before. Position 0 is the first token of the stream.
   """
-  batch_totals = bits_per_byte.make_batch_totals(
-    model, byte_lengths, _position_in_row, write=write
-  )
-  limit, reader = models.max_stream_length(model.config), model.reader
-  restart = None if reader is None else jax.jit(reader.restart)
+  model = reading.model
+  limit = models.max_stream_length(model.config)
+  restart = None if model.reader is None else jax.jit(model.reader.restart)
 
   def evaluate(params, batches):
     pieces, state, age = [], None, 0
     for batch in batches:
       num_rows, num_tokens = batch['tokens'].shape
-      if limit is not None and age and age + num_tokens > limit:
-        rows, age = np.ones(num_rows, bool), 0
-        state = None if restart is None else restart(params, state, rows)
-      sums, state = batch_totals(params, state, batch)
+      is_full = limit is not None and age + num_tokens > limit
+      if is_full and age and restart is not None:
+        state, age = restart(params, state, np.ones(num_rows, bool)), 0
+      elif state is None or is_full:
+        state, age = reading.init_state(params, num_rows), 0
+      _, sums, state = reading.read(params, state, batch)
       pieces.append(sums)
       age += num_tokens
     empty = bits_per_byte.Totals(*[np.zeros(0)] * 3)
@@ -128,7 +125,3 @@ def plot_curves(
   axes.set_ylabel('bits per byte')
   axes.legend()
   figure.savefig(path, dpi=120)
-
-
-def _position_in_row(reset: jax.Array) -> jax.Array:
-  return jnp.broadcast_to(jnp.arange(reset.shape[1]), reset.shape)

@@ -65,10 +65,14 @@ def make_workload(
     logging.warning('%s', warning)
   lengths = byte_lengths(config, tokenizer)
 
+  @functools.cache  # rows and streams share their programs
+  def make_reading(inner, write):
+    made = models.make_model(config.model, inner if inner.is_on else None)
+    return evaluation.make_reading(made, lengths, write=write)
+
   def make_evaluate(write):
-    return evaluation.make_evaluate(
-      model, lengths, write=write, carry=config.carries_state
-    )
+    reading = make_reading(config.inner, write)
+    return evaluation.make_evaluate(reading, carry=config.carries_state)
 
   def summarize(params, mesh, evaluated):
     if not config.has_validation:
@@ -81,8 +85,7 @@ def make_workload(
       _check_finite(writes_on, 'writes on')
       writes_off = make_evaluate(False)(params, batches())
       _check_finite(writes_off, 'writes off')
-
-      curves = _read_streams(config, workload, lengths, params, mesh)
+      curves = _read_streams(config, workload, make_reading, params, mesh)
 
     def write_files(workdir):
       for path, write in (
@@ -250,30 +253,32 @@ def _sections(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _read_streams(
-  config, workload, lengths, params, mesh
+  config, workload, make_reading, params, mesh
 ) -> dict[str, evaluation.Evaluation]:
   """Reads the same streams in every way; returns the curves by name."""
   num_tokens, inner = config.stream_tokens, config.stream_inner
   if not num_tokens:
     return {}
-  plain = models.make_model(config.model)
-  readings = {'_writes_off': (plain, False), '': (plain, True)}
+  rest = config.inner if not config.inner.is_on else levels.InnerConfig()
+  readings = {
+    '_writes_off': make_reading(rest, False),
+    '': make_reading(rest, True),
+  }
   length = config.data.sequence_length
   if inner.is_on:
-    model = models.make_model(config.model, inner)
-    readings['_levels_learning'] = model, True
-    size = model.reader.segment_size
+    reading = readings['_levels_learning'] = make_reading(inner, True)
+    size = reading.model.reader.segment_size
     length = max(length // size, 1) * size
   data = dataclasses.replace(config.data, reset='never', sequence_length=length)
   source = workload._replace(
     make_batches=functools.partial(_make_batches, data)
   )
   curves = {}
-  for name, (model, write) in readings.items():
+  for name, reading in readings.items():
     batches = workload_lib.validation_batches(
       source, -(-num_tokens // length), mesh
     )
-    evaluate = evaluation.make_evaluate_streams(model, lengths, write=write)
+    evaluate = evaluation.make_evaluate_streams(reading)
     curves[name] = evaluate(params, batches)
     _check_finite(curves[name], f'{_CURVES[name]} on a stream')
   return curves

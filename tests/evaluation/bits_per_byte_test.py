@@ -20,14 +20,16 @@ class UniformModel:
   losses = reader = None
 
   def __init__(self, vocab_size):
-    self.config = types.SimpleNamespace(vocab_size=vocab_size)
+    # No limit to the length of streams.
+    self.config = types.SimpleNamespace(vocab_size=vocab_size, pattern=())
+    self.num_traces = 0
     self.table = jax.random.normal(jax.random.key(0), (vocab_size, vocab_size))
 
   def forward(self, params, state, tokens, *, reset, write):
     del params, reset
     logits = self.table[tokens] * (2.0 if write else 1.0)
-    carried = jnp.zeros(len(tokens)) if state is None else state
-    return logits + carried[:, None, None] * logits, carried + 1.0
+    self.num_traces += 1
+    return logits + state[:, None, None] * logits, state + 1.0
 
   def init_state(self, params, batch_size):
     del params
@@ -52,6 +54,11 @@ BYTE_LENGTHS = np.array([1, 2, 3, 4, 0])
 POSITION = np.array([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
 
 
+def make_evaluate(model, lengths=BYTE_LENGTHS, *, write=True, carry=False):
+  reading = evaluation.make_reading(model, lengths, write=write)
+  return evaluation.make_evaluate(reading, carry=carry)
+
+
 class EvaluateTest(parameterized.TestCase):
   def losses(self, model, batch, scale):
     log_probs = jax.nn.log_softmax(model.table[batch['tokens']] * scale)
@@ -62,7 +69,7 @@ class EvaluateTest(parameterized.TestCase):
   def test_counts_bits_bytes_and_positions(self, write, scale):
     model = UniformModel(5)
     batches = [make_batch(seed, mask=0.7) for seed in range(3)]
-    evaluate = evaluation.make_evaluate(model, BYTE_LENGTHS, write=write)
+    evaluate = make_evaluate(model, write=write)
     result = evaluate(None, batches)
     loss, count, size = np.zeros(6), np.zeros(6), np.zeros(6)
     for batch in batches:
@@ -80,7 +87,7 @@ class EvaluateTest(parameterized.TestCase):
   def test_carries_the_state_only_if_asked(self):
     model = UniformModel(5)
     batches = [make_batch(0), make_batch(1)]
-    evaluate = evaluation.make_evaluate(model, BYTE_LENGTHS, carry=True)
+    evaluate = make_evaluate(model, carry=True)
     expected = [
       self.losses(model, batch, scale).mean()
       for batch, scale in zip(batches, (2.0, 4.0), strict=True)
@@ -94,21 +101,28 @@ class EvaluateTest(parameterized.TestCase):
       evaluate(None, batches).loss, np.mean(expected), rtol=1e-5
     )
 
+  def test_rows_and_streams_share_a_program(self):
+    model, batches = UniformModel(5), [make_batch(seed) for seed in range(2)]
+    reading = evaluation.make_reading(model, BYTE_LENGTHS)
+    rows = evaluation.make_evaluate(reading, carry=True)(None, batches)
+    streams = evaluation.make_evaluate_streams(reading)(None, batches)
+    self.assertEqual(model.num_traces, 1)
+    self.assertLen(streams.totals.loss, 12)
+    self.assertAlmostEqual(rows.loss, streams.loss, places=5)
+
   def test_a_real_model_without_memory_ignores_writes(self):
     model = models.make_model(tiny.MODEL)
     params = jax.jit(model.init_params)(jax.random.key(0))
     lengths = np.ones(tiny.MODEL.vocab_size)
     on, off = (
-      evaluation.make_evaluate(model, lengths, write=write)(
-        params, [make_batch(0)]
-      )
+      make_evaluate(model, lengths, write=write)(params, [make_batch(0)])
       for write in (True, False)
     )
     self.assertEqual(on.loss, off.loss)
     self.assertBetween(on.bits_per_byte, 4, 12)
 
   def test_refuses_a_text_without_targets(self):
-    evaluate = evaluation.make_evaluate(UniformModel(5), BYTE_LENGTHS)
+    evaluate = make_evaluate(UniformModel(5))
     for batches in ([], [make_batch(0, mask=0.0)]):
       with self.assertRaisesRegex(errors.UserError, 'no target with text'):
         evaluate(None, batches)
@@ -117,7 +131,7 @@ class EvaluateTest(parameterized.TestCase):
   def test_refuses_tokens_that_the_model_does_not_have(self, name):
     batch = make_batch(0)
     batch[name] = batch[name].at[1, 2].set(5)
-    evaluate = evaluation.make_evaluate(UniformModel(5), BYTE_LENGTHS)
+    evaluate = make_evaluate(UniformModel(5))
     with self.assertRaisesRegex(
       errors.UserError, '1 tokens of a batch .* 5 of'
     ):
@@ -125,7 +139,7 @@ class EvaluateTest(parameterized.TestCase):
 
   def test_refuses_a_tokenizer_that_is_larger_than_the_model(self):
     with self.assertRaisesRegex(errors.UserError, 'has 5 tokens, and .*=4;'):
-      evaluation.make_evaluate(UniformModel(4), BYTE_LENGTHS)
+      make_evaluate(UniformModel(4))
 
   def test_position_counts_from_the_reset(self):
     reset = make_batch(0)['reset']

@@ -58,6 +58,11 @@ def cut(stream, size=_PIECE):
     yield {name: x[:, i : i + size] for name, x in stream.items()}
 
 
+def make_evaluate(model, byte_lengths):
+  reading = evaluation.make_reading(model, byte_lengths)
+  return evaluation.make_evaluate_streams(reading)
+
+
 class StreamsTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
@@ -85,7 +90,7 @@ class StreamsTest(parameterized.TestCase):
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     loss = np.asarray(loss) * stream['mask']
     size = lengths[targets] * stream['mask']
-    evaluate = evaluation.make_evaluate_streams(model, lengths)
+    evaluate = make_evaluate(model, lengths)
     found = evaluate(params, cut(stream))
     # Sums of a position are float32.
     np.testing.assert_allclose(found.totals.loss, loss.sum(0), rtol=1e-6)
@@ -103,14 +108,12 @@ class StreamsTest(parameterized.TestCase):
     session = inference.Session(plain, params, _INNER, num_rows=_ROWS)
     losses = session.feed(stream['tokens'])  # of each token, given those before
     model = models.make_model(plain.config, _INNER)
-    evaluate = evaluation.make_evaluate_streams(model, np.ones(_VOCAB))
+    evaluate = make_evaluate(model, np.ones(_VOCAB))
     found = evaluate(params, cut(stream)).totals.loss
     np.testing.assert_allclose(found[:-1], losses[:, 1:].sum(0), rtol=1e-5)
 
   def test_refuses_a_stream_without_text(self):
-    evaluate = evaluation.make_evaluate_streams(
-      make_model(_MEMORY), np.ones(_VOCAB)
-    )
+    evaluate = make_evaluate(make_model(_MEMORY), np.ones(_VOCAB))
     with self.assertRaisesRegex(errors.UserError, 'no target with text'):
       evaluate(None, [])
 
