@@ -24,6 +24,7 @@ _TITANS = dataclasses.replace(
 # Chunks end in the prompt, and in the tokens that are drawn after it.
 _HOPE = dataclasses.replace(
   tiny.MODEL,
+  num_layers=2,
   mixer=layers.MemoryMixerConfig(
     num_heads=2, head_dim=8, chunk_size=4, chunk_size_others=5, max_norm=0.2
   ),
