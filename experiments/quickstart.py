@@ -8,7 +8,8 @@ Command:
 Hardware: two CPU cores, three minutes of training and four in all (6,559
 tokens/s beside other work).
 Result, one seed: 2.054 bits per byte of held-out files, 2.772 with memory
-writes off.
+writes off. On streams of 8,192 bytes: 2.733 with writes off, 2.009 with memory
+writes, 1.818 with levels learning as well.
 
 `--config=experiments/quickstart.py:transformer` trains Transformer++ of the
 same width and depth on the same data: 2.142 bits per byte. A batch has four

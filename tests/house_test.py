@@ -222,14 +222,21 @@ class HouseTest(parameterized.TestCase):
     page = ast.parse((_ROOT / 'experiments' / 'quickstart.py').read_text())
     docstring = ' '.join((ast.get_docstring(page) or '').split())
     said = re.search(
-      r'ends with (\d\.\d+) bits per byte.*?\((\d\.\d+) with the', readme, re.S
+      r'(\d\.\d+) bits per byte with its\s+writes off, (\d\.\d+) with memory '
+      r'writes, (\d\.\d+) with levels.*?ends with (\d\.\d+) bits per byte '
+      r'\((\d\.\d+) with the',
+      readme,
+      re.S,
     )
-    measured = re.search(
-      r'one seed: (\d\.\d+) bits per byte.*?(\d\.\d+) with memory', docstring
-    )
+    *rows, off, on, learning = re.search(
+      r'one seed: (\d\.\d+) bits per byte.*?(\d\.\d+) with memory.*?'
+      r'(\d\.\d+) with writes off, (\d\.\d+) with memory writes, '
+      r'(\d\.\d+) with levels',
+      docstring,
+    ).groups()
     self.assertIsNotNone(said)
-    self.assertIsNotNone(measured)
-    for short, long in zip(said.groups(), measured.groups(), strict=True):
+    measured = off, on, learning, *rows
+    for short, long in zip(said.groups(), measured, strict=True):
       digits = len(short.partition('.')[2])
       self.assertEqual(short, f'{float(long):.{digits}f}')
 
