@@ -125,6 +125,7 @@ class MixedChainTest(parameterized.TestCase):
     # Energies are sums of squares.
     self.assertEqual(flops('next_token', _KINDS.Dgd()), plain)
 
+  @pytest.mark.slow
   def test_meta_gradient_of_local_losses(self):
     self.check_meta_gradient(
       update_every=(4, 8),

@@ -299,6 +299,7 @@ class ReaderTest(parameterized.TestCase):
       differs = np.abs(after - before).max(axis=(0, 2))
       self.assertTrue(np.all(differs[t:] > 0))
 
+  @pytest.mark.slow
   def test_rates_of_zero_equal_the_model_bit_for_bit(self):
     tokens, reset = draw()
     for optimizer in (_CHOICES.Sgd(), _CHOICES.M3()):
@@ -401,6 +402,7 @@ class ReaderTest(parameterized.TestCase):
     np.testing.assert_array_equal(after.levels['slow'].num_updates, [2, 0])
     np.testing.assert_array_equal(after.levels['fast'].frozen, [False, False])
 
+  @pytest.mark.slow
   def test_meta_gradient_against_finite_differences(self):
     self.check_meta_gradient('next_token')
 

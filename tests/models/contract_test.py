@@ -31,6 +31,10 @@ _SHORT = {
   'window': _WINDOW,
   'shard_size': _CHUNK,
 }
+# One family of each kind: memories, attention, both. All others are tested in
+# the same ways by the slow tests.
+_EVERY_DAY = ('hope', 'hope_attention', 'gated_deltanet', 'tnt', 'titans_mac')
+_OTHERS = tuple(f for f in models.zoo.FAMILIES if f not in _EVERY_DAY)
 
 
 def shorten(mixer):
@@ -110,13 +114,12 @@ def described(tree):
   return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
-class ContractTest(parameterized.TestCase):
+class _Contract(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.enterContext(jax.enable_x64(True))
 
-  @parameterized.parameters(*models.zoo.FAMILIES)
-  def test_contract(self, family):
+  def check(self, family):
     stream = Stream(family)
     for check in (
       self.check_shapes_and_types,
@@ -243,6 +246,20 @@ def make_streams(num_tokens):
   return np.stack(rows).astype(np.int32)
 
 
+class ContractTest(_Contract):
+  @parameterized.parameters(*_EVERY_DAY)
+  def test_contract(self, family):
+    self.check(family)
+
+
+# A mark of a parameterised test is lost; that of a class is not.
+@pytest.mark.slow
+class ContractOfTheOthersTest(_Contract):
+  @parameterized.parameters(*_OTHERS)
+  def test_contract(self, family):
+    self.check(family)
+
+
 class _LongStream(parameterized.TestCase):
   """Untrained models stay finite on rows of many chunks.
 
@@ -278,12 +295,11 @@ class _LongStream(parameterized.TestCase):
 
 
 class LongStreamTest(_LongStream):
-  @parameterized.parameters(*models.zoo.FAMILIES)
+  @parameterized.parameters(*_EVERY_DAY)
   def test_finite(self, family):
     self.check(family, 320, 'float32')
 
 
-# A mark of a parameterised test is lost; that of a class is not.
 @pytest.mark.slow
 class VeryLongStreamTest(_LongStream):
   @parameterized.product(

@@ -167,6 +167,7 @@ class ShardedTest(parameterized.TestCase):
       used = any(axis in axes.split('_') for axes in kinds)
       self.assertEqual(used, size > 1, axis)
 
+  @pytest.mark.slow
   def test_other_optimizers(self):
     found = self.check('transformer', (2, 2, 1, 2), rules='others')
     levels = found.abstract.optimizer[1].levels
