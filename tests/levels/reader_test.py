@@ -300,7 +300,8 @@ class ReaderTest(parameterized.TestCase):
       self.assertTrue(np.all(differs[t:] > 0))
 
   @pytest.mark.slow
-  def test_rates_of_zero_equal_the_model_bit_for_bit(self):
+  def test_rates_of_zero_equal_the_model(self):
+    # Up to rounding; zero_rates_test.py compares bits.
     tokens, reset = draw()
     for optimizer in (_CHOICES.Sgd(), _CHOICES.M3()):
       model, learner = learning(
@@ -321,14 +322,14 @@ class ReaderTest(parameterized.TestCase):
       aligned = compiling.jit(
         lambda r, f=learner.forward: f(init(), None, tokens, reset=r)
       )
-      np.testing.assert_array_equal(aligned(reset)[0], outputs)
+      assert_close(aligned(reset)[0], outputs)
       general = compiling.jit(
         lambda s, r, f=learner.forward: f(init(), s, tokens, reset=r)
       )
       logits, after = general(learner.init_state(init(), _ROWS), reset)
-      np.testing.assert_array_equal(logits, outputs)
+      assert_close(logits, outputs)
       axes = trees.row_axes(model.init_state, init())
-      assert_equal(after.model, (trees.rows_first(axes, state),))
+      assert_close(after.model, (trees.rows_first(axes, state),))
       assert_equal(
         jax.tree.map(lambda x: x[0], learned(after.levels['slow'])),
         own(init(), 'slow'),
