@@ -1,4 +1,4 @@
-"""What each part of Hope gives on text, and other models beside it.
+"""Measures what each part of Hope gives on text, beside other models.
 
 Command:
   python launch/sweep.py --config=experiments/ablations/hope.py --seeds=3 \
