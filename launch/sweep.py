@@ -41,6 +41,7 @@ import subprocess
 from absl import flags
 
 from launch import programs
+from launch import provenance
 from launch import sweeps
 from nested_learning import configs
 from nested_learning import errors
@@ -152,9 +153,6 @@ def _run(workdir: pathlib.Path) -> int:
   if _DRY_RUN.value:
     _show(runs, left, workdir)
     return 0
-  if left and _ONLY.value == '*':
-    commits = dict.fromkeys((*record.commits, *_commit()))
-    record = dataclasses.replace(record, commits=tuple(commits))
   if record != stored:
     record = sweeps.save(record, workdir)
   if left and _TARGET.value == 'slurm':
@@ -206,7 +204,7 @@ def _plan(stored: sweeps.Record | None) -> sweeps.Record:
     seed_fields=sweep.seed_fields,
     metrics=sweep.metrics,
     printed=sweep.printed,
-    commands=(sweeps.shown_command(['launch/sweep.py', *sys.argv[1:]]),),
+    commands=(provenance.shown_command(['launch/sweep.py', *sys.argv[1:]]),),
   )
   return sweeps.update(record, stored)
 
@@ -384,16 +382,6 @@ def _report(outcome: sweeps.Outcome, workdir: pathlib.Path) -> int:
     )
     return 128 + outcome.received
   return 1 if outcome.failures else 0
-
-
-def _commit() -> tuple[str, ...]:
-  """Returns the commit of the code, if it is known."""
-  command = ['git', '-C', _ROOT, 'describe', '--always', '--dirty']
-  try:
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-  except (OSError, subprocess.CalledProcessError):
-    return ()
-  return (result.stdout.strip(),)
 
 
 if __name__ == '__main__':

@@ -14,6 +14,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from experiments import report_files
+from launch import provenance
 from nested_learning import errors
 from nested_learning import files
 
@@ -84,7 +85,7 @@ class Store(NamedTuple):
 def open_store(workdir: pathlib.Path, results: str | None = None) -> Store:
   """Returns the cells of a run and, if given, of a folder of results."""
   folder = None if results is None else pathlib.Path(results)
-  return Store(workdir, folder, report_files.provenance())
+  return Store(workdir, folder, provenance.provenance())
 
 
 def measure(

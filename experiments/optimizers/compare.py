@@ -19,12 +19,10 @@ for each of its trainings); the other parts take a quarter of an hour each.
 Results: experiments/results/optimizers/README.md.
 """
 
-import collections
 import dataclasses
 import json
 import math
 import pathlib
-import shlex
 
 from experiments import report_files
 from experiments.optimizers import cells as cells_lib
@@ -38,6 +36,7 @@ from experiments.optimizers import stream_report
 from experiments.optimizers import stream_tasks
 from experiments.optimizers import training_report
 from experiments.optimizers import trainings
+from launch import provenance
 from nested_learning import errors
 from nested_learning import files
 
@@ -202,6 +201,7 @@ def _write_page(config, tasks, store, folder) -> dict[str, float]:
       sections += report.sections
       summary |= {f'{name}.{k}': value for k, value in report.numbers.items()}
       cells_lib.publish(store, name, folder)
+  finished = ', '.join(f'{name} {count}' for name, count in counts.items())
   text = '\n\n'.join(
     [
       '# Optimisers compared',
@@ -213,7 +213,7 @@ def _write_page(config, tasks, store, folder) -> dict[str, float]:
       'over seeds ± the standard deviation of a sample. A difference below '
       'twice the larger of two such spreads is no difference. The rate is '
       'selected on the data that the score is measured on, for all alike.',
-      _provenance(counts, sources),
+      provenance.listed(sources, {'cells': finished or 'none'}),
       *sections,
     ]
   )
@@ -221,29 +221,3 @@ def _write_page(config, tasks, store, folder) -> dict[str, float]:
   content = json.dumps(report_files.finite(summary), indent=2) + '\n'
   files.write_whole(folder / 'summary.json', content)
   return summary
-
-
-def _provenance(counts, sources) -> str:
-  """Returns a list of the commands, code and machines behind the cells."""
-  values = collections.defaultdict(set)
-  for source in sources:
-    for key, value in source.items():
-      values[key].add(_quoted(value) if key == 'command' else value)
-  lines = []
-  for key, found in values.items():
-    shown = sorted(found)
-    if key == 'command':
-      lines += ['- commands:', *(f'  - `{command}`' for command in shown)]
-    else:
-      lines.append(f'- {key}: {"; ".join(shown)}')
-  finished = ', '.join(f'{name} {count}' for name, count in counts.items())
-  return '\n'.join([*lines, f'- cells: {finished or "none"}'])
-
-
-def _quoted(command: str) -> str:
-  """Returns a command with words in double quotes that contain single ones."""
-  return ' '.join(
-    f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else quoted
-    for word in shlex.split(command)
-    for quoted in [shlex.quote(word)]
-  )

@@ -10,6 +10,7 @@ import re
 from typing import Any, NamedTuple
 
 from experiments.small import suite
+from launch import provenance
 from launch import sweeps
 from launch.sweeps import record as record_lib
 from launch.sweeps import report as sweep_report
@@ -17,7 +18,6 @@ from launch.sweeps import results as results_lib
 from nested_learning import files
 from nested_learning import markdown
 
-STARTS = 'started.jsonl'  # in a run's folder: how it was started
 PAGE = 'README.md'
 _LENGTH = 'length, over that in training'
 _EMPTY = '–'
@@ -248,35 +248,17 @@ def _head(key: str) -> str:
 
 
 def _provenance(results, workdir) -> str:
-  """Returns a table of code, machine and date."""
+  """Returns a list of code, machine and date."""
   finished = [result for result in results if result.status == 'finished']
-  starts = [
-    start
-    for result in finished
-    for start in _read_starts(workdir / 'cells' / result.name)
-  ]
-  listed = lambda key: '; '.join(sorted({start[key] for start in starts}))
-  devices = {
-    f'{result.values.get("num_devices", 1)} x {result.values["device"]}'
-    for result in finished
-    if 'device' in result.values
-  }
   seconds = sum(results_lib.number(r, 'seconds') or 0.0 for r in finished)
   seeds = collections.Counter(result.cell for result in results).values()
-  rows = [
-    ('command', listed('command') and f'`{listed("command")}`'),
-    ('runs', f'{len(finished)} of {len(results)} finished'),
-    ('seeds', ' to '.join(map(str, sorted({min(seeds), max(seeds)})))),
-    ('commit', listed('commit')),
-    ('machine', listed('machine')),
-    ('devices of a run', '; '.join(sorted(devices))),
-    ('date', listed('date')),
-    ('software', listed('software')),
-    ('minutes, the sum over the runs', f'{seconds / 60:.0f}'),
-  ]
-  return markdown.table(
-    ('', ''), [(name, value or _EMPTY) for name, value in rows]
-  )
+  sources, more = sweep_report.read_sources(finished, workdir)
+  more |= {
+    'runs': f'{len(finished)} of {len(results)} finished',
+    'seeds': ' to '.join(map(str, sorted({min(seeds), max(seeds)}))),
+    'minutes, the sum over the runs': f'{seconds / 60:.0f}',
+  }
+  return provenance.listed(sources, more)
 
 
 def _gates(verdicts: Mapping[suite.Gate, Verdict]) -> str:
@@ -348,12 +330,3 @@ def _settings(record: sweeps.Record) -> str:
     changes = ' '.join(cell.assignments)
     rows.append((f'`{spec}`', f'`{changes}`'))
   return markdown.table(('--config', '--set'), rows)
-
-
-def _read_starts(folder: pathlib.Path) -> list[dict[str, str]]:
-  """Reads the lines of started.jsonl, one per start of the run."""
-  path = folder / STARTS
-  if not path.is_file():
-    return []
-  lines = path.read_text(encoding='utf-8').splitlines()
-  return [json.loads(line) for line in lines]

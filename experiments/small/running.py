@@ -2,15 +2,14 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import json
 import os
 import pathlib
 import shlex
 import sys
 
-from experiments import report_files
 from experiments.small import report
 from experiments.small import suite
+from launch import provenance
 from launch import sweeps
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -57,13 +56,7 @@ def run(
     num_seeds=max(options.seeds, _count_seeds(options.workdir, cells)),
     seed_fields=('seed', 'data.seed'),
   )
-  num_jobs = options.jobs or min(report_files.num_cores(), _MAX_JOBS)
-  make_command = make_command or _make_command
-
-  def start(started):
-    _note_start(started.folder, num_jobs=num_jobs)
-    return make_command(started)
-
+  num_jobs = options.jobs or min(provenance.num_cores(), _MAX_JOBS)
   runs = [
     run
     for run in sweeps.list_runs(record, options.workdir)
@@ -71,7 +64,7 @@ def run(
   ]
   outcome = sweeps.run_all(
     runs,
-    start,
+    make_command or _make_command,
     num_jobs=num_jobs,
     environment=_environment(options),
     name='bench-small',
@@ -142,12 +135,3 @@ def _report_failures(outcome: sweeps.Outcome, workdir: pathlib.Path) -> int:
     )
     return 128 + outcome.received
   return 1 if outcome.failures else 0
-
-
-def _note_start(folder: pathlib.Path, *, num_jobs: int) -> None:
-  """Adds a line to a run's started.jsonl: code, machine, date, versions."""
-  line = report_files.provenance()
-  line['machine'] += f', {num_jobs} runs at a time'
-  folder.mkdir(parents=True, exist_ok=True)
-  with open(folder / report.STARTS, 'a', encoding='utf-8') as file:
-    file.write(json.dumps(line) + '\n')

@@ -21,6 +21,5 @@ from launch.sweeps.record import load
 from launch.sweeps.record import Record
 from launch.sweeps.record import Run
 from launch.sweeps.record import save
-from launch.sweeps.record import shown_command
 from launch.sweeps.record import update
 from launch.sweeps.report import collect

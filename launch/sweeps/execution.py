@@ -4,7 +4,9 @@ import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import fcntl
+import functools
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from typing import Any, NamedTuple
 
 import tqdm
 
+from launch import provenance
 from launch import scripts
 from launch.sweeps import record as record_lib
 from nested_learning import errors
@@ -59,10 +62,11 @@ def run_all(
   """Runs everything that is not finished, each run in its own process.
 
   A run is finished when its summary.json exists. Its output goes to log.txt in
-  its folder. If it fails, the line of the error goes to error.txt and the other
-  runs go on. A run that another process is working on is skipped. SIGTERM,
-  SIGHUP and Ctrl-C reach the runs as SIGTERM, and they get all the time that
-  they need to save; a second signal kills them.
+  its folder, and the code, machine and date of each start to started.jsonl. If
+  it fails, the line of the error goes to error.txt and the other runs go on. A
+  run that another process is working on is skipped. SIGTERM, SIGHUP and Ctrl-C
+  reach the runs as SIGTERM, and they get all the time that they need to save; a
+  second signal kills them.
 
   Args:
     runs: The runs, in the order in which they start.
@@ -80,6 +84,9 @@ def run_all(
   children: list[_Child] = []
   failures: dict[str, str] = {}
   num_stopped, num_told = 0, 0
+  note = functools.partial(
+    provenance.note_start, num_jobs=num_jobs, is_here=fetch is None
+  )
   with _received() as signals, _bar(runs, name) as bar:
 
     def fail(run, reason):
@@ -91,7 +98,7 @@ def run_all(
       while waiting and len(children) < num_jobs and not signals:
         run = waiting.popleft()
         try:
-          child = _start(run, make_command(run), environment)
+          child = _start(run, make_command(run), environment, note)
         except OSError as error:
           fail(run, f'cannot be started: {error}')
           continue
@@ -195,6 +202,7 @@ def _start(
   run: record_lib.Run,
   command: Sequence[str],
   environment: Mapping[str, str] | None,
+  note: Callable[[pathlib.Path], None],
 ) -> _Child | None:
   """Starts a run, unless it is finished or another process is working on it.
 
@@ -213,6 +221,7 @@ def _start(
     if run.finished:
       return None
     (run.folder / record_lib.ERROR).unlink(missing_ok=True)
+    note(run.folder)
     log_start = os.fstat(log.fileno()).st_size
     process = subprocess.Popen(
       command,

@@ -7,11 +7,11 @@ import fnmatch
 import json
 import os
 import pathlib
-import re
 import shlex
 import time
 from typing import Any, NamedTuple
 
+from launch import provenance
 from launch.sweeps import cells as cells_lib
 from nested_learning import configs
 from nested_learning import errors
@@ -24,11 +24,6 @@ _PATIENCE = 30  # seconds for others to write sweep.json
 SUMMARY = 'summary.json'
 ERROR = 'error.txt'
 LOG = 'log.txt'
-# The part of an argument before the value of an environment variable.
-_SECRET = re.compile(
-  r'(?s)(.*?--?(?:env|export)[= ]\w[^=]*=|--?run_flag=[A-Za-z_]\w*=)'
-)
-_TAKES_SECRET = re.compile('--?(run_flag|sbatch|env|export)$')
 _OLD_ROOM, _ROOM = '"nested_learning.sweeps.', '"launch.sweeps.'
 
 
@@ -46,7 +41,7 @@ class Record:
   metrics: tuple[str, ...] = ()
   printed: str = ''
   commands: tuple[str, ...] = ()  # every command that added to it
-  commits: tuple[str, ...] = ()  # code with which runs were started
+  commits: tuple[str, ...] = ()  # of runs of earlier versions
 
 
 class Run(NamedTuple):
@@ -156,7 +151,7 @@ def update(record: Record, stored: Record | None) -> Record:
       )
     together[cell.name] = cell
   commands = [  # those of earlier versions may hold passwords
-    shown_command(shlex.split(command)[1:])
+    provenance.shown_command(shlex.split(command)[1:])
     for command in (*stored.commands, *record.commands)
   ]
   return dataclasses.replace(
@@ -166,24 +161,6 @@ def update(record: Record, stored: Record | None) -> Record:
     commands=tuple(dict.fromkeys(commands)),
     commits=tuple(dict.fromkeys((*stored.commits, *record.commits))),
   )
-
-
-def shown_command(arguments: Sequence[str]) -> str:
-  """Returns a command line without the values of environment variables.
-
-  A value of --env, or of sbatch's --export, may be a password, and the page of
-  a sweep is meant to be shown.
-
-  Args:
-    arguments: The program and its arguments, as typed.
-  """
-  shown = ['python']
-  for before, argument in zip(['', *arguments], arguments, strict=False):
-    secret = _SECRET.match(argument)
-    if not secret and _TAKES_SECRET.search(before):
-      secret = re.match(r'([A-Za-z_]\w*=)', argument)
-    shown.append(f'{secret[1]}...' if secret else argument)
-  return shlex.join(shown)
 
 
 def list_runs(

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 import csv
 import difflib
 import io
+import itertools
 import json
 import math
 import pathlib
@@ -12,6 +13,7 @@ import re
 from matplotlib import figure as mpl_figure
 from matplotlib import ticker
 
+from launch import provenance
 from launch.sweeps import cells as cells_lib
 from launch.sweeps import record as record_lib
 from launch.sweeps import results as results_lib
@@ -56,7 +58,7 @@ def collect(
     make_figure(key, record.cells, values).savefig(image, dpi=110)
     files.write_whole(folder / images[key], image.getvalue())
   text = _make_page(
-    record, results, metrics=metrics, table=table, images=images
+    record, results, workdir, metrics=metrics, table=table, images=images
   )
   summary = json.dumps(_summary(results, table), indent=2) + '\n'
   for name, content in (
@@ -109,9 +111,37 @@ def make_figure(
   return figure
 
 
+def read_sources(
+  finished: Sequence[results_lib.Result], workdir: pathlib.Path
+) -> tuple[list[dict[str, str]], dict[str, str]]:
+  """Returns the sources of results and further lines, for `provenance.listed`.
+
+  Args:
+    finished: Results of the finished runs.
+    workdir: Folder of their sweep.
+  """
+  starts = [
+    provenance.read_starts(workdir / 'cells' / result.name)
+    for result in finished
+  ]
+  devices = {
+    f'{result.values.get("num_devices", 1)} x {result.values["device"]}'
+    for result in finished
+    if 'device' in result.values
+  }
+  lacking = sum(not lines for lines in starts)
+  more = {
+    'devices of a run': '; '.join(sorted(devices)),
+    'runs that left no record of these': str(lacking or ''),
+  }
+  more = {key: value for key, value in more.items() if value}
+  return list(itertools.chain(*starts)), more
+
+
 def _make_page(
   record: record_lib.Record,
   results: Sequence[results_lib.Result],
+  workdir: pathlib.Path,
   *,
   metrics: Mapping[str, str],
   table: Mapping[str, Mapping[str, results_lib.Statistic]],
@@ -126,7 +156,7 @@ def _make_page(
     'over the finished seeds of a cell, ± the sample standard deviation; the '
     'best mean is bold.',
     _table(record, results, metrics, table),
-    *_provenance(record, finished),
+    _sources(record, finished, workdir),
   ]
   failed = [r for r in results if r.status == 'failed']
   if failed:
@@ -144,7 +174,7 @@ def _make_page(
     sections += ['## What the cells change', markdown.table(('cell', ''), rows)]
   for key, image in images.items():
     sections += [f'## {key}', f'![{key} of the cells]({image})']
-  return '\n\n'.join(sections) + '\n'
+  return '\n\n'.join(filter(None, sections)) + '\n'
 
 
 def _table(record, results, metrics, table) -> str:
@@ -171,19 +201,13 @@ def _table(record, results, metrics, table) -> str:
   return markdown.table(head + [record.printed] * bool(record.printed), rows)
 
 
-def _provenance(record, finished) -> list[str]:
-  """Returns lines with the devices and commits behind the numbers."""
-  devices = {
-    f'{r.values.get("num_devices", 1)} x {r.values["device"]}'
-    for r in finished
-    if 'device' in r.values
-  }
-  lines = []
-  if devices:
-    lines.append(f'Devices of a run: {", ".join(sorted(devices))}.')
-  if record.commits:
-    lines.append(f'Commit: {", ".join(record.commits)}.')
-  return lines
+def _sources(record, finished, workdir) -> str:
+  """Returns a list of code and machines; the page begins with the commands."""
+  sources, more = read_sources(finished, workdir)
+  for source in sources:
+    source.pop('command', None)
+  earlier = [{'commit': commit} for commit in record.commits]
+  return provenance.listed([*earlier, *sources], more)
 
 
 def _changes(record: record_lib.Record, cell: cells_lib.Cell) -> str:

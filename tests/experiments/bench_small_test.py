@@ -120,7 +120,7 @@ class RunningTest(absltest.TestCase):
     times = [path.read_text() for path in self.workdir.rglob('times.txt')]
     self.assertEqual(times, ['x'] * 3)
     self.assertEqual(self.summary['finished'], 3)
-    self.assertIn('| seeds | 1 to 2 |', self.page)
+    self.assertIn('- seeds: 1 to 2\n', self.page)
 
   def test_finished_runs_stay_and_failed_ones_are_listed(self):
     only = ('mqar', 'transformer', 'linear_attention', 'deltanet')
@@ -144,8 +144,8 @@ class RunningTest(absltest.TestCase):
     self.assertIn(row, self.page)
     self.assertIn('| transformer | – | – | – | – | – | 0 of 2, **2', self.page)
     self.assertRegex(self.page, r'- transformer.mqar-\w+/seed_0: MemoryError')
-    self.assertIn('| minutes, the sum over the runs | 4 |', self.page)
-    self.assertRegex(self.page, r'\| machine \| \d+ cores, .*, 2 runs at a')
+    self.assertIn('- minutes, the sum over the runs: 4\n', self.page)
+    self.assertRegex(self.page, r'- machine: \d+ cores, .*, 2 runs at a')
     self.assertEqual(self.images, ['mqar.png'])
 
   def test_printed_numbers_stand_beside_ours_as_of_another_scale(self):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import shlex
 import sys
 from unittest import mock
 
@@ -201,21 +200,6 @@ class TrainingsTest(parameterized.TestCase):
     )
     self.assertEqual(rules.at_the_edge({'M3': [0.1]}, rates), '')
 
-  def test_provenance_lists_commands(self):
-    sources = [
-      {'command': shlex.join(['python', 'run.py', f"--set=names=('{name}',)"])}
-      | {'commit': commit}
-      for name, commit in (('M3', 'b'), ('AdamW', 'a'), ('M3', 'a'))
-    ]
-    self.assertEqual(
-      compare._provenance({'vit': 3}, sources),
-      '- commands:\n'
-      '  - `python run.py "--set=names=(\'AdamW\',)"`\n'
-      '  - `python run.py "--set=names=(\'M3\',)"`\n'
-      '- commit: a; b\n'
-      '- cells: vit 3',
-    )
-
   def test_cells_of_other_settings_are_not_reported(self):
     trainings.measure(make_training([]), SEARCH, self.store)
     text, numbers = self.report(make_training([], num_steps=8))
@@ -395,17 +379,6 @@ class ExperimentsTest(parameterized.TestCase):
           if other.optimizer == 'Muon' and other.side == moves.side
         )
         self.assertLess(4 * moves.sent, muon.sent)
-
-  @parameterized.parameters(
-    ('run.py --workdir=/a/b/cmp', 'run.py --workdir=cmp'),
-    ("run.py '--set=x=(1, 2)' --workdir=runs/cmp", None),
-    (
-      '/a/b/run.py --config=experiments/x.py:y',
-      'run.py --config=experiments/x.py:y',
-    ),
-  )
-  def test_commands_without_folders_of_the_machine(self, command, expected):
-    self.assertEqual(report_files.portable(command), expected or command)
 
   def test_rejects_bad_arguments(self):
     with self.assertRaisesRegex(errors.UserError, '--mode=generate'):
