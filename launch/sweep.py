@@ -4,7 +4,8 @@
       --grid model.mixer.chunk_size=16,64 --grid train.learning_rate=1e-3,4e-3 \
       --seeds=3 --jobs=1 --workdir=runs/chunks
     python launch/sweep.py --config=experiments/ablations/components.py \
-      --seeds=3 --workdir=runs/abl
+      --tune train.learning_rate=1e-3,2e-3,4e-3,8e-3 --seeds=3 \
+      --workdir=runs/abl
     python launch/sweep.py --workdir=runs/abl --collect
 
 A cell is one choice of settings. Every cell and seed is a run of launch/run.py
@@ -13,6 +14,11 @@ in --workdir/cells/NAME/seed_0. The same command again, or --workdir alone (with
 finished; interrupted and failed runs resume. Rows, values and seeds can be
 added; other changes need another --workdir. The finished runs make README.md,
 results.csv, summary.json and plots; --collect makes these at any time.
+
+--tune makes the cells that --grid would make, and runs each with seed 0. Of the
+cells that differ in its field only, the one with the best first metric then
+runs with the other seeds, and has a line in the table. Finished runs of a sweep
+that had the field in --grid count.
 
 The exit code is 0 when all runs are finished, 1 with a line for each failed run
 if some are not, and otherwise as for launch/run.py (launch/README.md).
@@ -30,6 +36,7 @@ from launch import startup
 if __name__ == '__main__':
   startup.begin()  # before the imports, which take longer
 
+from collections.abc import Sequence
 import dataclasses
 import hashlib
 import pathlib
@@ -59,6 +66,12 @@ _GRID = flags.DEFINE_multi_string(
   'A field and its values, as in --grid model.mixer.chunk_size=16,64. Brackets '
   'or quotes hold a value that has commas, as in (k,v),(k,). Repeatable: the '
   'cells are all combinations.',
+)
+_TUNE = flags.DEFINE_string(
+  'tune',
+  None,
+  'A field and its values, as for --grid. All are tried with seed 0, and the '
+  'best by the first of --metrics gets the other seeds.',
 )
 _SET = flags.DEFINE_multi_string(
   'set', [], 'Changes a field of all cells, as for launch/run.py. Repeatable.'
@@ -149,27 +162,45 @@ def _run(workdir: pathlib.Path) -> int:
   _check_named(record)
   _check_folder(record, workdir)
   runs = sweeps.list_runs(record, workdir, only=_ONLY.value)
-  left = [run for run in runs if not run.finished]
+  due, waiting = sweeps.list_due(record, workdir, runs, only=_ONLY.value)
+  left = [run for run in due if not run.finished]
   if _DRY_RUN.value:
-    _show(runs, left, workdir)
+    _show(due, left, workdir)
+    _report_waiting(waiting)
     return 0
   if record != stored:
     record = sweeps.save(record, workdir)
   if left and _TARGET.value == 'slurm':
-    return _submit(left, workdir)
-  outcome = sweeps.run_all(
-    runs,
-    lambda run: [sys.executable, *_arguments(run)],
-    num_jobs=_JOBS.value or 1,
-    # The runs of a cell differ only in the seed and share compiled programs.
-    environment={
-      'JAX_COMPILATION_CACHE_DIR': str(workdir.resolve() / '.compiled'),
-      **os.environ,
-    },
-    fetch=_fetch if _TARGET.value == 'tpu-vm' else None,
-  )
+    code = _submit(left, workdir)
+    _report_waiting(waiting)
+    return code
+  outcome = _run_here(record, runs, workdir)
   code = _collect(record, workdir)
   return _report(outcome, workdir) or code
+
+
+def _run_here(record, runs, workdir) -> sweeps.Outcome:
+  """Runs the unfinished runs; if a field is tuned, those of seed 0 first."""
+  outcome = sweeps.Outcome({}, None, 0, 0)
+  seeds = range(record.num_seeds)
+  for part in (seeds[:1], seeds[1:]) if record.tune else (seeds,):
+    due, _ = sweeps.list_due(record, workdir, runs, only=_ONLY.value)
+    due = [run for run in due if run.seed in part]
+    if not due or outcome.received is not None:
+      continue
+    more = sweeps.run_all(
+      due,
+      lambda run: [sys.executable, *_arguments(run)],
+      num_jobs=_JOBS.value or 1,
+      # The runs of a cell differ only in the seed and share compiled programs.
+      environment={
+        'JAX_COMPILATION_CACHE_DIR': str(workdir.resolve() / '.compiled'),
+        **os.environ,
+      },
+      fetch=_fetch if _TARGET.value == 'tpu-vm' else None,
+    )
+    outcome = more._replace(failures=outcome.failures | more.failures)
+  return outcome
 
 
 def _plan(stored: sweeps.Record | None) -> sweeps.Record:
@@ -182,31 +213,46 @@ def _plan(stored: sweeps.Record | None) -> sweeps.Record:
         f'No config, and {_WORKDIR.value} holds no sweep: name one, as in '
         '--config=experiments/ablations/components.py.'
       )
-    if _GRID.value or assignments:
-      raise errors.UserError('--grid and --set need the --config of the sweep.')
+    if _GRID.value or _TUNE.value or assignments:
+      raise errors.UserError(
+        '--grid, --tune and --set need the --config of the sweep.'
+      )
     return _plan_again(stored, metrics)
   sweep = sweeps.load_sweep(spec)
-  is_plain = not (_GRID.value or assignments or sweep.rows or sweep.grid)
-  if stored is not None and stored.spec == spec and is_plain:
+  if stored is not None and stored.spec == spec and _is_again(sweep, stored):
     return _plan_again(stored, metrics)
   sweep = dataclasses.replace(
     sweep,
     grid=(*sweep.grid, *_GRID.value),
+    tune=_TUNE.value or sweep.tune,
     metrics=metrics or sweep.metrics,
   )
+  grid = sweeps.as_grid(sweep, stored.fields if stored else ())
+  tune = sweep.tune and sweeps.parse_grid(sweep.tune)[0]
+  sweep = dataclasses.replace(sweep, grid=grid, tune='')
   record = sweeps.Record(
     spec=spec,
     assignments=assignments,
     base=_make_base(spec, assignments),
-    fields=tuple(sweeps.parse_grid(text)[0] for text in sweep.grid),
+    fields=tuple(sweeps.parse_grid(text)[0] for text in grid),
     cells=sweeps.make_cells(spec, sweep, assignments=assignments),
     num_seeds=_SEEDS.value or (stored.num_seeds if stored else 1),
     seed_fields=sweep.seed_fields,
     metrics=sweep.metrics,
     printed=sweep.printed,
     commands=(provenance.shown_command(['launch/sweep.py', *sys.argv[1:]]),),
+    tune=tune,
   )
   return sweeps.update(record, stored)
+
+
+def _is_again(sweep: sweeps.Sweep, stored: sweeps.Record) -> bool:
+  """Returns whether a call only goes on with the sweep of earlier flags."""
+  if _GRID.value or _TUNE.value or _SET.value:
+    return False
+  ours = {sweeps.parse_grid(text)[0] for text in sweeps.as_grid(sweep)}
+  is_plain = not (sweep.rows or ours)
+  return is_plain or bool(stored.assignments) or ours < set(stored.fields)
 
 
 def _plan_again(
@@ -351,6 +397,15 @@ def _submit(left, workdir) -> int:
       f'it: sbatch {shlex.quote(_argument(path))}.'
     )
   return subprocess.run(['sbatch', _argument(path)], check=False).returncode
+
+
+def _report_waiting(waiting: Sequence[str]) -> None:
+  """Prints how many searches have not found their best value yet."""
+  if waiting:
+    programs.print_error(
+      f'{len(waiting)} best values are not known yet; when all values are '
+      'tried, the same command runs the other seeds.'
+    )
 
 
 def _collect(record: sweeps.Record, workdir: pathlib.Path) -> int:

@@ -12,6 +12,7 @@ from experiments import report_files
 from experiments.optimizers import cells as cells_lib
 from experiments.optimizers import rules
 from experiments.optimizers import trainings
+from launch import sweeps
 
 _REFERENCE = 'Muon'  # M3 without its two parts
 _PARTS = {
@@ -53,7 +54,11 @@ def _report(training, search, store, folder) -> cells_lib.Report:
   sections += [
     report_files.table(*_table(training, results)),
     f'![Losses by step and time, scores by rate]({plot})',
-    _outcome(training, results),
+    sweeps.outcome(
+      training.score.replace('_', ' '),
+      'min',
+      {name: r.values(training.score) for name, r in results.items()},
+    ),
     _at_equal_time(results),
     _at_the_edge(search, results),
     *_parts(training, results),
@@ -110,32 +115,6 @@ def _table(training, results):
   return head, rows
 
 
-def _outcome(training, results) -> str:
-  """Returns which optimisers are best, equal to it, behind, and diverged."""
-  best, *others = results
-  ours = results[best].values(training.score)
-  listed = {'equal': [], 'behind': [], 'diverged': [], 'open': []}
-  for name in others:
-    theirs = results[name].values(training.score)
-    if not all(map(math.isfinite, theirs)):
-      listed['diverged'].append(name)
-      continue
-    differ = trainings.differ(ours, theirs)
-    key = {True: 'behind', False: 'equal', None: 'open'}[differ]
-    listed[key].append(name)
-  score = training.score.replace('_', ' ')
-  sentences = [f'The lowest {score} is that of {best}.']
-  for key, text in (
-    ('equal', 'No different from it by twice the larger spread: {}.'),
-    ('behind', 'Behind it: {}.'),
-    ('diverged', 'Diverged at its best rate: {}.'),
-    ('open', 'Not known yet, for lack of seeds: {}.'),
-  ):
-    if listed[key]:
-      sentences.append(text.format(', '.join(listed[key])))
-  return ' '.join(sentences)
-
-
 def _at_equal_time(results) -> str:
   """Returns the lowest training losses at equal steps and at equal time."""
   found = {
@@ -157,7 +136,7 @@ def _at_equal_time(results) -> str:
     equal = [
       name
       for name in logs
-      if name != best and trainings.differ(logs[best], logs[name]) is False
+      if name != best and sweeps.differ(logs[best], logs[name]) is False
     ]
     but = f'; no different: {", ".join(equal)}' if equal else ''
     sentences.append(f'{best} has the lowest training loss {when}{but}.')
@@ -200,7 +179,7 @@ def _parts(training, results) -> list[str]:
   against = _compare('M3', values['M3'], _REFERENCE, values[_REFERENCE])
   sentences = [against]
   for name, part in _PARTS.items():
-    differ = trainings.differ(values[name], values['M3'])
+    differ = sweeps.differ(values[name], values['M3'])
     if differ is None:
       sentences.append(f'The effect of its {part} is not known yet.')
     elif not differ:
@@ -214,7 +193,7 @@ def _parts(training, results) -> list[str]:
 
 
 def _compare(name, ours, other, theirs) -> str:
-  differ = trainings.differ(ours, theirs)
+  differ = sweeps.differ(ours, theirs)
   if differ is None:
     return f'{name} and {other} cannot be compared yet, for lack of seeds.'
   if not differ:

@@ -224,24 +224,6 @@ def losses_in_time(result: Result) -> tuple[list[float], list[float]] | None:
   )
 
 
-def differ(ours: Sequence[float], theirs: Sequence[float]) -> bool | None:
-  """Returns whether two means differ by twice the larger spread.
-
-  Args:
-    ours: Numbers by seed.
-    theirs: Numbers by seed.
-
-  Returns:
-    None if either has one seed only.
-  """
-  if min(len(ours), len(theirs)) < 2:
-    return None
-  if not all(map(math.isfinite, (*ours, *theirs))):
-    return _mean(ours) != _mean(theirs)
-  spread = max(statistics.stdev(ours), statistics.stdev(theirs))
-  return abs(_mean(ours) - _mean(theirs)) >= 2 * spread
-
-
 def count(
   search: Search, results: Mapping[str, Result]
 ) -> tuple[int, int, list[str]]:

@@ -6,6 +6,7 @@ model and no trainer: it uses the fields of configs and the summary.json that a
 run writes when it is finished.
 """
 
+from launch.sweeps.cells import as_grid
 from launch.sweeps.cells import Cell
 from launch.sweeps.cells import load_cells
 from launch.sweeps.cells import load_sweep
@@ -23,3 +24,6 @@ from launch.sweeps.record import Run
 from launch.sweeps.record import save
 from launch.sweeps.record import update
 from launch.sweeps.report import collect
+from launch.sweeps.results import differ
+from launch.sweeps.results import outcome
+from launch.sweeps.tuning import list_due

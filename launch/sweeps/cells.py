@@ -4,7 +4,7 @@ A sweep has rows with names, a grid of values, or both. Every row at every point
 of the grid is a cell: one config, whatever the seed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 import hashlib
 import itertools
@@ -43,11 +43,15 @@ class Sweep:
   """A sweep, as `get_sweep()` of an experiment file returns it.
 
   Rows and a grid make a cell for every row at every point of the grid. A sweep
-  with neither has one cell, `config`, without changes.
+  with neither has one cell, `config`, without changes. A tuned field makes the
+  cells that it would make in the grid. Each of them runs with seed 0, and of
+  those that differ in this field only, the one with the best first metric runs
+  with the other seeds.
   """
 
   rows: tuple[Row, ...] = ()
   grid: tuple[str, ...] = ()  # 'path=value,value', see parse_grid
+  tune: str = ''  # the same, of one field that is searched before the seeds
   # Keys of summary.json, in the order of the table's columns. 'loss:min' and
   # 'score:max' say which value is best if the key does not. An empty tuple
   # shows every number that differs among the runs.
@@ -62,12 +66,12 @@ class Sweep:
       raise errors.UserError(f'Two rows have the name {twice[0]!r}.')
     for metric in self.metrics:
       parse_metric(metric)
-    paths = [parse_grid(text)[0] for text in self.grid]
+    paths = [parse_grid(text)[0] for text in as_grid(self)]
     twice = sorted({path for path in paths if paths.count(path) > 1})
     if twice:
       raise errors.UserError(
-        f'The grid has {twice[0]} twice; write its values behind one =, as in '
-        f'{twice[0]}=1,2.'
+        f'The sweep has {twice[0]} twice; write its values behind one =, as in '
+        f'{twice[0]}=1,2, in the grid or as the tuned field.'
       )
 
 
@@ -118,6 +122,20 @@ def parse_grid(text: str) -> tuple[str, tuple[str, ...]]:
   return path, values
 
 
+def as_grid(sweep: Sweep, fields: Sequence[str] = ()) -> tuple[str, ...]:
+  """Returns the grid of a sweep with the tuned field in it.
+
+  Args:
+    sweep: The sweep.
+    fields: Paths in the order of the stored sweep; others come after them.
+  """
+  grid = (*sweep.grid, *([sweep.tune] if sweep.tune else []))
+  order = {path: place for place, path in enumerate(fields)}
+  return tuple(
+    sorted(grid, key=lambda text: order.get(parse_grid(text)[0], len(order)))
+  )
+
+
 def parse_metric(text: str) -> tuple[str, str]:
   """Splits 'score:max' into 'score' and 'max'; 'score' into it and ''."""
   name, colon, best = text.rpartition(':')
@@ -163,7 +181,7 @@ def make_cells(
 
   Args:
     spec: An experiment file, with or without an argument, or a config.json.
-    sweep: Rows and grid.
+    sweep: Rows, grid and tuned field.
     assignments: Changes to all cells, as for --set.
 
   Returns:
@@ -173,14 +191,14 @@ def make_cells(
   Raises:
     errors.UserError: Two cells have the same name.
   """
-  grid = [parse_grid(text) for text in sweep.grid]
-  labels = _labels([path for path, _ in grid])
+  grid = [parse_grid(text) for text in as_grid(sweep)]
+  paths = [path for path, _ in grid]
   points = itertools.product(
     *([(path, value) for value in values] for path, values in grid)
   )
   made: dict[str, Cell] = {}
   for row, point in itertools.product(sweep.rows or (None,), points):
-    cell = _make_cell(spec, row, point, labels, tuple(assignments))
+    cell = _make_cell(spec, row, point, paths, tuple(assignments))
     if cell.name in made:
       raise errors.UserError(
         f'{cell.point} and {made[cell.name].point} would both be called '
@@ -194,25 +212,39 @@ def _make_cell(
   spec: str,
   row: Row | None,
   point: tuple[tuple[str, str], ...],
-  labels: Mapping[str, str],
+  paths: Sequence[str],
   assignments: tuple[str, ...],
 ) -> Cell:
   """Makes the cell of a row, if there are rows, at a point of the grid."""
-  names = [f'{labels[path]}={_slug(value)}' for path, value in point]
   changes = tuple(f'{path}={value}' for path, value in point)
   if row is None:
-    name = _shorten(','.join(names) or _PLAIN)
+    name = cell_name('', point, paths)
     return Cell(name, spec, assignments + changes, point=point)
   if row.arg is not None:
     spec = f'{spec.partition(".py")[0]}.py:{row.arg}'
   return Cell(
-    name=_shorten(','.join([row.name, *names])),
+    name=cell_name(row.name, point, paths),
     spec=spec,
     assignments=assignments + row.assignments + changes,
     row=row.name,
     point=point,
     printed=row.printed,
   )
+
+
+def cell_name(
+  row: str, point: Iterable[tuple[str, str]], paths: Sequence[str]
+) -> str:
+  """Returns the name of the cell of a row at a point of the grid.
+
+  Args:
+    row: Name of the row, if any.
+    point: Path and value of each field that the name has.
+    paths: Paths of all fields of the grid.
+  """
+  labels = _labels(paths)
+  names = [f'{labels[path]}={_slug(value)}' for path, value in point]
+  return _shorten(','.join([row] * bool(row) + names) or _PLAIN)
 
 
 def load_cells(
@@ -233,8 +265,10 @@ def load_cells(
       seed, or two cells are the same config.
   """
   loaded, seen = {}, {}
+  specs = dict.fromkeys(cell.spec for cell in cells)
+  bases = {spec: configs.load(spec) for spec in specs}
   for cell in cells:
-    base = configs.load(cell.spec)
+    base = bases[cell.spec]
     fields = [path for path in seed_fields if _has(base, path)]
     for assignment in cell.assignments:
       if assignment.partition('=')[0].strip() in fields:

@@ -34,13 +34,14 @@ class Record:
   spec: str  # --config
   assignments: tuple[str, ...]  # --set of all cells
   base: str  # JSON of the config that the cells change
-  fields: tuple[str, ...]  # paths of the grid
+  fields: tuple[str, ...]  # paths of the grid, the tuned field among them
   cells: tuple[cells_lib.Cell, ...]
   num_seeds: int = 1
   seed_fields: tuple[str, ...] = ()
   metrics: tuple[str, ...] = ()
   printed: str = ''
   commands: tuple[str, ...] = ()  # every command that added to it
+  tune: str = ''  # path of the tuned field
   commits: tuple[str, ...] = ()  # of runs of earlier versions
 
 

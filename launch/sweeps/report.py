@@ -17,6 +17,7 @@ from launch import provenance
 from launch.sweeps import cells as cells_lib
 from launch.sweeps import record as record_lib
 from launch.sweeps import results as results_lib
+from launch.sweeps import tuning
 from nested_learning import files
 from nested_learning import markdown
 
@@ -34,7 +35,9 @@ def collect(
 
   README.md has the table and the plots, results.csv a line per run, and
   summary.json the mean of each metric of a cell as `cell/metric` and, with more
-  than one seed, the standard deviation as `cell/metric/spread`.
+  than one seed, the standard deviation as `cell/metric/spread`. If a field is
+  tuned, these are the cells with its best value, named without it, and
+  summary.json has the value as `cell/FIELD`.
 
   Args:
     record: The sweep.
@@ -46,10 +49,20 @@ def collect(
   """
   folder = workdir if folder is None else folder
   results = results_lib.read(record, workdir)
+  searches = tuning.search(record, results)
+  results = [
+    r
+    for r in results
+    if r.status != 'not begun' or tuning.is_due(searches, r.cell, r.seed)
+  ]
+  lines, shown = _make_csv(record, results), results
+  if searches:
+    record, shown = tuning.at_best(record, results, searches)
   wanted = results_lib.metrics(record, results)
   known = sorted({key for result in results for key in result.values})
   metrics = {key: best for key, best in wanted.items() if key in known}
-  table = results_lib.summarize(results, tuple(metrics))
+  table = {cell.name: {} for cell in record.cells}
+  table |= results_lib.summarize(shown, tuple(metrics))
   images = {}
   for key in metrics:
     images[key] = re.sub(r'[^A-Za-z0-9._-]+', '_', key) + '.png'
@@ -57,12 +70,15 @@ def collect(
     image = io.BytesIO()
     make_figure(key, record.cells, values).savefig(image, dpi=110)
     files.write_whole(folder / images[key], image.getvalue())
-  text = _make_page(
-    record, results, workdir, metrics=metrics, table=table, images=images
-  )
-  summary = json.dumps(_summary(results, table), indent=2) + '\n'
+  best = {s.name: s.best for s in searches if s.best is not None}
+  parts = [_table(record, shown, metrics, table, best)]
+  if searches:
+    parts = tuning.sections(record, shown, searches, *parts)
+  text = _make_page(record, results, workdir, parts=parts, images=images)
+  summary = _summary(record, results, table, best)
+  summary = json.dumps(summary, indent=2) + '\n'
   for name, content in (
-    (_CSV, _make_csv(record, results)),
+    (_CSV, lines),
     (PAGE, text),
     (record_lib.SUMMARY, summary),
   ):
@@ -143,11 +159,10 @@ def _make_page(
   results: Sequence[results_lib.Result],
   workdir: pathlib.Path,
   *,
-  metrics: Mapping[str, str],
-  table: Mapping[str, Mapping[str, results_lib.Statistic]],
+  parts: Sequence[str],
   images: Mapping[str, str],
 ) -> str:
-  """Returns README.md: commands, table, failed runs and plots."""
+  """Returns README.md: commands, parts with tables, failed runs and plots."""
   finished = [r for r in results if r.status == 'finished']
   sections = [
     f'# Sweep of {record.spec}',
@@ -155,7 +170,7 @@ def _make_page(
     f'{len(finished)} of {len(results)} runs are finished. Numbers are means '
     'over the finished seeds of a cell, ± the sample standard deviation; the '
     'best mean is bold.',
-    _table(record, results, metrics, table),
+    *parts,
     _sources(record, finished, workdir),
   ]
   failed = [r for r in results if r.status == 'failed']
@@ -177,8 +192,8 @@ def _make_page(
   return '\n\n'.join(filter(None, sections)) + '\n'
 
 
-def _table(record, results, metrics, table) -> str:
-  """Returns the table of cells and metrics."""
+def _table(record, results, metrics, table, values) -> str:
+  """Returns the table of cells, best values if any, and metrics."""
   best = {
     key: results_lib.best_cells(table, key, which)
     for key, which in metrics.items()
@@ -189,15 +204,15 @@ def _table(record, results, metrics, table) -> str:
     seeds = f'{statuses.count("finished")} of {len(statuses)}'
     if 'failed' in statuses:
       seeds += f', **{statuses.count("failed")} failed**'
-    row = [cell.name]
+    row = [cell.name] + [values.get(cell.name, _EMPTY)] * bool(record.tune)
     for key in metrics:
       text = _text(table[cell.name].get(key))
       row.append(f'**{text}**' if cell.name in best[key] else text)
-    row.append(seeds)
+    row.append(seeds if statuses else _EMPTY)
     if record.printed:
       row.append(cell.printed or _EMPTY)
     rows.append(row)
-  head = ['cell', *metrics, 'seeds']
+  head = ['cell'] + [record.tune] * bool(record.tune) + [*metrics, 'seeds']
   return markdown.table(head + [record.printed] * bool(record.printed), rows)
 
 
@@ -250,8 +265,10 @@ def _make_csv(
 
 
 def _summary(
+  record: record_lib.Record,
   results: Sequence[results_lib.Result],
   table: Mapping[str, Mapping[str, results_lib.Statistic]],
+  best: Mapping[str, str],
 ) -> dict[str, float | int | str]:
   """Returns the table with flat keys; JSON has no NaN, so it is a string."""
   count = lambda status: sum(r.status == status for r in results)
@@ -266,8 +283,11 @@ def _summary(
       summary[f'{cell}/{key}'] = statistic.mean
       if statistic.num_seeds > 1:
         summary[f'{cell}/{key}/spread'] = statistic.spread
+  for cell, value in best.items():
+    is_number = results_lib.is_number(value)
+    summary[f'{cell}/{record.tune}'] = float(value) if is_number else value
   return {
-    key: value if math.isfinite(value) else str(value)
+    key: value if isinstance(value, str) or math.isfinite(value) else str(value)
     for key, value in summary.items()
   }
 
@@ -326,13 +346,6 @@ def _number_field(cells: Sequence[cells_lib.Cell]) -> str | None:
   fields = cells[0].point if cells else ()
   for i, (path, _) in enumerate(fields):
     values = {cell.point[i][1] for cell in cells}
-    if len(values) > 1 and all(map(_is_number, values)):
+    if len(values) > 1 and all(map(results_lib.is_number, values)):
       return path
   return None
-
-
-def _is_number(text: str) -> bool:
-  try:
-    return math.isfinite(float(text))
-  except ValueError:
-    return False

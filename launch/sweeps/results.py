@@ -111,12 +111,74 @@ def best_cells(
   return {cell for cell, mean in means.items() if mean == found}
 
 
+def differ(ours: Sequence[float], theirs: Sequence[float]) -> bool | None:
+  """Returns whether two means differ by twice the larger spread.
+
+  Args:
+    ours: Numbers by seed.
+    theirs: Numbers by seed.
+
+  Returns:
+    None if either has one seed only.
+  """
+  if min(len(ours), len(theirs)) < 2:
+    return None
+  if not all(map(math.isfinite, (*ours, *theirs))):
+    return statistics.fmean(ours) != statistics.fmean(theirs)
+  spread = max(statistics.stdev(ours), statistics.stdev(theirs))
+  return abs(statistics.fmean(ours) - statistics.fmean(theirs)) >= 2 * spread
+
+
+def outcome(
+  metric: str, best: str, values: Mapping[str, Sequence[float]]
+) -> str:
+  """Returns sentences on the best mean and on those that differ from it.
+
+  Args:
+    metric: Name of the metric.
+    best: 'min' or 'max'.
+    values: From a name to numbers by seed, at least one.
+  """
+  word, select = ('lowest', min) if best == 'min' else ('highest', max)
+  means = {
+    name: statistics.fmean(numbers)
+    for name, numbers in values.items()
+    if all(map(math.isfinite, numbers))
+  }
+  first = select(means, key=means.get, default=None)
+  listed = {'equal': [], 'behind': [], 'diverged': [], 'open': []}
+  for name, numbers in values.items():
+    if name not in means:
+      listed['diverged'].append(name)
+    elif name != first:
+      key = {True: 'behind', False: 'equal', None: 'open'}
+      listed[key[differ(values[first], numbers)]].append(name)
+  sentences = [f'The {word} {metric} is that of {first}.'] if means else []
+  for key, text in (
+    ('equal', 'No different from it by twice the larger spread: {}.'),
+    ('behind', 'Behind it: {}.'),
+    ('diverged', 'Diverged: {}.'),
+    ('open', 'Not known yet, for lack of seeds: {}.'),
+  ):
+    if listed[key]:
+      sentences.append(text.format(', '.join(listed[key])))
+  return ' '.join(sentences)
+
+
 def number(result: Result, key: str) -> float | None:
   """Returns a number of a run; text 'nan' and 'inf' come from divergence."""
   value = result.values.get(key)
   if isinstance(value, bool | int | float):
     return float(value)
   return float(value) if value in ('nan', 'inf', '-inf') else None
+
+
+def is_number(text: str) -> bool:
+  """Returns whether a value of a field is a finite number."""
+  try:
+    return math.isfinite(float(text))
+  except ValueError:
+    return False
 
 
 def _read_run(folder: pathlib.Path, cell: str, seed: int) -> Result:

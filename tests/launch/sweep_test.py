@@ -194,6 +194,31 @@ class SweepTest(parameterized.TestCase):
     self.assertEqual(set(self._attempts().values()), {1})
     self.assertEqual(self._read_summary()['size=1/loss'], 2.0)
 
+  def test_tuned_field(self):
+    self._call('--grid=size=3', '--metrics=loss')
+    tune = ('--tune=size=1,3', '--seeds=2', '--metrics=loss')
+    result = self._call(*tune, '--only=*/seed_0')
+    self.assertEqual(result.returncode, 0, result.stderr)
+    once = {'size=1/seed_0': 1, 'size=3/seed_0': 1}
+    self.assertEqual(self._attempts(), once)
+    result = self._call()  # goes on
+    self.assertEqual(result.returncode, 0, result.stderr)
+    once['size=1/seed_1'] = 1
+    self.assertEqual(self._attempts(), once)
+    self.assertEqual(self._read_summary()['config/size'], 1)
+    self.assertEqual(self._read_summary()['config/loss'], 1.5)
+    page = self._read_page()
+    self.assertIn('| config | 1 | 1.5 ± 0.71 | 2 of 2 |', page)
+    self.assertIn('3 of 3 runs are finished', page)
+    self.assertRegex(page, r'\n- machine: \d+ cores, ')
+    self.assertIn('\n- software: Python 3', page)
+    # Another value is added, and is better.
+    result = self._call('--tune=size=0', '--metrics=loss')
+    self.assertEqual(result.returncode, 0, result.stderr)
+    once |= {'size=0/seed_0': 1, 'size=0/seed_1': 1}
+    self.assertEqual(self._attempts(), once)
+    self.assertEqual(self._read_summary()['config/size'], 0)
+
   def test_failed_run_is_recorded_and_alone_is_run_again(self):
     result = self._call(
       '--grid', 'size=1,2', '--grid', 'fail=once,silent,killed', '--jobs=2'
@@ -238,6 +263,13 @@ class SweepTest(parameterized.TestCase):
     self.assertIn('| large | `--config=experiments/rows.py:7` |', page)
     self.assertIn('log.txt): RuntimeError: no luck today', page)
 
+  def test_goes_on_with_the_grid_of_earlier_flags(self):
+    self._call('--grid=roles=k,v', '--only=plain,roles=k', config='rows.py')
+    result = self._call('--only=plain,*', config='rows.py')
+    self.assertEqual(result.returncode, 0, result.stderr)
+    runs = [f'plain,roles={role}/seed_0' for role in 'kv']
+    self.assertCountEqual(self._attempts(), runs)
+
   def test_signal_lets_runs_save_and_they_resume(self):
     process = self._start('--grid', 'size=1,2,3', '--set=fail=wait', '--jobs=2')
     folders = [self.workdir / f'cells/size={n}/seed_0' for n in (1, 2)]
@@ -276,6 +308,24 @@ class SweepTest(parameterized.TestCase):
       self._attempts(), {f'size={n}/seed_0': 1 for n in (1, 2, 3)}
     )
     self.assertEqual(self._read_summary()['finished'], 3)
+
+  @pytest.mark.slow
+  def test_slurm_array_tries_values_and_then_runs_seeds(self):
+    sbatch = self.folder.create_file('bin/sbatch', content=_SBATCH)
+    os.chmod(sbatch.full_path, 0o755)
+    folder = os.path.dirname(sbatch.full_path)
+    self.environment['PATH'] = f'{folder}:{os.environ["PATH"]}'
+    args = ('--tune=size=1,2', '--seeds=2', '--metrics=loss', '--target=slurm')
+    result = self._call(*args)
+    self.assertEqual(result.returncode, 0, result.stderr)
+    self.assertIn('1 best values are not known yet', result.stderr)
+    self.assertCountEqual(self._attempts(), ['size=1/seed_0', 'size=2/seed_0'])
+    result = self._call(*args)
+    self.assertEqual(result.returncode, 0, result.stderr)
+    self.assertNotIn('other seeds', result.stderr)
+    self.assertEqual(self._attempts()['size=1/seed_1'], 1)
+    self.assertLen(self._attempts(), 3)
+    self.assertEqual(self._read_summary()['config/loss'], 1.5)
 
   @parameterized.parameters(
     ('local', 'python {run} --config=experiments/toy.py'),
@@ -317,6 +367,8 @@ class SweepTest(parameterized.TestCase):
     (['--grid=sise=1'], 'the nearest field is size'),
     (['--grid=size=1,big'], 'cell size=big: size=big does not fit'),
     (['--seeds=0'], 'seeds'),
+    (['--tune=size=1,2'], 'as in --metrics=loss:min'),
+    (['--tune=size=1', '--grid=size=2'], 'has size twice'),
     (['--grid=size=1', '--target=tpu-vm'], '--bucket=gs://BUCKET/NAME'),
     (['--collect'], 'holds no sweep to collect'),
     (['size=1'], "Unexpected argument 'size=1'"),

@@ -114,6 +114,40 @@ class CollectTest(parameterized.TestCase):
     self.assertEmpty(self.warnings)
 
 
+class OutcomeTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ([1.0, 1.2], [1.1, 1.3], False),
+    ([1.0, 1.01], [1.1, 1.11], True),
+    ([1.0], [2.0, 2.1], None),
+  )
+  def test_differ(self, ours, theirs, expected):
+    self.assertEqual(sweeps.differ(ours, theirs), expected)
+
+  def test_outcome(self):
+    values = {
+      'near': [1.1, 1.3],
+      'best': [1.0, 1.2],
+      'far': [2.0, 2.1],
+      'once': [1.1],
+      'nan': [1.0, np.nan],
+    }
+    lowest = sweeps.outcome('loss', 'min', values)
+    self.assertStartsWith(lowest, 'The lowest loss is that of best.')
+    for sentence in (
+      'No different from it by twice the larger spread: near.',
+      'Behind it: far.',
+      'Diverged: nan.',
+      'Not known yet, for lack of seeds: once.',
+    ):
+      self.assertIn(sentence, lowest)
+    highest = sweeps.outcome('score', 'max', values)
+    self.assertStartsWith(highest, 'The highest score is that of far.')
+    self.assertIn('Behind it: near, best.', highest)
+    self.assertEqual(
+      sweeps.outcome('loss', 'min', {'a': [np.inf]}), 'Diverged: a.'
+    )
+
+
 class PlotTest(absltest.TestCase):
   def _draw(self, sweep, means):
     cells = sweeps.make_cells('x.py', sweep)
