@@ -228,7 +228,12 @@ def _modernise(text: str) -> str:
 
 
 def _differences(ours: str, theirs: str) -> dict[str, tuple[Any, Any]]:
-  """Returns the fields in which two configs, given as JSON, differ."""
+  """Returns the fields in which two configs, given as JSON, differ.
+
+  Fields that the code got since `theirs` was written have their defaults in it.
+  """
+  with contextlib.suppress(errors.UserError):  # a field that is gone
+    theirs = configs.to_json(configs.from_json(theirs))
   left, right = (
     dict(serialization.leaves(json.loads(text), '')) for text in (ours, theirs)
   )

@@ -1,6 +1,7 @@
 """Tests of the record of a sweep and of additions to it."""
 
 import dataclasses
+import json
 import pathlib
 
 from absl.testing import absltest
@@ -74,6 +75,20 @@ class RecordTest(parameterized.TestCase):
     ):
       with self.assertRaisesRegex(errors.UserError, message):
         sweeps.update(record, stored)
+
+  def test_field_that_is_new_in_the_code_had_its_default(self):
+    stored = toy.make_record(self.spec, 'size=1')
+    base = json.loads(stored.base)
+    del base['text']
+    stored = dataclasses.replace(stored, base=json.dumps(base))
+    record = toy.make_record(self.spec, 'size=2')
+    self.assertEqual(sweeps.update(record, stored).base, record.base)
+    other = toy.make_record(self.spec, 'size=2', assignments=('text=a',))
+    with self.assertRaisesRegex(errors.UserError, "text='', and here it is 'a"):
+      sweeps.update(other, stored)
+    gone = dataclasses.replace(stored, base=json.dumps(base | {'gone': 1}))
+    with self.assertRaisesRegex(errors.UserError, 'with text=.* and 1 more'):
+      sweeps.update(record, gone)
 
   def test_run_of_another_config_is_refused(self):
     record = toy.make_record(self.spec, 'size=1,2')
