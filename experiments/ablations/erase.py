@@ -8,8 +8,8 @@ Hardware: two CPU cores, two minutes for each of the 18 runs.
 Results: experiments/results/ablations/README.md.
 
 `output_alone` is the default. The other rows also write the map that reads the
-key; `as_printed` is equation 93 of the paper. `erase_nowhere` is plain gradient
-descent.
+key; `as_printed` does so by equation 93 of the paper, with all other settings
+of the default. `erase_nowhere` is plain gradient descent.
 """
 
 from experiments.ablations import small

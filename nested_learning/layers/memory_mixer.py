@@ -21,14 +21,14 @@ have a learned bias per head outside the memories (`memory_projections.py`); the
 read is normalised per head, gated and projected. The paper has one x for all
 roles; with one projection each, a role whose memory never changes is ordinary.
 
-Three defaults differ from the paper. The objective is the dot product: Delta
-Gradient Descent already subtracts the memory's output for a key, and the L2
-objective would subtract it again. Only the maps that make an output are erased:
-erasing the map that reads the key empties the hidden layer for every key that
-was written, and values stored behind it cannot be read. And tokens write these
-maps alone, so that a value is read through the hidden layer it was written
-with. As printed (objective 'l2', erase and learns 'every_map'), small models do
-not recall new values; see `experiments/ablations/erase.py`.
+Five defaults differ from the paper; the zoo's `hope_printed` has the paper's.
+The objective is the dot product: Delta Gradient Descent already subtracts the
+memory's output for a key, and the L2 objective would subtract it again. Only
+the maps that make an output are erased and written: erasing the map that reads
+the key empties the hidden layer for every key that was written, and values
+stored behind it cannot be read. Retention keeps the initial memory, and a token
+reads what was written up to it, not to its chunk's start. As printed, small
+models do not recall new values; see experiments/results/ablations/README.md.
 
 References:
   Behrouz et al., Nested Learning, arXiv:2512.24695, 2025, eqs. 79-91.

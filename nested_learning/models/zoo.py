@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from nested_learning import errors
 from nested_learning import levels as levels_lib
+from nested_learning import optimizers
 from nested_learning.layers import attention
 from nested_learning.layers import cms
 from nested_learning.layers import hybrids
@@ -80,6 +81,7 @@ class Family(NamedTuple):
       that the blocks repeat.
     levels: `levels(size)` returns the chain of a block.
     inner: `inner(size)` returns how its levels learn inside a stream.
+    chain: How the levels are connected.
   """
 
   mixer: Callable[[Size], Any]
@@ -87,6 +89,7 @@ class Family(NamedTuple):
   inner: Callable[[Size], levels_lib.InnerConfig] = lambda size: (
     levels_lib.InnerConfig()
   )
+  chain: cms.ChainConfig = cms.ChainConfig()
 
 
 def _mlp(size: Size) -> tuple[cms.LevelConfig, ...]:
@@ -114,6 +117,72 @@ def _memory(
     size.head_dim,
     hidden_dim=0 if expansion == 1 else expansion * size.head_dim,
     **settings,
+  )
+
+
+def _printed_memory(size: Size) -> memory_mixer.MemoryMixerConfig:
+  """Makes the mixer of Hope as printed, NL eqs. 83-96.
+
+  Memories for k, v, inner_lr, retention and main are residual MLPs, q is a
+  projection (`adaptive` takes 'q' as well). All are written towards their own
+  output for the value, by Delta Gradient Descent with retention on every map.
+  Keys, values, rates and reads come from the memories at their chunk's start.
+
+  Where the equations leave a choice or contradict each other:
+
+  * The error is M(k) - v^, as in eq. 93, although the objective of eq. 88 has
+    no 1/2. The chunk of token t starts at C floor((t - 1) / C), which eq. 90
+    prints with a ceiling. The sign of eq. 92 is not used.
+  * inner_lr is the step eta' = eta / (1 + eta) of eq. 57, not the eta of eqs.
+    88 to 93: a sigmoid, since eta = exp(x) for what the memory makes.
+  * A map is erased along its own input (eq. 57): k for W2, h = act(W2 k) for
+    W1, where k of eq. 88 does not fit. The rate of W1 is eta' / |h|^2.
+  * Rates are one number per token and head, with a bias outside the memory.
+    Chunks have 16 tokens (Figure 5) and 64; the paper gives no other.
+  * Everything around the memories is that of `memory_mixer`.
+
+  One deviation is for stability: `max_norm` bounds how far a map may go from
+  its initial weights. The bound is twice their initial norm for the stack of
+  four roles and more for main, so that retention may empty every memory. See
+  experiments/results/ablations/README.md.
+  """
+  return memory_mixer.MemoryMixerConfig(
+    size.num_heads,
+    size.head_dim,
+    objective='l2',
+    erase='every_map',
+    learns='every_map',
+    retain_to='zero',
+    read='chunk',
+    chunk_size=16,
+    chunk_size_others=64,
+    max_inner_lr=1.0,
+    max_norm=4.0 * size.head_dim,
+  )
+
+
+def _printed_chain(size: Size) -> tuple[cms.LevelConfig, ...]:
+  """Makes the chain of Hope as printed, with one clock in training."""
+  return tuple(
+    dataclasses.replace(level, train_every=None) for level in _chain(size)
+  )
+
+
+def _printed_learning(size: Size) -> levels_lib.InnerConfig:
+  """Makes every level of every block learn as printed, NL eqs. 57, 71 and 97.
+
+  A level takes a step of Delta Gradient Descent on the sum of the next-token
+  losses of its chunk. The paper gives no rate. Norms, which eq. 97 leaves out,
+  take gradient steps of the same rate, and these grow with the sum: at 1e-4
+  they stay below the size of the norms.
+  """
+  return levels_lib.make_inner(
+    size.update_every,
+    learning_rate=1e-4,
+    optimizer=optimizers.configs.Dgd(target='printed'),
+    clip_norm=None,
+    depth=1.0,
+    reduce='sum',
   )
 
 
@@ -207,6 +276,14 @@ _PERSISTENT = {'num_persistent': 4}  # tokens; Titans does not say how many
 
 FAMILIES = {
   'hope': Family(_memory(), _chain, _learning),
+  'hope_printed': Family(
+    _printed_memory,
+    _printed_chain,
+    _printed_learning,
+    # Eqs. 70 and 97, whose first level is the slowest by eqs. 72 and 73; Figure
+    # 5 draws the fastest first.
+    cms.ChainConfig(order='slowest_first'),
+  ),
   'hope_attention': Family(_attention(), _chain, _learning),
   'transformer': Family(_attention(), _mlp),
   'sliding_window': Family(_window(), _mlp),
@@ -323,6 +400,7 @@ def make_sized(family: str, size: Size, **changes) -> trunk.ModelConfig:
     embed_dim=size.embed_dim,
     mixer=mixer,
     levels=FAMILIES[family].levels(size),
+    chain=FAMILIES[family].chain,
     max_length=size.max_length,
   )
   return dataclasses.replace(config, **changes)
