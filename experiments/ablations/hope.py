@@ -37,15 +37,6 @@ _SIZE = models.zoo.Size(2, 128, _HEADS, mlp_dim=384, vocab_size=257)
 
 # Hope's memory at this size; a row changes some of these.
 _HOPE = {'hidden_dim': 64, 'adaptive': ()}
-_PRINTED = {
-  'hidden_dim': 32,
-  'learns': 'every_map',
-  'erase': 'every_map',
-  'objective': 'l2',
-  'read': 'chunk',
-  'retain_to': 'zero',
-  'chunk_size': 16,
-}
 _ALL = ('k', 'v', 'inner_lr', 'retention')
 
 # Changes of the memory by row; the first is Hope.
@@ -74,6 +65,7 @@ _MEMORIES: Mapping[str, Mapping[str, Any]] = {
   'heads_2': {'num_heads': 2, 'head_dim': 64, 'hidden_dim': 128},
   'heads_8': {'num_heads': 8, 'head_dim': 16, 'hidden_dim': 32},
 }
+_CHAIN = ('fast', 'middle', 'slow')
 _OTHERS = ('gated_deltanet', 'titans', 'transformer')
 
 
@@ -83,8 +75,10 @@ def get_config(arg: str | None = None) -> training.ExperimentConfig:
   levels = ('mlp',)
   if name in _OTHERS:
     mixer = models.zoo.make_sized(name, _SIZE).mixer
+  elif name == 'printed':
+    levels, mixer = _CHAIN, models.zoo.make_sized('hope_printed', _SIZE).mixer
   elif name == 'levels_3':
-    levels, mixer = ('fast', 'middle', 'slow'), _memory({})
+    levels, mixer = _CHAIN, _memory({})
   elif name in _MEMORIES:
     mixer = _memory(_MEMORIES[name])
   else:
@@ -103,6 +97,7 @@ def get_sweep() -> sweeps.Sweep:
   return sweeps.Sweep(
     rows=tuple(sweeps.Row(name, arg=name) for name in _names()),
     metrics=METRICS,
+    tune='train.learning_rate=1e-3,2e-3,4e-3,8e-3',
   )
 
 
@@ -131,7 +126,7 @@ def fit(
 
 
 def _names() -> tuple[str, ...]:
-  return (*_MEMORIES, 'levels_3', *_OTHERS)
+  return (*_MEMORIES, 'levels_3', 'printed', *_OTHERS)
 
 
 def _memory(changes: Mapping[str, Any]) -> memory_mixer.MemoryMixerConfig:
