@@ -308,7 +308,7 @@ class PipelineTest(parameterized.TestCase):
   @parameterized.parameters(
     ({'sequence_length': 0}, '^sequence_length=0 must be at least 1'),
     ({'batch_size': -1}, '^batch_size=-1 must be at least 1'),
-    ({'reset': 'maybe'}, "^reset='maybe' must be one of 'document', 'never'"),
+    ({'reset': 'maybe'}, "must be one of 'document', 'stream', 'never'"),
     ({'validation_fraction': 1.0}, 'validation_fraction=1.0 must be at'),
     ({'seed': -1}, '^seed=-1 must be at least 0'),
     ({'process_count': 3}, 'batch_size=4 is not a multiple of the 3 proc'),

@@ -53,7 +53,7 @@ class FactsTest(absltest.TestCase):
     tokens, weights = facts.make_row(
       self.config,
       np.random.default_rng(0),
-      plant=512,
+      tellings=16,
       gap=512,
       multiple_of=256,
     )
@@ -66,7 +66,7 @@ class FactsTest(absltest.TestCase):
 
   def test_tokens_are_in_the_vocabulary(self):
     tokens, _ = facts.make_row(
-      self.config, np.random.default_rng(0), plant=512, gap=512
+      self.config, np.random.default_rng(0), tellings=16, gap=512
     )
     self.assertLess(tokens.max(), self.config.vocab_size)
     values = tokens[3::4]
@@ -134,10 +134,10 @@ class HorizonTest(absltest.TestCase):
 
 class FrequenciesTest(parameterized.TestCase):
   @parameterized.parameters(
-    (0, (None, None, None, None)),
-    (1, (256, None, None, None)),
-    (2, (16, 256, None, None)),
-    (3, (16, 64, 256, None)),
+    (0, (None,)),
+    (1, (256,)),
+    (2, (16, 256)),
+    (3, (16, 64, 256)),
     (4, (16, 32, 128, 256)),
   )
   def test_clocks_are_even_in_the_logarithm(self, number, sizes):
