@@ -7,5 +7,9 @@ from nested_learning.layers.hybrids import MemoryAsContextConfig
 from nested_learning.layers.hybrids import MemoryAsGateConfig
 from nested_learning.layers.hybrids import MemoryAsLayerConfig
 from nested_learning.layers.memory_mixer import MemoryMixerConfig
+from nested_learning.layers.mlp import MlpConfig
+from nested_learning.layers.norm import NormConfig
+from nested_learning.layers.rotary import LinearScaling
+from nested_learning.layers.rotary import Llama3Scaling
 from nested_learning.layers.tnt import LocalConfig
 from nested_learning.layers.tnt import TntConfig

@@ -4,6 +4,10 @@ Attention to all tokens keeps every key and value of a stream, so that its state
 limits the stream's length. With `window`, a query sees the last tokens only and
 the state has a constant size; see `nested_learning.layers.sliding_window`.
 
+Biases, norms of queries and keys, the scale and the bound of scores, scaled
+rotary positions and sinks are those of pretrained models, see
+`nested_learning.pretrained`.
+
 References:
   Behrouz et al., Titans, arXiv:2501.00663, 2024, section 3.3 (persistent
   memory).
@@ -12,7 +16,7 @@ References:
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +26,9 @@ from nested_learning import errors
 from nested_learning import parameters
 from nested_learning.layers import base
 from nested_learning.layers import dot_product
+from nested_learning.layers import norm
 from nested_learning.layers import ring_attention
+from nested_learning.layers import rotary
 from nested_learning.layers import sliding_window
 
 
@@ -33,29 +39,50 @@ class AttentionConfig:
   num_heads: int  # query heads
   num_kv_heads: int  # heads of keys and values; divides num_heads
   head_dim: int  # even, for the rotary pairs
-  rope_theta: float = 10_000.0  # longest rotary wavelength / 2 pi, in tokens
+  # Longest rotary wavelength / 2 pi, in tokens; None is no rotary positions.
+  rope_theta: float | None = 10_000.0
   window: int | None = None  # tokens a query sees, itself included; None is all
   num_persistent: int = 0  # learned keys and values that every query sees
+  # First tokens of a document that later queries see from beyond the window.
+  num_sinks: int = 0
+  rope_scaling: rotary.Scaling | None = None  # of rotary frequencies
+  # Projections with a bias: none, those of queries, keys and values, or all.
+  bias: Literal['none', 'qkv', 'all'] = 'none'
+  # Norm of each query and key before rotation, or None.
+  qk_norm: norm.NormConfig | None = None
+  score_scale: float | None = None  # of scores; None is 1 / sqrt(head_dim)
+  score_cap: float | None = None  # bound of scores; None is no bound
 
   def __post_init__(self):
     check = functools.partial(errors.check_field, self)
     for name in ('num_heads', 'num_kv_heads', 'head_dim'):
       check(name, getattr(self, name) >= 1, 'at least 1')
-    check('head_dim', self.head_dim % 2 == 0, 'even for rotary positions')
+    has_pairs = self.rope_theta is None or self.head_dim % 2 == 0
+    check('head_dim', has_pairs, 'even for rotary positions')
     check(
       'num_heads',
       self.num_heads % self.num_kv_heads == 0,
       f'a multiple of num_kv_heads={self.num_kv_heads}',
     )
-    check(
-      'rope_theta', 0 < self.rope_theta < math.inf, 'a finite number above 0'
-    )
+    for name in ('rope_theta', 'score_scale', 'score_cap'):
+      value = getattr(self, name)
+      fine = value is None or 0 < value < math.inf
+      check(name, fine, 'a finite number above 0, or None')
     check(
       'window',
       self.window is None or self.window >= 1,
       'at least 1 token, or None for all tokens',
     )
-    check('num_persistent', self.num_persistent >= 0, 'at least 0')
+    for name in ('num_persistent', 'num_sinks'):
+      check(name, getattr(self, name) >= 0, 'at least 0')
+    fine = self.num_sinks == 0 or self.window is not None
+    check('num_sinks', fine, '0 where window=None, which loses no token')
+    errors.check_choices(self)
+
+  @property
+  def scoring(self) -> dot_product.Scoring:
+    """Returns scale and bound of the scores."""
+    return dot_product.Scoring(self.score_scale, self.score_cap)
 
   @property
   def holds_any_length(self) -> bool:
@@ -97,58 +124,107 @@ class AttentionState(NamedTuple):
   current: jax.Array
 
 
+def places(
+  state: Any, shape: tuple[int, int], info: base.TokenInfo
+) -> jax.Array:
+  """Returns the places of tokens in their documents, from 0.
+
+  Args:
+    state: Any tree with an `AttentionState`, perhaps of stacked layers; None at
+      a stream's start.
+    shape: Rows and tokens of the call, b and t.
+    info: Facts about the tokens.
+
+  Returns:
+    int32 [b, t]; the places of padding are undefined.
+  """
+  before = jnp.zeros((shape[0], 1), jnp.int32)
+  if state is not None:
+    is_one = lambda x: isinstance(x, AttentionState)
+    found = next(filter(is_one, jax.tree.leaves(state, is_leaf=is_one)))
+    document, current = found.document, found.current
+    if document.ndim == 3:  # stacked: all layers have read the same tokens
+      document, current = document[0], current[0]
+    before = jnp.sum(document == current[:, None], axis=1, keepdims=True)
+  read = jnp.ones(shape, bool) if info.mask is None else info.mask
+  index = jnp.cumsum(read, axis=1, dtype=jnp.int32) - 1
+  if info.reset is None:
+    return before + index
+  began = jnp.where(info.reset & read, index, -before)
+  return index - jax.lax.cummax(began, axis=1)
+
+
 def _make_attention(
   config: AttentionConfig, embed_dim, max_length, dtype
 ) -> base.Layer:
   c = config
   table = _table(c, embed_dim)
+  rotate = functools.partial(
+    rotary.rotate, theta=c.rope_theta, scaling=c.rope_scaling
+  )
 
   def init_state(params, batch_size):
     del params
     key_shape = c.num_kv_heads, c.head_dim
     if c.window is not None:
-      return sliding_window.init_state(c.window, key_shape, batch_size, dtype)
+      return sliding_window.init_state(
+        c.window, key_shape, batch_size, dtype, num_sinks=c.num_sinks
+      )
     return _init_state(max_length, key_shape, batch_size, dtype)
 
   def apply(params, state, inputs, info):
-    project = lambda w: jnp.einsum('bte,ehd->bthd', inputs, w.astype(dtype))
-    query, key, value = (project(params[n]) for n in ('query', 'key', 'value'))
+    query, key, value = (
+      _project(c, params, name, inputs, dtype)
+      for name in ('query', 'key', 'value')
+    )
     persistent = None
     if c.num_persistent:
       learned = params['persistent_memory']
       persistent = learned['key'], learned['value']
     num_parts = context_parallel.num_parts(inputs.shape[1])
     in_parts = num_parts > 1 and state is None
+    arguments = {
+      'query': query,
+      'key': key,
+      'value': value,
+      'rotate': rotate,
+      'scoring': c.scoring,
+      'persistent': persistent,
+    }
     if c.window is not None:
-      attend = functools.partial(sliding_window.attend, state, mask=info.mask)
-      if in_parts and info.mask is None:
-        attend = ring_attention.attend_window
-      outputs, state = attend(
-        query=query,
-        key=key,
-        value=value,
-        window=c.window,
-        theta=c.rope_theta,
-        reset=info.reset,
-        persistent=persistent,
+      attend = functools.partial(
+        sliding_window.attend, state, mask=info.mask, num_sinks=c.num_sinks
       )
+      # The first tokens of a document may lie on any device.
+      if in_parts and info.mask is None and not c.num_sinks:
+        attend = ring_attention.attend_window
+      outputs, state = attend(window=c.window, reset=info.reset, **arguments)
     else:
       start = init_state(params, inputs.shape[0])
       outputs, state = _attend(
         start if state is None else state,
-        query,
-        key,
-        value,
-        theta=c.rope_theta,
         info=info,
         is_start=state is None,
-        in_parts=in_parts,
-        persistent=persistent,
+        # Devices that share a row take no bounded scores.
+        in_parts=in_parts and c.score_cap is None,
+        **arguments,
       )
     out = jnp.einsum('bthd,hde->bte', outputs, params['out'].astype(dtype))
+    if c.bias == 'all':
+      out += params['out_bias'].astype(dtype)
     return out, state
 
   return base.make_layer(table, init_state, apply)
+
+
+def _project(config, params, name, inputs, dtype) -> jax.Array:
+  """Computes queries, keys or values [b, t, h, d]."""
+  out = jnp.einsum('bte,ehd->bthd', inputs, params[name].astype(dtype))
+  if config.bias != 'none':
+    out += params[f'{name}_bias'].astype(dtype)
+  if config.qk_norm is not None and name != 'value':
+    out = config.qk_norm.apply(params[f'{name}_norm'], out)
+  return out
 
 
 def _table(config: AttentionConfig, embed_dim: int) -> parameters.Table:
@@ -177,6 +253,15 @@ def _table(config: AttentionConfig, embed_dim: int) -> parameters.Table:
       decay=True,
     ),
   }
+  if config.bias != 'none':
+    for name in ('query', 'key', 'value'):
+      param = table[name]
+      table[f'{name}_bias'] = _bias(param.shape[1:], param.axes[1:])
+  if config.bias == 'all':
+    table['out_bias'] = _bias((embed_dim,), ('embed',))
+  if config.qk_norm is not None:
+    for name in ('query', 'key'):
+      table[f'{name}_norm'] = config.qk_norm.param(dim, None)
   if config.num_persistent:
     learned = lambda: parameters.Param(
       (config.num_persistent, kv_heads, dim),
@@ -186,6 +271,10 @@ def _table(config: AttentionConfig, embed_dim: int) -> parameters.Table:
     )
     table['persistent_memory'] = {'key': learned(), 'value': learned()}
   return table
+
+
+def _bias(shape, axes) -> parameters.Param:
+  return parameters.Param(shape, axes, parameters.constant(0.0), decay=False)
 
 
 def _init_state(max_length, key_shape, batch_size, dtype) -> AttentionState:
@@ -205,7 +294,8 @@ def _attend(
   key,
   value,
   *,
-  theta,
+  rotate,
+  scoring,
   info,
   is_start,
   in_parts,
@@ -220,8 +310,7 @@ def _attend(
   if info.reset is not None:
     document += jnp.cumsum(info.reset & read, axis=1, dtype=jnp.int32)
   unplaced = query
-  query = dot_product.rotate(query, position, theta)
-  key = dot_product.rotate(key, position, theta)
+  query, key = rotate(query, position), rotate(key, position)
 
   rows = jnp.arange(batch_size)[:, None]
   # Padding gets a slot past the end, which mode='drop' ignores.
@@ -236,8 +325,10 @@ def _attend(
   )
   if persistent is not None:
     learned_key, learned_value = persistent
-    persistent = dot_product.Persistent(unplaced, learned_key, learned_value)
+    persistent = dot_product.Apart(unplaced, learned_key, learned_value)
   if in_parts:
+    if scoring.scale is not None:  # which this attention takes as 1 / sqrt(d)
+      query = query * (scoring.scale * query.shape[-1] ** 0.5)
     places = ring_attention.Places(position, document, read)
     outputs = ring_attention.attend(
       query, key, value, places, persistent=persistent
@@ -263,6 +354,7 @@ def _attend(
     (place, document),
     sees,
     is_causal=is_start,
+    scoring=scoring,
     persistent=persistent,
   )
   return outputs, state

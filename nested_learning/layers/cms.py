@@ -1,7 +1,8 @@
 r"""The Continuum Memory System: a chain of MLPs that learn at different clocks.
 
-Each level is a pre-norm residual SwiGLU MLP, f_1 the fastest. The chain
-connects them in one of three ways:
+Each level is a pre-norm residual SwiGLU MLP, f_1 the fastest (`layers/mlp.py`
+has other MLPs of pretrained models). The chain connects them in one of three
+ways:
 
 * 'sequential': x <- x + f_l(x) for one level after the other;
 * 'independent': every level reads the chain's input, and a learned weighted sum
@@ -25,13 +26,11 @@ import re
 from typing import Any, ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
 
 from nested_learning import errors
 from nested_learning import optimizers
 from nested_learning import parameters
-from nested_learning.layers import base
-from nested_learning.layers import norm
+from nested_learning.layers import mlp as mlp_lib
 
 # Names are part of the paths of parameters and of the names of metrics.
 _NAME = re.compile(r'[A-Za-z][A-Za-z0-9_-]{0,63}')
@@ -47,6 +46,7 @@ class LevelConfig:
   train_every: int | None = None
   # Its optimiser in training; None is that of the trainer.
   optimizer: optimizers.OptimizerConfig | None = None
+  mlp: mlp_lib.MlpConfig = mlp_lib.MlpConfig()  # its function
 
   RENAMED: ClassVar = {'chunk_size': 'train_every'}
 
@@ -127,7 +127,10 @@ def check(levels: Sequence[LevelConfig], chain: ChainConfig) -> None:
 
 def table(levels: Sequence[LevelConfig], *, embed_dim: int) -> parameters.Table:
   """Returns the parameters of the levels, one entry per level."""
-  return {level.name: _level_table(level, embed_dim) for level in levels}
+  return {
+    level.name: level.mlp.table(embed_dim=embed_dim, mlp_dim=level.mlp_dim)
+    for level in levels
+  }
 
 
 def mix_table(
@@ -163,13 +166,13 @@ def apply(
   Returns:
     [b, t, e].
   """
-  mlp = lambda name, x: mlp_output(params[name], x)
+  mlp = lambda level, x: level.mlp.apply(params[level.name], x)
   return connect(levels, mlp, x, chain=chain, mix=mix)
 
 
 def connect(
   levels: Sequence[LevelConfig],
-  mlp: Callable[[str, jax.Array], jax.Array],
+  mlp: Callable[[LevelConfig, jax.Array], jax.Array],
   x: jax.Array,
   *,
   chain: ChainConfig,
@@ -179,7 +182,7 @@ def connect(
 
   Args:
     levels: The levels, fastest first.
-    mlp: `mlp(name, x)` is a level's output [b, t, e].
+    mlp: `mlp(level, x)` is a level's output [b, t, e].
     x: As for `apply`.
     chain: As for `apply`.
     mix: As for `apply`.
@@ -188,45 +191,10 @@ def connect(
     [b, t, e].
   """
   if chain.connection == 'independent':
-    outputs = [mlp(level.name, x) for level in levels]
+    outputs = [mlp(level, x) for level in levels]
     weights = mix.astype(x.dtype)
     return x + sum(weights[i] * y for i, y in enumerate(outputs))
   first = 1 if chain.order == 'fastest_first' else -1
   for level in levels[::first]:
-    x = x + mlp(level.name, x)
+    x = x + mlp(level, x)
   return x
-
-
-def mlp_output(params: Any, x: jax.Array) -> jax.Array:
-  """Computes f(x) [b, t, e] of one level with these parameters."""
-  weights = jax.tree.map(lambda w: w.astype(x.dtype), params)
-  normed = norm.rms_norm(params['norm'], x)
-  gate = jnp.einsum('bte,ef->btf', normed, weights['gate'])
-  up = jnp.einsum('bte,ef->btf', normed, weights['up'])
-  return _gated_projection(gate, up, weights['down'])
-
-
-# The product [b, t, f] is recomputed: gate and up are kept anyway.
-@base.recomputed
-def _gated_projection(gate, up, down):
-  return jnp.einsum('btf,fe->bte', jax.nn.silu(gate) * up, down)
-
-
-def _level_table(level: LevelConfig, embed_dim: int) -> parameters.Table:
-  wide = lambda: parameters.Param(
-    (embed_dim, level.mlp_dim),
-    ('embed', 'mlp'),
-    parameters.fan_in(embed_dim),
-    decay=True,
-  )
-  return {
-    'norm': norm.scale_param(embed_dim),
-    'gate': wide(),
-    'up': wide(),
-    'down': parameters.Param(
-      (level.mlp_dim, embed_dim),
-      ('mlp', 'embed'),
-      parameters.fan_in(level.mlp_dim),
-      decay=True,
-    ),
-  }

@@ -1,16 +1,16 @@
-"""Softmax attention of given queries to given keys, and rotary positions.
+"""Softmax attention of given queries to given keys.
 
 `jax.nn.dot_product_attention` is not used. It holds all t x s scores at once,
 computes the softmax in float32 even for float64 inputs, and has no second query
-for keys without a position. Its cuDNN kernel, which would be faster on GPUs,
+for keys apart from the others. Its cuDNN kernel, which would be faster on GPUs,
 must be requested by hand and takes half-precision inputs only.
 
 References:
-  Su et al., RoFormer, arXiv:2104.09864, 2021, eq. 34 (rotary positions).
   Ainslie et al., GQA, arXiv:2305.13245, 2023 (grouped keys and values).
+  Gemma Team, Gemma 2, arXiv:2408.00118, 2024, section 2 (caps of scores).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any, NamedTuple
 
@@ -22,41 +22,45 @@ _BLOCK = 256  # queries scored at a time
 _GROUPS = 8  # groups of blocks, each scored against keys of one length
 
 
-class Persistent(NamedTuple):
-  """Learned keys and values that every query sees, at any distance.
+class Scoring(NamedTuple):
+  """How products of queries and keys become scores.
 
   Attributes:
-    query: [b, t, h, d], the queries before rotation.
-    key: [n, kv heads, d].
-    value: [n, kv heads, d].
+    scale: Factor of the products; None is 1 / sqrt(d).
+    cap: Bound of the scores, cap * tanh(score / cap); None for no bound.
+  """
+
+  scale: float | None = None
+  cap: float | None = None
+
+  def factor(self, head_dim: int) -> float:
+    """Returns the factor of products over `head_dim` channels."""
+    return head_dim**-0.5 if self.scale is None else self.scale
+
+  def apply(self, products: jax.Array, head_dim: int) -> jax.Array:
+    """Returns the scores of products over `head_dim` channels."""
+    return cap(products * self.factor(head_dim), self.cap)
+
+
+def cap(x: jax.Array, bound: float | None) -> jax.Array:
+  """Computes bound * tanh(x / bound), or x if there is no bound."""
+  return x if bound is None else bound * jnp.tanh(x / bound)
+
+
+class Apart(NamedTuple):
+  """Keys that are scored with queries of their own.
+
+  Attributes:
+    query: [b, t, h, d].
+    key: [n, kv heads, d], or [b, n, kv heads, d] if every row has its own.
+    value: Like key.
+    visible: bool [b, t, n], or None if every query sees all of them.
   """
 
   query: jax.Array
   key: jax.Array
   value: jax.Array
-
-
-def rotate(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
-  """Rotates pairs of channels by angles proportional to the position.
-
-  The score of a rotated query and key depends on their distance alone.
-
-  Args:
-    x: [b, t, h, d]; channel i is paired with channel i + d / 2.
-    position: int [b, t], or [t] for all rows.
-    theta: Base of the wavelengths.
-
-  Returns:
-    An array like x.
-  """
-  half = x.shape[-1] // 2
-  frequency = theta ** (-jnp.arange(half) / half)
-  angle = position[..., None, None] * frequency  # [(b,) t, 1, d / 2]
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
-  first, second = x[..., :half], x[..., half:]
-  rotated = (first * cos - second * sin, second * cos + first * sin)
-  # The angles are float32, which would widen bfloat16 inputs.
-  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+  visible: jax.Array | None = None
 
 
 def attend(
@@ -65,7 +69,8 @@ def attend(
   value: jax.Array,
   visible: jax.Array,
   *,
-  persistent: Persistent | None = None,
+  scoring: Scoring,
+  apart: Sequence[Apart] = (),
 ) -> jax.Array:
   """Computes softmax(query key^T / sqrt(d)) value over the visible keys.
 
@@ -74,7 +79,8 @@ def attend(
     key: [b, s, kv heads, d]; neighbouring query heads share one.
     value: [b, s, kv heads, d].
     visible: bool [b, t, s]. A query that sees no key gets the mean value.
-    persistent: Keys and values visible to every query, or None.
+    scoring: Scale and bound of the scores.
+    apart: Further keys and values, with queries of their own.
 
   Returns:
     [b, t, h, d] in the dtype of value; the softmax is in float32 at least.
@@ -86,18 +92,21 @@ def attend(
     scores = jnp.einsum(
       'btkgd,bskd->bkgts', query, key, preferred_element_type=wide
     )
-    return scores * query.shape[-1] ** -0.5
+    return scoring.apply(scores, query.shape[-1])
 
-  # The smallest number and not -inf, whose softmax is NaN where all is masked.
-  scores = jnp.where(
-    visible[:, None, None], score(query, key), jnp.finfo(wide).min
-  )
-  if persistent is not None:
-    rows = lambda x: jnp.broadcast_to(x, (len(value), *x.shape))
-    learned = rows(persistent.key.astype(key.dtype))
-    scores = jnp.concatenate([score(persistent.query, learned), scores], -1)
-    learned = rows(persistent.value.astype(value.dtype))
-    value = jnp.concatenate([learned, value], axis=1)
+  def hide(scores, visible):
+    # The smallest number and not -inf, whose softmax is NaN where all is
+    # masked.
+    return jnp.where(visible[:, None, None], scores, jnp.finfo(wide).min)
+
+  scores = hide(score(query, key), visible)
+  rows = lambda x: jnp.broadcast_to(x, (len(query), *x.shape[-3:]))
+  for other in apart:
+    found = score(other.query, rows(other.key.astype(key.dtype)))
+    if other.visible is not None:
+      found = hide(found, other.visible)
+    scores = jnp.concatenate([found, scores], axis=-1)
+    value = jnp.concatenate([rows(other.value.astype(value.dtype)), value], 1)
   # Weights are at most 1: half precision suffices for the second product.
   weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
   out = jnp.einsum('bkgts,bskd->btkgd', weights, value)
@@ -112,7 +121,8 @@ def attend_in_blocks(
   sees: Callable[[Any, int], jax.Array],
   *,
   is_causal: bool,
-  persistent: Persistent | None = None,
+  scoring: Scoring,
+  persistent: Apart | None = None,
 ) -> jax.Array:
   """Computes `attend` with memory linear in the number of tokens.
 
@@ -128,6 +138,7 @@ def attend_in_blocks(
     sees: `sees(places, n)` returns which of the first n keys the queries at
       these places see, bool [b, t, n].
     is_causal: Whether no query sees a key after its own; t is s then.
+    scoring: Scale and bound of the scores.
     persistent: Keys and values visible to every query, or None.
 
   Returns:
@@ -142,7 +153,8 @@ def attend_in_blocks(
       key[:, :num_keys],
       value[:, :num_keys],
       sees(places, num_keys),
-      persistent=persistent and persistent._replace(query=unplaced),
+      scoring=scoring,
+      apart=(persistent._replace(query=unplaced),) if persistent else (),
     )
 
   queries = query, persistent and persistent.query, places

@@ -109,14 +109,15 @@ def apply_with_gradients(
   """
   gradients, energies = {}, {}
 
-  def mlp(name, x):
+  def mlp(config, x):
+    name = config.name
     if name not in local_loss.levels:
-      return cms.mlp_output(params[name], x)
+      return config.mlp.apply(params[name], x)
     level = local_loss.levels[name]
     objective = objectives.OBJECTIVES[level.objective]
 
     def loss(weights):
-      output = cms.mlp_output(weights, x)
+      output = config.mlp.apply(weights, x)
       # Errors and their sum are float32 at least: bfloat16 loses them.
       wide = output.astype(jnp.promote_types(output.dtype, jnp.float32))
       values = objective(wide, local_loss.target)  # [b, t]

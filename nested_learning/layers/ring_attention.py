@@ -20,6 +20,7 @@ References:
     pass, algorithms 1 and 4).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -52,7 +53,7 @@ def attend(
   value: jax.Array,
   places: Places,
   *,
-  persistent: dot_product.Persistent | None = None,
+  persistent: dot_product.Apart | None = None,
 ) -> jax.Array:
   """Attends to every earlier token of the document, over the devices.
 
@@ -94,7 +95,8 @@ def attend_window(
   value: jax.Array,
   *,
   window: int,
-  theta: float,
+  rotate: Callable[[jax.Array, jax.Array], jax.Array],
+  scoring: dot_product.Scoring,
   reset: jax.Array | None = None,
   persistent: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, sliding_window.WindowState]:
@@ -107,7 +109,8 @@ def attend_window(
     key: [b, t, kv heads, d].
     value: [b, t, kv heads, d].
     window: Tokens that a query sees, itself included, w.
-    theta: Base of the rotary wavelengths.
+    rotate: `rotate(x, position)` applies rotary positions.
+    scoring: Scale and bound of the scores.
     reset: bool [b, t], True at a document's first token, or None.
     persistent: Keys and values [n, kv heads, d] visible to every query, or
       None.
@@ -135,7 +138,8 @@ def attend_window(
       key,
       value,
       window=window,
-      theta=theta,
+      rotate=rotate,
+      scoring=scoring,
       reset=reset,
       persistent=persistent,
     )

@@ -5,11 +5,13 @@ length. Keys are stored before rotation, and every block of queries counts its
 positions from zero: rotary angles stay exact however long the stream is.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from nested_learning.layers import attention_sinks
 from nested_learning.layers import dot_product
 from nested_learning.memory import layout
 
@@ -23,6 +25,7 @@ class WindowState(NamedTuple):
     document: int32 [b, w], the document of each slot; -1 for empty slots.
     slot: int32 [b], the slot of the next token, which holds the oldest one.
     current: int32 [b], the document being read.
+    sinks: Its first tokens, or None if they do not stay.
   """
 
   key: jax.Array
@@ -30,10 +33,16 @@ class WindowState(NamedTuple):
   document: jax.Array
   slot: jax.Array
   current: jax.Array
+  sinks: attention_sinks.SinkState | None = None
 
 
 def init_state(
-  window: int, key_shape: tuple[int, int], batch_size: int, dtype
+  window: int,
+  key_shape: tuple[int, int],
+  batch_size: int,
+  dtype,
+  *,
+  num_sinks: int = 0,
 ) -> WindowState:
   """Returns the state at a stream's start, with every slot empty.
 
@@ -42,16 +51,21 @@ def init_state(
     key_shape: Number of key heads and their width.
     batch_size: Rows b.
     dtype: Type of keys and values.
+    num_sinks: First tokens of a document that stay.
 
   Returns:
     A `WindowState`.
   """
+  sinks = None
+  if num_sinks:
+    sinks = attention_sinks.init_state(num_sinks, key_shape, batch_size, dtype)
   return WindowState(
     key=jnp.zeros((batch_size, window, *key_shape), dtype),
     value=jnp.zeros((batch_size, window, *key_shape), dtype),
     document=jnp.full((batch_size, window), -1, jnp.int32),
     slot=jnp.zeros((batch_size,), jnp.int32),
     current=jnp.zeros((batch_size,), jnp.int32),
+    sinks=sinks,
   )
 
 
@@ -62,7 +76,9 @@ def attend(
   value: jax.Array,
   *,
   window: int,
-  theta: float,
+  rotate: Callable[[jax.Array, jax.Array], jax.Array],
+  scoring: dot_product.Scoring,
+  num_sinks: int = 0,
   reset: jax.Array | None = None,
   mask: jax.Array | None = None,
   persistent: tuple[jax.Array, jax.Array] | None = None,
@@ -77,7 +93,10 @@ def attend(
     key: [b, t, kv heads, d].
     value: [b, t, kv heads, d].
     window: Tokens that a query sees, itself included, w.
-    theta: Base of the rotary wavelengths.
+    rotate: `rotate(x, position)` applies rotary positions.
+    scoring: Scale and bound of the scores.
+    num_sinks: First tokens of a document that every later query sees, see
+      `attention_sinks`.
     reset: bool [b, t], True at a document's first token, or None.
     mask: bool [b, t], False for padding, or None. The outputs at padding are
       undefined.
@@ -90,7 +109,9 @@ def attend(
   batch_size, num_tokens = query.shape[:2]
   start = state
   if state is None:
-    start = init_state(window, key.shape[2:], batch_size, key.dtype)
+    start = init_state(
+      window, key.shape[2:], batch_size, key.dtype, num_sinks=num_sinks
+    )
   place = None
   count = jnp.full((batch_size,), num_tokens, jnp.int32)
   if mask is not None:
@@ -111,13 +132,17 @@ def attend(
     oldest_first = (start.slot[:, None] + jnp.arange(window)) % window
     before = jax.tree.map(lambda x: layout.take(x, oldest_first, 1), before)
     spans = jax.tree.map(lambda a, b: _spans(a, b, size), before, new)
+  sinks, sink_state = None, None
+  if num_sinks:
+    sinks, sink_state = attention_sinks.find(
+      start.sinks, key, value, reset, count, block_size=size
+    )
+    sinks = sinks._replace(position=_blocks(sinks.position, size))
+  look = _make_look(
+    spans[0].shape[2], size, window, rotate, scoring, persistent
+  )
   out = _attend_blocks(
-    _blocks(query, size),
-    _blocks(document, size),
-    spans,
-    window,
-    theta,
-    persistent,
+    look, _blocks(query, size), _blocks(document, size), spans, sinks
   )
   out = out.reshape(batch_size, -1, *out.shape[3:])[:, :num_tokens]
   if place is not None:
@@ -136,34 +161,53 @@ def attend(
     document=put(start.document, document),
     slot=(start.slot + count) % window,
     current=document[:, -1],
+    sinks=sink_state,
   )
 
 
-def _attend_blocks(query, document, spans, window, theta, persistent):
+def _make_look(length, size, window, rotate, scoring, persistent):
+  """Makes attention of a block of `size` queries to its span of `length`."""
+  # The queries are the last tokens of their span of keys.
+  position = jnp.arange(length)
+  age = position[-size:, None] - position
+  in_window = (age >= 0) & (age < window)
+
+  def look(query, document, key, value, key_document, sinks):
+    visible = in_window & (document[..., None] == key_document[:, None])
+    apart = []
+    if persistent is not None:
+      apart.append(dot_product.Apart(query, *persistent))
+    if sinks is not None:
+      first = jnp.arange(sinks.key.shape[1])
+      passed = sinks.position[..., None] - first >= window
+      apart.append(
+        dot_product.Apart(
+          rotate(query, jnp.full((size,), window)),
+          sinks.key,
+          sinks.value,
+          passed,
+        )
+      )
+    query = rotate(query, position[-size:])
+    key = rotate(key, position)
+    return dot_product.attend(
+      query, key, value, visible, scoring=scoring, apart=apart
+    )
+
+  return look
+
+
+def _attend_blocks(look, query, document, spans, sinks):
   """Attends from blocks of queries [b, n, c, h, d] to the keys of their spans.
 
   Scores one block at a time, and scores it again in the backward pass.
   """
-  key, value, key_document = spans
-  num_blocks, size, length = *query.shape[1:3], key.shape[2]
-  # The queries are the last tokens of their span of keys.
-  position = jnp.arange(length)
-  age = position[-size:, None] - position
-  visible = (age >= 0) & (age < window)
-  visible &= document[..., None] == key_document[:, :, None]
-
-  def look(block):
-    query, key, value, visible = block
-    learned = persistent and dot_product.Persistent(query, *persistent)
-    query = dot_product.rotate(query, position[-size:], theta)
-    key = dot_product.rotate(key, position, theta)
-    return dot_product.attend(query, key, value, visible, persistent=learned)
-
-  blocks = query, key, value, visible
-  if num_blocks == 1:
-    return look(jax.tree.map(lambda x: x[:, 0], blocks))[:, None]
+  blocks = query, document, *spans, sinks
+  if query.shape[1] == 1:
+    return look(*jax.tree.map(lambda x: x[:, 0], blocks))[:, None]
   blocks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), blocks)
-  return jnp.moveaxis(jax.lax.map(jax.checkpoint(look), blocks), 0, 1)
+  scan = jax.checkpoint(lambda block: look(*block))
+  return jnp.moveaxis(jax.lax.map(scan, blocks), 0, 1)
 
 
 def _blocks(x, size):

@@ -3,6 +3,7 @@
 from nested_learning.layers.cms import ChainConfig
 from nested_learning.layers.cms import LevelConfig
 from nested_learning.models import zoo
+from nested_learning.models.embedding import EmbeddingConfig
 from nested_learning.models.heads import Head
 from nested_learning.models.heads import LanguageHead
 from nested_learning.models.model import level_labels

@@ -42,13 +42,13 @@ class Head(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LanguageHead:
-  """Reads tokens and predicts the next one, by one tied embedding."""
+  """Reads tokens and predicts the next one, see `EmbeddingConfig`."""
 
   predicts_tokens = True
 
   def make(self, config, trunk):
     """See `Head.make`."""
-    table = {'embedding': embedding_param(config), **trunk.table}
+    table = {**embedding_table(config), **trunk.table}
 
     def forward(params, state, tokens, *, reset=None, mask=None, write=True):
       info = base.TokenInfo(reset, mask, write)
@@ -93,34 +93,21 @@ class LanguageHead:
     return local_sums
 
 
-def embedding_param(config: trunk_lib.ModelConfig) -> parameters.Param:
-  """Returns the row of the embedding [v, e] in a table."""
-  return parameters.Param(
-    (config.vocab_size, config.embed_dim),
-    ('vocab', 'embed'),
-    parameters.fan_in(config.embed_dim),
-    decay=False,
+def embedding_table(config: trunk_lib.ModelConfig) -> parameters.Table:
+  """Returns the parameters of a model's embedding."""
+  return config.embedding.table(
+    vocab_size=config.vocab_size,
+    embed_dim=config.embed_dim,
+    max_length=config.max_length,
   )
-
-
-def look_up(embedding: Any, tokens: jax.Array, dtype: Any) -> jax.Array:
-  """Returns the vectors [b, t, e] of tokens, with entries of size one."""
-  # NumPy parameters, as a checkpoint gives them, take no traced index.
-  vectors = jnp.asarray(embedding)[tokens].astype(dtype)
-  return vectors * embedding.shape[-1] ** 0.5
 
 
 def _read_tokens(config, trunk, params, state, tokens, make_info):
   """Returns logits [b, t, v] and the state; `make_info(x)` is `TokenInfo`."""
-  dtype = jnp.dtype(config.dtype)
-  embedding = sharding.gather(params['embedding'], embedding_param(config))
-  x = look_up(embedding, tokens, dtype)
-  x, state = trunk.apply(params, state, x, make_info(x))
-  # The loss sums exponentials: logits are float32 at least.
-  logits = jnp.einsum(
-    'bte,ve->btv',
-    x,
-    embedding.astype(dtype),
-    preferred_element_type=jnp.promote_types(dtype, jnp.float32),
-  )
-  return logits, state
+  table, embedding = embedding_table(config), config.embedding
+  own = sharding.gather({name: params[name] for name in table}, table)
+  x = embedding.look_up(own, tokens, jnp.dtype(config.dtype))
+  info = make_info(x)
+  x = embedding.add_positions(own, x, state, info)
+  x, state = trunk.apply(params, state, x, info)
+  return embedding.logits(own, x), state

@@ -65,14 +65,14 @@ class CompressionHead:
     dtype = jnp.dtype(config.dtype)
     width = config.embed_dim
     table = {
-      'embedding': heads.embedding_param(config),
+      'embedding': heads.embedding_table(config)['embedding'],
       'hidden': _matrix(width, width),
       'read_out': _matrix(width, config.vocab_size),
       **trunk.table,
     }
 
     def forward(params, state, tokens, *, reset=None, mask=None, write=True):
-      x = heads.look_up(params['embedding'], tokens, dtype)
+      x = config.embedding.look_up(params, tokens, dtype)
       x, state = trunk.apply(
         params, state, x, base.TokenInfo(reset, mask, write)
       )

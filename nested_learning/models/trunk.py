@@ -16,8 +16,9 @@ from nested_learning.layers import cms
 from nested_learning.layers import hybrids
 from nested_learning.layers import local_losses
 from nested_learning.layers import memory_mixer
-from nested_learning.layers import norm
+from nested_learning.layers import norm as norm_lib
 from nested_learning.layers import tnt
+from nested_learning.models import embedding as embedding_lib
 from nested_learning.models import stacks
 
 MixerConfig = (
@@ -45,6 +46,8 @@ class ModelConfig:
   levels: tuple[cms.LevelConfig, ...]  # chain of a block, fastest first
   max_length: int = 4096  # tokens of a call, and of full attention's state
   chain: cms.ChainConfig = cms.ChainConfig()  # how the levels are connected
+  norm: norm_lib.NormConfig = norm_lib.NormConfig()  # of mixers and outputs
+  embedding: embedding_lib.EmbeddingConfig = embedding_lib.EmbeddingConfig()
   # Type of the projections and MLPs.
   dtype: Literal['float32', 'bfloat16', 'float64'] = 'float32'
   # 'layer' recomputes each block in the backward pass.
@@ -61,6 +64,13 @@ class ModelConfig:
       raise errors.UserError(
         f'num_layers={self.num_layers} is not a multiple of the '
         f'{len(self.pattern)} mixers of the pattern; repeat all of it.'
+      )
+    if (
+      self.embedding.positions == 'learned' and max_stream_length(self) is None
+    ):
+      raise errors.UserError(
+        "embedding.positions='learned' needs attention with window=None, which "
+        'counts the tokens of a document; set it to none.'
       )
 
   @property
@@ -88,7 +98,7 @@ def make_trunk(config: ModelConfig) -> base.Layer:
   num_groups = config.num_layers // len(config.pattern)
   table = {
     'blocks': parameters.stack(group.table, num_groups),
-    'norm': norm.scale_param(config.embed_dim),
+    'norm': config.norm.param(config.embed_dim),
   }
 
   def init_state(params, batch_size):
@@ -101,7 +111,7 @@ def make_trunk(config: ModelConfig) -> base.Layer:
         f'{config.max_length}; raise it or feed the stream in pieces.'
       )
     x, state = stacks.apply(group, params['blocks'], state, x, info)
-    return norm.rms_norm(params['norm'], x), state
+    return config.norm.apply(params['norm'], x), state
 
   return base.Layer(table, init_state, apply)
 
@@ -121,7 +131,7 @@ def _make_block(config: ModelConfig, mixer_config: MixerConfig) -> base.Layer:
     dtype=jnp.dtype(config.dtype),
   )
   table = {
-    'norm': norm.scale_param(config.embed_dim),
+    **config.norm.table(config.embed_dim),
     'mixer': mixer.table,
     'levels': cms.table(config.levels, embed_dim=config.embed_dim),
     **cms.mix_table(config.levels, config.chain),
@@ -134,8 +144,9 @@ def _make_block(config: ModelConfig, mixer_config: MixerConfig) -> base.Layer:
     def block(params, state, x):
       # Gathers the block's weights over 'fsdp'; rows stay where they are.
       params, x = sharding.gather(params, table), sharding.keep_rows(x)
-      normed = norm.rms_norm(params['norm'], x)
+      normed = config.norm.apply(params['norm'], x)
       mixed, state = mixer.apply(params['mixer'], state, normed, info)
+      mixed = config.norm.apply_after(params, mixed)
       chain = {'chain': config.chain, 'mix': params.get('mix')}
       inputs = config.levels, params['levels'], x + mixed
       if info.local_loss is None:

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nested_learning.layers import cms
 from nested_learning.models import trunk as trunk_lib
 
 
@@ -39,12 +38,15 @@ def add_level(
       others.
   """
   slowest = config.levels[-1]
-  level = cms.LevelConfig(name, slowest.mlp_dim, train_every)
+  level = dataclasses.replace(
+    slowest, name=name, train_every=train_every, optimizer=None
+  )
   config = dataclasses.replace(config, levels=(*config.levels, level))
 
   def extend(block):
     source = block['levels'][slowest.name]
-    new = {**source, 'down': jnp.zeros_like(source['down'])}
+    silent = (n for n in ('down', 'down_bias') if n in source)
+    new = source | {n: jnp.zeros_like(source[n]) for n in silent}
     block = {**block, 'levels': {**block['levels'], name: new}}
     if 'mix' in block:  # [blocks, levels]
       one = jnp.ones_like(block['mix'][:, :1])
