@@ -304,15 +304,20 @@ def _read_segment(parts, params, write, state, tokens):
   x, reset, mask = tokens
   x = x[:, 0]  # [b, c, e]
   batch_size, length, _ = x.shape
+  # A whole segment sees no key of an earlier call: attention needs no state,
+  # and the memory no anchor.
+  is_whole = mask is None and length == parts.size
+  titans, start = state.titans, _at_segment_start(state)
+  if is_whole:
+    titans = start = _without_anchor(titans)
+    start = start._replace(conv=state.reads)
   read, after = parts.memory.apply(
     params['titans'],
-    _at_segment_start(state),
+    start,
     x,
     base.TokenInfo(reset, mask, write=False),
   )
   read = norm.rms_norm(params['norm']['read'], read)
-  # A whole segment sees no key of an earlier call: attention needs no state.
-  is_whole = mask is None and length == parts.size
   pairs, attention_state = parts.attend.apply(
     params['attention'],
     None if is_whole else state.attention,
@@ -324,7 +329,7 @@ def _read_segment(parts, params, write, state, tokens):
   )
   y = norm.rms_norm(params['norm']['attention'], pairs[:, 1::2])  # [b, c, e]
   remembered, titans_state = parts.memory.apply(
-    params['titans'], state.titans, y, base.TokenInfo(reset, mask, write)
+    params['titans'], titans, y, base.TokenInfo(reset, mask, write)
   )
   out = _gate(params['norm']['titans'], y, remembered)
   count = length if mask is None else jnp.sum(mask, 1, dtype=jnp.int32)
@@ -341,6 +346,13 @@ def _at_segment_start(state: ContextState) -> memory_mixer.MemoryMixerState:
   found = layout.where(main.offset == 0, main.memory, main.anchor)
   main = main._replace(memory=found, anchor=found)
   return state.titans._replace(conv=state.reads, main=main)
+
+
+def _without_anchor(
+  state: memory_mixer.MemoryMixerState,
+) -> memory_mixer.MemoryMixerState:
+  """Says that all rows are between two chunks; see `memory_engine.run`."""
+  return state._replace(main=state.main._replace(anchor=None))
 
 
 def _interleave(of_reads, of_tokens):

@@ -1,6 +1,7 @@
 """Runs the memories of a layer: chunk by chunk, for one token, or in parts."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -32,7 +33,8 @@ def run(
     params: Parameters that `make` needs; gradients flow through them.
     rule: How the memories are written and read.
     initial: Initial memory per map, [h, ..., out, in].
-    state: State of the stream; None at its start.
+    state: State of the stream; None at its start. One without an anchor stands
+      between two chunks in every row, and the tokens are then whole chunks.
     inputs: Argument of `project`, a pytree of [b, h, t, ...].
     info: Borders and padding among the tokens, and whether to write.
     engine: 'chunk', or 'token' for the definition, which is slow.
@@ -48,11 +50,16 @@ def run(
     and context_parallel.num_parts(num_tokens, multiple=rule.chunk_size) > 1
   ):
     return _run_parts(make, params, rule, initial, inputs, info)
-  call = memory.scan_chunks
+  call = functools.partial(
+    memory.scan_chunks,
+    starts_chunk=state is not None and state.anchor is None,
+  )
   if engine == 'token' or (state is not None and num_tokens == 1):
     call = memory.scan_tokens
     if state is None:
       state = memory.init_state(rule, initial, num_rows)
+    elif state.anchor is None:
+      state = state._replace(anchor=state.memory)
   network, project = make(params, num_rows)
   with jax.named_scope('memory'):  # in profiles and compiled programs
     return call(

@@ -299,10 +299,13 @@ def scan_groups(
   Returns:
     The last state, and the tree of outputs [n, ...].
   """
+  num_steps = jax.tree.leaves(inputs)[0].shape[0]
+  if num_steps == 1:  # nothing to save by recomputing
+    state, outputs = body(state, jax.tree.map(lambda x: x[0], inputs))
+    return state, jax.tree.map(lambda x: x[None], outputs)
   # Inside of a scan no common-subexpression elimination can undo the
   # recomputation, so that nothing has to prevent it.
   body = jax.checkpoint(body, prevent_cse=False)
-  num_steps = jax.tree.leaves(inputs)[0].shape[0]
   if num_steps <= kept:
     return jax.lax.scan(body, state, inputs)
   group = math.isqrt(num_steps)
