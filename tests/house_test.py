@@ -40,6 +40,7 @@ _TIERS = (
   ('layers',),
   ('levels',),
   ('models', 'linen'),
+  ('pretrained',),
   ('inference',),
   ('evaluation',),
   ('training',),
