@@ -63,7 +63,7 @@ class Row:
   """An experiment, and a slice to compile it for.
 
   Attributes:
-    name: 'hope_' and a size of experiments/hope.py.
+    name: 'hope_' or 'transformer_', and a size of experiments/hope.py.
     topology: The slice, as for --topology.
     settings: Overrides, as for --set.
   """
@@ -86,21 +86,34 @@ class Row:
     )
 
 
+# Without levels that learn inside a row, to see what these cost.
+_FROZEN = ('inner.levels=()',)
+
 ROWS = (
   Row('hope_170m', 'v5e:4x4'),
+  Row('hope_170m', 'v5e:4x4', _FROZEN),
+  Row('transformer_170m', 'v5e:4x4'),
   Row('hope_170m', 'v6e:4x4'),
   Row('hope_170m', 'h100:1x8'),
   Row('hope_340m', 'v5e:4x8'),
+  Row('transformer_340m', 'v5e:4x8'),
   Row('hope_340m', 'v5p:2x4x4'),
   Row('hope_760m', 'v5e:8x8'),
+  Row('transformer_760m', 'v5e:8x8'),
   Row('hope_760m', 'v5p:4x4x4'),
-  Row('hope_1p3b', 'v5e:16x16'),
+  Row('hope_1p3b', 'v5e:8x16'),
+  Row('hope_1p3b', 'v5e:8x16', _FROZEN),
+  Row('transformer_1p3b', 'v5e:8x16'),
   Row('hope_1p3b', 'v5p:4x4x8'),
-  Row('hope_1p3b', 'v5e:8x16*2'),
-  Row('hope_1p3b', 'h100:4x8'),
+  Row('hope_1p3b', 'v5e:8x16*2', ('mesh.model=4',)),
+  Row('hope_1p3b', 'h100:4x8', ('mesh.model=1',)),
   Row('hope_7b', 'v5p:4x4x8'),
+  Row('hope_7b', 'v5p:4x4x8', _FROZEN),
+  Row('transformer_7b', 'v5p:4x4x8'),
   Row('hope_7b', 'v6e:8x16'),
   Row('hope_70b', 'v5p:8x8x16'),
+  Row('hope_70b', 'v5p:8x8x16', _FROZEN),
+  Row('transformer_70b', 'v5p:8x8x16'),
   Row('hope_70b', 'tpu7x:8x8x8'),
 )
 

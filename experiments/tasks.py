@@ -5,9 +5,9 @@ Command:
     --workdir=runs/mqar
 
 The argument is a family of `models.zoo` and a name of `tasks.TASKS`. Models
-have two layers of width 64, and all their levels take every step. Chunks of
-memories have 16 tokens, because rows are short and a memory learns to cross the
-border of a chunk only if there is one. Every setting can be changed:
+have two layers of width 64. Chunks of memories have 16 tokens, because rows are
+short and a memory learns to cross the border of a chunk only if there is one.
+Every setting can be changed:
 --set=data.task.num_pairs=8 --set=data.longer=2,8.
 
 Hardware: two CPU cores, one to five minutes. Results are in
@@ -93,6 +93,4 @@ def model_config(family: str, task: tasks.TaskConfig) -> models.ModelConfig:
     mixer = dataclasses.replace(
       mixer, chunk_size=_CHUNK, chunk_size_others=_CHUNK
     )
-  every_step = lambda level: dataclasses.replace(level, train_every=None)
-  levels = tuple(every_step(level) for level in model.levels)
-  return dataclasses.replace(model, mixer=mixer, levels=levels)
+  return dataclasses.replace(model, mixer=mixer)

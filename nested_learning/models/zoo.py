@@ -68,9 +68,7 @@ SIZES = {
   '70b': Size(80, 8192, 32, 21_120),  # in no paper
 }
 
-# Tokens between updates of Hope's three levels, fastest first, with half a
-# million tokens per step. The fastest level takes every step.
-_PERIODS = (('fast', None), ('middle', 2**21), ('slow', 2**23))
+_LEVELS = ('fast', 'middle', 'slow')  # of Hope's chain
 
 
 class Family(NamedTuple):
@@ -98,8 +96,7 @@ def _mlp(size: Size) -> tuple[cms.LevelConfig, ...]:
 
 def _chain(size: Size) -> tuple[cms.LevelConfig, ...]:
   return tuple(
-    cms.LevelConfig(level, size.mlp_dim // len(_PERIODS), period)
-    for level, period in _PERIODS
+    cms.LevelConfig(level, size.mlp_dim // len(_LEVELS)) for level in _LEVELS
   )
 
 
@@ -158,13 +155,6 @@ def _printed_memory(size: Size) -> memory_mixer.MemoryMixerConfig:
     chunk_size_others=64,
     max_inner_lr=1.0,
     max_norm=4.0 * size.head_dim,
-  )
-
-
-def _printed_chain(size: Size) -> tuple[cms.LevelConfig, ...]:
-  """Makes the chain of Hope as printed, with one clock in training."""
-  return tuple(
-    dataclasses.replace(level, train_every=None) for level in _chain(size)
   )
 
 
@@ -278,7 +268,7 @@ FAMILIES = {
   'hope': Family(_memory(), _chain, _learning),
   'hope_printed': Family(
     _printed_memory,
-    _printed_chain,
+    _chain,
     _printed_learning,
     # Eqs. 70 and 97, whose first level is the slowest by eqs. 72 and 73; Figure
     # 5 draws the fastest first.

@@ -23,6 +23,7 @@ class SizesTest(parameterized.TestCase):
     'hope.py:1p3b',
     'hope.py:7b',
     'hope.py:70b',
+    'hope.py:transformer_340m',
   )
   def test_repeats_from_json_and_is_described(self, spec):
     config = configs.load(str(_FOLDER / spec))
@@ -46,7 +47,7 @@ class SizesTest(parameterized.TestCase):
       parameters.count(models.make_model(config.model).table), count
     )
 
-  @parameterized.parameters('hope.py', 'hope.py:2b')
+  @parameterized.parameters('hope.py', 'hope.py:2b', 'hope.py:mamba_7b')
   def test_hope_needs_a_size(self, spec):
     with self.assertRaisesRegex(ValueError, 'must name a size, one of 170m'):
       configs.load(str(_FOLDER / spec))

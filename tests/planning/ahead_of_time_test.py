@@ -230,7 +230,7 @@ class CompilerTest(parameterized.TestCase):
       f"""configs.override(
         configs.load({str(_ROOT / 'experiments' / 'hope.py:170m')!r}),
         ['model.num_layers=1', 'data.sequence_length=256',
-         'data.batch_size=16'],
+         'data.batch_size=16', 'inner.levels=()'],
       )""",
       'h100:1x8',
     )
