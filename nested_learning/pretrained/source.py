@@ -11,6 +11,7 @@ from nested_learning import errors
 from nested_learning import files
 from nested_learning import models
 from nested_learning.pretrained import families
+from nested_learning.pretrained import gguf_files
 from nested_learning.pretrained import tensors as tensors_lib
 from nested_learning.pretrained import translation
 from nested_learning.pretrained import weights
@@ -79,6 +80,8 @@ def open_source(path: str | pathlib.Path) -> Source:
   if str(path) in _PACKAGES:
     path = _find_in_package(str(path))
   path = pathlib.Path(path).expanduser()
+  if path.suffix == '.gguf':
+    return Source(path, *gguf_files.read(path))
   if not path.is_dir():
     is_file = 'it is a file' if path.exists() else 'no such folder'
     raise errors.UserError(

