@@ -28,6 +28,8 @@ class GenerateConfig:
   top_k: int | None = None  # draws among the k most likely; None is all
   top_p: float = 1.0  # draws among this probability mass; 1 is all
   seed: int = 0  # the same seed draws the same tokens
+  # Special tokens that end a text, by name, beside the one between documents.
+  stop: tuple[str, ...] = ()
 
   def __post_init__(self):
     errors.check_field(self, 'num_tokens', self.num_tokens >= 1, 'at least 1')
@@ -169,7 +171,7 @@ def make_generate(
   temperature: float = 1.0,
   top_k: int | None = None,
   top_p: float = 1.0,
-  stop_token: int | None = None,
+  stop_token: int | tuple[int, ...] | None = None,
   vocab_size: int | None = None,
 ) -> Callable[..., sampling.Generated]:
   """Makes `generate(params, prompt, key, mask=None) -> Generated`.
@@ -185,7 +187,7 @@ def make_generate(
     temperature: See `sampling.sample`.
     top_k: See `sampling.sample`.
     top_p: See `sampling.sample`.
-    stop_token: The token that ends a row; None for no such token.
+    stop_token: The token that ends a row, or several of them; None for none.
     vocab_size: Only tokens below it are drawn; None for all of the model's.
 
   Returns:

@@ -19,7 +19,7 @@ class DrawConfig(NamedTuple):
     temperature: See `sample`.
     top_k: See `sample`.
     top_p: See `sample`.
-    stop_token: The token that ends a row; None for no such token.
+    stop_token: The token that ends a row, or several of them; None for none.
     vocab_size: Only tokens below it are drawn; None for all tokens.
   """
 
@@ -27,15 +27,23 @@ class DrawConfig(NamedTuple):
   temperature: float = 1.0
   top_k: int | None = None
   top_p: float = 1.0
-  stop_token: int | None = None
+  stop_token: int | tuple[int, ...] | None = None
   vocab_size: int | None = None
+
+  @property
+  def stop_tokens(self) -> tuple[int, ...]:
+    """The tokens that end a row."""
+    if self.stop_token is None:
+      return ()
+    one = not isinstance(self.stop_token, tuple)
+    return (self.stop_token,) if one else self.stop_token
 
 
 class Generated(NamedTuple):
   """Generated tokens.
 
   Attributes:
-    tokens: int32 [b, n]; the stop token from a row's end on.
+    tokens: int32 [b, n]; the (first) stop token from a row's end on.
     lengths: int32 [b], tokens of each row before its stop token.
   """
 
@@ -89,12 +97,12 @@ def check_draw(config: DrawConfig, vocab_size: int) -> None:
     raise errors.UserError(
       f'num_tokens={config.num_tokens} must be at least 1.'
     )
-  stop = config.stop_token
-  if stop is not None and not 0 <= stop < vocab_size:
-    raise errors.UserError(
-      f'stop_token={stop} is not one of the {vocab_size} tokens of the model; '
-      'use the tokenizer that the model was trained with.'
-    )
+  for stop in config.stop_tokens:
+    if not 0 <= stop < vocab_size:
+      raise errors.UserError(
+        f'stop_token={stop} is not one of the {vocab_size} tokens of the '
+        'model; use the tokenizer that the model was trained with.'
+      )
   limit = config.vocab_size
   if limit is not None and not 1 <= limit <= vocab_size:
     raise errors.UserError(
@@ -210,8 +218,8 @@ def make_draw(
     A function to be jitted. It returns `Generated`, and the logits and the
     state after the last token that was read.
   """
-  stop_token = config.stop_token
-  fill = 0 if stop_token is None else stop_token
+  stops = config.stop_tokens
+  fill = stops[0] if stops else 0
 
   def draw_token(key, logits):
     token = sample(
@@ -230,9 +238,9 @@ def make_draw(
       )
       token = jax.vmap(draw_token)(step_keys, loop.logits)  # [b]
       running = loop.running
-      if stop_token is not None:
-        running = running & (token != stop_token)
-        token = jnp.where(running, token, stop_token)
+      if stops:
+        running = running & ~jnp.isin(token, jnp.array(stops))
+        token = jnp.where(running, token, fill)
       logits, state = model.decode(
         params, loop.state, token[:, None], mask=running[:, None]
       )
@@ -252,10 +260,10 @@ def make_draw(
       running=jnp.ones((batch_size,), bool),
     )
     loop = jax.lax.while_loop(unfinished, body, loop)
-    if stop_token is None:
+    if not stops:
       lengths = jnp.full((batch_size,), config.num_tokens, jnp.int32)
     else:
-      lengths = jnp.sum(loop.tokens != stop_token, axis=1)
+      lengths = jnp.sum(loop.tokens != fill, axis=1)
     state = model.from_layers(loop.state)
     return Generated(loop.tokens, lengths), loop.logits, state
 

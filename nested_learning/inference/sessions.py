@@ -195,7 +195,7 @@ class Session:
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
-    stop_token: int | None = None,
+    stop_token: int | tuple[int, ...] | None = None,
     vocab_size: int | None = None,
     keep: bool = False,
   ) -> sampling.Generated:
@@ -213,7 +213,7 @@ class Session:
       temperature: See `sampling.sample`.
       top_k: See `sampling.sample`.
       top_p: See `sampling.sample`.
-      stop_token: The token that ends a row; None for no such token.
+      stop_token: The token that ends a row, or several of them; None for none.
       vocab_size: Only tokens below it are drawn; None for all of the model's.
       keep: Whether prompt and text stay in the session.
 

@@ -1,6 +1,7 @@
 """Opens a pretrained model: a folder of Hugging Face's layout, or a GGUF."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import importlib.util
 import json
 import pathlib
@@ -192,18 +193,34 @@ def write(
   Raises:
     errors.UserError: The folder holds something, or cannot be written.
   """
+  limit = {} if max_bytes is None else {'max_bytes': max_bytes}
+  with new_folder(folder) as draft:
+    tensors_lib.write_folder(draft, tensors, **limit)
+    for name, content in companions.items():
+      (draft / name).write_bytes(content)
+    write_config(draft, config)
+
+
+@contextlib.contextmanager
+def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Makes a folder whole or not at all.
+
+  Args:
+    folder: The folder, which must not exist or be empty.
+
+  Yields:
+    A draft, which becomes the folder when the block ends without an error.
+
+  Raises:
+    errors.UserError: The folder holds something, or cannot be written.
+  """
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise errors.UserError(
       f'{files.shown(folder)} is not an empty folder; name another one.'
     )
-  limit = {} if max_bytes is None else {'max_bytes': max_bytes}
   try:
     with files.whole_folder(folder) as draft:
-      tensors_lib.write_folder(draft, tensors, **limit)
-      for name, content in companions.items():
-        (draft / name).write_bytes(content)
-      text = json.dumps(config, indent=2) + '\n'
-      (draft / 'config.json').write_text(text)
+      yield draft
       if folder.is_dir():
         folder.rmdir()
   except OSError as error:
@@ -212,23 +229,42 @@ def write(
     ) from error
 
 
-def find_tokenizer(source: Source) -> str | None:
+def write_config(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Writes a config.json."""
+  text = json.dumps(config, indent=2) + '\n'
+  (folder / 'config.json').write_text(text, encoding='utf-8')
+
+
+def find_tokenizer(companions: Mapping[str, bytes]) -> str | None:
   """Returns the name of the file with the tokenizer, or None."""
   names = ('tokenizer.json', 'tokenizer.model')
-  return next((name for name in names if name in source.files), None)
+  return next((name for name in names if name in companions), None)
 
 
-def check_tokenizer(path: str, vocab_size: int) -> data.Tokenizer:
+def check_tokenizer(
+  path: pathlib.Path, vocab_size: int, *, shown: str
+) -> data.Tokenizer:
   """Makes a tokenizer and checks that a model has all of its tokens.
+
+  Args:
+    path: Its file, which may be a copy.
+    vocab_size: Tokens of the model.
+    shown: Name of the file in messages.
+
+  Returns:
+    The tokenizer.
 
   Raises:
     errors.UserError: It cannot be read, or has more tokens.
   """
-  tokenizer = data.make_tokenizer(path)
+  try:
+    tokenizer = data.make_tokenizer(str(path))
+  except errors.UserError as error:
+    raise errors.UserError(str(error).replace(str(path), shown)) from error
   if tokenizer.vocab_size > vocab_size:
     raise errors.UserError(
-      f'the tokenizer {files.shown(path)} has {tokenizer.vocab_size} tokens, '
-      f'and the model {vocab_size}; give the tokenizer of this model.'
+      f'the tokenizer {shown} has {tokenizer.vocab_size} tokens, and the model '
+      f'{vocab_size}; give the tokenizer of this model.'
     )
   return tokenizer
 

@@ -87,6 +87,9 @@ class ExperimentConfig:
   inner: levels.InnerConfig = levels.InnerConfig()
   session: inference.SessionConfig = inference.SessionConfig()
   seed: int = 0  # of the initial parameters
+  # Folder of pretrained weights that parameters begin with; see
+  # launch/import.py. None begins with random ones.
+  base: str | None = None
 
   def __post_init__(self):
     # Keys are made of 32 bits; JAX drops others in silence.

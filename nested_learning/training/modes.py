@@ -27,6 +27,7 @@ from nested_learning.training import description
 from nested_learning.training import interrupts
 from nested_learning.training import make_workload
 from nested_learning.training import metrics as metrics_lib
+from nested_learning.training import pretrained_runs
 from nested_learning.training import report
 from nested_learning.training import session
 from nested_learning.training import trainer
@@ -85,6 +86,8 @@ def restore_params(
 ) -> tuple[Any, int]:
   """Restores the parameters of the latest checkpoint.
 
+  A run without checkpoints has the pretrained weights that it begins with.
+
   Args:
     config: The experiment.
     workdir: The run's folder.
@@ -96,7 +99,8 @@ def restore_params(
   Raises:
     errors.UserError: There is no checkpoint of this experiment.
   """
-  if not (workdir / 'checkpoints').is_dir():
+  has_checkpoints = (workdir / 'checkpoints').is_dir()
+  if not has_checkpoints and config.base is None:
     raise errors.UserError(
       f'{workdir} holds no checkpoint; run --mode=train first, or give the '
       '--workdir of a run.'
@@ -108,6 +112,8 @@ def restore_params(
     parameters.abstract(table),
     sharding.param_shardings(table, mesh),
   )
+  if not has_checkpoints:
+    return pretrained_runs.load_base(config, abstract), 0
   with checkpoints.open_manager(workdir, read_only=True) as manager:
     restored = checkpoint_restore.restore(
       manager,

@@ -149,7 +149,7 @@ def _answer(session, config, tokenizer, prompt) -> str:
     temperature=settings.temperature,
     top_k=settings.top_k,
     top_p=settings.top_p,
-    stop_token=tokenizer.document_id,
+    stop_token=text_workload.stop_tokens(config, tokenizer),
     vocab_size=tokenizer.vocab_size,
   )
   tokens = np.asarray(generated.tokens)[0, : int(generated.lengths[0])]

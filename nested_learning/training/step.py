@@ -38,10 +38,10 @@ def make_init(
   model: models.Model,
   optimizer: optax.GradientTransformation,
 ) -> Callable[[jax.Array], TrainState]:
-  """Makes `init(key) -> TrainState`."""
+  """Makes `init(key, params=None) -> TrainState`; params None are drawn."""
 
-  def init(key):
-    params = model.init_params(key)
+  def init(key, params=None):
+    params = model.init_params(key) if params is None else params
     stream = None
     if config.carries_state:
       num_micro = config.train.accumulate

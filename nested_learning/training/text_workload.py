@@ -171,6 +171,26 @@ def encode_prompt(
   return tokens[None]
 
 
+def stop_tokens(
+  config: config_lib.ExperimentConfig, tokenizer: data_lib.Tokenizer
+) -> tuple[int, ...]:
+  """Returns the tokens that end a text.
+
+  Raises:
+    errors.UserError: The tokenizer has no special token of a name in
+      generate.stop.
+  """
+  for name in config.generate.stop:
+    if name not in tokenizer.special:
+      known = ', '.join(list(tokenizer.special)[:5]) or 'none'
+      raise errors.UserError(
+        f'generate.stop has {name!r}, which is no special token of '
+        f'data.tokenizer={config.data.tokenizer!r}; it has {known}.'
+      )
+  named = (tokenizer.special[name] for name in config.generate.stop)
+  return tokenizer.document_id, *named
+
+
 def generate_text(
   config: config_lib.ExperimentConfig,
   params: Any,
@@ -184,7 +204,7 @@ def generate_text(
     temperature=settings.temperature,
     top_k=settings.top_k,
     top_p=settings.top_p,
-    stop_token=tokenizer.document_id,
+    stop_token=stop_tokens(config, tokenizer),
     vocab_size=tokenizer.vocab_size,
   )
   prompt = encode_prompt(config, tokenizer)

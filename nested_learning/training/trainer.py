@@ -24,6 +24,7 @@ from nested_learning.training import interrupts
 from nested_learning.training import make_workload
 from nested_learning.training import metrics as metrics_lib
 from nested_learning.training import optimizer as optimizer_lib
+from nested_learning.training import pretrained_runs
 from nested_learning.training import sharded_step
 from nested_learning.training import step as step_lib
 from nested_learning.training import workload as workload_lib
@@ -267,8 +268,9 @@ def _restore_or_init(config, workload, optimizer, abstract, manager, batches):
     init = step_lib.make_init(config, workload.model, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     # Under jit every part is made where it will stay.
-    init = jax.jit(init, out_shardings=shardings)
-    return 0, init(jax.random.key(config.seed)), 0.0
+    init = jax.jit(init, out_shardings=shardings, donate_argnums=1)
+    params = pretrained_runs.load_base(config, abstract.params)
+    return 0, init(jax.random.key(config.seed), params), 0.0
   restored = checkpoint_restore.restore(
     manager,
     _items(abstract),

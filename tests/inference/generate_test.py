@@ -103,6 +103,20 @@ class GenerateTest(parameterized.TestCase):
       np.testing.assert_array_equal(row[:length], wanted[:length])
       self.assertTrue(np.all(row[length:] == stop))
 
+  def test_stops_at_any_of_several_tokens(self):
+    _, params, free = self.make(tiny.MODEL, num_tokens=8, temperature=0)
+    prompt = self.prompt(2, 3)
+    expected = np.asarray(free(params, prompt, jax.random.key(0)).tokens)
+    fill, *stops = 259, int(expected[0, 4]), int(expected[1, 2])
+    _, _, generate = self.make(
+      tiny.MODEL, num_tokens=8, temperature=0, stop_token=(fill, *stops)
+    )
+    tokens, lengths = generate(params, prompt, jax.random.key(0))
+    for row, wanted, length in zip(tokens, expected, lengths, strict=True):
+      end = np.flatnonzero(np.isin(wanted, (fill, *stops)))[0]
+      self.assertEqual(length, end)
+      np.testing.assert_array_equal(row, [*wanted[:end], *[fill] * (8 - end)])
+
   def test_draws_only_below_vocab_size(self):
     _, params, generate = self.make(tiny.MODEL, num_tokens=64, vocab_size=9)
     tokens = generate(params, self.prompt(2, 3), jax.random.key(0)).tokens
