@@ -16,19 +16,12 @@ Hardware: two CPU cores and 15 GB, seven minutes. Writes summary.json with:
                            system's
   decode_flatness_1k_100k  generation time per token after 100K over 1K tokens
 
-Tokens per second of processor time, and over PyTorch implementations of the
-same models on one core of such a machine (`_PEERS`): `peer_decode_*` generates
-with writes, `peer_train_*` is a gradient with chunks of 16 or 64 tokens. 'hope'
-has the defaults and one head, 'hope_4_heads' four, 'hope_static' no adaptive
-role, and 'hope_printed' the mathematics of the peer.
-
-`:peers_decoding` and the like run one part; `taskset -c 1` takes one core.
+`:decoding` and the like run one part; `taskset -c 1` takes one core.
 
 Results: experiments/results/benchmarks/README.md.
 """
 
 import dataclasses
-import time
 
 import jax
 import jax.numpy as jnp
@@ -39,31 +32,12 @@ from experiments.benchmarks import timing
 from nested_learning import compilation
 from nested_learning import data
 from nested_learning import errors
-from nested_learning import inference
 from nested_learning import models
 from nested_learning import parameters
 from nested_learning import training
 from nested_learning.layers import attention
 from nested_learning.layers import base
 from nested_learning.layers import memory_mixer
-
-# Tokens per second of PyTorch on one core: self-modifying Hope with two layers
-# and chunks of 16 and 64 tokens, and Titans; width 256, rows of 1,024 tokens.
-_PEERS = {
-  'train_16': 67,
-  'train_64': 91,
-  'decode': 25.7,
-  'mac': 560,
-  'lmm': 1042,
-}
-
-_PRINTED = {
-  'objective': 'l2',
-  'erase': 'every_map',
-  'learns': 'every_map',
-  'read': 'chunk',
-  'retain_to': 'zero',
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +56,11 @@ class BenchmarkConfig:
   decode_steps: int = 64  # tokens generated
   repeats: int = 3  # timings, of which the fastest counts
   step_repeats: int = 10  # of training steps
-  peer_layers: int = 2
-  peer_mlp_dim: int = 1366  # of both levels: the peer's parameters
   parts: tuple[str, ...] = (
     'layers',
     'training_steps',
     'long_rows',
     'decoding',
-    'peers_decoding',
-    'peers_training',
   )
 
 
@@ -110,8 +80,6 @@ def get_config(arg: str | None = None) -> BenchmarkConfig:
       decode_steps=4,
       repeats=1,
       step_repeats=1,
-      peer_layers=1,
-      peer_mlp_dim=16,
     )
   parts = BenchmarkConfig().parts
   if arg in parts:
@@ -131,8 +99,6 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
     'training_steps': _training_steps,
     'long_rows': _long_rows,
     'decoding': _decoding,
-    'peers_decoding': _peers_decoding,
-    'peers_training': _peers_training,
   }
   matmul_rate = _matmul_rate()
   summary = {'matmul_flops_per_second': matmul_rate}
@@ -286,98 +252,6 @@ def _decoding(config: BenchmarkConfig, matmul_rate: float) -> dict[str, float]:
     'state_bytes': size['far'],
     'decode_seconds_per_token': seconds['far'] / config.decode_steps,
   }
-
-
-def _peers_decoding(
-  config: BenchmarkConfig, matmul_rate: float
-) -> dict[str, float]:
-  """Times generation with writes at the peer's shape."""
-  del matmul_rate
-  functions, logits = {}, jnp.zeros((1, 257))
-  for name, mixer in _peer_mixers(config).items():
-    model = models.make_model(_peer(config, mixer))
-    params = model.init_params(jax.random.key(0))
-    state = model.init_state(params, 1)
-    settings = inference.DrawConfig(config.decode_steps)
-    draw = jax.jit(inference.make_draw(model, settings))
-    keys = inference.row_keys(jax.random.key(1), [0])
-    functions[f'decode_{name}'] = draw, params, logits, state, keys
-  return _over_peers(functions, config.decode_steps, config.step_repeats)
-
-
-def _peers_training(
-  config: BenchmarkConfig, matmul_rate: float
-) -> dict[str, float]:
-  """Times gradients at the peers' shapes."""
-  del matmul_rate
-  functions, tokens = {}, _tokens(1, config.num_tokens)
-  made = {
-    f'train_{size}_{name}': _peer(
-      config,
-      dataclasses.replace(mixer, chunk_size=size, chunk_size_others=size),
-    )
-    for size in config.chunk_sizes
-    if f'train_{size}' in _PEERS
-    for name, mixer in _peer_mixers(config).items()
-  }
-  titans = models.zoo.Size(
-    config.peer_layers,
-    config.embed_dim,
-    config.num_heads,
-    config.peer_mlp_dim // 2,
-    vocab_size=257,
-    max_length=config.num_tokens,
-  )
-  made['mac'] = models.zoo.make_sized('titans_mac', titans)
-  for name, model_config in made.items():
-    model = models.make_model(model_config)
-    params = model.init_params(jax.random.key(0))
-    functions[name] = jax.jit(_gradient(model)), params, tokens
-  mixer = models.zoo.FAMILIES['titans'].mixer(titans)
-  layer = dataclasses.replace(
-    mixer,
-    num_heads=1,
-    head_dim=config.embed_dim,
-    hidden_dim=4 * config.embed_dim,
-  ).make(embed_dim=config.embed_dim, dtype=jnp.float32)
-  x = jax.random.normal(jax.random.key(1), (*tokens.shape, config.embed_dim))
-
-  def loss(params, x):
-    return jnp.sum(layer.apply(params, None, x, base.TokenInfo())[0] ** 2)
-
-  params = parameters.init(jax.random.key(0), layer.table)
-  functions['lmm'] = jax.jit(jax.grad(loss, argnums=(0, 1))), params, x
-  return _over_peers(functions, config.num_tokens, config.repeats)
-
-
-def _over_peers(functions, num_tokens: int, repeats: int) -> dict[str, float]:
-  """Returns tokens per second of processor time, also over those of peers."""
-  seconds = timing.fastest(functions, repeats, clock=time.process_time)
-  rates = {name: num_tokens / value for name, value in seconds.items()}
-  peers = {n: next(p for p in _PEERS if n.startswith(p)) for n in rates}
-  return {
-    **{f'peer_{name}': rate for name, rate in rates.items()},
-    **{f'peer_{n}_ratio': r / _PEERS[peers[n]] for n, r in rates.items()},
-  }
-
-
-def _peer_mixers(config: BenchmarkConfig):
-  """Returns mixers of Hope; the peer has one head."""
-  make = memory_mixer.MemoryMixerConfig
-  dim, heads = config.embed_dim, config.num_heads
-  return {
-    'hope': make(1, dim),
-    'hope_4_heads': make(heads, dim // heads),
-    'hope_static': make(1, dim, adaptive=()),
-    'hope_printed': make(1, dim, **_PRINTED),
-  }
-
-
-def _peer(config: BenchmarkConfig, mixer) -> models.ModelConfig:
-  sizes = dataclasses.replace(
-    config, num_layers=config.peer_layers, mlp_dim=config.peer_mlp_dim
-  )
-  return dataclasses.replace(_hope(sizes, config.num_tokens), mixer=mixer)
 
 
 def _hope(config: BenchmarkConfig, max_length: int) -> models.ModelConfig:

@@ -18,7 +18,7 @@ from nested_learning.memory import token_loop
 from nested_learning.memory import writes
 
 # Up to this number the backward pass keeps the memory of every chunk.
-_KEPT_CHUNKS = 512
+_KEPT_CHUNKS = 16
 
 
 def scan_chunks(

@@ -23,10 +23,6 @@ class EngineBenchmarkTest(absltest.TestCase):
       'flatness_1k_32k_work',
       'decode_flatness_1k_100k',
       'share_of_matmul_rate',
-      'peer_decode_hope_ratio',
-      'peer_train_16_hope_printed_ratio',
-      'peer_mac_ratio',
-      'peer_lmm_ratio',
     ):
       self.assertGreater(summary[name], 0, name)
     self.assertEqual(summary['state_bytes_100k_over_1k'], 1)
