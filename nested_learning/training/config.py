@@ -150,9 +150,21 @@ class ExperimentConfig:
     for given in (self.evaluation.inner, self.inner):
       if given.is_on:
         return given
-    default = inference.default_inner(self.model)
+    default = self.default_inner
     fits = default.is_on and min(default.update_every) <= self.model.max_length
     return default if fits else levels.InnerConfig()
+
+  @property
+  def default_inner(self) -> levels.InnerConfig:
+    """How levels learn in sessions and on streams where nothing says how."""
+    if self.base is None:
+      return inference.default_inner(self.model)
+    # The default, SGD with a rate of 1, ruins a pretrained model in ten steps.
+    return levels.make_inner(
+      tuple(256 * 4**i for i in range(len(self.model.levels))),
+      learning_rate=3e-4,
+      optimizer=optimizers.configs.AdamW(),
+    )
 
   @property
   def has_validation(self) -> bool:

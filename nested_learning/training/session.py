@@ -30,7 +30,7 @@ def run_session(config: config_lib.ExperimentConfig, params: Any) -> None:
 
   Args:
     config: The experiment; `session` says what to do, `inner` how levels learn
-      (default: `inference.default_inner`).
+      (default: `config.default_inner`).
     params: The parameters of its checkpoint.
 
   Raises:
@@ -80,7 +80,7 @@ def _open(config, params, tokenizer) -> inference.Session:
   path, given = config.session.path, config.inner
   names = {'tokenizer_fingerprint': tokenizer.fingerprint}
   if not session_files.resolve(path).exists():
-    inner = given if given.is_on else None
+    inner = given if given.is_on else config.default_inner
     return inference.Session(model, params, inner, **names)
   session = inference.Session.load(path, model, params, **names)
   if given.is_on and session.inner != given:

@@ -10,6 +10,7 @@ from nested_learning import errors
 from nested_learning import evaluation
 from nested_learning import levels
 from nested_learning import models
+from nested_learning import optimizers
 from nested_learning import training
 from tests.training import tiny
 
@@ -56,6 +57,19 @@ class ConfigTest(parameterized.TestCase):
     root = pathlib.Path(self.create_tempdir().full_path)
     with self.assertRaisesRegex(errors.UserError, message):
       tiny.experiment(root, **changes)
+
+  def test_pretrained_levels_take_smaller_steps(self):
+    root = pathlib.Path(self.create_tempdir().full_path)
+    plain = tiny.experiment(root).default_inner
+    based = tiny.experiment(root, base='folder').default_inner
+    for config, every, rate, rule in (
+      (plain, 128, 1.0, optimizers.configs.Sgd()),
+      (based, 256, 3e-4, optimizers.configs.AdamW()),
+    ):
+      fast, slow = config.levels
+      clocks = fast.update_every, slow.update_every
+      self.assertEqual(clocks, (every, 4 * every))
+      self.assertEqual((fast.learning_rate, fast.optimizer), (rate, rule))
 
   def test_levels_of_streams_are_the_first_that_learn(self):
     root = pathlib.Path(self.create_tempdir().full_path)
