@@ -16,6 +16,7 @@ import numpy as np
 from nested_learning import errors
 from nested_learning import files
 from nested_learning.pretrained import families
+from nested_learning.pretrained import gguf_sentencepiece
 from nested_learning.pretrained import gguf_tokenizer
 from nested_learning.pretrained import tables
 from nested_learning.pretrained import tensors as tensors_lib
@@ -287,5 +288,7 @@ def _files(fields) -> dict[str, bytes]:
     name: (json.dumps(value, indent=2, ensure_ascii=False) + '\n').encode()
     for name, value in found.items()
   }
+  if fields.get('tokenizer.ggml.model') == 'llama':
+    return found | {'tokenizer.model': gguf_sentencepiece.make(fields)}
   tokenizer = gguf_tokenizer.make(fields)
   return found if tokenizer is None else found | {'tokenizer.json': tokenizer}

@@ -190,6 +190,14 @@ def from_array(array: np.ndarray) -> Tensor:
   return Tensor(array.shape, _NAMES[array.dtype], lambda: array)
 
 
+def cast(tensor: Tensor, dtype: str) -> Tensor:
+  """Returns a tensor in another type, which is converted when it is read."""
+  if tensor.dtype == dtype:
+    return tensor
+  read = lambda: tensor.read().astype(_DTYPES[dtype])
+  return Tensor(tensor.shape, dtype, read)
+
+
 def dtype_name(dtype: np.dtype) -> str:
   """Returns the name of a type in the format."""
   return _NAMES[np.dtype(dtype)]

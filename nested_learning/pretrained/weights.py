@@ -150,12 +150,13 @@ class Map:
           parts = [x[place.layer] for x in parts]
         parts = [np.asarray(x) for x in parts]
         ours = np.stack(parts) if place.turn.ours[0] == 's' else parts[0]
-        tensor = tensors_lib.Tensor((), dtypes[name], lambda: ours)
-        dtype = tensors_lib.dtype_of(name, tensor)
-        return np.ascontiguousarray(place.turn.to_theirs(ours)).astype(dtype)
+        return place.turn.to_theirs(ours)
 
       shape = place.turn.shape(self.sizes(place))
-      return tensors_lib.Tensor(shape, dtypes[name], read)
+      own = tensors_lib.dtype_name(leaves[place.paths[0]].dtype)
+      return tensors_lib.cast(
+        tensors_lib.Tensor(shape, own, read), dtypes[name]
+      )
 
     return {name: make(name, place) for name, place in self.places.items()}
 

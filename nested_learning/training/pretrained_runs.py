@@ -153,9 +153,13 @@ def export_run(
     dtypes = dict.fromkeys(dtypes, _DTYPES[dtype])
     written |= {'dtype': dtype}
     written.pop('torch_dtype', None)
-  if params is None:
-    params = found.load(source.tensors)
-  tensors = found.dump(params, dtypes)
+  if params is None:  # tensor by tensor, however large the model is
+    tensors = {
+      name: tensors_lib.cast(source.tensors[name], dtypes[name])
+      for name in found.places
+    }
+  else:
+    tensors = found.dump(params, dtypes)
   source_lib.write(folder, written, tensors, source.files)
   return f'{folder}: {written["model_type"]}, {len(tensors)} tensors.'
 

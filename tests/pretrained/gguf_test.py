@@ -1,5 +1,6 @@
 """GGUF files, against the safetensors that they were made of."""
 
+import io
 import json
 import pathlib
 import shutil
@@ -15,6 +16,7 @@ import pytest
 from nested_learning import data
 from nested_learning import errors
 from nested_learning import pretrained
+from nested_learning.pretrained import gguf_sentencepiece
 
 gguf = pytest.importorskip('gguf', reason='pip install nested-learning[gguf]')
 from tests.pretrained import gguf_writer  # noqa: E402  (needs gguf)
@@ -123,8 +125,57 @@ class GgufTest(parameterized.TestCase):
     self.assertIn(3, ids)  # the merge
     self.assertEqual(tokenizer.byte_lengths[ids].sum(), 9)
 
+  @parameterized.parameters(True, False)
+  def test_sentencepiece(self, adds_space):
+    import sentencepiece
+
+    words = ['reads', 'what', 'others', 'wrote', 'naïve', 'model', 'a', '12']
+    corpus = [' '.join(words[i % 8 :] + words[: i % 5]) for i in range(60)]
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(corpus),
+      model_writer=trained,
+      model_type='bpe',
+      vocab_size=310,
+      byte_fallback=True,
+      normalization_rule_name='identity',
+      remove_extra_whitespaces=False,
+      add_dummy_prefix=adds_space,
+      user_defined_symbols=['<turn>'],
+      minloglevel=2,
+    )
+    model = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
+    ids = range(model.vocab_size())
+    kinds = [
+      (model.is_unknown, 2),
+      (model.is_control, 3),
+      (model.is_byte, 6),
+      (lambda i: model.id_to_piece(i) == '<turn>', 4),
+    ]
+    types = [next((k for f, k in kinds if f(i)), 1) for i in ids]
+    fields = {
+      'tokenizer.ggml.tokens': [model.id_to_piece(i) for i in ids],
+      'tokenizer.ggml.scores': [model.get_score(i) for i in ids],
+      'tokenizer.ggml.token_type': types,
+      'tokenizer.ggml.unknown_token_id': model.unk_id(),
+      'tokenizer.ggml.bos_token_id': model.bos_id(),
+      'tokenizer.ggml.eos_token_id': model.eos_id(),
+    }
+    if not adds_space:
+      fields['tokenizer.ggml.add_space_prefix'] = False
+    found = sentencepiece.SentencePieceProcessor(
+      model_proto=gguf_sentencepiece.make(fields)
+    )
+    for text in (*corpus[:3], 'a  naïve <turn>\n☃ tree ', ''):
+      self.assertEqual(found.encode(text), model.encode(text))
+      self.assertEqual(found.decode(found.encode(text)), text)
+    self.assertEqual(
+      (found.bos_id(), found.eos_id(), found.unk_id()),
+      (model.bos_id(), model.eos_id(), model.unk_id()),
+    )
+
   def test_leaves_out_tokenizers_that_it_does_not_know(self):
-    self.write('llama', tokenizer__ggml__model='llama')
+    self.write('llama', tokenizer__ggml__model='bert')
     self.assertNotIn('tokenizer.json', pretrained.open_source(self.path).files)
 
   def test_refuses_files(self):

@@ -159,6 +159,15 @@ class PretrainedRunsTest(parameterized.TestCase):
     again = pretrained.load(self.root / 'wide')
     self.assertEqual(again.source.config['dtype'], 'float32')
     jax.tree.map(np.testing.assert_array_equal, again.params, after)
+    pretrained_runs.export_run(base, None, self.root / 'half', dtype='float16')
+    again = pretrained.load(self.root / 'half', dtype=np.float32)
+    tensors = again.source.tensors.values()
+    self.assertEqual({x.dtype for x in tensors}, {'F16'})
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8, atol=1e-6),
+      again.params,
+      before,
+    )
 
   @parameterized.parameters(
     ({}, 'is not an empty folder', 'base/mine'),
