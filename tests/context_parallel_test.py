@@ -13,6 +13,7 @@ from nested_learning import layers
 from nested_learning import parameters
 from nested_learning import sharding
 from nested_learning.layers import convolution
+from nested_learning.layers import norm
 from tests import compiling
 
 _ROWS, _LENGTH, _EMBED = 4, 32, 6
@@ -107,6 +108,18 @@ class ContextParallelTest(parameterized.TestCase):
     found = self.check(layer, mesh, self.marks(marks))
     rings = [c for c in found.collectives if c.kind == 'collective-permute']
     self.assertIn(('context',), [c.axes for c in rings])
+
+  @parameterized.parameters(
+    {'score_scale': 0.9, 'num_persistent': 2},
+    {'bias': 'all', 'qk_norm': norm.NormConfig(), 'mesh': 'all'},
+    {'score_cap': 0.5},  # not in parts
+    {'window': 5, 'score_scale': 0.9, 'score_cap': 0.5},
+    {'window': 5, 'num_sinks': 2},  # not in parts
+  )
+  def test_settings_of_attention(self, mesh='context', **settings):
+    layer = make_attention(**settings)
+    same_state = 'window' not in settings
+    self.check(layer, mesh, self.marks('reset'), same_state=same_state)
 
   @parameterized.parameters(
     # mesh, marks, window; a device has 8 or 16 tokens

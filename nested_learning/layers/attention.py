@@ -327,8 +327,12 @@ def _attend(
     learned_key, learned_value = persistent
     persistent = dot_product.Apart(unplaced, learned_key, learned_value)
   if in_parts:
-    if scoring.scale is not None:  # which this attention takes as 1 / sqrt(d)
-      query = query * (scoring.scale * query.shape[-1] ** 0.5)
+    # This attention scores with 1 / sqrt(d).
+    factor = scoring.factor(query.shape[-1]) * query.shape[-1] ** 0.5
+    if scoring.scale is not None:
+      query = query * factor
+      if persistent is not None:
+        persistent = persistent._replace(query=unplaced * factor)
     places = ring_attention.Places(position, document, read)
     outputs = ring_attention.attend(
       query, key, value, places, persistent=persistent
