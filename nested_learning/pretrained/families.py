@@ -330,7 +330,10 @@ def _decoder(
 
 
 def _gemma(
-  architecture: str, layer_types: Callable[..., list[str]], **traits
+  architecture: str,
+  layer_types: Callable[..., list[str]],
+  defaults: Mapping[str, Any],
+  **traits,
 ) -> Family:
   activation = 'hidden_activation', 'gelu_pytorch_tanh'
   return _decoder(
@@ -341,8 +344,12 @@ def _gemma(
     query_pre_attn_scalar=256,
     sliding_window=4096,
     tie_word_embeddings=True,
+    **defaults,
   )
 
+
+_CAPS = {'attn_logit_softcapping': 50.0, 'final_logit_softcapping': 30.0}
+_THETAS = {'rope_theta': 1e6, 'rope_local_base_freq': 1e4}
 
 # By `model_type` of config.json. SmolLM2 is a Llama.
 FAMILIES = {
@@ -357,8 +364,10 @@ FAMILIES = {
     _Traits(_last_sliding, bias='key', qk_norm=True),
     head_dim=128,
   ),
-  'gemma2': _gemma('Gemma2ForCausalLM', _every_other),
-  'gemma3_text': _gemma('Gemma3ForCausalLM', _but_every_sixth, qk_norm=True),
+  'gemma2': _gemma('Gemma2ForCausalLM', _every_other, _CAPS),
+  'gemma3_text': _gemma(
+    'Gemma3ForCausalLM', _but_every_sixth, _THETAS, qk_norm=True
+  ),
   'gpt2': Family('GPT2LMHeadModel', tables.GPT2, _read_gpt2, _write_gpt2, {}),
 }
 

@@ -33,10 +33,14 @@ class Keys:
     self._read = set(_IGNORED)
 
   def get(self, name: str, default: Any = None) -> Any:
-    """Returns a value, the family's default, or `default`; null is absent."""
+    """Returns a value; where the key is absent, the family's default.
+
+    Args:
+      name: The key.
+      default: Value for null, and where the family has none.
+    """
     self._read.add(name)
-    value = self._config.get(name)
-    value = self._defaults.get(name) if value is None else value
+    value = self._config.get(name, self._defaults.get(name))
     return default if value is None else value
 
   def has(self, name: str) -> bool:

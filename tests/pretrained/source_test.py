@@ -120,6 +120,30 @@ class SourceTest(parameterized.TestCase):
       pretrained.to_model_config(old), pretrained.to_model_config(gemma)
     )
 
+  def test_absent_keys_have_the_defaults_of_transformers(self):
+    sizes = {
+      'vocab_size': 9,
+      'hidden_size': 8,
+      'intermediate_size': 8,
+      'num_hidden_layers': 6,
+      'num_attention_heads': 2,
+    }
+    read = lambda **keys: pretrained.to_model_config(sizes | keys)
+    gemma = read(model_type='gemma2')
+    first, second = gemma.pattern
+    self.assertEqual((first.window, second.window), (4096, None))
+    self.assertEqual((first.score_cap, first.score_scale), (50.0, 1 / 16))
+    self.assertEqual(gemma.embedding.logit_cap, 30.0)
+    none = read(model_type='gemma2', final_logit_softcapping=None)
+    self.assertIsNone(none.embedding.logit_cap)
+    gemma = read(model_type='gemma3_text')
+    thetas = [mixer.rope_theta for mixer in gemma.pattern]
+    self.assertEqual(thetas, [1e4] * 5 + [1e6])
+    self.assertEqual(read(model_type='qwen3').mixer.head_dim, 128)
+    llama = read(model_type='llama')
+    self.assertEqual(llama.mixer.num_kv_heads, 2)
+    self.assertEqual(llama.embedding.head, 'own')
+
   @parameterized.parameters(
     ('gemma2', 26, 2), ('gemma3', 12, 6), ('gemma3', 26, 26), ('gemma3', 2, 1)
   )
