@@ -62,9 +62,9 @@ SIZES = {
   'small': Size(3, 128, 4, 384, max_length=1024, window=128, **_SHORT),
   '170m': Size(12, 768, 16, 3840),
   '340m': Size(24, 1024, 16, 2304),
-  '760m': Size(24, 1536, 16, 3600),
-  '1p3b': Size(18, 2048, 8, 7104),
-  '7b': Size(32, 4096, 16, 9984),  # in no paper
+  '760m': Size(24, 1536, 16, 3744),
+  '1p3b': Size(18, 2048, 8, 7392),
+  '7b': Size(32, 4096, 16, 10_272),  # in no paper
   '70b': Size(80, 8192, 32, 21_120),  # in no paper
 }
 
@@ -264,8 +264,13 @@ _LMM = _memory(**{**_DESCENT, 'max_norm': _MAX_NORM}, momentum=True)
 _GATED_LINEAR = _memory(**_LINEAR)
 _PERSISTENT = {'num_persistent': 4}  # tokens; Titans does not say how many
 
+# Memories that make keys, values and rates take twice the time and give nothing
+# at the sizes that were trained; wider hidden layers do. See
+# experiments/results/ablations/README.md.
+_HOPE = _memory(expansion=2, adaptive=())
+
 FAMILIES = {
-  'hope': Family(_memory(), _chain, _learning),
+  'hope': Family(_HOPE, _chain, _learning),
   'hope_printed': Family(
     _printed_memory,
     _chain,

@@ -34,12 +34,12 @@ class SizesTest(parameterized.TestCase):
     self.assertIn(f'{count:,} parameters', training.describe(config))
 
   @parameterized.parameters(
-    ('hope.py:170m', 169_859_136),
-    ('hope.py:340m', 341_544_960),
-    ('hope.py:760m', 759_452_928),
-    ('hope.py:1p3b', 1_304_910_912),
-    ('hope.py:7b', 7_012_366_336),
-    ('hope.py:70b', 69_984_622_592),
+    ('hope.py:170m', 168_347_328),
+    ('hope.py:340m', 335_940_864),
+    ('hope.py:760m', 762_253_824),
+    ('hope.py:1p3b', 1_299_454_752),
+    ('hope.py:7b', 6_995_063_808),
+    ('hope.py:70b', 69_352_850_432),
   )
   def test_is_as_large_as_its_name(self, spec, count):
     config = configs.load(str(_FOLDER / spec))

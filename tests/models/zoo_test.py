@@ -11,12 +11,12 @@ from nested_learning import parameters
 
 class ZooTest(parameterized.TestCase):
   @parameterized.parameters(
-    ('hope_tiny', 37_232),
-    ('hope_170m', 169_859_136),
-    ('hope_340m', 341_544_960),
-    ('hope_760m', 759_452_928),
-    ('hope_1p3b', 1_304_910_912),
-    ('hope_70b', 69_984_622_592),
+    ('hope_tiny', 33_128),
+    ('hope_170m', 168_347_328),
+    ('hope_340m', 335_940_864),
+    ('hope_760m', 762_253_824),
+    ('hope_1p3b', 1_299_454_752),
+    ('hope_70b', 69_352_850_432),
     ('tnt_340m', 335_498_496),
     ('sliding_window_340m', 265_602_048),
     ('samba_small', 873_800),
@@ -39,13 +39,13 @@ class ZooTest(parameterized.TestCase):
     ('hope_attention_tiny', 23_872),
     ('hope_attention_170m', 148_476_672),
     ('hope_attention_340m', 265_651_200),
-    ('hope_attention_760m', 588_989_952),
-    ('hope_attention_1p3b', 1_040_074_752),
+    ('hope_attention_760m', 604_915_200),
+    ('hope_attention_1p3b', 1_071_925_248),
     ('transformer_tiny', 23_744),
     ('transformer_170m', 148_458_240),
     ('transformer_340m', 265_602_048),
-    ('transformer_760m', 588_916_224),
-    ('transformer_1p3b', 1_040_001_024),
+    ('transformer_760m', 604_841_472),
+    ('transformer_1p3b', 1_071_851_520),
   )
   def test_parameter_count(self, name, count):
     config = models.zoo.make_config(name)
