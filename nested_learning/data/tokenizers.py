@@ -56,6 +56,29 @@ class Tokenizer:
   # Ids of marks such as <|im_end|>, which decode to nothing, by their names.
   special: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
+  def encode_marked(self, text: str) -> np.ndarray:
+    r"""Encodes a text in which names of special tokens stand for them.
+
+    Chat templates write such texts. `encode` takes the names as text.
+
+    Args:
+      text: For instance '<|im_start|>user\nhello<|im_end|>'.
+
+    Returns:
+      int32 [tokens].
+    """
+    if not self.special:
+      return self.encode(text)
+    longest_first = sorted(self.special, key=len, reverse=True)
+    pattern = '|'.join(map(re.escape, longest_first))
+    parts = re.split(f'({pattern})', text)
+    encoded = [
+      np.array([self.special[part]], np.int32) if i % 2 else self.encode(part)
+      for i, part in enumerate(parts)
+      if part
+    ]
+    return np.concatenate([np.zeros(0, np.int32), *encoded])
+
   def decode_after(
     self, context: Sequence[int] | np.ndarray, tokens: np.ndarray
   ) -> str:

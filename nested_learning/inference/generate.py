@@ -7,7 +7,7 @@ the next token are carried from call to call.
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ class GenerateConfig:
   """A prompt, and how its continuation is drawn."""
 
   prompt: str = 'def '  # text that is continued
+  # 'chat' takes the prompt for a message, in the template of the run's base.
+  template: Literal['none', 'chat'] = 'none'
   num_tokens: int = 256  # most tokens to draw; the end of a document stops
   temperature: float = 0.8  # divides the logits; 0 is greedy
   top_k: int | None = None  # draws among the k most likely; None is all
@@ -32,6 +34,7 @@ class GenerateConfig:
   stop: tuple[str, ...] = ()
 
   def __post_init__(self):
+    errors.check_choices(self)
     errors.check_field(self, 'num_tokens', self.num_tokens >= 1, 'at least 1')
     sampling.check_sampling(self.temperature, self.top_k, self.top_p)
     errors.check_field(

@@ -11,6 +11,7 @@ from nested_learning import data
 from nested_learning import errors
 from nested_learning import files
 from nested_learning import models
+from nested_learning.pretrained import chat
 from nested_learning.pretrained import families
 from nested_learning.pretrained import gguf_files
 from nested_learning.pretrained import tensors as tensors_lib
@@ -58,6 +59,34 @@ class Source(NamedTuple):
       if isinstance(template, str):
         return template
     return None
+
+  def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    """Renders messages by the chat template, up to the model's answer.
+
+    Args:
+      messages: See `chat.render`.
+
+    Returns:
+      A text for `Tokenizer.encode_marked`.
+
+    Raises:
+      errors.UserError: The model has no chat template, or it cannot be
+        rendered.
+    """
+    template = self.chat_template
+    if template is None:
+      raise errors.UserError(
+        f'{files.shown(self.path)} has no chat template; continue plain text, '
+        'or import a model that was tuned to chat.'
+      )
+    settings = _parse(self.files.get('tokenizer_config.json'))
+    names = {}
+    for name in ('bos_token', 'eos_token', 'pad_token', 'unk_token'):
+      token = settings.get(name)
+      token = token.get('content') if isinstance(token, dict) else token
+      if token is not None:
+        names[name] = token
+    return chat.render(template, messages, **names)
 
   @property
   def generation(self) -> dict[str, Any]:

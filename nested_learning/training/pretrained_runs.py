@@ -115,7 +115,7 @@ def load_base(config: config_lib.ExperimentConfig, abstract: Any) -> Any:
   """
   if config.base is None:
     return None
-  source = _open_base(config)
+  source = open_base(config)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   dtype = jax.tree.leaves(abstract)[0].dtype
   return source_lib.load_params(
@@ -183,11 +183,12 @@ def check_exportable(
       'this run did not begin with pretrained weights (base=None); only runs '
       'that begin with the import of launch/import.py can be exported.'
     )
-  source = _open_base(config)
+  source = open_base(config)
   return source, pretrained.to_hf_config(config.model, source.config)
 
 
-def _open_base(config: config_lib.ExperimentConfig) -> source_lib.Source:
+def open_base(config: config_lib.ExperimentConfig) -> source_lib.Source:
+  """Opens the pretrained model that a run begins with."""
   try:
     return pretrained.open_source(config.base)
   except errors.UserError as error:

@@ -62,8 +62,9 @@ def _run(config, params, tokenizer, texts):
     print(f'{path}: {_feed(session, tokenizer, text, path)}')
     session.save(settings.path, lock=False)
   if settings.prompt is not None:
-    prompt = _document(tokenizer, settings.prompt)
-    print(settings.prompt + _answer(session, config, tokenizer, prompt))
+    prompt = text_workload.encode_document(config, tokenizer, settings.prompt)
+    answer = _answer(session, config, tokenizer, prompt)
+    print(text_workload.join_answer(config.generate, settings.prompt, answer))
     session.feed(prompt, reset=_starts(prompt))
     session.save(settings.path, lock=False)
   for name, level in session.health().items():

@@ -18,6 +18,7 @@ from nested_learning import inference
 from nested_learning import levels
 from nested_learning import models
 from nested_learning.training import config as config_lib
+from nested_learning.training import pretrained_runs
 from nested_learning.training import workload as workload_lib
 
 _POSITION_PLOT = 'loss_by_position.png'
@@ -165,10 +166,40 @@ def encode_prompt(
   config: config_lib.ExperimentConfig, tokenizer: data_lib.Tokenizer
 ) -> np.ndarray:
   """Encodes the prompt as the start of a document, int32 [1, t]."""
-  text = tokenizer.encode(config.generate.prompt)
-  tokens = np.concatenate([[tokenizer.document_id], text]).astype(np.int32)
+  tokens = encode_document(config, tokenizer, config.generate.prompt)
   inference.check_length(config.model, len(tokens), config.generate.num_tokens)
   return tokens[None]
+
+
+def encode_document(
+  config: config_lib.ExperimentConfig,
+  tokenizer: data_lib.Tokenizer,
+  prompt: str,
+) -> np.ndarray:
+  """Encodes a prompt as the start of a document, or as a message.
+
+  Args:
+    config: The experiment; `generate.template` says which.
+    tokenizer: Its tokenizer.
+    prompt: The text.
+
+  Returns:
+    int32 [t].
+
+  Raises:
+    errors.UserError: The run has no chat template.
+  """
+  if config.generate.template == 'none':
+    text = tokenizer.encode(prompt)
+    return np.concatenate([[tokenizer.document_id], text]).astype(np.int32)
+  if config.base is None:
+    raise errors.UserError(
+      "generate.template='chat' needs the chat template of a pretrained model "
+      '(base=None); set it to none.'
+    )
+  message = {'role': 'user', 'content': prompt}
+  text = pretrained_runs.open_base(config).render_chat([message])
+  return tokenizer.encode_marked(text)
 
 
 def stop_tokens(
@@ -212,7 +243,15 @@ def generate_text(
     params, jnp.asarray(prompt), jax.random.key(settings.seed)
   )
   tokens = np.asarray(generated.tokens)[0, : int(generated.lengths[0])]
-  return settings.prompt + tokenizer.decode_after(prompt[0], tokens)
+  answer = tokenizer.decode_after(prompt[0], tokens)
+  return join_answer(settings, settings.prompt, answer)
+
+
+def join_answer(
+  settings: inference.GenerateConfig, prompt: str, answer: str
+) -> str:
+  """Joins a prompt and its continuation, or a message and its answer."""
+  return prompt + ('' if settings.template == 'none' else '\n') + answer
 
 
 def verdict(summary: Mapping[str, Any]) -> str:

@@ -322,6 +322,19 @@ class TokenizersTest(parameterized.TestCase):
     ):
       _make('word_piece.json')
 
+  def test_marks_stand_for_special_tokens(self):
+    text = '<s>user\n a <unk></s></s>naïve<s>'
+    tokenizer = _make('special.json')
+    theirs = hf.Tokenizer.from_file(_PATHS['special.json'])
+    expected = theirs.encode(text, add_special_tokens=False).ids
+    self.assertEqual(tokenizer.encode_marked(text).tolist(), expected)
+    self.assertNotEqual(tokenizer.encode(text).tolist(), expected)
+    for name in ('bytes', 'byte_level.json', 'unigram.model'):
+      tokenizer = _make(name)
+      ids = tokenizer.encode_marked('a</s>b')
+      self.assertEqual('</s>' in tokenizer.special, len(ids) < 6, name)
+      self.assertEmpty(tokenizer.encode_marked(''))
+
   def test_names_special_tokens(self):
     for name in ('special.json', 'unigram.model'):
       tokenizer = _make(name)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import pathlib
@@ -113,6 +114,25 @@ class PretrainedRunsTest(parameterized.TestCase):
       errors.UserError, "generate.stop has '</s>', which is no special token"
     ):
       training.run(wrong, self.workdir, 'generate')
+
+  def test_a_prompt_is_a_message_of_the_chat_template(self):
+    if importlib.util.find_spec('jinja2') is None:
+      self.skipTest('needs Jinja2: make extras')
+    folder = self.copy()
+    (folder / 'chat_template.jinja').write_text(
+      "{{ '<|im_start|>' + messages[0]['content'] + '<|im_end|>' }}"
+    )
+    pretrained_runs.import_run(str(folder), self.workdir)
+    config = configs.override(
+      configs.load(str(self.workdir / 'config.json')),
+      ['generate.prompt=ab', 'generate.template=chat'],
+    )
+    tokenizer = text_workload.make_tokenizer(config)
+    prompt = text_workload.encode_prompt(config, tokenizer)
+    np.testing.assert_array_equal(prompt, [[1, 4, 5, 2]])
+    without = dataclasses.replace(config, base=None)
+    with self.assertRaisesRegex(errors.UserError, "template='chat' needs the"):
+      text_workload.encode_prompt(without, tokenizer)
 
   def test_training_begins_with_the_base_and_is_exported(self):
     base = self.imported(dtype=ml_dtypes.bfloat16)
