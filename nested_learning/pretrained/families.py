@@ -141,7 +141,8 @@ def _read_mixers(traits, keys, attention, num_layers):
     keys.get(name)
   for name in ('sliding_window_pattern', '_sliding_window_pattern'):
     keys.get(name)
-  known = isinstance(types, list) and set(types) <= {_SLIDING, _FULL}
+  known = isinstance(types, list)
+  known = known and all(kind in (_SLIDING, _FULL) for kind in types)
   if not known or len(types) != num_layers:
     raise keys_lib.unsupported('layer_types', types)
   window = None
@@ -250,6 +251,8 @@ def _last_sliding(keys: keys_lib.Keys, num_layers: int) -> list[str]:
   if not keys.flag('use_sliding_window'):
     return [_FULL] * num_layers
   first = keys.get('max_window_layers', num_layers)
+  if type(first) is not int:
+    raise keys_lib.unsupported('max_window_layers', first)
   return [_FULL if i < first else _SLIDING for i in range(num_layers)]
 
 
@@ -280,7 +283,7 @@ def _read_gpt2(keys: keys_lib.Keys) -> models.ModelConfig:
     bias='all',
     norm=norm,
   )
-  tied = keys.get('tie_word_embeddings', True)
+  tied = keys.flag('tie_word_embeddings')
   return models.ModelConfig(
     vocab_size=keys.size('vocab_size'),
     num_layers=keys.size('n_layer'),
@@ -368,7 +371,13 @@ FAMILIES = {
   'gemma3_text': _gemma(
     'Gemma3ForCausalLM', _but_every_sixth, _THETAS, qk_norm=True
   ),
-  'gpt2': Family('GPT2LMHeadModel', tables.GPT2, _read_gpt2, _write_gpt2, {}),
+  'gpt2': Family(
+    'GPT2LMHeadModel',
+    tables.GPT2,
+    _read_gpt2,
+    _write_gpt2,
+    {'tie_word_embeddings': True},
+  ),
 }
 
 
@@ -378,7 +387,7 @@ def find(model_type: Any) -> Family:
   Raises:
     errors.UserError: There is no such family; it names the nearest ones.
   """
-  if model_type in FAMILIES:
+  if isinstance(model_type, str) and model_type in FAMILIES:
     return FAMILIES[model_type]
   if model_type is None:
     raise errors.UserError('config.json lacks model_type.')

@@ -1,6 +1,7 @@
 """Reads the keys of a config.json; whatever nobody reads is refused by name."""
 
 from collections.abc import Mapping
+import math
 from typing import Any
 
 from nested_learning import errors
@@ -61,9 +62,16 @@ class Keys:
     value = self.get(name, default)
     if value is None:
       return None
-    if type(value) not in (int, float) or not value > 0:
-      raise _wrong(name, value, 'a number above 0')
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+      raise _wrong(name, value, 'a finite number above 0')
     return float(value)
+
+  def needed(self, name: str) -> float:
+    """Returns a number above 0 that must be there."""
+    value = self.number(name)
+    if value is None:
+      raise errors.UserError(f'config.json lacks {name}.')
+    return value
 
   def flag(self, name: str) -> bool:
     """Returns true or false; false where the key is absent."""
@@ -75,13 +83,13 @@ class Keys:
   def only(self, name: str, *values: Any) -> None:
     """Refuses a key with another value than these; absent passes."""
     value = self.get(name)
-    if value is not None and value not in values:
+    if value is not None and not any(value == other for other in values):
       raise unsupported(name, value)
 
   def choice(self, name: str, choices: Mapping[str, str], default: str) -> str:
     """Returns our name for one of their choices."""
     value = self.get(name, default)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
       known = ', '.join(sorted(choices))
       raise errors.UserError(
         f'config.json has {name}={value!r}, which is not supported; {known} '

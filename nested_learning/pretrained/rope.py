@@ -37,6 +37,8 @@ def read(keys: keys_lib.Keys, types: Sequence[str]) -> dict[str, Rope]:
   local = keys.number('rope_local_base_freq')
   keys.only('rope_interleaved', False)
   keys.only('partial_rotary_factor', 1, 1.0)
+  if scaling is not None and not isinstance(scaling, Mapping):
+    raise keys_lib.unsupported('rope_scaling', scaling)
   if given is None:
     given = {'rope_theta': theta, **(scaling or {'rope_type': 'default'})}
     if local is not None:
@@ -69,12 +71,12 @@ def _read_one(given: Mapping[str, Any], theta: float) -> Rope:
   own.only('partial_rotary_factor', 1, 1.0)
   scaling = None
   if kind == 'linear':
-    scaling = layers.LinearScaling(own.number('factor'))
+    scaling = layers.LinearScaling(own.needed('factor'))
   elif kind == 'llama3':
     scaling = layers.Llama3Scaling(
-      own.number('factor'),
-      own.number('low_freq_factor'),
-      own.number('high_freq_factor'),
+      own.needed('factor'),
+      own.needed('low_freq_factor'),
+      own.needed('high_freq_factor'),
       own.size('original_max_position_embeddings'),
     )
   elif kind != 'default':

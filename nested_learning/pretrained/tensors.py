@@ -103,10 +103,7 @@ def open_file(path: pathlib.Path) -> dict[str, Tensor]:
 
   def make(shape, dtype, first, last):
     def read():
-      kind = _DTYPES[dtype]
-      if last - first != math.prod(shape) * kind.itemsize:
-        raise _damaged(path, 'its header')
-      return data[first:last].view(kind).reshape(shape)
+      return data[first:last].view(_DTYPES[dtype]).reshape(shape)
 
     return Tensor(shape, dtype, read)
 
@@ -225,9 +222,14 @@ def _entry(entry) -> tuple[tuple[int, ...], str, int, int]:
   shape = tuple(entry['shape'])
   first, last = entry['data_offsets']
   fine = all(type(n) is int and n >= 0 for n in (*shape, first, last))
-  if not fine or first > last:
+  dtype = entry['dtype']
+  if not fine or first > last or not isinstance(dtype, str):
     raise ValueError(entry)
-  return shape, entry['dtype'], first, last
+  if dtype in _DTYPES:
+    size = math.prod(shape) * _DTYPES[dtype].itemsize
+    if last - first != size:
+      raise ValueError(entry)
+  return shape, dtype, first, last
 
 
 def _damaged(path: pathlib.Path, found: str) -> errors.UserError:

@@ -23,6 +23,7 @@ from nested_learning.training import config as config_lib
 _FOLDER = 'pretrained'  # below the workdir of an import
 _MAX_LENGTH = 2048  # tokens, unless --max_length says another number
 _SEQUENCE_LENGTH = 1024  # tokens of a row, in training and evaluation
+_LEARNING_RATE = 2e-5  # of all parameters; usual for fine-tuning
 _DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
 
 
@@ -210,6 +211,7 @@ def _make_experiment(
       sequence_length=min(_SEQUENCE_LENGTH, model.max_length),
       batch_size=1,
     ),
+    train=config_lib.TrainConfig(learning_rate=_LEARNING_RATE),
     generate=_make_generate(source.generation, model, tokenizer),
     base=str(path.parent),
   )

@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import shutil
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -191,7 +193,7 @@ class SourceTest(parameterized.TestCase):
     ({'model_type': 'gemma3'}, 'the nearest is gemma3_text'),
     ({'hidden_act': 'relu'}, "hidden_act='relu', which is not supported"),
     ({'hidden_size': 16.5}, 'hidden_size=16.5, which is not a whole number'),
-    ({'rms_norm_eps': 'x'}, "rms_norm_eps='x', which is not a number"),
+    ({'rms_norm_eps': 'x'}, "rms_norm_eps='x', which is not a finite number"),
     ({'quantization_config': {'bits': 4}}, "quantization_config={'bits': 4}"),
     ({'num_experts': 8}, 'num_experts=8, which is not known here'),
     ({'rope_parameters': {'rope_type': 'yarn'}}, "rope_type='yarn'"),
@@ -206,6 +208,53 @@ class SourceTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, message) as caught:
       pretrained.load(self.copy(**changes))
     self.assertNotIn('\n', str(caught.exception))
+
+  @parameterized.parameters(_NAMES)
+  def test_any_value_is_taken_or_refused_in_one_line(self, name):
+    config = pretrained.open_source(_DATA / name).config
+    values = (
+      'x',
+      -1,
+      0,
+      1,
+      7,
+      0.5,
+      float('inf'),
+      True,
+      [],
+      [['x']],
+      {},
+      {'x': 1},
+    )
+    places = [(config, key) for key in config]
+    rope = config.get('rope_parameters', {})
+    places += [(rope, key) for key in rope]
+    for inner in (r for r in rope.values() if isinstance(r, dict)):
+      places += [(inner, key) for key in inner]
+    refused = 0
+    for place, key in places:
+      kept = place[key]
+      for value in values:
+        place[key] = value
+        try:
+          pretrained.to_model_config(config)
+        except errors.UserError as error:
+          refused += 1
+          self.assertNotIn('\n', str(error))
+      del place[key]
+      try:
+        pretrained.to_model_config(config)
+      except errors.UserError as error:
+        self.assertNotIn('\n', str(error))
+      place[key] = kept
+    self.assertGreater(refused, 50)
+
+  def test_says_how_to_install_smollm2(self):
+    with (
+      mock.patch.object(importlib.util, 'find_spec', return_value=None),
+      self.assertRaisesRegex(errors.UserError, r'nested-learning\[smollm2\]'),
+    ):
+      pretrained.open_source('smollm2')
 
   def test_ignores_keys_that_the_user_knows(self):
     folder = self.copy(num_experts=8)
@@ -275,6 +324,30 @@ class SourceTest(parameterized.TestCase):
     path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"'))
     with self.assertRaisesRegex(errors.UserError, 'is I32, and F64, F32'):
       pretrained.load(folder)
+
+  @parameterized.parameters(
+    {'dtype': []},
+    {'dtype': 'F16'},  # half the bytes
+    {'shape': [37, 17]},
+    {'shape': [-1, 16]},
+    {'shape': 5},
+    {'data_offsets': [0]},
+    {'data_offsets': [8, 0]},
+    {'data_offsets': None},
+  )
+  def test_refuses_headers(self, **changes):
+    folder = self.copy()
+    path = folder / 'model.safetensors'
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], 'little')
+    header = json.loads(content[8 : 8 + length])
+    header['model.embed_tokens.weight'] |= changes
+    text = json.dumps(header).encode()
+    path.write_bytes(
+      len(text).to_bytes(8, 'little') + text + content[8 + length :]
+    )
+    with self.assertRaisesRegex(errors.UserError, 'is cut short or damaged'):
+      pretrained.open_source(folder)
 
   def test_writes_nothing_by_halves(self):
     out = self.folder / 'out'
