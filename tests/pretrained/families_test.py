@@ -178,6 +178,22 @@ class FamiliesTest(parameterized.TestCase):
     logits, _ = compiling.jit(model.forward)(params, None, tokens)
     self.assertGreater(np.abs(logits - expected['logits']).max(), 1e-3)
 
+  @parameterized.parameters('llama3', 'gemma2', 'gpt2')
+  def test_parameters_in_half_precision(self, name):
+    found = pretrained.load(DATA / name, dtype=jnp.bfloat16)
+    self.assertEqual(
+      {x.dtype for x in jax.tree.leaves(found.params)}, {jnp.dtype('bfloat16')}
+    )
+    expected = reference(name)
+    tokens = expected['tokens'].astype(np.int32)
+    # Rounded weights alone, and rounded activations as well; logits range by 5.
+    for dtype, tolerance in (('float32', 0.1), ('bfloat16', 0.2)):
+      config = dataclasses.replace(found.config, dtype=dtype)
+      forward = compiling.jit(models.make_model(config).forward)
+      logits, _ = forward(found.params, None, tokens)
+      self.assertEqual(logits.dtype, jnp.float32)
+      np.testing.assert_allclose(logits, expected['logits'], atol=tolerance)
+
   @parameterized.parameters(('llama',), ('gpt2',))
   def test_reads_into_shardings(self, name):
     source = pretrained.open_source(DATA / name)
