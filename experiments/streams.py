@@ -34,6 +34,7 @@ import optax
 from experiments import quickstart
 from experiments import report_files
 from experiments import streams_report
+from experiments.ablations import hope
 from experiments.optimizers import cells as cells_lib
 from nested_learning import data as data_lib
 from nested_learning import errors
@@ -117,7 +118,11 @@ def make_config(name: str, config: StreamsConfig) -> training.ExperimentConfig:
     mixer = dataclasses.replace(mixer, window=config.piece)
     if name == 'gated_deltanet':
       mixer = models.zoo.make_sized(name, _SIZE).mixer
-    model = fit(dataclasses.replace(base.model, mixer=mixer), base.model)
+    model = hope.fit(
+      dataclasses.replace(base.model, mixer=mixer),
+      tuple(level.name for level in base.model.levels),
+      parameters.count(models.make_model(base.model).table),
+    )
   return dataclasses.replace(
     base,
     name=name,
@@ -127,20 +132,6 @@ def make_config(name: str, config: StreamsConfig) -> training.ExperimentConfig:
     # Its streams are read here.
     evaluation=dataclasses.replace(base.evaluation, stream_tokens=0),
   )
-
-
-def fit(
-  model: models.ModelConfig, like: models.ModelConfig
-) -> models.ModelConfig:
-  """Returns a model with levels so wide that it is as large as another one."""
-
-  def make(width):
-    chain = [dataclasses.replace(x, mlp_dim=width) for x in like.levels]
-    return dataclasses.replace(model, levels=tuple(chain))
-
-  count = lambda x: parameters.count(models.make_model(x).table)
-  one, unit = count(make(1)), count(make(2)) - count(make(1))
-  return make(max(1, 1 + round((count(like) - one) / unit)))
 
 
 def _measure(config, store, name) -> None:
