@@ -44,7 +44,7 @@ _TIERS = (
   ('inference',),
   ('evaluation',),
   ('training',),
-  ('planning',),
+  ('planning', 'serving'),
 )
 
 

@@ -187,6 +187,55 @@ def sample(
   return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
+def sample_rows(
+  keys: jax.Array,
+  logits: jax.Array,
+  *,
+  temperature: jax.Array,
+  top_k: jax.Array,
+  top_p: jax.Array,
+) -> jax.Array:
+  """Draws one token per row by settings of its own; see `sample`.
+
+  One compiled program serves all settings, and a row draws what `sample` draws
+  with its key and settings.
+
+  Args:
+    keys: Keys [b].
+    logits: float32 [b, v].
+    temperature: float32 [b], 0 is greedy.
+    top_k: int32 [b], at least 1; v or more keeps all tokens.
+    top_p: float32 [b]; 1 keeps all tokens.
+
+  Returns:
+    Tokens, int32 [b].
+  """
+  vocab_size = logits.shape[-1]
+
+  def restrict(logits):
+    descending = -jnp.sort(-logits, axis=-1)
+    last = jnp.minimum(top_k, vocab_size)[:, None] - 1
+    least = jnp.take_along_axis(descending, last, axis=-1)  # [b, 1]
+    descending = jnp.where(descending < least, -jnp.inf, descending)
+    probability = jax.nn.softmax(descending, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    kept = jnp.where(before < top_p[:, None], descending, jnp.inf)
+    nucleus = jnp.min(kept, axis=-1, keepdims=True)
+    # The sum of all probabilities may round to 1 before the last token.
+    nucleus = jnp.where(top_p[:, None] < 1, nucleus, -jnp.inf)
+    return jnp.where(logits < jnp.maximum(least, nucleus), -jnp.inf, logits)
+
+  greedy = jnp.argmax(logits, axis=-1)
+  logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+  tiny = jnp.finfo(logits.dtype).tiny  # see `sample`
+  logits = logits / jnp.maximum(temperature, tiny)[:, None]
+  restricted = jnp.any((top_k < vocab_size) | (top_p < 1))
+  logits = jax.lax.cond(restricted, restrict, lambda x: x, logits)
+  draw = lambda key, x: jax.random.categorical(key, x[None], axis=-1)[0]
+  drawn = jax.vmap(draw)(keys, logits)
+  return jnp.where(temperature == 0, greedy, drawn).astype(jnp.int32)
+
+
 def row_keys(key: jax.Array, rows: Any) -> jax.Array:
   """Returns one key per row, which depends on the key and the row's number.
 

@@ -1,7 +1,8 @@
 """The compiled programs of sessions, and how a call is cut into them.
 
 `Snapshot` is everything that a session remembers; `read` and `forget` take one
-and return the next.
+and return the next. `read_pieces` is `read` in turns, for callers that do other
+work between two of them.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import optax
 from nested_learning import errors
 from nested_learning import levels
 from nested_learning import models
+from nested_learning.inference import draw_rows
 from nested_learning.inference import generate
 from nested_learning.inference import sampling
 from nested_learning.levels import trees
@@ -70,6 +72,7 @@ class Programs(NamedTuple):
       with the levels as they are.
     make_draw: `make_draw(config)` gives `draw(params, state, key)`, which
       draws tokens after a state, with levels at rest; cached by config.
+    draw_token: Draws one token in every row, see `draw_rows.make_draw_token`.
   """
 
   segment_size: int
@@ -82,6 +85,7 @@ class Programs(NamedTuple):
   end_segments: Callable[..., SessionState]
   restart: Callable[..., SessionState]
   make_draw: Callable[[sampling.DrawConfig], Callable[..., Any]]
+  draw_token: Callable[..., tuple[draw_rows.Drawn, SessionState]]
 
 
 class Inputs(NamedTuple):
@@ -108,6 +112,22 @@ class Piece(NamedTuple):
 
   index: np.ndarray
   mask: np.ndarray
+
+
+class PieceRead(NamedTuple):
+  """A session after one more piece.
+
+  Attributes:
+    now: The session.
+    rows: int [n], rows of the tokens that have a loss.
+    places: int [n], their places in the call.
+    losses: float32 [n], in nats.
+  """
+
+  now: Snapshot
+  rows: np.ndarray
+  places: np.ndarray
+  losses: np.ndarray
 
 
 def check_inputs(
@@ -204,25 +224,54 @@ def read(
     the session after.
   """
   losses = np.full(inputs.tokens.shape, np.nan, np.float32)
+  for done in read_pieces(programs, params, now, inputs):
+    losses[done.rows, done.places] = done.losses
+    now = done.now
+  return losses, now
+
+
+def read_pieces(
+  programs: Programs,
+  params: Any,
+  now: Snapshot,
+  inputs: Inputs,
+  *,
+  learn: bool = True,
+) -> Iterator[PieceRead]:
+  """Reads tokens piece by piece; each takes at most a segment of every row.
+
+  Args:
+    programs: The compiled functions.
+    params: Parameters from `programs.prepare`.
+    now: The session before.
+    inputs: From `check_inputs`.
+    learn: False lets the levels rest. Such a session can be drawn from, and
+      must not go on learning: its open segment is not kept.
+
+  Yields:
+    The session after each piece.
+  """
   size = programs.segment_size
-  for piece in pieces(inputs.mask, now.clock % size, size):
-    state, clock, age = _make_room(programs, params, now)
+  offset = now.clock % size if learn else np.zeros_like(now.clock)
+  for piece in pieces(inputs.mask, offset, size):
+    state, clock, age = _make_room(programs, params, now) if learn else now
     take = lambda x, p=piece: np.take_along_axis(x, p.index, axis=1)
     tokens, reset = take(inputs.tokens), take(inputs.reset) & piece.mask
     has_loss = piece.mask & ~reset
     has_loss[:, 0] &= clock > 0
     count = piece.mask.sum(axis=1)
-    if (count == size).all():  # and so from one border to the next
+    if learn and (count == size).all():  # and so from one border to the next
       found, state = programs.segment(params, state, tokens, reset)
     else:
       found, state = programs.piece(params, state, tokens, reset, piece.mask)
       ended = ((clock + count) % size == 0) & (count > 0)
-      if ended.any():
+      if learn and ended.any():
         state = programs.end_segments(params, state, ended)
     now = Snapshot(state, clock + count, age + count)
     rows, places = np.nonzero(has_loss)
-    losses[rows, piece.index[rows, places]] = np.asarray(found)[rows, places]
-  return losses, now
+    yield PieceRead(
+      now, rows, piece.index[rows, places], np.asarray(found)[rows, places]
+    )
 
 
 def forget(
@@ -345,6 +394,7 @@ def _make_programs(config, head, inner) -> Programs:
     end_segments,
     restart,
     make_draw,
+    draw_rows.make_draw_token(learner),
   )
 
 

@@ -140,6 +140,26 @@ class Session:
     return len(self.clock)
 
   @property
+  def programs(self) -> session_programs.Programs:
+    """The compiled functions, which sessions on equal configs share."""
+    return self._programs
+
+  @property
+  def prepared(self) -> Any:
+    """The parameters in the form that `programs` take."""
+    return self._prepared
+
+  @property
+  def now(self) -> session_programs.Snapshot:
+    """Everything that the session remembers; it never changes in place."""
+    return self._now
+
+  @property
+  def fingerprint(self) -> str:
+    """SHA-256 of the checkpoint; computed once, and shared by forks."""
+    return self._model_fingerprint()
+
+  @property
   def state(self) -> session_programs.SessionState:
     """The model's memories and the levels, on the devices."""
     return self._now.state
@@ -270,6 +290,10 @@ class Session:
   def rollback(self) -> None:
     """Returns to the last `mark`, `save`, `load`, `fork` or the beginning."""
     self._now = self._marked
+
+  def move(self, now: session_programs.Snapshot) -> None:
+    """Makes a snapshot of a session on the same checkpoint the present."""
+    self._now = now
 
   def health(self) -> dict[str, levels.Health]:
     """Returns updates and drift of the levels; see `levels.measure_health`."""

@@ -80,5 +80,35 @@ class SamplingTest(parameterized.TestCase):
     self.assertTrue(np.all(counts[weights == 0] == 0))
 
 
+class SampleRowsTest(parameterized.TestCase):
+  def test_equals_sample_row_by_row(self):
+    settings = [
+      (0.0, None, 1.0),
+      (1.0, None, 1.0),
+      (0.5, 3, 1.0),
+      (2.0, None, 0.3),
+      (1.2, 5, 0.7),
+      (1e-38, 100, 1.0),
+    ]
+    logits = 3 * jax.random.normal(jax.random.key(0), (len(settings), 40))
+    keys = jax.random.split(jax.random.key(1), (50, len(settings)))
+    temperature, top_k, top_p = zip(*settings, strict=True)
+    found = jax.jit(jax.vmap(inference.sample_rows, (0, None)))(
+      keys,
+      logits,
+      temperature=jnp.broadcast_to(jnp.array(temperature), keys.shape),
+      top_k=jnp.broadcast_to(jnp.array([k or 40 for k in top_k]), keys.shape),
+      top_p=jnp.broadcast_to(jnp.array(top_p), keys.shape),
+    )
+    for row, (temperature, top_k, top_p) in enumerate(settings):
+      sample = lambda key, row=row, t=temperature, k=top_k, p=top_p: (
+        inference.sample(
+          key, logits[row][None], temperature=t, top_k=k, top_p=p
+        )[0]
+      )
+      expected = jax.vmap(sample)(keys[:, row])
+      np.testing.assert_array_equal(found[:, row], expected)
+
+
 if __name__ == '__main__':
   absltest.main()

@@ -1,0 +1,9 @@
+"""Serves a checkpoint to many sessions that go on learning."""
+
+from nested_learning.serving.engine import Draw
+from nested_learning.serving.engine import Engine
+from nested_learning.serving.engine import Job
+from nested_learning.serving.engine import Outcome
+from nested_learning.serving.engine import Ticket
+from nested_learning.serving.limits import Limits
+from nested_learning.serving.limits import RequestError

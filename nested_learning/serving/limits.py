@@ -1,0 +1,34 @@
+"""Limits of a server, and the errors of requests that exceed them."""
+
+import dataclasses
+
+from nested_learning import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """How much a server takes on."""
+
+  num_slots: int = 8  # requests in work at a time
+  max_queue: int = 64  # requests that wait for a slot
+  max_read_tokens: int = 1_000_000  # tokens of one request, read
+  max_draw_tokens: int = 4096  # tokens of one request, drawn
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      least = 0 if field.name == 'max_queue' else 1
+      value = getattr(self, field.name)
+      errors.check_field(self, field.name, value >= least, f'at least {least}')
+
+
+class RequestError(errors.UserError):
+  """A request that is refused or fails; the session stays as it was.
+
+  Attributes:
+    status: Status of HTTP.
+    code: Short name of the reason, for programs.
+  """
+
+  def __init__(self, message: str, *, status: int = 400, code: str = 'invalid'):
+    super().__init__(message)
+    self.status, self.code = status, code

@@ -1,0 +1,64 @@
+"""A session on a tiny model, and engines that serve it."""
+
+import functools
+
+import jax
+import numpy as np
+
+from nested_learning import inference
+from nested_learning import layers
+from nested_learning import levels
+from nested_learning import models
+from nested_learning import serving
+from tests import compiling
+
+VOCAB = 257  # bytes, and a token between documents
+SEGMENT = 4
+
+
+@functools.cache
+def base(window: int | None = 6, max_length: int = 32) -> inference.Session:
+  """Returns a session without tokens; its programs are compiled once.
+
+  Args:
+    window: Of attention; None for attention to all of max_length tokens.
+    max_length: Tokens of a call, and of such a state.
+  """
+  config = models.ModelConfig(
+    vocab_size=VOCAB + 3,  # a few more than the tokenizer has
+    num_layers=1,
+    embed_dim=8,
+    mixer=layers.AttentionConfig(2, 2, head_dim=4, window=window),
+    levels=(
+      models.LevelConfig('fast', mlp_dim=6),
+      models.LevelConfig('slow', mlp_dim=6),
+    ),
+    max_length=max_length,
+  )
+  with compiling.quickly():
+    model = models.make_model(config)
+    params = jax.jit(model.init_params)(jax.random.key(0))
+    params = jax.tree.map(lambda x: 2 * x, params)
+    inner = levels.make_inner((SEGMENT, 2 * SEGMENT), learning_rate=(0.1, 0.1))
+    return inference.Session(
+      model, params, inner, tokenizer_fingerprint='bytes'
+    )
+
+
+def make_engine(
+  session: inference.Session | None = None, **limits: int
+) -> serving.Engine:
+  """Makes an engine on `base()` or another session."""
+  session = base() if session is None else session
+  return serving.Engine(session, serving.Limits(**limits), vocab_size=VOCAB)
+
+
+def draw_tokens(num_tokens: int, seed: int = 0) -> np.ndarray:
+  """Draws random tokens."""
+  rng = np.random.default_rng(seed)
+  return rng.integers(VOCAB, size=num_tokens).astype(np.int32)
+
+
+def assert_equal(one, two) -> None:
+  """Asserts that two snapshots are equal, bit for bit."""
+  jax.tree.map(np.testing.assert_array_equal, one, two)
