@@ -331,11 +331,20 @@ def fingerprint(model: models.Model, params: Any) -> str:
   """Returns the SHA-256 of a model's config and all its parameters."""
   config = dataclasses.replace(model.config, max_length=1, remat='none')
   digest = hashlib.sha256(configs.to_json(config).encode())
-  for name, x in _leaves(params):
+  return _add_leaves(digest, params).hexdigest()
+
+
+def state_fingerprint(clocks: Mapping[str, np.ndarray], state: Any) -> str:
+  """Returns the SHA-256 of all arrays that `pack` would write."""
+  return _add_leaves(_add_leaves(hashlib.sha256(), clocks), state).hexdigest()
+
+
+def _add_leaves(digest: Any, tree: Any) -> Any:
+  for name, x in _leaves(tree):
     array = np.ascontiguousarray(x)
     digest.update(json.dumps([name, str(array.dtype), array.shape]).encode())
     digest.update(array.astype(array.dtype.newbyteorder('<')).tobytes())
-  return digest.hexdigest()
+  return digest
 
 
 def _check_metadata(path, data: bytes) -> dict[str, str]:

@@ -304,13 +304,28 @@ class Session:
     rows = (slice(i, i + 1) for i in range(self.num_rows))
     return [self._with(self._now.take_rows(row)) for row in rows]
 
-  def save(self, path: str | os.PathLike, *, lock: bool = True) -> None:
+  def state_fingerprint(self) -> str:
+    """Returns the SHA-256 of all that the session remembers.
+
+    Two sessions on one checkpoint have the same if and only if their states are
+    equal, bit for bit.
+    """
+    return session_files.state_fingerprint(self._clocks(), self._now.state)
+
+  def save(
+    self,
+    path: str | os.PathLike,
+    *,
+    lock: bool = True,
+    replace: bool = False,
+  ) -> None:
     """Writes the session to a file and marks it.
 
     Args:
       path: The file. An old one is replaced when the new one is whole, and only
         if it is the one that this session was read from or last written to.
       lock: False for a caller that holds `session_files.lock`.
+      replace: Whether any other session may be replaced.
 
     Raises:
       errors.UserError: If the file is another session, was changed by another
@@ -321,11 +336,11 @@ class Session:
       'tokenizer': self._tokenizer,
       'inner': session_files.write_inner(self.inner),
     }
-    clocks = {'clock': self._now.clock, 'age': self._now.age}
-    content = session_files.pack(metadata, clocks, self._now.state)
+    content = session_files.pack(metadata, self._clocks(), self._now.state)
     held = session_files.lock(path) if lock else contextlib.nullcontext()
     with held:
-      self._check_unchanged(path)
+      if not replace:
+        self._check_unchanged(path)
       checksum = session_files.write(path, content)
     self._remember(path, checksum)
     self.mark()
@@ -356,29 +371,43 @@ class Session:
     """
     content = session_files.read(path)
     found = content.metadata
-    if found['tokenizer'] != tokenizer_fingerprint:
-      raise errors.UserError(
-        f'the session {path} was fed other tokens (fingerprint '
-        f'{found["tokenizer"]!r}) than these ({tokenizer_fingerprint!r}); use '
-        'the tokenizer that it was begun with, or another path.'
-      )
+    _check_tokenizer(path, found['tokenizer'], tokenizer_fingerprint)
     session = cls(
       model,
       params,
       session_files.read_inner(path, found['inner']),
       tokenizer_fingerprint=tokenizer_fingerprint,
     )
-    ours = session._model_fingerprint()
-    if found['model'] != ours:
-      raise errors.UserError(
-        f'the session {path} belongs to another checkpoint (fingerprint '
-        f'{found["model"][:12]}, this one {ours[:12]}); use the checkpoint '
-        'that it was begun with, or another path.'
-      )
     session._restore(path, content)
-    session._remember(path, found['sha256'])
-    session.mark()
     return session
+
+  def load_other(self, path: str | os.PathLike) -> 'Session':
+    """Reads another session on this checkpoint whose levels learn alike.
+
+    The two share programs and parameters, so that it costs no more than reading
+    the file.
+
+    Args:
+      path: The file.
+
+    Returns:
+      The session; this one does not change.
+
+    Raises:
+      errors.UserError: As `load` does, and if its levels learn otherwise.
+    """
+    content = session_files.read(path)
+    found = content.metadata
+    _check_tokenizer(path, found['tokenizer'], self._tokenizer)
+    inner = session_files.read_inner(path, found['inner'])
+    if inner != self.inner:
+      raise errors.UserError(
+        f'the levels of the session {path} learn by {inner}, and these by '
+        f'{self.inner}; begin another session.'
+      )
+    other = self.fork()
+    other._restore(path, content)
+    return other
 
   def _read(self, now, tokens, reset, mask):
     inputs = session_programs.check_inputs(
@@ -398,7 +427,14 @@ class Session:
     return other
 
   def _restore(self, path, content) -> None:
-    """Takes the state of a file, after checking it against the model."""
+    """Takes the state of a file, after checking it against the checkpoint."""
+    ours, found = self._model_fingerprint(), content.metadata
+    if found['model'] != ours:
+      raise errors.UserError(
+        f'the session {path} belongs to another checkpoint (fingerprint '
+        f'{found["model"][:12]}, this one {ours[:12]}); use the checkpoint '
+        'that it was begun with, or another path.'
+      )
     names = ('clock', 'age')
     clock, age = (content.arrays.get(name) for name in names)
     for x in (clock, age):
@@ -425,6 +461,11 @@ class Session:
         'model can have; use another path.'
       )
     self._now = session_programs.Snapshot(state, clock.copy(), age.copy())
+    self._remember(path, found['sha256'])
+    self.mark()
+
+  def _clocks(self) -> dict[str, np.ndarray]:
+    return {'clock': self._now.clock, 'age': self._now.age}
 
   def _remember(self, path, checksum) -> None:
     file = str(session_files.resolve(path))
@@ -447,6 +488,15 @@ class Session:
     raise errors.UserError(
       f'the session {path} was changed by another program since it was read; '
       'load it again, or save to another path.'
+    )
+
+
+def _check_tokenizer(path, found: str, ours: str) -> None:
+  if found != ours:
+    raise errors.UserError(
+      f'the session {path} was fed other tokens (fingerprint {found!r}) than '
+      f'these ({ours!r}); use the tokenizer that it was begun with, or another '
+      'path.'
     )
 
 

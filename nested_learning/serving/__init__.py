@@ -7,3 +7,5 @@ from nested_learning.serving.engine import Outcome
 from nested_learning.serving.engine import Ticket
 from nested_learning.serving.limits import Limits
 from nested_learning.serving.limits import RequestError
+from nested_learning.serving.store import Entry
+from nested_learning.serving.store import Store

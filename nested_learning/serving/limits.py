@@ -13,10 +13,15 @@ class Limits:
   max_queue: int = 64  # requests that wait for a slot
   max_read_tokens: int = 1_000_000  # tokens of one request, read
   max_draw_tokens: int = 4096  # tokens of one request, drawn
+  max_sessions: int = 1000  # in memory and on the disk
+  max_resident: int = 64  # sessions in memory
+  idle_seconds: float = 600.0  # after which a session goes to the disk
+  save_seconds: float = 30.0  # most that what was learned waits to be saved
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
-      least = 0 if field.name == 'max_queue' else 1
+      may_be_zero = ('max_queue', 'idle_seconds', 'save_seconds')
+      least = 0 if field.name in may_be_zero else 1
       value = getattr(self, field.name)
       errors.check_field(self, field.name, value >= least, f'at least {least}')
 
