@@ -193,7 +193,7 @@ class Store:
     record: Mapping[str, Any],
     *,
     messages: tuple[str, ...] | None = None,
-  ) -> None:
+  ) -> dict[str, int]:
     """Makes the result of a request the present state of a session.
 
     Args:
@@ -201,6 +201,9 @@ class Store:
       now: Its state after the request.
       record: What the audit log says about it; see `audit`.
       messages: `Entry.messages` after the request; None to keep them.
+
+    Returns:
+      The steps that each level took.
     """
     old = self.load(entry)
     stepped = _count_steps(old.now, now)
@@ -210,6 +213,12 @@ class Store:
     if messages is not None:
       entry.messages = messages
     self._changed(entry, {**record, 'steps': stepped})
+    return stepped
+
+  def note(self, entry: Entry, record: Mapping[str, Any]) -> None:
+    """Adds a line to the audit log of a session, if it still exists."""
+    if self._entries.get(entry.id) is entry:
+      self._log(entry, record)
 
   def rollback(self, id: str) -> Entry:
     """Returns to the state before the last request that changed a session.
@@ -394,7 +403,10 @@ class Store:
     entry.position = int(entry.session.clock[0])
     if entry.unsaved_since is None:
       entry.unsaved_since = now
-    line = {'time': now, **record, 'position': entry.position}
+    self._log(entry, record)
+
+  def _log(self, entry: Entry, record: Mapping[str, Any]) -> None:
+    line = {'time': self._clock(), **record, 'position': entry.position}
     path = self._folder / entry.id / _AUDIT
     with open(path, 'a', encoding='utf-8') as file:
       file.write(json.dumps(line) + '\n')

@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 
+from nested_learning import data
 from nested_learning import inference
 from nested_learning import layers
 from nested_learning import levels
@@ -51,6 +52,23 @@ def make_engine(
   """Makes an engine on `base()` or another session."""
   session = base() if session is None else session
   return serving.Engine(session, serving.Limits(**limits), vocab_size=VOCAB)
+
+
+def make_checkpoint(**changes) -> serving.Checkpoint:
+  """Makes the checkpoint of `base()`, with bytes as tokens."""
+  tokenizer = data.make_tokenizer('bytes')
+  checkpoint = serving.Checkpoint(
+    'tiny', base(), tokenizer, stop_tokens=(tokenizer.document_id,)
+  )
+  return checkpoint._replace(**changes)
+
+
+def make_service(folder, render_chat=None, **limits) -> serving.Service:
+  """Makes a service on `base()` with its sessions in a folder."""
+  changes = {} if render_chat is None else {'render_chat': render_chat}
+  return serving.Service(
+    make_checkpoint(**changes), folder, serving.Limits(**limits)
+  )
 
 
 def draw_tokens(num_tokens: int, seed: int = 0) -> np.ndarray:
