@@ -6,18 +6,24 @@ INSTALLED := .venv/installed
 EXTRAS := .venv/installed-extras
 HARNESS := .venv/installed-lm-eval
 SEQIO := .venv/installed-seqio
+SERVE := .venv/installed-serve
 TEST_FLAGS ?= -n 2
 BENCH_FLAGS ?=
+SERVE_FLAGS ?=
 PYTEST := $(BIN)/python -m pytest $(TEST_FLAGS) -rs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	-c constraints.txt
 
-.PHONY: demo test test-extras test-slow test-rest test-all extras harness \
+.PHONY: demo serve test test-extras test-slow test-rest test-all extras harness \
 	test-harness seqio bench-small lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python launch/run.py --config=experiments/quickstart.py \
 	  --workdir=runs/quickstart
+
+# The model of `make demo`, with sessions that learn: SERVE_FLAGS=--port=8080.
+serve: $(SERVE)
+	$(BIN)/python launch/serve.py --workdir=runs/quickstart $(SERVE_FLAGS)
 
 test: $(INSTALLED)
 	$(PYTEST)
@@ -97,4 +103,9 @@ $(HARNESS): $(INSTALLED)
 $(SEQIO): $(INSTALLED)
 	@echo 'Installing seqio and TensorFlow Datasets into .venv (once).'
 	@$(PIP) --no-build-isolation -e '.[seqio,tfds]'
+	@touch $@
+
+$(SERVE): $(INSTALLED)
+	@echo 'Installing the server into .venv (once).'
+	@$(PIP) --no-build-isolation -e '.[serve]'
 	@touch $@

@@ -6,6 +6,7 @@ loops hand it functions and wait for what they return.
 
 from collections.abc import Callable
 import concurrent.futures
+import contextlib
 import queue
 import threading
 from typing import Any
@@ -21,11 +22,18 @@ _WAIT_SECONDS = 0.2  # between two looks at the clock, when idle
 class Worker:
   """Runs a service in a thread of its own."""
 
-  def __init__(self, make_service: Callable[[], service_lib.Service]):
+  def __init__(
+    self,
+    make_service: Callable[[], service_lib.Service],
+    *,
+    context: Callable[[], Any] = contextlib.nullcontext,
+  ):
     """Starts the thread, which makes the service.
 
     Args:
       make_service: Called in the thread.
+      context: Makes a context manager in which the thread works, such as one
+        for a mesh.
 
     Raises:
       errors.UserError: What `make_service` raises, and other errors of it.
@@ -35,7 +43,10 @@ class Worker:
     ready = concurrent.futures.Future()
     self._ended = concurrent.futures.Future()
     self._thread = threading.Thread(
-      target=self._run, args=(make_service, ready), name='serving', daemon=True
+      target=self._run,
+      args=(make_service, context, ready),
+      name='serving',
+      daemon=True,
     )
     self._thread.start()
     self.service = ready.result()
@@ -75,13 +86,19 @@ class Worker:
     self._calls.put(lambda: None)
     self._ended.result()
 
-  def _run(self, make_service, ready) -> None:
-    try:
-      service = make_service()
-    except BaseException as error:
-      ready.set_exception(error)
-      return
-    ready.set_result(service)
+  def _run(self, make_service, context, ready) -> None:
+    with contextlib.ExitStack() as stack:
+      try:
+        stack.enter_context(context())
+        service = make_service()
+      except BaseException as error:
+        ready.set_exception(error)
+        return
+      ready.set_result(service)
+      self._work(service)
+
+  def _work(self, service: service_lib.Service) -> None:
+    """Works until it is stopped, and saves everything then."""
     has_work = False
     while not self._stopping.is_set():
       self._run_calls(wait=not has_work)

@@ -1,0 +1,84 @@
+"""Opens the checkpoint of a run for serving."""
+
+import pathlib
+
+from nested_learning import errors
+from nested_learning import inference
+from nested_learning import models
+from nested_learning import tasks
+from nested_learning.serving import engine as engine_lib
+from nested_learning.serving import service as service_lib
+from nested_learning.training import config as config_lib
+from nested_learning.training import modes
+from nested_learning.training import pretrained_runs
+from nested_learning.training import text_workload
+
+
+def open_checkpoint(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path, *, name: str
+) -> service_lib.Checkpoint:
+  """Opens the last checkpoint of a run, or the model that it was imported from.
+
+  Args:
+    config: The experiment. Levels learn as its `inner` says, or as sessions
+      from the command line do by default.
+    workdir: The run's folder.
+    name: Name of the model in the API.
+
+  Returns:
+    The checkpoint.
+
+  Raises:
+    errors.UserError: There is no checkpoint, it is not of a language model, or
+      its levels cannot learn.
+  """
+  if not isinstance(config, config_lib.ExperimentConfig) or isinstance(
+    config.data, tasks.TaskDataConfig
+  ):
+    raise errors.UserError(
+      f'{workdir} is not the run of a language model, and only texts can be '
+      'served; give the --workdir of one.'
+    )
+  tokenizer = text_workload.make_tokenizer(config)
+  params, _ = modes.restore_params(config, workdir, tokenizer.fingerprint)
+  session = inference.Session(
+    models.make_model(config.model),
+    params,
+    config.inner if config.inner.is_on else config.default_inner,
+    tokenizer_fingerprint=tokenizer.fingerprint,
+  )
+  checkpoint = service_lib.Checkpoint(
+    name,
+    session,
+    tokenizer,
+    stop_tokens=text_workload.stop_tokens(config, tokenizer),
+  )
+  base = None if config.base is None else pretrained_runs.open_base(config)
+  if base is None or base.chat_template is None:
+    return checkpoint
+  return checkpoint._replace(render_chat=base.render_chat, chat_stops=())
+
+
+def warm_up(service: service_lib.Service) -> None:
+  """Compiles the programs that most requests need, by requests of its own.
+
+  Raises:
+    Exception: What such a request failed of.
+  """
+  tokenizer = service.checkpoint.tokenizer
+  size = service.checkpoint.session.segment_size
+  draw = engine_lib.Draw(1, inference.DrawSettings())
+  results = []
+  for num_tokens, learn in ((size + 1, True), (max(size // 2, 1), False)):
+    request = service_lib.Request(
+      'warm_up',
+      text=[tokenizer.document_id] * num_tokens,
+      learn=learn,
+      draw=draw,
+    )
+    service.start(request, results.append)
+    while service.step():
+      pass
+  for result in results:
+    if isinstance(result, Exception):
+      raise result
