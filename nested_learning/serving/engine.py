@@ -28,7 +28,6 @@ import numpy as np
 
 from nested_learning import errors
 from nested_learning import inference
-from nested_learning import levels
 from nested_learning.inference import session_programs
 from nested_learning.serving import limits as limits_lib
 
@@ -214,7 +213,7 @@ class Engine:
       work = self._reading.popleft()
       if self._guard(work, self._read_piece):
         self._reading.append(work)
-    for slot, drawn in self._slots.draw().items():
+    for slot, drawn in self._draw().items():
       if slot in self._drawing:  # what another job told may have cancelled it
         self._guard(self._drawing[slot], self._take, drawn)
     return bool(self._queue or self._reading or self._drawing)
@@ -242,6 +241,16 @@ class Engine:
     return session_programs.read_pieces(
       self._programs, self._params, work.now, inputs, learn=work.job.learn
     )
+
+  def _draw(self) -> dict[int, inference.Drawn]:
+    """Draws a token for every job that draws; an error ends these jobs."""
+    try:
+      return self._slots.draw()
+    except Exception as error:  # such as a device that has run out of memory
+      for work in list(self._drawing.values()):
+        self._release(work)
+        self._fail(work.ticket, error)
+      return {}
 
   def _check(self, job: Job) -> None:
     """Refuses what cannot be done, before it waits for a slot."""
@@ -378,12 +387,9 @@ class Engine:
 
 def _check_health(before, after) -> None:
   """Raises an error if a level has diverged since `before`."""
-  old = levels.measure_health(before.state.stream)
-  new = levels.measure_health(after.state.stream)
+  old, new = before.state.stream.levels, after.state.stream.levels
   for name, level in new.items():
-    if (
-      np.asarray(level.frozen).any() and not np.asarray(old[name].frozen).any()
-    ):
+    if np.any(np.asarray(level.frozen) > np.asarray(old[name].frozen)):
       raise _diverged(f'level {name!r} has diverged')
 
 

@@ -72,8 +72,7 @@ def make_router(server: app_lib.Server) -> fastapi.APIRouter:
       return app_lib.stream_events(
         _stream_completion(base, body, answer, entry)
       )
-    answers = [await server.start(request) for request in requests]
-    results = await _all(answers, http)
+    results = await _finish_all(server, requests, http)
     choices = [
       {
         'index': i,
@@ -201,9 +200,12 @@ def _prompts(prompt: Any) -> list[Any]:
   return prompt
 
 
-async def _all(answers, http) -> list[service_lib.Result]:
-  """Waits for several results; the first error cancels the others."""
+async def _finish_all(server, requests, http) -> list[service_lib.Result]:
+  """Serves several requests; the first error cancels the others."""
+  answers = []
   try:
+    for request in requests:
+      answers.append(await server.start(request))
     return [await answer.result(http) for answer in answers]
   finally:
     for answer in answers:

@@ -1,5 +1,8 @@
 """Tests of the engine: jobs side by side give what each gives alone."""
 
+import dataclasses
+from unittest import mock
+
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
@@ -208,6 +211,29 @@ class EngineTest(parameterized.TestCase):
     self.assertIsInstance(bad.error, RuntimeError)
     self.assertIsInstance(worse.error, RuntimeError)
     self.assertEqual(engine.num_running, 0)
+
+  def test_an_error_of_the_shared_program_ends_the_jobs_that_draw(self):
+    session, engine = tiny.base(), tiny.make_engine()
+    drawing = engine.submit(make_job(session, tiny.draw_tokens(3)))
+    for _ in range(3):
+      engine.step()
+    with mock.patch.object(
+      inference.DrawSlots, 'draw', side_effect=MemoryError
+    ):
+      reading = engine.submit(make_job(session, tiny.draw_tokens(3)))
+      engine.step()
+    self.assertIsInstance(drawing.error, MemoryError)
+    while engine.step():
+      pass
+    self.assertLen(reading.outcome.tokens, 6)
+
+  def test_a_level_that_diverges_fails_its_job(self):
+    config = tiny.base().inner
+    inner = dataclasses.replace(config, max_drift=1e-6)
+    session = inference.Session(tiny.base().model, tiny.base().params, inner)
+    job = make_job(session, tiny.draw_tokens(9), num_tokens=0, learn=True)
+    with self.assertRaisesRegex(serving.RequestError, "level 'fast' has div"):
+      run(tiny.make_engine(session), job)
 
   def test_refuses_what_diverges(self):
     session, engine = tiny.base().fork(), tiny.make_engine()
