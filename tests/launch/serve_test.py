@@ -9,60 +9,17 @@ import signal
 import socket
 import subprocess
 import sys
-import urllib.error
 import urllib.request
 
 from absl.testing import absltest
 from absl.testing import parameterized
 import pytest
 
-from nested_learning import errors
 from nested_learning import levels
-from nested_learning import serving
 from nested_learning import training
-from nested_learning.serving import checkpoints
-from tests import compiling
 from tests.training import tiny
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-
-def train(test):
-  """Trains a model for a step; returns its config and its folder."""
-  root = pathlib.Path(test.create_tempdir().full_path)
-  config = tiny.experiment(
-    root,
-    train={'num_steps': 1},
-    inner=levels.make_inner((16, 32), learning_rate=0.3),
-  )
-  with contextlib.redirect_stdout(io.StringIO()):
-    training.run(config, root / 'run', 'train')
-  return config, root / 'run'
-
-
-class CheckpointTest(absltest.TestCase):
-  def test_opens_the_last_checkpoint_of_a_run(self):
-    with compiling.quickly():
-      config, workdir = train(self)
-      checkpoint = checkpoints.open_checkpoint(config, workdir, name='tiny')
-      service = serving.Service(
-        checkpoint, workdir / 'sessions', serving.Limits()
-      )
-      self.addCleanup(service.close)
-      checkpoints.warm_up(service)
-      found = []
-      draw = serving.Draw(4)
-      entry = service.store.create()
-      request = serving.Request(
-        'x', text='line 3 of file', session=entry, learn=True, draw=draw
-      )
-      service.start(request, found.append)
-      while service.step():
-        pass
-    self.assertEqual(found[0].num_read, 15)
-    self.assertEqual(found[0].steps, {'fast': 1, 'slow': 0})
-    with self.assertRaisesRegex(errors.UserError, 'no checkpoint'):
-      checkpoints.open_checkpoint(config, workdir / 'no', name='tiny')
 
 
 @pytest.mark.extra
@@ -109,7 +66,15 @@ class ServeTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_sessions_survive_kills_and_ends(self):
-    _, workdir = train(self)
+    root = pathlib.Path(self.create_tempdir().full_path)
+    config = tiny.experiment(
+      root,
+      train={'num_steps': 1},
+      inner=levels.make_inner((16, 32), learning_rate=0.3),
+    )
+    workdir = root / 'run'
+    with contextlib.redirect_stdout(io.StringIO()):
+      training.run(config, workdir, 'train')
     flags = f'--workdir={workdir}', '--port=0', '--save_seconds=0'
     body = {'prompt': 'line 3', 'max_tokens': 4, 'user': 'me', 'seed': 1}
     tokens = 0
