@@ -11,7 +11,7 @@ The store makes the names of all folders and files; no text of a request becomes
 a part of a path. Its methods are called by one thread.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import hashlib
@@ -207,12 +207,13 @@ class Store:
     """
     old = self.load(entry)
     stepped = _count_steps(old.now, now)
-    entry.before, entry.session = old, old.fork()
-    entry.session.move(now)
-    entry.messages_before = entry.messages
-    if messages is not None:
-      entry.messages = messages
-    self._changed(entry, {**record, 'steps': stepped})
+    with _undo_on_error(entry):
+      entry.before, entry.session = old, old.fork()
+      entry.session.move(now)
+      entry.messages_before = entry.messages
+      if messages is not None:
+        entry.messages = messages
+      self._changed(entry, {**record, 'steps': stepped})
     return stepped
 
   def note(self, entry: Entry, record: Mapping[str, Any]) -> None:
@@ -235,17 +236,20 @@ class Store:
         status=409,
         code='nothing_to_roll_back',
       )
-    entry.session, entry.before = entry.before, None
-    entry.messages, entry.messages_before = entry.messages_before, ()
-    self._changed(entry, {'kind': 'rollback'})
+    with _undo_on_error(entry):
+      entry.session, entry.before = entry.before, None
+      entry.messages, entry.messages_before = entry.messages_before, ()
+      self._changed(entry, {'kind': 'rollback'})
     return entry
 
   def reset(self, id: str) -> Entry:
     """Returns to the checkpoint; `rollback` undoes it."""
     entry = self._idle(id)
-    entry.before, entry.session = self.load(entry), self.base.fork()
-    entry.messages_before, entry.messages = entry.messages, ()
-    self._changed(entry, {'kind': 'reset'})
+    session = self.load(entry)
+    with _undo_on_error(entry):
+      entry.before, entry.session = session, self.base.fork()
+      entry.messages_before, entry.messages = entry.messages, ()
+      self._changed(entry, {'kind': 'reset'})
     return entry
 
   def health(self, id: str) -> dict[str, Any]:
@@ -379,10 +383,15 @@ class Store:
     now = self._clock()
     id = f'sess_{secrets.token_hex(12)}' if id is None else id
     entry = Entry(id, name, now, now, messages=messages, session=session)
-    (self._folder / id).mkdir(mode=0o700, exist_ok=True)
+    try:
+      with _undo_on_error(entry):
+        (self._folder / id).mkdir(mode=0o700, exist_ok=True)
+        self._changed(entry, {'kind': kind, **(record or {})})
+        self.save(entry)  # so that its id is known after a crash
+    except errors.UserError:
+      shutil.rmtree(self._folder / id, ignore_errors=True)
+      raise
     self._entries[id] = entry
-    self._changed(entry, {'kind': kind, **(record or {})})
-    self.save(entry)  # so that its id is known after a crash
     self._make_room(entry)
     return entry
 
@@ -442,6 +451,26 @@ class Store:
       )
     except (OSError, ValueError, KeyError, TypeError):
       return None  # never complete: a crash before its first save
+
+
+@contextlib.contextmanager
+def _undo_on_error(entry: Entry) -> Iterator[None]:
+  """Gives an entry its old values back if the block fails.
+
+  Raises:
+    errors.UserError: If the disk fails, such as a full one.
+  """
+  old = dict(vars(entry))
+  try:
+    yield
+  except Exception as error:
+    vars(entry).update(old)
+    if not isinstance(error, OSError):
+      raise
+    raise errors.of_disk(error.errno)(
+      f'the session {entry.id} cannot be written ({error.strerror}); it is as '
+      'it was.'
+    ) from error
 
 
 def _count_steps(before, after) -> dict[str, int]:

@@ -1,7 +1,9 @@
 """Tests of the store: nothing is lost or mixed up, in memory or on the disk."""
 
+import errno
 import json
 import pathlib
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -200,6 +202,26 @@ class StoreTest(parameterized.TestCase):
     path.write_bytes(path.read_bytes()[:-1])
     with self.assertRaisesRegex(errors.UserError, 'cut short'):
       again.load(again.find(entry.id))
+
+  def test_a_full_disk_leaves_sessions_as_they_were(self):
+    store = self.open()
+    entry = store.create()
+    learn(store, entry, seed=1)
+    before = dict(vars(entry))
+    full = OSError(errno.ENOSPC, 'No space left on device')
+    with mock.patch.object(store, '_log', side_effect=full):
+      for function in (
+        lambda: learn(store, entry, seed=2),
+        lambda: store.reset(entry.id),
+        lambda: store.rollback(entry.id),
+        store.create,
+      ):
+        with self.assertRaisesRegex(errors.Retryable, 'No space left'):
+          function()
+    self.assertEqual(vars(entry), before | {'used': entry.used})
+    self.assertLen(store, 1)
+    self.assertLen(list(self.folder.glob('sess_*')), 1)
+    learn(store, entry, seed=2)
 
   def test_forks_share_what_was_learned_once(self):
     store = self.open()
