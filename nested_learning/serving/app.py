@@ -1,4 +1,4 @@
-"""The HTTP server: OpenAI's routes, sessions, health and metrics.
+"""The HTTP server: OpenAI's routes, sessions, health, metrics and a page.
 
 Needs the packages of the extra `serve`.
 """
@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 import contextlib
 import dataclasses
 import json
+import pathlib
 import time
 from typing import Any
 
@@ -23,6 +24,14 @@ from nested_learning.serving import limits as limits_lib
 from nested_learning.serving import service as service_lib
 from nested_learning.serving import worker as worker_lib
 
+_PAGE = pathlib.Path(__file__).with_name('page.html')
+# The page loads nothing from elsewhere, and nobody may frame it.
+_PAGE_HEADERS = {
+  'content-security-policy': "default-src 'self'; style-src 'unsafe-inline'; "
+  "script-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'",
+  'x-content-type-options': 'nosniff',
+  'referrer-policy': 'no-referrer',
+}
 _LOOK_SECONDS = 0.5  # between two looks whether a client has gone
 
 
@@ -205,6 +214,10 @@ def make_app(
   _add_errors(app)
   app.include_router(openai_routes.make_router(server))
   app.include_router(session_routes.make_router(server))
+
+  @app.get('/', include_in_schema=False)
+  async def page():
+    return responses.FileResponse(_PAGE, headers=_PAGE_HEADERS)
 
   @app.get('/health')
   async def health():
