@@ -28,6 +28,7 @@ _TIERS = (
     'distributed',
     'parameters',
     'sharding',
+    'subtrees',
     'context_parallel',
     'compilation',
     'configs',

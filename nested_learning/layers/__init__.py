@@ -6,6 +6,7 @@ from nested_learning.layers.base import TokenInfo
 from nested_learning.layers.hybrids import MemoryAsContextConfig
 from nested_learning.layers.hybrids import MemoryAsGateConfig
 from nested_learning.layers.hybrids import MemoryAsLayerConfig
+from nested_learning.layers.memory_beside import MemoryBesideConfig
 from nested_learning.layers.memory_mixer import MemoryMixerConfig
 from nested_learning.layers.mlp import MlpConfig
 from nested_learning.layers.norm import NormConfig

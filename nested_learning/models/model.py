@@ -164,7 +164,7 @@ def level_labels(
 
   def label(path, _):
     names = parameters.path_name(path).split('/')
-    in_block = names[2:] if isinstance(config.mixer, tuple) else names[1:]
+    in_block = names[2:] if config.is_grouped else names[1:]
     return labels[in_block[1]] if in_block[:1] == ['levels'] else 'base'
 
   table = make_model(config).table if table is None else table

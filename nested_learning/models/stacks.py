@@ -145,7 +145,7 @@ def apply(
     return x, tuple(states)
   if not isinstance(blocks, Stacks):
     body = lambda x, both: group.apply(*both, x, info)
-    return jax.lax.scan(body, x, (blocks, state))
+    return _scan(body, x, (blocks, state))
   states, gradients, start = [], {}, 0
   for name, stack in blocks._asdict().items():
     if stack is None:
@@ -156,11 +156,7 @@ def apply(
     learns = info.local_loss is not None and name != 'below'
     own = info if learns else info._replace(local_loss=None)
     body = lambda x, both, own=own: group.apply(*both, x, own)
-    if name == 'first':  # no scan, whose backward pass would reach its mixer
-      x, out = body(x, jax.tree.map(lambda a: jnp.squeeze(a, 0), (stack, part)))
-      out = jax.tree.map(lambda a: a[None], out)
-    else:
-      x, out = jax.lax.scan(body, x, (stack, part))
+    x, out = _scan(body, x, (stack, part))
     if learns:
       gradients[name] = out.gradients
       out = out.state
@@ -175,6 +171,18 @@ def apply(
       state, local_losses.Gradients(*parts)
     )
   return x, state
+
+
+def _scan(body, x, both):
+  """Scans a stack of parameters and states.
+
+  A stack of one has no scan: the backward pass of a scan begins at its start,
+  that of one block at the first parameter that has a gradient.
+  """
+  if _num_layers(both[0]) > 1:
+    return jax.lax.scan(body, x, both)
+  x, out = body(x, jax.tree.map(lambda a: jnp.squeeze(a, 0), both))
+  return x, jax.tree.map(lambda a: a[None], out)
 
 
 def _join(states):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -15,10 +16,12 @@ from nested_learning.layers import base
 from nested_learning.layers import cms
 from nested_learning.layers import hybrids
 from nested_learning.layers import local_losses
+from nested_learning.layers import memory_beside
 from nested_learning.layers import memory_mixer
 from nested_learning.layers import norm as norm_lib
 from nested_learning.layers import tnt
 from nested_learning.models import embedding as embedding_lib
+from nested_learning.models import placement as placement_lib
 from nested_learning.models import stacks
 
 MixerConfig = (
@@ -27,6 +30,7 @@ MixerConfig = (
   | hybrids.MemoryAsLayerConfig
   | hybrids.MemoryAsGateConfig
   | hybrids.MemoryAsContextConfig
+  | memory_beside.MemoryBesideConfig
   | tnt.TntConfig
 )
 
@@ -48,6 +52,8 @@ class ModelConfig:
   chain: cms.ChainConfig = cms.ChainConfig()  # how the levels are connected
   norm: norm_lib.NormConfig = norm_lib.NormConfig()  # of mixers and outputs
   embedding: embedding_lib.EmbeddingConfig = embedding_lib.EmbeddingConfig()
+  # What some layers have and others do not, for pretrained models.
+  placement: placement_lib.PlacementConfig = placement_lib.PlacementConfig()
   # Type of the projections and MLPs.
   dtype: Literal['float32', 'bfloat16', 'float64'] = 'float32'
   # 'layer' recomputes each block in the backward pass.
@@ -58,25 +64,29 @@ class ModelConfig:
     for name in ('vocab_size', 'num_layers', 'embed_dim', 'max_length'):
       errors.check_field(self, name, getattr(self, name) >= 1, 'at least 1')
     cms.check(self.levels, self.chain)
-    if not self.pattern:
-      raise errors.UserError('mixer=() has no mixer; name at least one.')
-    if self.num_layers % len(self.pattern):
-      raise errors.UserError(
-        f'num_layers={self.num_layers} is not a multiple of the '
-        f'{len(self.pattern)} mixers of the pattern; repeat all of it.'
-      )
-    if (
-      self.embedding.positions == 'learned' and max_stream_length(self) is None
-    ):
+    length = max_stream_length(self)  # of blocks, which are checked with it
+    if self.embedding.positions == 'learned' and length is None:
       raise errors.UserError(
         "embedding.positions='learned' needs attention with window=None, which "
         'counts the tokens of a document; set it to none.'
       )
 
+  @functools.cached_property
+  def blocks(self) -> tuple[placement_lib.Block, ...]:
+    """Mixer and levels of the blocks that repeat; one if all are equal."""
+    return placement_lib.find_blocks(
+      self.placement, self.mixer, self.levels, self.num_layers
+    )
+
   @property
   def pattern(self) -> tuple[MixerConfig, ...]:
     """The mixers that the blocks repeat; one if all blocks are equal."""
-    return self.mixer if isinstance(self.mixer, tuple) else (self.mixer,)
+    return tuple(block.mixer for block in self.blocks)
+
+  @property
+  def is_grouped(self) -> bool:
+    """Whether parameters of blocks are named by their place in a pattern."""
+    return isinstance(self.mixer, tuple) or len(self.blocks) > 1
 
 
 def make_trunk(config: ModelConfig) -> base.Layer:
@@ -91,10 +101,8 @@ def make_trunk(config: ModelConfig) -> base.Layer:
     local loss in the `TokenInfo`, its state is a
     `layers.local_losses.StateAndGradients`.
   """
-  if isinstance(config.mixer, tuple):
-    group = _make_group([_make_block(config, mixer) for mixer in config.mixer])
-  else:
-    group = _make_block(config, config.mixer)
+  blocks = [_make_block(config, block) for block in config.blocks]
+  group = _make_group(blocks) if config.is_grouped else blocks[0]
   num_groups = config.num_layers // len(config.pattern)
   table = {
     'blocks': parameters.stack(group.table, num_groups),
@@ -123,9 +131,9 @@ def max_stream_length(config: ModelConfig) -> int | None:
   return config.max_length
 
 
-def _make_block(config: ModelConfig, mixer_config: MixerConfig) -> base.Layer:
+def _make_block(config: ModelConfig, parts: placement_lib.Block) -> base.Layer:
   """Makes a block: a mixer and a chain, both residual."""
-  mixer = mixer_config.make(
+  mixer = parts.mixer.make(
     embed_dim=config.embed_dim,
     max_length=config.max_length,
     dtype=jnp.dtype(config.dtype),
@@ -133,8 +141,8 @@ def _make_block(config: ModelConfig, mixer_config: MixerConfig) -> base.Layer:
   table = {
     **config.norm.table(config.embed_dim),
     'mixer': mixer.table,
-    'levels': cms.table(config.levels, embed_dim=config.embed_dim),
-    **cms.mix_table(config.levels, config.chain),
+    'levels': cms.table(parts.levels, embed_dim=config.embed_dim),
+    **cms.mix_table(parts.levels, config.chain),
   }
 
   def init_state(params, batch_size):
@@ -148,7 +156,7 @@ def _make_block(config: ModelConfig, mixer_config: MixerConfig) -> base.Layer:
       mixed, state = mixer.apply(params['mixer'], state, normed, info)
       mixed = config.norm.apply_after(params, mixed)
       chain = {'chain': config.chain, 'mix': params.get('mix')}
-      inputs = config.levels, params['levels'], x + mixed
+      inputs = parts.levels, params['levels'], x + mixed
       if info.local_loss is None:
         return cms.apply(*inputs, **chain), state
       x, gradients = local_losses.apply_with_gradients(

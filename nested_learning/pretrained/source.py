@@ -183,16 +183,24 @@ def load(
 
 
 def load_params(
-  source: Source,
-  config: models.ModelConfig,
-  *,
-  dtype: Any = None,
-  shardings: Any = None,
+  source: Source, config: models.ModelConfig, **settings: Any
 ) -> Any:
-  """Loads the parameters of a model from an open source; see `load`."""
+  """Loads the parameters of a model from an open source.
+
+  Args:
+    source: The open source.
+    config: The model, perhaps with memories and levels that the source lacks.
+    **settings: As for `weights.Map.load`.
+
+  Returns:
+    The parameters that the source has.
+
+  Raises:
+    errors.UserError: The source is of another model.
+  """
   found = make_map(source.config, config)
   found.check(source.tensors)
-  return found.load(source.tensors, dtype=dtype, shardings=shardings)
+  return found.load(source.tensors, **settings)
 
 
 def make_map(

@@ -9,6 +9,7 @@ all families that may have them. Paths of blocks are those below
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from nested_learning import layers
 from nested_learning import models
 from nested_learning.pretrained import axes
 
@@ -59,23 +60,48 @@ def expand(
   Yields:
     A `Place` for every row outside the blocks, and for every row and layer.
   """
-  period = len(config.pattern)
-  level = config.levels[0].name
+  period = len(config.blocks)
   for row in rows:
     if '{i}' not in row.name:
       yield Place(row.name, row.paths, None, row.turn)
       continue
     for i in range(config.num_layers):
-      prefix = 'blocks'
-      if isinstance(config.mixer, tuple):
-        prefix = f'blocks/{i % period}'
-      paths = (path.format(level=level) for path in row.paths)
+      block = config.blocks[i % period]
+      prefix = f'blocks/{i % period}' if config.is_grouped else 'blocks'
       yield Place(
         row.name.format(i=i),
-        tuple(f'{prefix}/{path}' for path in paths),
+        tuple(f'{prefix}/{_own(block, path)}' for path in row.paths),
         i // period,
         row.turn,
       )
+
+
+def is_added(config: models.ModelConfig, path: str) -> bool:
+  """Returns whether a parameter is one that pretrained models do not have.
+
+  These are memories beside attention, and levels beside the first of a layer;
+  see `models.complete`.
+  """
+  names = path.split('/')
+  if names[0] != 'blocks':
+    return False
+  block = config.blocks[int(names[1]) if config.is_grouped else 0]
+  part, name, *_ = (*names[2 if config.is_grouped else 1 :], '')
+  if part == 'mixer':
+    return _has_memory(block) and name == 'memory'
+  return part == 'mix' or (part == 'levels' and name != block.levels[0].name)
+
+
+def _has_memory(block: models.Block) -> bool:
+  return isinstance(block.mixer, layers.MemoryBesideConfig)
+
+
+def _own(block: models.Block, path: str) -> str:
+  """Returns the path of a parameter in a block."""
+  path = path.format(level=block.levels[0].name)
+  if _has_memory(block) and path.startswith('mixer/'):
+    return path.replace('mixer/', 'mixer/attention/')
+  return path
 
 
 def _row(name: str, paths: str | tuple[str, ...], turn: str) -> Row:

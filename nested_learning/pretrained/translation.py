@@ -64,6 +64,7 @@ def to_hf_config(
     errors.UserError: The family has no such model; it names what differs.
   """
   family = families.find(base.get('model_type'))
+  model = _join_levels(model, base['model_type'])
   wanted = _function(model)
   if len(base) > 1:
     same = _function(to_model_config(base, ignore=ignore)) == wanted
@@ -98,6 +99,31 @@ def to_hf_config(
       f'{theirs!r}; change it, or keep the model in this format.'
     )
   return new
+
+
+def _join_levels(model: models.ModelConfig, family: str) -> models.ModelConfig:
+  """Returns the model with one level, where every layer has one of them."""
+  if model.placement == models.PlacementConfig():
+    return model
+  if model.placement.memory is not None:
+    raise errors.UserError(
+      'model.placement.memory: the memories of layers '
+      f'{model.placement.memory_layers} have no form in {family}; keep the '
+      'model in this format.'
+    )
+  levels = {
+    dataclasses.replace(level, name='mlp', train_every=None, optimizer=None)
+    for block in model.blocks
+    for level in block.levels
+  }
+  if len(levels) > 1 or any(len(block.levels) > 1 for block in model.blocks):
+    raise errors.UserError(
+      f'model.placement.levels: a layer of {family} has one MLP, and all are '
+      'alike; keep the model in this format.'
+    )
+  return dataclasses.replace(
+    model, levels=tuple(levels), placement=models.PlacementConfig()
+  )
 
 
 def _function(model: models.ModelConfig) -> models.ModelConfig:

@@ -1,6 +1,6 @@
 """Parameters from a checkpoint's tensors, and tensors from parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import re
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from nested_learning import errors
 from nested_learning import models
 from nested_learning import parameters
+from nested_learning import subtrees
 from nested_learning.pretrained import axes
 from nested_learning.pretrained import tables
 from nested_learning.pretrained import tensors as tensors_lib
@@ -40,7 +41,11 @@ class Map:
     for place in self.places.values():
       for i, path in enumerate(place.paths):
         self._sources.setdefault(path, {})[place.layer] = place, i
-    missing = sorted(set(self._params) - set(self._sources))
+    missing = sorted(
+      path
+      for path in set(self._params) - set(self._sources)
+      if not tables.is_added(config, path)
+    )
     if missing:
       raise errors.UserError(
         f'this family has no tensor for {tensors_lib.all_tensors(missing)} of '
@@ -96,6 +101,7 @@ class Map:
     tensors: Mapping[str, tensors_lib.Tensor],
     *,
     dtype: Any = None,
+    keep: Callable[[str], bool] = lambda path: False,
     shardings: Any = None,
   ) -> Any:
     """Reads parameters, no more than one of them in memory beside the result.
@@ -103,28 +109,37 @@ class Map:
     Args:
       tensors: Tensors that `check` has passed.
       dtype: Type of the parameters; None keeps that of each tensor.
+      keep: `keep(path)` says which parameters keep the type of their tensor
+        whatever `dtype` is.
       shardings: A tree like the table; None places all on one device. A process
         reads only the parts that its devices hold.
 
     Returns:
-      A tree of arrays like the table.
+      A tree of arrays like the table, without what pretrained models lack, see
+      `models.complete`.
     """
+    there = lambda path: path in self._sources
+    is_leaf = lambda x: isinstance(x, parameters.Param)
+    table = subtrees.select(self.table, there, is_leaf=is_leaf)
 
-    def leaf(path, param, sharding):
+    def leaf(path, param, sharding=None):
       name = parameters.path_name(path)
+      own = None if keep(name) else dtype
       if sharding is None:
-        return jax.device_put(self._part(tensors, name, dtype, None))
-      part = lambda index: self._part(tensors, name, dtype, index)
+        return jax.device_put(self._part(tensors, name, own, None))
+      part = lambda index: self._part(tensors, name, own, index)
       return jax.make_array_from_callback(param.shape, sharding, part)
 
-    is_leaf = lambda x: isinstance(x, parameters.Param)
-    if shardings is None:
-      return jax.tree_util.tree_map_with_path(
-        lambda path, param: leaf(path, param, None), self.table, is_leaf=is_leaf
-      )
-    return jax.tree_util.tree_map_with_path(
-      leaf, self.table, shardings, is_leaf=is_leaf
-    )
+    more = [] if shardings is None else [subtrees.select(shardings, there)]
+    return jax.tree_util.tree_map_with_path(leaf, table, *more, is_leaf=is_leaf)
+
+  def dtypes(self, tensors: Mapping[str, tensors_lib.Tensor]) -> dict[str, Any]:
+    """Returns the type of each parameter that keeps that of its tensors."""
+    found = {}
+    for path, sources in self._sources.items():
+      place, _ = sources[min(sources, key=lambda layer: layer or 0)]
+      found[path] = tensors_lib.dtype_of(place.name, tensors[place.name])
+    return found
 
   def dump(
     self, params: Any, dtypes: Mapping[str, str]
