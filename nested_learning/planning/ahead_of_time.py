@@ -103,7 +103,7 @@ def compile_for(
     )
   spec = make_workload.make_step_spec(config)
   optimizer = optimizer_lib.make_optimizer(config, spec.model.table)
-  state = sharded_step.abstract_state(config, spec.model, optimizer, mesh)
+  params = sharded_step.abstract_params(config, spec.model, mesh)
   traced = sharded_step.trace_step(
     config,
     spec.model,
@@ -124,10 +124,10 @@ def compile_for(
     'hbm_bytes': int(topology.hbm_bytes),
     **_compile(traced, topology, mesh, model_flops, config.batch_tokens),
     'decode': _compile(
-      _trace_decode(config, spec.model, state.params, mesh),
+      _trace_decode(config, spec.model, params, mesh),
       topology,
       mesh,
-      _decode_flops(config, spec.model, state.params),
+      _decode_flops(config, spec.model, params),
       config.micro_batch_size,
     ),
     'assumptions': list(compilation.ASSUMPTIONS),
@@ -236,7 +236,7 @@ def _forward_flops(config, spec) -> int:
 
 def _decode_arguments(config, model, params, mesh):
   rows = config.micro_batch_size
-  streams = sharded_step.abstract_stream(model, params, rows, mesh)
+  streams = sharded_step.abstract_stream(model, rows, mesh)
   tokens = jax.ShapeDtypeStruct(
     (rows, 1), 'int32', sharding=sharding.batch_sharding(mesh)
   )

@@ -44,6 +44,7 @@ def restore(
   *,
   config: config_lib.ExperimentConfig,
   tokenizer_fingerprint: str,
+  base_fingerprint: str = '',
   step: int | None = None,
 ) -> Restored:
   """Restores a checkpoint: the latest of a run that is not damaged.
@@ -59,6 +60,8 @@ def restore(
     abstract: The items to read, `jax.ShapeDtypeStruct`s with shardings.
     config: The experiment that resumes from it.
     tokenizer_fingerprint: Fingerprint of the tokens in use.
+    base_fingerprint: `trainable.fingerprint` of the parameters in use that are
+      frozen.
     step: The only step to try; None tries all, the latest first.
 
   Returns:
@@ -84,6 +87,7 @@ def restore(
       ):
         manifest, data = _look_together(look)
         theirs = _check_origin(manifest, config, tokenizer_fingerprint, folder)
+        _check_base(manifest, config, theirs, base_fingerprint, folder)
         if 'optimizer' in abstract:
           _check_optimizers(config, theirs, folder)
         _check_arrays(manifest, abstract, folder)
@@ -239,6 +243,24 @@ def _check_origin(manifest, config, tokenizer_fingerprint, folder):
       f'{ours!r}; use the config.json of that run, or another --workdir.'
     )
   return theirs
+
+
+def _check_base(manifest, ours, theirs, fingerprint: str, folder) -> None:
+  """Raises a UserError if other parameters were frozen."""
+  trainable, saved = ours.train.trainable, theirs.train.trainable
+  if trainable != saved:
+    raise errors.UserError(
+      f'{folder} was written with train.trainable={saved!r}, and this config '
+      f'has {trainable!r}; use the config.json of that run, or another '
+      '--workdir.'
+    )
+  written = manifest.get('base_fingerprint', '')
+  if written != fingerprint:
+    raise errors.UserError(
+      f'{folder} was trained on another base (fingerprint {written}) than '
+      f'base={ours.base} ({fingerprint}); set base to the model that it was '
+      'trained on.'
+    )
 
 
 def _check_optimizers(

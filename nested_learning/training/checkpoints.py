@@ -143,6 +143,7 @@ def save(
   data: Mapping[str, Any],
   config: config_lib.ExperimentConfig,
   tokenizer_fingerprint: str,
+  base_fingerprint: str = '',
   train_seconds: float = 0.0,
 ) -> None:
   """Starts a save, and returns while it is being written.
@@ -154,6 +155,8 @@ def save(
     data: State of the data iterator, JSON-able.
     config: The experiment, for the manifest.
     tokenizer_fingerprint: Fingerprint of the tokens that it was trained on.
+    base_fingerprint: `trainable.fingerprint` of the parameters that are frozen
+      and not in the state; '' if there are none.
     train_seconds: Time spent training so far.
 
   Raises:
@@ -172,6 +175,7 @@ def save(
     'step': step,
     'config': configs.to_json(config),
     'tokenizer_fingerprint': tokenizer_fingerprint,
+    'base_fingerprint': base_fingerprint,
     'train_seconds': train_seconds,
     'time': time.strftime('%Y-%m-%d %H:%M:%S'),
     **_software(),

@@ -27,6 +27,10 @@ class TrainConfig:
   """Length of training, optimiser and checkpoints."""
 
   num_steps: int = 1000  # optimiser steps, one global batch each
+  # Parameters that are trained where the run has a base: 'all', or 'memory',
+  # 'levels', 'lora' and patterns over paths (blocks/*/norm), joined by '+'.
+  trainable: str = 'all'
+  lora_rank: int = 8  # of changes of attention's matrices, with 'lora'
   # Of all parameters but those of levels that name another.
   optimizer: optimizers.OptimizerConfig = optimizers.configs.AdamW()
   learning_rate: float = 1e-3  # peak
@@ -55,6 +59,7 @@ class TrainConfig:
       'evaluate_every',
       'checkpoint_every',
       'keep_checkpoints',
+      'lora_rank',
     ):
       _check(self, name, getattr(self, name) >= 1, 'at least 1')
     for name in ('learning_rate', 'clip_norm'):
@@ -96,6 +101,7 @@ class ExperimentConfig:
     errors.check_field(
       self, 'seed', 0 <= self.seed < 2**32, 'at least 0 and below 2^32'
     )
+    _check_trainable(self)
     _check_rows(self)
     _check_levels(self)
     _check_context(self)
@@ -175,6 +181,24 @@ class ExperimentConfig:
   def carries_state(self) -> bool:
     """Whether each row continues that row of the batch before."""
     return self.data.carries_state
+
+
+def _check_trainable(config: ExperimentConfig) -> None:
+  """Checks that frozen parameters come from somewhere."""
+  trainable = config.train.trainable
+  if trainable == 'all':
+    return
+  if config.base is None:
+    raise errors.UserError(
+      f'train.trainable={trainable!r} freezes the others, which are random '
+      'where base=None; set base to a pretrained model, or train all.'
+    )
+  for name, rule in config.rules.items():
+    if isinstance(rule, optimizers.configs.Dgd):
+      raise errors.UserError(
+        f'{config.rule_field(name)}=dgd needs the inputs of all matrices, and '
+        f'train.trainable={trainable!r} freezes some; set it to adamw.'
+      )
 
 
 def _check_rows(config: ExperimentConfig) -> None:

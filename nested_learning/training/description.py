@@ -10,6 +10,7 @@ from nested_learning import markdown
 from nested_learning import models
 from nested_learning import parameters
 from nested_learning import sharding
+from nested_learning import subtrees
 from nested_learning.training import config as config_lib
 from nested_learning.training import optimizer as optimizer_lib
 from nested_learning.training import sharded_step
@@ -35,12 +36,13 @@ def describe(config: config_lib.ExperimentConfig) -> str:
   mesh = _mesh(config)
   state = sharded_step.abstract_state(config, model, optimizer, mesh)
   streams = sharded_step.abstract_stream(
-    model, state.params, config.data.batch_size // config.train.accumulate, mesh
+    model, config.data.batch_size // config.train.accumulate, mesh
   )
-  num_params = parameters.count(model.table)
+  num_params, frozen = parameters.count(model.table), state.frozen
   sizes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
   memory = [
     ('parameters', _bytes(state.params)),
+    *([('frozen parameters', _bytes(frozen))] if frozen else []),
     ('optimiser state', _bytes(state.optimizer)),
     ('gradients', _bytes(state.params)),
     ('state of the streams of a micro-batch', _bytes(streams)),
@@ -124,7 +126,7 @@ def _mesh(config: config_lib.ExperimentConfig) -> Any:
 def _groups(model: models.Model) -> list[tuple[str, ...]]:
   """Returns a row per group of parameters: a part of the mixer, a level."""
   total, sizes = parameters.count(model.table), {}
-  depth = 4 if isinstance(model.config.mixer, tuple) else 3
+  depth = 4 if model.config.is_grouped else 3
   for path, x in jax.tree.leaves_with_path(parameters.abstract(model.table)):
     group = '/'.join(parameters.path_name(path).split('/')[:depth])
     sizes[group] = sizes.get(group, 0) + x.size
@@ -136,15 +138,16 @@ def _groups(model: models.Model) -> list[tuple[str, ...]]:
 def _levels(
   config: config_lib.ExperimentConfig, params: Any
 ) -> list[tuple[str, ...]]:
-  """Returns a row per clock: its parameters and number of updates."""
+  """Returns a row per clock: its trained parameters and number of updates."""
   sizes: dict[str, int] = {}
-  labels = models.level_labels(
-    config.model,
-    models.make_model(config.model, config.inner, head=config.head).table,
+  table = models.make_model(config.model, config.inner, head=config.head).table
+  labels = models.level_labels(config.model, table)
+  labels = dict(
+    zip(subtrees.paths(labels), jax.tree.leaves(labels), strict=True)
   )
-  for label, param in zip(
-    jax.tree.leaves(labels), jax.tree.leaves(params), strict=True
-  ):
+  leaves = jax.tree.leaves(params)
+  for path, param in zip(subtrees.paths(params), leaves, strict=True):
+    label = labels.get(path, 'base')  # of low-rank changes
     sizes[label] = sizes.get(label, 0) + param.size
   clocks = {level.name: level.train_every for level in config.model.levels}
   rows = []

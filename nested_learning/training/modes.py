@@ -30,6 +30,7 @@ from nested_learning.training import metrics as metrics_lib
 from nested_learning.training import pretrained_runs
 from nested_learning.training import report
 from nested_learning.training import session
+from nested_learning.training import trainable
 from nested_learning.training import trainer
 from nested_learning.training import workload as workload_lib
 
@@ -105,23 +106,27 @@ def restore_params(
       f'{workdir} holds no checkpoint; run --mode=train first, or give the '
       '--workdir of a run.'
     )
-  table = models.make_model(config.model, config.inner, head=config.head).table
+  model = models.make_model(config.model, config.inner, head=config.head)
   mesh = trainer.make_mesh(config)
+  if not has_checkpoints:
+    return pretrained_runs.load_params(config, model, mesh), 0
+  frozen = pretrained_runs.load_frozen(config, model, mesh)
+  table = trainable.trained_table(config, model.table)
   abstract = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     parameters.abstract(table),
     sharding.param_shardings(table, mesh),
   )
-  if not has_checkpoints:
-    return pretrained_runs.load_base(config, abstract), 0
   with checkpoints.open_manager(workdir, read_only=True) as manager:
     restored = checkpoint_restore.restore(
       manager,
       {'params': abstract},
       config=config,
       tokenizer_fingerprint=tokenizer_fingerprint,
+      base_fingerprint=trainable.fingerprint(frozen),
     )
-  return restored.state['params'], restored.step
+  params = trainable.combine(restored.state['params'], frozen)
+  return params, restored.step
 
 
 @contextlib.contextmanager

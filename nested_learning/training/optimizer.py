@@ -12,6 +12,7 @@ from nested_learning import optimizers
 from nested_learning import parameters
 from nested_learning.training import config as config_lib
 from nested_learning.training import matrices
+from nested_learning.training import trainable
 
 
 def make_schedule(config: config_lib.TrainConfig) -> optax.Schedule:
@@ -59,14 +60,17 @@ def make_optimizer(
     table: The model's parameters.
 
   Returns:
-    An optax transformation for parameters of that table.
+    An optax transformation for those parameters of the table that are trained.
 
   Raises:
     errors.UserError: Delta Gradient Descent finds no map in a level.
   """
   schedule = make_schedule(config.train)
   rules = config.rules
-  mask = _by_path(decay_mask(table))
+  own = trainable.trained_table(config, table)
+  labels = _by_path(models.level_labels(config.model, table), 'base')
+  labels = labels(parameters.abstract(own))
+  mask = _by_path(decay_mask(own))
   traced, accumulate = {}, {}
   kinds = optimizers.configs
   of_matrices = kinds.Muon | kinds.M3 | kinds.DeltaMomentum | kinds.DeepMomentum
@@ -91,16 +95,16 @@ def make_optimizer(
     )
     return optimizers.Level(name, train_every, optimizer)
 
-  chain = [
-    make_level(level.name, level.train_every or config.batch_tokens)
+  clocks = {'base': config.batch_tokens} | {
+    level.name: level.train_every or config.batch_tokens
     for level in config.model.levels
-    if level.trains_apart
-  ]
+  }
+  present = set(jax.tree.leaves(labels))
   return optax.chain(
     optax.clip_by_global_norm(config.train.clip_norm),
     optimizers.multi_timescale(
-      [make_level('base', config.batch_tokens), *chain],
-      models.level_labels(config.model, table),
+      [make_level(*item) for item in clocks.items() if item[0] in present],
+      labels,
       tokens_per_step=config.batch_tokens,
       accumulate=accumulate,
     ),
@@ -123,13 +127,14 @@ def _has(rules: Mapping[str, Any], kind: Any) -> bool:
   return any(isinstance(rule, kind) for rule in rules.values())
 
 
-def _by_path(tree: Any) -> Callable[[Any], Any]:
+def _by_path(tree: Any, default: Any = None) -> Callable[[Any], Any]:
   """Returns a function that picks the values for some of the parameters.
 
   Optimisers of levels see trees in which the parameters of others are missing.
 
   Args:
     tree: A value per parameter; None is a value.
+    default: Value of the parameters of low-rank changes, which have no other.
   """
   values = {
     parameters.path_name(path): value
@@ -137,7 +142,7 @@ def _by_path(tree: Any) -> Callable[[Any], Any]:
   }
   return functools.partial(
     jax.tree_util.tree_map_with_path,
-    lambda path, _: values[parameters.path_name(path)],
+    lambda path, _: values.get(parameters.path_name(path), default),
   )
 
 

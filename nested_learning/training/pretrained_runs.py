@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 
 from nested_learning import configs
 from nested_learning import data as data_lib
@@ -16,9 +17,12 @@ from nested_learning import inference
 from nested_learning import models
 from nested_learning import parameters
 from nested_learning import pretrained
+from nested_learning import sharding
+from nested_learning import subtrees
 from nested_learning.pretrained import source as source_lib
 from nested_learning.pretrained import tensors as tensors_lib
 from nested_learning.training import config as config_lib
+from nested_learning.training import trainable
 
 _FOLDER = 'pretrained'  # below the workdir of an import
 _MAX_LENGTH = 2048  # tokens, unless --max_length says another number
@@ -101,27 +105,91 @@ def import_run(
   )
 
 
-def load_base(config: config_lib.ExperimentConfig, abstract: Any) -> Any:
+def load_base(
+  config: config_lib.ExperimentConfig, table: parameters.Table, mesh: Any
+) -> Any:
   """Loads the pretrained weights that a run begins with.
 
   Args:
     config: The experiment.
-    abstract: Shapes, types and shardings of the parameters.
+    table: Parameters of its model.
+    mesh: The mesh over which they are sharded.
 
   Returns:
-    The parameters; None if the run begins with random ones.
+    The parameters, without those that are added to the pretrained model, in
+    float32 and, if they are frozen, in their own type; None if the run begins
+    with random ones.
 
   Raises:
     errors.UserError: They are gone, damaged, or of another model.
   """
   if config.base is None:
     return None
-  source = open_base(config)
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  dtype = jax.tree.leaves(abstract)[0].dtype
+  is_trained = trainable.make_filter(config, table)
   return source_lib.load_params(
-    source, config.model, dtype=dtype, shardings=shardings
+    open_base(config),
+    config.model,
+    dtype=np.float32,
+    keep=lambda path: not is_trained(path),
+    shardings=sharding.param_shardings(table, mesh),
   )
+
+
+def load_params(
+  config: config_lib.ExperimentConfig, model: models.Model, mesh: Any
+) -> Any:
+  """Returns all parameters at the start of a run with a base."""
+  base = load_base(config, model.table, mesh)
+
+  def start(key, base):
+    return trainable.combine(*trainable.start(config, model, key, base))
+
+  shardings = sharding.param_shardings(model.table, mesh)
+  start = jax.jit(start, out_shardings=shardings, donate_argnums=1)
+  return start(jax.random.key(config.seed), base)
+
+
+def load_frozen(
+  config: config_lib.ExperimentConfig, model: models.Model, mesh: Any
+) -> Any:
+  """Returns the parameters that are frozen; None if all are trained."""
+  if not trainable.is_partial(config):
+    return None
+  is_trained = trainable.make_filter(config, model.table)
+  shardings = subtrees.select(
+    sharding.param_shardings(model.table, mesh),
+    lambda path: not is_trained(path),
+  )
+  start = jax.jit(
+    lambda key, base: trainable.start(config, model, key, base)[1],
+    out_shardings=shardings,
+    donate_argnums=1,
+  )
+  base = load_base(config, model.table, mesh)
+  return start(jax.random.key(config.seed), base)
+
+
+def abstract_base(
+  config: config_lib.ExperimentConfig, table: parameters.Table
+) -> Any:
+  """Returns shapes and types of `load_base`, or None; reads no weight.
+
+  Types matter where some parameters are frozen.
+  """
+  if not trainable.is_partial(config):
+    return None
+  source = open_base(config)
+  found = source_lib.make_map(source.config, config.model)
+  found.check(source.tensors)
+  dtypes = found.dtypes(source.tensors)
+  is_trained = trainable.make_filter(config, table)
+  shapes = subtrees.select(parameters.abstract(table), dtypes.__contains__)
+
+  def leaf(path, x):
+    name = parameters.path_name(path)
+    return x if is_trained(name) else x.update(dtype=dtypes[name])
+
+  return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 def export_run(

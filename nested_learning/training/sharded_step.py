@@ -10,9 +10,13 @@ import optax
 from nested_learning import errors
 from nested_learning import evaluation
 from nested_learning import models
+from nested_learning import parameters
 from nested_learning import sharding
+from nested_learning import subtrees
 from nested_learning.training import config as config_lib
+from nested_learning.training import pretrained_runs
 from nested_learning.training import step as step_lib
+from nested_learning.training import trainable
 from nested_learning.training import workload as workload_lib
 
 # Fields of `memory.State` that are [b, h, ...].
@@ -93,14 +97,22 @@ def abstract_state(
       'data.batch_size, train.accumulate, mesh.data or mesh.fsdp.'
     )
   init = step_lib.make_init(config, model, optimizer)
-  shapes = jax.eval_shape(init, jax.random.key(0))
-  param_shardings = sharding.param_shardings(model.table, mesh)
+  base = pretrained_runs.abstract_base(config, model.table)
+  shapes = jax.eval_shape(init, jax.random.key(0), base)
+  is_trained = trainable.make_filter(config, model.table)
+  table = trainable.full_table(config, model.table)
+  both = sharding.param_shardings(table, mesh)
+  param_shardings = subtrees.select(both, is_trained)
+  frozen = None
+  if shapes.frozen is not None:
+    frozen = subtrees.select(both, lambda path: not is_trained(path))
   shardings = step_lib.TrainState(
     params=param_shardings,
+    frozen=frozen,
     optimizer=_shard_like_params(
       shapes.optimizer, shapes.params, param_shardings, mesh
     ),
-    stream=_shard_rows(model, shapes.params, mesh, stacked=True)
+    stream=_shard_rows(model, _abstract(model), mesh, stacked=True)
     if config.carries_state
     else None,
     guard=jax.tree.map(lambda _: sharding.replicated(mesh), shapes.guard),
@@ -108,12 +120,26 @@ def abstract_state(
   return _with_shardings(shapes, shardings)
 
 
-def abstract_stream(
-  model: models.Model, params: Any, num_rows: int, mesh: Any
+def abstract_params(
+  config: config_lib.ExperimentConfig, model: models.Model, mesh: Any
 ) -> Any:
+  """Returns all parameters of the model as shapes, dtypes and shardings."""
+  base = pretrained_runs.abstract_base(config, model.table)
+  shapes = _abstract(model)
+  if base is not None:
+    shapes = subtrees.merge(shapes, base)
+  return _with_shardings(shapes, sharding.param_shardings(model.table, mesh))
+
+
+def abstract_stream(model: models.Model, num_rows: int, mesh: Any) -> Any:
   """Returns the model's state for `num_rows` rows as shapes and shardings."""
+  params = _abstract(model)
   shapes = jax.eval_shape(lambda p: model.init_state(p, num_rows), params)
   return _with_shardings(shapes, _shard_rows(model, params, mesh))
+
+
+def _abstract(model: models.Model) -> Any:
+  return parameters.abstract(model.table)
 
 
 def _with_shardings(shapes, shardings):

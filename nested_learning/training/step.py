@@ -13,6 +13,7 @@ from nested_learning import optimizers
 from nested_learning.training import config as config_lib
 from nested_learning.training import guard as guard_lib
 from nested_learning.training import matrices
+from nested_learning.training import trainable
 from nested_learning.training import workload as workload_lib
 
 
@@ -20,17 +21,24 @@ class TrainState(NamedTuple):
   """The state of training between two steps.
 
   Attributes:
-    params: The model's parameters.
+    params: The parameters that are trained.
     optimizer: State of the optimiser.
     stream: The model's state, one per micro-batch along a leading axis; None if
       every batch starts streams of its own.
     guard: Counts of the steps taken and skipped.
+    frozen: The model's other parameters; None if all are trained.
   """
 
   params: Any
   optimizer: Any
   stream: Any
   guard: guard_lib.Guard
+  frozen: Any = None
+
+  @property
+  def all_params(self) -> Any:
+    """All parameters of the model."""
+    return trainable.combine(self.params, self.frozen)
 
 
 def make_init(
@@ -38,19 +46,21 @@ def make_init(
   model: models.Model,
   optimizer: optax.GradientTransformation,
 ) -> Callable[[jax.Array], TrainState]:
-  """Makes `init(key, params=None) -> TrainState`; params None are drawn."""
+  """Makes `init(key, base=None) -> TrainState`; what base lacks is drawn."""
 
-  def init(key, params=None):
-    params = model.init_params(key) if params is None else params
+  def init(key, base=None):
+    params, frozen = trainable.start(config, model, key, base)
     stream = None
     if config.carries_state:
       num_micro = config.train.accumulate
-      start = model.init_state(params, config.data.batch_size // num_micro)
+      start = model.init_state(
+        trainable.combine(params, frozen), config.data.batch_size // num_micro
+      )
       stream = jax.tree.map(
         lambda x: jnp.broadcast_to(x, (num_micro, *x.shape)), start
       )
     return TrainState(
-      params, optimizer.init(params), stream, guard_lib.init_guard()
+      params, optimizer.init(params), stream, guard_lib.init_guard(), frozen
     )
 
   return init
@@ -116,7 +126,10 @@ def make_update(
   )
 
   def step(state, batch):
-    loss, gradients, extra, stream = compute(state.params, state.stream, batch)
+    combine = lambda params: trainable.combine(params, state.frozen)
+    loss, gradients, extra, stream = compute(
+      state.params, combine, state.stream, batch
+    )
     norm = optax.tree.norm(gradients)
     sound, guard = guard_lib.check_step(
       state.guard, loss=loss, gradient_norm=norm, spike_factor=spike_factor
@@ -127,7 +140,8 @@ def make_update(
         gradients, state.optimizer, state.params, **extra
       )
       params = optax.apply_updates(state.params, updates)
-      carried = models.follow(model, stream, state.params, params)
+      both = map(combine, (state.params, params))
+      carried = models.follow(model, stream, *both)
       return params, opt_state, carried
 
     def skip():
@@ -143,23 +157,24 @@ def make_update(
     }
     for name, value in optimizers.telemetry(opt_state).items():
       metrics[f'levels/{name}'] = value.astype(jnp.float32)
-    return TrainState(params, opt_state, stream, guard), metrics
+    return TrainState(params, opt_state, stream, guard, state.frozen), metrics
 
   return step
 
 
 def _make_gradients(model, token_loss, num_micro, carries_state, delta_grad):
-  """Makes `compute(params, stream, batch)`: loss, gradients, extra, stream."""
+  """Makes `compute`, which returns loss, gradients, extra and stream."""
   loss_fn = workload_lib.make_loss(model, token_loss)
 
   def split(x):
     # Row i goes to micro-batch i mod num_micro, so no row changes device.
     return jnp.swapaxes(x.reshape(-1, num_micro, *x.shape[1:]), 0, 1)
 
-  def compute(params, stream, batch):
+  def compute(params, combine, stream, batch):
     num_targets = jnp.maximum(jnp.sum(batch['mask']), 1)  # avoids 0 / 0
 
     def micro_loss(params, stream, micro):
+      params = combine(params)
       if carries_state:
         constant = jax.lax.stop_gradient(params)
         stream = models.follow(model, stream, constant, params)

@@ -27,6 +27,7 @@ from nested_learning.training import optimizer as optimizer_lib
 from nested_learning.training import pretrained_runs
 from nested_learning.training import sharded_step
 from nested_learning.training import step as step_lib
+from nested_learning.training import trainable
 from nested_learning.training import workload as workload_lib
 
 
@@ -90,7 +91,7 @@ def train(
       config, workload.model, optimizer, mesh
     )
     start, state, train_seconds = _restore_or_init(
-      config, workload, optimizer, abstract, manager, batches
+      config, workload, optimizer, mesh, abstract, manager, batches
     )
     take_step, compile_seconds = _compile(config, workload, optimizer, mesh)
     with metrics_lib.RunLog(
@@ -98,15 +99,26 @@ def train(
     ) as log:
       _say_start(log, config, workdir, start, mesh)
       run = _Run(
-        config, workdir, workload, mesh, batches, evaluate, manager, log, stop
+        config,
+        workdir,
+        workload,
+        mesh,
+        batches,
+        evaluate,
+        manager,
+        log,
+        stop,
+        trainable.fingerprint(state.frozen),
       )
       state, evaluated = _take_steps(run, take_step, state, start)
     if evaluated is None and evaluate is not None:  # no step was left to take
       with interrupts.ending(trained_message(config, workdir)):
-        evaluated = evaluate(state.params, config.train.num_steps, None)
+        evaluated = evaluate(state.all_params, config.train.num_steps, None)
   if stop.requested():
     interrupts.end(stop.signal, trained_message(config, workdir))
-  return Outcome(state.params, evaluated, log.train_seconds, compile_seconds)
+  return Outcome(
+    state.all_params, evaluated, log.train_seconds, compile_seconds
+  )
 
 
 class _Run(NamedTuple):
@@ -121,6 +133,7 @@ class _Run(NamedTuple):
   manager: checkpoints.Manager
   log: metrics_lib.RunLog
   stop: interrupts.Stop
+  base_fingerprint: str
 
 
 def _take_steps(run: _Run, take_step, state, start: int):
@@ -151,6 +164,7 @@ def _take_steps(run: _Run, take_step, state, start: int):
       data=run.batches.get_state(),
       config=run.config,
       tokenizer_fingerprint=run.workload.fingerprint,
+      base_fingerprint=run.base_fingerprint,
       train_seconds=log.train_seconds,
     )
     if stopping:
@@ -166,7 +180,7 @@ def _evaluate(run: _Run, step: int, state) -> Any:
   if run.evaluate is None:
     return None
   try:
-    evaluated = run.evaluate(state.params, step, run.stop)
+    evaluated = run.evaluate(state.all_params, step, run.stop)
   except interrupts.Interrupted:
     _end(run, step)
   run.log.write_evaluation(step, evaluated)
@@ -262,20 +276,24 @@ def _make_evaluate(config, workload, mesh) -> Callable[..., Any] | None:
   return evaluate
 
 
-def _restore_or_init(config, workload, optimizer, abstract, manager, batches):
+def _restore_or_init(
+  config, workload, optimizer, mesh, abstract, manager, batches
+):
   """Returns the steps done, the state and the seconds of training so far."""
   if manager.latest_step() is None:
     init = step_lib.make_init(config, workload.model, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     # Under jit every part is made where it will stay.
     init = jax.jit(init, out_shardings=shardings, donate_argnums=1)
-    params = pretrained_runs.load_base(config, abstract.params)
-    return 0, init(jax.random.key(config.seed), params), 0.0
+    base = pretrained_runs.load_base(config, workload.model.table, mesh)
+    return 0, init(jax.random.key(config.seed), base), 0.0
+  frozen = pretrained_runs.load_frozen(config, workload.model, mesh)
   restored = checkpoint_restore.restore(
     manager,
     _items(abstract),
     config=config,
     tokenizer_fingerprint=workload.fingerprint,
+    base_fingerprint=trainable.fingerprint(frozen),
   )
   if restored.step > config.train.num_steps:
     raise errors.UserError(
@@ -284,7 +302,8 @@ def _restore_or_init(config, workload, optimizer, abstract, manager, batches):
       '--workdir.'
     )
   batches.set_state(restored.data)
-  state = step_lib.TrainState(**{'stream': None, **restored.state})
+  state = {'stream': None, 'frozen': frozen, **restored.state}
+  state = step_lib.TrainState(**state)
   return restored.step, state, restored.manifest['train_seconds']
 
 
@@ -332,4 +351,5 @@ def make_mesh(config: config_lib.ExperimentConfig) -> jax.sharding.Mesh:
 
 def _items(state: step_lib.TrainState) -> dict[str, Any]:
   """Returns the parts of a state that a checkpoint keeps, by name."""
-  return {k: v for k, v in state._asdict().items() if v is not None}
+  parts = state._asdict().items()
+  return {k: v for k, v in parts if v is not None and k != 'frozen'}

@@ -31,7 +31,7 @@ from tests import compiling
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _DATA = _ROOT / 'tests' / 'pretrained' / 'data'
 _LETTERS = 'abcdefghijklmnopqrstuvwxyz'
-_TEXT = 'a model reads what others wrote and learns from it '
+TEXT = 'a model reads what others wrote and learns from it '
 
 
 def make_tokenizer(num_more=0):
@@ -48,7 +48,9 @@ def make_tokenizer(num_more=0):
   )
 
 
-class PretrainedRunsTest(parameterized.TestCase):
+class Imports(parameterized.TestCase):
+  """A workdir with an imported model."""
+
   def setUp(self):
     super().setUp()
     self.root = pathlib.Path(self.create_tempdir().full_path)
@@ -75,6 +77,8 @@ class PretrainedRunsTest(parameterized.TestCase):
     fingerprint = text_workload.make_tokenizer(config).fingerprint
     return modes.restore_params(config, workdir, fingerprint)[0]
 
+
+class PretrainedRunsTest(Imports):
   @parameterized.parameters('llama', 'gpt2', 'gemma3')
   def test_an_import_has_the_logits_of_the_model(self, name):
     config = self.imported(name=name)
@@ -136,7 +140,7 @@ class PretrainedRunsTest(parameterized.TestCase):
 
   def test_training_begins_with_the_base_and_is_exported(self):
     base = self.imported(dtype=ml_dtypes.bfloat16)
-    (self.root / 'text.txt').write_text(_TEXT * 100)
+    (self.root / 'text.txt').write_text(TEXT * 100)
     config = configs.override(
       base,
       [
