@@ -74,6 +74,7 @@ class PageTest(absltest.TestCase):
     expect(page.locator('.message')).to_have_count(3)
     expect(log.nth(1)).to_contain_text(re.compile('^chat'))
     expect(page.locator('#losses polyline')).to_have_count(1)
+    expect(page.locator('#axes')).to_contain_text('nats per token')
     after = sessions.first.text_content()
     page.click('[data-do=fork]')
     expect(sessions).to_have_count(2)
