@@ -27,7 +27,8 @@ def override(config: Any, assignments: Sequence[str]) -> Any:
       a choice between classes. `all` in place of an index is all entries, and
       comes before indices. The value of a config, or the values of a tuple of
       them, are those of the field `SHORT` of its class, if it names one; other
-      fields keep their values, and new entries have the defaults.
+      fields keep their values, and new entries have the defaults, or are like
+      the last one if a field of their class has none.
 
   Returns:
     The changed config.
@@ -209,7 +210,8 @@ def _from_text(text: str, kind: Any, path: str, now: Any) -> Any:
         if not all(hasattr(k, 'SHORT') for k in kinds):
           break  # Entries that are configs are changed by index.
         olds = now if isinstance(now, tuple) else ()
-        olds = (*olds, *[None] * len(items))[: len(items)]
+        new = olds[-1] if olds and not _has_defaults(type(olds[-1])) else None
+        olds = (*olds, *[new] * len(items))[: len(items)]
         return tuple(
           _from_text(item, k, fields.join(path, str(i)), old)
           for i, (item, k, old) in enumerate(
@@ -241,6 +243,15 @@ def _from_text(text: str, kind: Any, path: str, now: Any) -> Any:
   raise errors.UserError(
     f'{path}={text} does not fit: {path} is {fields.describe(kind)}, '
     f'now {fields.short(now)}.{way_out}'
+  )
+
+
+def _has_defaults(cls: type) -> bool:
+  """Returns whether every field of a config class has a default."""
+  missing = dataclasses.MISSING
+  return all(
+    field.default is not missing or field.default_factory is not missing
+    for field in fields.init_fields(cls)
   )
 
 

@@ -49,6 +49,7 @@ class LevelConfig:
   mlp: mlp_lib.MlpConfig = mlp_lib.MlpConfig()  # its function
 
   RENAMED: ClassVar = {'chunk_size': 'train_every'}
+  SHORT: ClassVar = 'name'  # as in --set=model.levels=fast,slow
 
   def __post_init__(self):
     is_plain = isinstance(self.name, str) and _NAME.fullmatch(self.name)

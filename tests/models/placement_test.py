@@ -169,6 +169,22 @@ class AddMemoryTest(parameterized.TestCase):
     self.assertLen(config.blocks, 2)
     self.assertEqual(configs.from_json(configs.to_json(config)), config)
 
+  def test_levels_from_the_command_line(self):
+    config = configs.override(
+      _GEMMA, ['levels=fast,slow', 'placement.levels=last_quarter']
+    )
+    expected, _ = models.stack_levels(
+      _GEMMA, make(_GEMMA)[1], ('fast', 'slow'), placement='last_quarter'
+    )
+    self.assertEqual(config, expected)
+    self.assertEqual(configs.from_json(configs.to_json(config)), config)
+    config = configs.override(
+      config, ['placement.levels=slow,(fast,slow),slow,slow']
+    )
+    table = (('slow',), ('fast', 'slow'), ('slow',), ('slow',))
+    self.assertEqual(config.placement.levels, table)
+    self.assertEqual(configs.from_json(configs.to_json(config)), config)
+
 
 class StackLevelsTest(parameterized.TestCase):
   @parameterized.named_parameters(
