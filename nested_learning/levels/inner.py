@@ -64,6 +64,9 @@ class InnerConfig:
   # One for each level of the chain, fastest first; () turns learning off.
   levels: tuple[InnerLevelConfig, ...] = ()
   depth: float = 0.25  # share of the blocks that learn, the last ones
+  # Parameters of a level that learn: all, or those of its output alone, whose
+  # state is a third as large.
+  learns: Literal['every_map', 'output'] = 'every_map'
   # Reduction of the gradients between two steps; the paper's is 'sum'.
   reduce: Literal['mean', 'sum'] = 'mean'
   # How training differentiates the steps: 'second_order' through them,
@@ -110,6 +113,15 @@ class InnerConfig:
   def update_every(self) -> tuple[int | None, ...]:
     """Tokens between two steps of each level, fastest first."""
     return tuple(level.update_every for level in self.levels)
+
+  def own_labels(self, labels: Any) -> Any:
+    """Returns labels of parameters, 'base' for those of levels that rest."""
+    if self.learns == 'every_map':
+      return labels
+    names = ('down', 'down_bias')
+    return jax.tree_util.tree_map_with_path(
+      lambda path, label: label if path[-1].key in names else 'base', labels
+    )
 
   def num_blocks(self, of: int) -> int:
     """Returns how many of a model's blocks learn: `depth`, rounded up."""

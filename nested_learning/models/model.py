@@ -185,7 +185,7 @@ def _make_reader(
   learning = levels.make_levels(inner, [level.name for level in config.levels])
   num_blocks = config.num_layers // len(config.pattern)
   num_last = inner.num_blocks(num_blocks)
-  labels = level_labels(config, model.table, of='chain')
+  labels = inner.own_labels(level_labels(config, model.table, of='chain'))
   local_levels = {
     level.name: local_losses.LocalLevel(level.objective, level.dgd)
     for level in learning

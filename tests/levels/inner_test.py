@@ -7,12 +7,16 @@ import pickle
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import jax
+import numpy as np
 
 from experiments.continual import facts
 from nested_learning import configs
 from nested_learning import errors
 from nested_learning import levels
+from nested_learning import models
 from nested_learning import optimizers
+from tests import compiling
 
 _OLD = ('update_every', 'learning_rates', 'optimizer', 'clip_norm', 'objective')
 _DGD = optimizers.configs.Dgd(target='printed', erase=0.5)
@@ -40,6 +44,22 @@ class InnerConfigTest(parameterized.TestCase):
     self.assertEqual(inner.levels[1], level(128, 0.2, _DGD))
     self.assertFalse(levels.InnerConfig().is_on)
     self.assertFalse(levels.make_inner((None,)).is_on)
+
+  def test_the_output_alone_learns(self):
+    config = models.zoo.make_config('hope_attention_tiny', vocab_size=11)
+    tokens = np.arange(16).reshape(1, 16) % 11
+    state, params = {}, None
+    for learns in ('every_map', 'output'):
+      inner = levels.make_inner((8, 8, 16), learns=learns, learning_rate=0.1)
+      model = models.make_model(config, inner)
+      params = params or compiling.jit(model.init_params)(jax.random.key(0))
+      forward = compiling.jit(model.forward)
+      state[learns] = forward(params, None, tokens)[1]
+    size = lambda x: sum(leaf.size for leaf in jax.tree.leaves(x))
+    for name, level in state['output'].levels.items():
+      self.assertGreater(level.drift[0], 0)
+      whole = size(state['every_map'].levels[name].params)
+      self.assertLess(size(level.params), 0.34 * whole)
 
   def test_warns_of_clocks_that_never_strike(self):
     inner = levels.make_inner((8, 32, None))
