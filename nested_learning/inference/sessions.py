@@ -44,8 +44,13 @@ class SessionConfig:
   path: str | None = None  # file of the session; begun where there is none
   feed: tuple[str, ...] = ()  # files of text, read in this order
   prompt: str | None = None  # text that is answered, then read
+  # Share by which the loss may be above that of the frozen model, which reads
+  # the text too; None reads once. For runs with a pretrained base alone.
+  guard: float | None = 0.05
 
   def __post_init__(self):
+    fine = self.guard is None or self.guard > 0
+    errors.check_field(self, 'guard', fine, 'above 0, or None')
     if self.path is not None:
       session_files.resolve(self.path)
     if self.prompt is not None:

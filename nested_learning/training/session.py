@@ -54,12 +54,20 @@ def run_session(config: config_lib.ExperimentConfig, params: Any) -> None:
 
 
 def _run(config, params, tokenizer, texts):
-  settings = config.session
+  settings, frozen = config.session, None
   session = _open(config, params, tokenizer)
+  if settings.guard is not None and config.base is not None:
+    model = models.make_model(config.model)
+    frozen = inference.FrozenReader(model, params)
   begun = 'Going on after' if session.clock[0] else 'Beginning after'
   print(f'{begun} {session.clock[0]:,} tokens: {settings.path}')
   for path, text in texts:
-    print(f'{path}: {_feed(session, tokenizer, text, path)}')
+    try:
+      said = _feed(session, tokenizer, text, path, frozen, settings.guard)
+    except errors.UserError:  # of the guard: what was good is kept
+      session.save(settings.path, lock=False)
+      raise
+    print(f'{path}: {said}')
     session.save(settings.path, lock=False)
   if settings.prompt is not None:
     prompt = text_workload.encode_document(config, tokenizer, settings.prompt)
@@ -67,6 +75,8 @@ def _run(config, params, tokenizer, texts):
     print(text_workload.join_answer(config.generate, settings.prompt, answer))
     session.feed(prompt, reset=_starts(prompt))
     session.save(settings.path, lock=False)
+  size = session_files.resolve(settings.path).stat().st_size
+  print(f'{settings.path}: {size / 1e6:,.1f} MB')
   for name, level in session.health().items():
     print(
       f'level {name}: {int(level.num_updates[0]):,} updates, '
@@ -120,10 +130,16 @@ def _starts(tokens: np.ndarray) -> np.ndarray:
   return np.arange(len(tokens)) == 0
 
 
-def _feed(session, tokenizer, text, name) -> str:
-  """Reads a text as a document; returns how well it was predicted."""
+def _feed(session, tokenizer, text, name, frozen, tolerance) -> str:
+  """Reads a text as a document; returns how well it was predicted.
+
+  With a reader of the frozen model, the session returns to where it was not
+  worse, and an error is raised, when learning makes it so.
+  """
   tokens = _document(tokenizer, text)
-  reset, losses = _starts(tokens), []
+  reset, losses, others = _starts(tokens), [], []
+  guard = None if frozen is None else inference.Guard(tolerance)
+  session.mark()
   step = _SEGMENTS * session.segment_size
   first = step - int(session.clock[0]) % step  # so that calls end at borders
   cuts = range(first, len(tokens), step)
@@ -131,12 +147,25 @@ def _feed(session, tokenizer, text, name) -> str:
     for place in np.split(np.arange(len(tokens)), cuts):
       found = session.feed(tokens[place], reset=reset[place])
       losses.append(found[0])
+      if guard is not None:
+        others.append(frozen.losses(tokens[place], reset[place]))
+        guard.add(losses[-1], others[-1])
+        if guard.excess > guard.tolerance:
+          session.rollback()
+        guard.check(name)
+        if guard.excess <= 0:
+          session.mark()
       bar.update(len(place))
       bar.set_postfix_str(f'loss {np.nanmean(found):.3f}')
-  bits = np.nansum(np.concatenate(losses), dtype=np.float64) / math.log(2)
+
+  def per_byte(losses):
+    bits = np.nansum(np.concatenate(losses), dtype=np.float64) / math.log(2)
+    return f'{bits / len(text.encode()):.3f}'
+
+  without = f' ({per_byte(others)} without learning)' if others else ''
   return (
-    f'{len(tokens):,} tokens, {bits / len(text.encode()):.3f} bits per byte '
-    'while it was read'
+    f'{len(tokens):,} tokens, {per_byte(losses)} bits per byte while it was '
+    f'read{without}'
   )
 
 

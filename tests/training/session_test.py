@@ -5,10 +5,13 @@ import dataclasses
 import hashlib
 import io
 import pathlib
+from unittest import mock
 
 from absl.testing import absltest
 import jax
+import numpy as np
 
+from nested_learning import configs
 from nested_learning import errors
 from nested_learning import inference
 from nested_learning import levels
@@ -18,6 +21,7 @@ from nested_learning import training
 from nested_learning.inference import session_files
 from nested_learning.training import session
 from tests import compiling
+from tests.training import pretrained_runs_test
 from tests.training import tiny
 
 
@@ -121,6 +125,90 @@ class SessionTest(absltest.TestCase):
     )
     with self.assertRaisesRegex(errors.UserError, 'learned a task'):
       training.run(config, self.root / 'run', 'session')
+
+
+class GuardedSessionTest(pretrained_runs_test.Imports):
+  """Sessions on an imported model, which are compared with the frozen one."""
+
+  def run_session(self, *changes):
+    config = configs.override(
+      self.config,
+      [
+        f'session.path={self.root / "me.session"}',
+        f'session.feed={self.root / "text.txt"}',
+        'inner.levels=8',
+        *changes,
+      ],
+    )
+    output = io.StringIO()
+    with compiling.quickly(), contextlib.redirect_stdout(output):
+      training.run(config, self.workdir, 'session')
+    return output.getvalue()
+
+  def test_a_session_that_gets_worse_is_not_kept(self):
+    self.config = self.imported()
+    (self.root / 'text.txt').write_text('ab' * 60)
+    other = self.root / 'other.txt'
+    other.write_text('xyz' * 40)
+    feed = f'session.feed={self.root / "text.txt"},{other}'
+
+    def losses(reader, tokens, reset):
+      del reader
+      # 'a' and 'b' are tokens 4 and 5; the frozen model knows the others.
+      return np.where(reset, np.nan, np.where(tokens <= 5, 9.0, 0.1))
+
+    with (
+      mock.patch.object(inference.FrozenReader, 'losses', losses),
+      self.assertRaisesRegex(
+        errors.UserError, 'other.txt: what the session .*% worse than the froz'
+      ),
+    ):
+      self.run_session(feed)
+    # The first text is kept, and nothing of the second.
+    path = self.root / 'me.session'
+    self.assertEqual(session_files.read(path).arrays['clock'], [121])
+    path.unlink()
+    output = self.run_session('inner.levels.0.learning_rate=0.1')
+    self.assertRegex(
+      output, r'bits per byte while it was read \([\d.]+ without learning\)'
+    )
+    self.assertRegex(output, r'me.session: [\d.]+ MB')
+    path.unlink()
+    output = self.run_session('session.guard=none')
+    self.assertNotIn('without learning', output)
+
+
+class GuardTest(absltest.TestCase):
+  def test_excess(self):
+    guard = inference.Guard(0.1)
+    nan = float('nan')
+    guard.add(np.array([nan, 2.0, 2.0]), np.array([nan, 2.0, 2.0]))
+    self.assertEqual(guard.excess, 0)
+    guard.add(np.array([3.0, 3.0]), np.array([2.0, 2.0]))
+    self.assertAlmostEqual(guard.excess, 0.25, delta=1e-3)
+    with self.assertRaisesRegex(errors.UserError, 'x: .* 25.0% worse'):
+      guard.check('x')
+    guard.add(np.array([nan]), np.array([2.0]))
+    self.assertEqual(guard.excess, float('inf'))
+
+  def test_the_frozen_model_reads_in_any_pieces(self):
+    config = dataclasses.replace(tiny.MODEL, max_length=64)
+    model = models.make_model(config)
+    params = compiling.jit(model.init_params)(jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(200, size=48)
+    reset = np.arange(48) == 0
+    read = lambda *cuts: np.concatenate(
+      [
+        reader.losses(*part)
+        for reader in [inference.FrozenReader(model, params)]
+        for part in zip(
+          np.split(tokens, cuts), np.split(reset, cuts), strict=True
+        )
+      ]
+    )
+    whole = read()
+    self.assertTrue(np.isnan(whole[0]))
+    np.testing.assert_allclose(read(16, 32), whole, rtol=1e-4)
 
 
 if __name__ == '__main__':
