@@ -1,6 +1,7 @@
 """Layers of a model that differ: memories beside attention, levels by layer."""
 
 import dataclasses
+import functools
 from typing import Any, Literal, NamedTuple
 
 from nested_learning import errors
@@ -53,6 +54,7 @@ class Block(NamedTuple):
   levels: tuple[cms.LevelConfig, ...]
 
 
+@functools.lru_cache(maxsize=64)
 def find_blocks(
   placement: PlacementConfig,
   mixer: Any,

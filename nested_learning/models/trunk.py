@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 from typing import Literal
 
 import jax
@@ -71,7 +70,7 @@ class ModelConfig:
         'counts the tokens of a document; set it to none.'
       )
 
-  @functools.cached_property
+  @property
   def blocks(self) -> tuple[placement_lib.Block, ...]:
     """Mixer and levels of the blocks that repeat; one if all are equal."""
     return placement_lib.find_blocks(
