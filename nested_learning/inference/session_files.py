@@ -18,7 +18,6 @@ import typing
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
@@ -32,7 +31,8 @@ from nested_learning import models
 from nested_learning import optimizers
 from nested_learning import parameters
 
-VERSION = 5
+VERSION = 6
+_READABLE = ('5', '6')  # version 5 holds every array whole
 _FORMAT = 'nested_learning session'
 _MAGIC_BEFORE_3 = b'NLSESSN\n'  # what files of versions 1 and 2 begin with
 _KEYS = ('format', 'version', 'model', 'tokenizer', 'inner', 'sha256')
@@ -232,59 +232,6 @@ def read_checksum(path: str | os.PathLike) -> str | None:
   return _check_metadata(path, data)['sha256']
 
 
-def pack(
-  metadata: Mapping[str, str], clocks: Mapping[str, np.ndarray], state: Any
-) -> Content:
-  """Returns the content of a session's file.
-
-  Args:
-    metadata: See `Content`.
-    clocks: int64 [b] by name.
-    state: A tree of arrays [b, ...].
-  """
-  arrays = dict(clocks)
-  for name, x in _leaves(state):
-    arrays[f'state/{name}'] = np.asarray(x)
-  return Content(metadata, arrays)
-
-
-def unpack(
-  path: str | os.PathLike, content: Content, clocks: tuple[str, ...], like: Any
-) -> Any:
-  """Returns the state in a file, after checking every shape.
-
-  Args:
-    path: The file, for messages.
-    content: Its content.
-    clocks: Names of the arrays that are not of the state.
-    like: A tree of the state's shapes and types.
-
-  Returns:
-    A tree of arrays.
-
-  Raises:
-    errors.UserError: If an array is missing, superfluous or does not fit.
-  """
-  leaves = [(f'state/{name}', x) for name, x in _leaves(like)]
-  for name, x in leaves:
-    found = content.arrays.get(name)
-    if found is None or (found.shape, found.dtype) != (x.shape, x.dtype):
-      got = 'nothing' if found is None else f'{found.dtype}{found.shape}'
-      raise errors.UserError(
-        f'the session {path} has {got} for {name}, and this model has '
-        f'{x.dtype}{x.shape}; use the model that it was begun with '
-        '(model.max_length counts, where attention holds all tokens).'
-      )
-  more = set(content.arrays) - set(clocks) - {name for name, _ in leaves}
-  if more:
-    raise errors.UserError(
-      f'the session {path} has arrays that this model has not '
-      f'({", ".join(sorted(more)[:3])}); use the model that it was begun with.'
-    )
-  restored = [jnp.asarray(content.arrays[name]) for name, _ in leaves]
-  return jax.tree.structure(like).unflatten(restored)
-
-
 def write_inner(inner: levels.InnerConfig) -> str:
   """Returns a config as JSON."""
   return json.dumps(json.loads(configs.to_json(inner)))
@@ -340,7 +287,7 @@ def state_fingerprint(clocks: Mapping[str, np.ndarray], state: Any) -> str:
 
 
 def _add_leaves(digest: Any, tree: Any) -> Any:
-  for name, x in _leaves(tree):
+  for name, x in leaves(tree):
     array = np.ascontiguousarray(x)
     digest.update(json.dumps([name, str(array.dtype), array.shape]).encode())
     digest.update(array.astype(array.dtype.newbyteorder('<')).tobytes())
@@ -370,7 +317,7 @@ def _check_metadata(path, data: bytes) -> dict[str, str]:
       f"the session {path} must have its 'version' as a string, not "
       f'{metadata.get("version")!r}; use a copy of it, or another path.'
     )
-  if metadata['version'] != str(VERSION):
+  if metadata['version'] not in _READABLE:
     raise errors.UserError(
       f'the session {path} is of version {metadata.get("version")}, and this '
       f'program reads version {VERSION}; use the program that wrote it, or '
@@ -407,7 +354,8 @@ def _exchange(data: bytes, old: str, new: str) -> bytes:
   return header + data[end:]
 
 
-def _leaves(tree):
+def leaves(tree: Any) -> list[tuple[str, Any]]:
+  """Returns the arrays of a tree with their paths."""
   return [
     (parameters.path_name(path), x)
     for path, x in jax.tree.leaves_with_path(tree)

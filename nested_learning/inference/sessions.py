@@ -33,6 +33,7 @@ from nested_learning import levels
 from nested_learning import models
 from nested_learning.inference import generate as generate_lib
 from nested_learning.inference import sampling
+from nested_learning.inference import session_blocks
 from nested_learning.inference import session_files
 from nested_learning.inference import session_programs
 
@@ -341,7 +342,9 @@ class Session:
       'tokenizer': self._tokenizer,
       'inner': session_files.write_inner(self.inner),
     }
-    content = session_files.pack(metadata, self._clocks(), self._now.state)
+    content = session_blocks.pack(
+      metadata, self._clocks(), self._now.state, self._start()
+    )
     held = session_files.lock(path) if lock else contextlib.nullcontext()
     with held:
       if not replace:
@@ -449,7 +452,7 @@ class Session:
         )
     # Shapes alone: nothing is allocated for rows that the file does not have.
     like = self._programs.shapes(self._prepared, len(clock))
-    state = session_files.unpack(path, content, names, like)
+    state = session_blocks.unpack(path, content, names, like, self._start)
     segment = state.stream.segment
     tokens = np.asarray(segment.tokens)
     fits = (
@@ -468,6 +471,10 @@ class Session:
     self._now = session_programs.Snapshot(state, clock.copy(), age.copy())
     self._remember(path, found['sha256'])
     self.mark()
+
+  def _start(self) -> session_programs.SessionState:
+    """Returns the state of one row that has read nothing."""
+    return self._programs.init(self._prepared, 1)
 
   def _clocks(self) -> dict[str, np.ndarray]:
     return {'clock': self._now.clock, 'age': self._now.age}

@@ -22,6 +22,7 @@ from safetensors import numpy as safetensors_numpy
 from nested_learning import errors
 from nested_learning import levels
 from nested_learning import optimizers
+from nested_learning.inference import session_blocks
 from nested_learning.inference import session_files
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -118,8 +119,8 @@ class SessionFilesTest(parameterized.TestCase):
       session_files.read(self.path)
 
   @parameterized.parameters(
-    (b'"version":"5"', b'"version":"9"', 'version 9, .* version 5'),
-    (b'"version":"5"', b'"version": 5 ', 'as a string, not 5;'),
+    (b'"version":"6"', b'"version":"9"', 'version 9, .* version 6'),
+    (b'"version":"6"', b'"version": 6 ', 'as a string, not 6;'),
     (b'"model":"m"', b'"modem":"m"', "lacks 'model'"),
     (b'"shape":[2,3]', b'"shape":[9,9]', 'is not a session, or is cut'),
     (b'"shape":[2,3]', b'"shape":"ab" ', 'is not a session, or is cut'),
@@ -155,19 +156,62 @@ class SessionFilesTest(parameterized.TestCase):
       session_files.read(self.path)
 
   def test_checks_shapes_before_allocating(self):
-    like = {'x': jax.ShapeDtypeStruct((10**9, 1000), np.float32)}
-    names = ('clock',)
+    like = {
+      'logits': jax.ShapeDtypeStruct((10**9, 1000), np.float32),
+      'x': jax.ShapeDtypeStruct((10**9, 7), np.float32),
+    }
+    unpack = lambda arrays: session_blocks.unpack(
+      'a', session_files.Content({}, arrays), ('clock',), like, self.fail
+    )
     for arrays, message in (
-      ({}, 'nothing for state/x'),
-      ({'state/x': np.zeros((2, 3))}, r'float64\(2, 3\) for state/x'),
+      ({}, 'nothing for state/logits'),
+      ({'state/logits': np.zeros((2, 3))}, r'float64\(2, 3\) for state/lo'),
+      ({'state/x@0,5': np.zeros((2, 2), np.float32)}, r'\(2, 2\) for state/x'),
+      ({'clock': np.zeros(1), 'other': np.zeros(1)}, r'not \(other\)'),
     ):
       with self.assertRaisesRegex(errors.UserError, message):
-        session_files.unpack(
-          'a', session_files.Content({}, arrays), names, like
-        )
-    more = {'clock': np.zeros(1), 'other': np.zeros(1)}
-    with self.assertRaisesRegex(errors.UserError, r'not \(other\)'):
-      session_files.unpack('a', session_files.Content({}, more), names, {})
+        unpack(arrays)
+
+  def test_holds_the_blocks_that_changed(self):
+    def make(rows):
+      cache = np.zeros((rows, 8, 4), np.float32)
+      stream = {'model': cache, 'segment': {'model': cache}}
+      return {'logits': np.zeros((rows, 3)), 'stream': stream}
+
+    start, state = make(1), make(2)
+    model = state['stream']['model']
+    model[0, 2:5, 1] = [1.0, -0.0, np.nan]
+    state['stream']['segment']['model'] = model.copy()
+    state['stream']['segment']['model'][1, 4, 1] = 2.0
+    packed = session_blocks.pack({}, {'clock': np.ones(2)}, state, start)
+    shapes = {name: x.shape for name, x in packed.arrays.items()}
+    self.assertEqual(
+      shapes,
+      {
+        'clock': (2,),
+        'state/logits@0,0': (2, 3),
+        'state/stream/model@0,2,1': (2, 3, 1),
+        'state/stream/segment/model@0,4,1': (2, 1, 1),
+      },
+    )
+    unpack = lambda arrays: session_blocks.unpack(
+      'a', session_files.Content({}, arrays), ('clock',), state, lambda: start
+    )
+    found = unpack(packed.arrays)
+    jax.tree.map(np.testing.assert_array_equal, found, state)
+    self.assertTrue(np.signbit(found['stream']['model'][0, 3, 1]))
+    whole = {
+      'state/logits': state['logits'],
+      'state/stream/model': model,
+      'state/stream/segment/model': state['stream']['segment']['model'],
+    }
+    jax.tree.map(np.testing.assert_array_equal, unpack(whole), state)
+    for name in ('@0,6,1', '@1,2,1', '@0,2', '@0,-1,1', '@0,x,1'):
+      forged = {'state/logits': state['logits']} | {
+        f'state/stream/model{name}': np.zeros((2, 3, 1), np.float32)
+      }
+      with self.assertRaisesRegex(errors.UserError, 'for state/stream/model'):
+        unpack(forged)
 
   def test_reads_the_config_of_levels_and_no_other_class(self):
     inner = levels.make_inner(

@@ -202,8 +202,8 @@ class SessionsTest(parameterized.TestCase):
     session.save(self.path)
     content = session_files.read(self.path)
     arrays = content.arrays
-    (count,) = (name for name in arrays if name.endswith('segment/count'))
-    (tokens,) = (name for name in arrays if name.endswith('segment/tokens'))
+    (count,) = (name for name in arrays if 'segment/count@' in name)
+    (tokens,) = (name for name in arrays if 'segment/tokens@' in name)
     for change, message in (
       ({'clock': None}, 'no clocks'),
       ({'clock': np.zeros(1)}, 'no clocks'),
