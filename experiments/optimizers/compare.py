@@ -14,7 +14,7 @@ end, and from the cells that are finished at any time by
 --set=results=experiments/results/optimizers, with either command, also takes
 finished cells from that folder, and writes page and cells there.
 
-Hardware: two CPU cores, seven hours, nearly all of it `:language` (five minutes
+Hardware: one CPU core, three to four hours of it for `:language` (two minutes
 for each of its trainings); the other parts take a quarter of an hour each.
 Results: experiments/results/optimizers/README.md.
 """
