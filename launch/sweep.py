@@ -14,6 +14,8 @@ in --workdir/cells/NAME/seed_0. The same command again, or --workdir alone (with
 finished; interrupted and failed runs resume. Rows, values and seeds can be
 added; other changes need another --workdir. The finished runs make README.md,
 results.csv, summary.json and plots; --collect makes these at any time.
+--results=DIR puts them there, with every finished run in runs.json, from which
+another --workdir, also on another machine, goes on.
 
 --tune makes the cells that --grid would make, and runs each with seed 0. Of the
 cells that differ in its field only, the one with the best first metric then
@@ -87,7 +89,10 @@ _METRICS = flags.DEFINE_list(
 )
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the sweep.')
 _RESULTS = flags.DEFINE_string(
-  'results', None, 'Folder of the tables and plots; by default the same.'
+  'results',
+  None,
+  'Folder of the tables, plots and finished runs, which are not run again; by '
+  'default the tables and plots are in --workdir.',
 )
 _TARGET = flags.DEFINE_enum(
   'target',
@@ -170,6 +175,11 @@ def _run(workdir: pathlib.Path) -> int:
     return 0
   if record != stored:
     record = sweeps.save(record, workdir)
+  if _RESULTS.value:
+    every = sweeps.list_runs(record, workdir)
+    sweeps.restore(every, pathlib.Path(_RESULTS.value))
+    due, waiting = sweeps.list_due(record, workdir, runs, only=_ONLY.value)
+    left = [run for run in due if not run.finished]
   if left and _TARGET.value == 'slurm':
     code = _submit(left, workdir)
     _report_waiting(waiting)
@@ -413,6 +423,8 @@ def _collect(record: sweeps.Record, workdir: pathlib.Path) -> int:
   folder = pathlib.Path(_RESULTS.value or workdir)
   for warning in sweeps.collect(record, workdir, folder):
     programs.print_error(warning)
+  if _RESULTS.value:
+    sweeps.keep(sweeps.list_runs(record, workdir), folder)
   print(f'{folder}/README.md has the results.')
   return 0
 

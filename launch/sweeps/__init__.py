@@ -17,6 +17,8 @@ from launch.sweeps.cells import Sweep
 from launch.sweeps.execution import make_array_script
 from launch.sweeps.execution import Outcome
 from launch.sweeps.execution import run_all
+from launch.sweeps.kept import keep
+from launch.sweeps.kept import restore
 from launch.sweeps.record import list_runs
 from launch.sweeps.record import load
 from launch.sweeps.record import Record

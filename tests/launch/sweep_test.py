@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import sys
 import time
@@ -193,6 +195,28 @@ class SweepTest(parameterized.TestCase):
     self.assertLen(self._attempts(), 9)
     self.assertEqual(set(self._attempts().values()), {1})
     self.assertEqual(self._read_summary()['size=1/loss'], 2.0)
+
+  def test_goes_on_from_the_runs_beside_its_results(self):
+    flags = ('--results=results', '--grid')
+    self.assertEqual(self._call(*flags, 'size=1,3').returncode, 0)
+    page = pathlib.Path(self.folder.full_path, 'results', 'README.md')
+    shutil.rmtree(self.workdir)
+    page.unlink()
+    # A new folder: only the new value runs.
+    result = self._call(*flags, 'size=1,3,5')
+    self.assertEqual(result.returncode, 0, result.stderr)
+    self.assertEqual(self._attempts(), {'size=5/seed_0': 1})
+    for text in ('| size=1 |', '| size=5 |', '3 of 3 runs are finished'):
+      self.assertIn(text, page.read_text())
+    # The same names, but another config.
+    shutil.rmtree(self.workdir)
+    self._call(*flags, 'size=1,3,5', '--set=roles=v')
+    self.assertLen(self._attempts(), 3)
+    page.with_name('runs.json').write_text('{}')
+    shutil.rmtree(self.workdir)
+    result = self._call(*flags, 'size=1')
+    self.assertIn('Cannot read results/runs.json', result.stderr)
+    self.assertEqual(result.returncode, 2)
 
   def test_tuned_field(self):
     self._call('--grid=size=3', '--metrics=loss')
