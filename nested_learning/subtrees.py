@@ -9,26 +9,24 @@ from nested_learning import parameters
 
 
 def select(
-  tree: Mapping[str, Any],
-  keep: Callable[[str], bool],
-  *,
-  is_leaf: Callable[[Any], bool] | None = None,
+  tree: Mapping[str, Any], keep: Callable[[str], bool], *, below: str = ''
 ) -> dict[str, Any]:
   """Returns the leaves with some paths, in dicts without the others.
 
   Args:
-    tree: A nested dict.
+    tree: A nested dict. Empty dicts in it stay.
     keep: `keep(path)` says which leaves stay, by paths such as 'blocks/norm'.
-    is_leaf: As for `jax.tree.map`.
+    below: Path of the tree, with a slash at its end; '' for the root.
   """
   found = {}
-  for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_leaf):
-    if not keep(parameters.path_name(path)):
-      continue
-    below = found
-    for key in path[:-1]:
-      below = below.setdefault(key.key, {})
-    below[path[-1].key] = leaf
+  for name, value in tree.items():
+    path = f'{below}{name}'
+    if isinstance(value, Mapping):
+      selected = select(value, keep, below=f'{path}/')
+      if selected or not value:
+        found[name] = selected
+    elif keep(path):
+      found[name] = value
   return found
 
 

@@ -181,12 +181,10 @@ def complete(config: trunk_lib.ModelConfig, params: Any, key: jax.Array) -> Any:
     }
   else:
     params['blocks'] = _add_levels(config.blocks[0], blocks)
-  is_param = lambda x: isinstance(x, parameters.Param)
   there = set(subtrees.paths(params))
   missing = subtrees.select(
     model_lib.make_model(config).table,
     lambda path: path not in there,
-    is_leaf=is_param,
   )
   return subtrees.merge(params, parameters.init(key, missing))
 

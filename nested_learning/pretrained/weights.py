@@ -120,7 +120,7 @@ class Map:
     """
     there = lambda path: path in self._sources
     is_leaf = lambda x: isinstance(x, parameters.Param)
-    table = subtrees.select(self.table, there, is_leaf=is_leaf)
+    table = subtrees.select(self.table, there)
 
     def leaf(path, param, sharding=None):
       name = parameters.path_name(path)

@@ -34,8 +34,7 @@ def table(of_model: parameters.Table, rank: int) -> parameters.Table:
     of_model: The parameters of the model.
     rank: Columns r of A.
   """
-  is_param = lambda x: isinstance(x, parameters.Param)
-  matrices = subtrees.select(of_model, _MATRICES.fullmatch, is_leaf=is_param)
+  matrices = subtrees.select(of_model, _MATRICES.fullmatch)
   return parameters.map_params(lambda param: _pair(param, rank), matrices)
 
 

@@ -72,7 +72,7 @@ def trained_table(
   """Returns the parameters that are trained."""
   is_trained = make_filter(config, of_model)
   table = full_table(config, of_model)
-  return subtrees.select(table, is_trained, is_leaf=_is_param)
+  return subtrees.select(table, is_trained)
 
 
 def start(
