@@ -12,7 +12,8 @@ Command, for the size 170m, 340m, 760m, 1p3b, 7b or 70b:
 
 Hardware: 64 devices up to 760M, 128 for 1.3B and 7B, 1,024 for 70B, or any
 number whose mesh.data x mesh.fsdp divides the rows of a batch.
-Result: compiled for pods (experiments/compiled/README.md), not trained yet.
+Result: not trained yet. The table of experiments/compiled/README.md is of an
+earlier version, with rows of 4,096 tokens and levels that do not learn in them.
 
 A step has half a million tokens, a row 8,192 (4,096 at 70B), the vocabulary
 32,000 tokens; the schedule is a cosine, weight decay 0.1. These are the

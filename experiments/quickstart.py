@@ -11,13 +11,12 @@ Result, one seed: 2.006 bits per byte of held-out files, 3.108 with memory
 writes off. On streams of 8,192 bytes: 3.079 with writes off, 1.963 with memory
 writes, 1.793 with levels learning as well.
 
-Keys, values, learning rates and retention are projections, because memories
-that make them take twice the time and give nothing at this size
-(experiments/results/ablations/README.md).
+Keys, values, learning rates and retention are projections: memories that make
+them take about twice the time (experiments/results/ablations/README.md).
 
 `--config=experiments/quickstart.py:transformer` trains Transformer++ of the
-same size on the same data: 2.116 bits per byte. A batch has four
-rows, for up to four devices; --set=data.batch_size=8 is for eight.
+same size on the same data: 2.116 bits per byte. A batch has four rows, for up
+to four devices; --set=data.batch_size=8 is for eight.
 """
 
 from nested_learning import data

@@ -264,9 +264,8 @@ _LMM = _memory(**{**_DESCENT, 'max_norm': _MAX_NORM}, momentum=True)
 _GATED_LINEAR = _memory(**_LINEAR)
 _PERSISTENT = {'num_persistent': 4}  # tokens; Titans does not say how many
 
-# Memories that make keys, values and rates take twice the time and give nothing
-# at the sizes that were trained; wider hidden layers do. See
-# experiments/results/ablations/README.md.
+# Memories that make keys, values and rates take about twice the time; what they
+# give is not settled yet. See experiments/results/ablations/README.md.
 _HOPE = _memory(expansion=2, adaptive=())
 
 FAMILIES = {
