@@ -103,6 +103,19 @@ def _run() -> None:
       f'--host={_HOST.value} lets other machines in; give a key with '
       '--api_key_file=FILE.'
     )
+  # Importing takes seconds; mistakes in flags are answered before.
+  with contextlib.closing(_listen()) as listener:
+    _serve(workdir, listener, key=key, is_local=is_local)
+
+
+def _serve(
+  workdir: pathlib.Path,
+  listener: socket.socket,
+  *,
+  key: str | None,
+  is_local: bool,
+) -> None:
+  """Answers requests until a signal ends the server; saves all sessions."""
   try:
     import fastapi  # noqa: F401
     import prometheus_client  # noqa: F401
@@ -112,31 +125,28 @@ def _run() -> None:
       f'the server needs the package {error.name}; install it with `pip '
       'install "nested-learning[serve]"`.'
     ) from error
-  listener = _listen()
-  # Importing takes seconds; mistakes in flags are answered before.
   from nested_learning.serving import app as app_lib
 
-  with contextlib.closing(listener):
-    worker = _make_worker(workdir)
-    try:
-      hosts = {'hosts': ('*',)} if not is_local else {}
-      config = app_lib.AppConfig(key=key, max_bytes=_MAX_BYTES.value, **hosts)
-      server = uvicorn.Server(
-        uvicorn.Config(
-          app_lib.make_app(worker, config),
-          log_level='warning',
-          timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
-          server_header=False,
-        )
+  worker = _make_worker(workdir)
+  try:
+    hosts = {'hosts': ('*',)} if not is_local else {}
+    config = app_lib.AppConfig(key=key, max_bytes=_MAX_BYTES.value, **hosts)
+    server = uvicorn.Server(
+      uvicorn.Config(
+        app_lib.make_app(worker, config),
+        log_level='warning',
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+        server_header=False,
       )
-      _end_on_signals(server)
-      host, port = listener.getsockname()[:2]
-      host = f'[{host}]' if ':' in host else host
-      name = worker.service.checkpoint.name
-      print(f'Serving {name} at http://{host}:{port}/v1', flush=True)
-      server.run(sockets=[listener])
-    finally:
-      worker.stop()
+    )
+    _end_on_signals(server)
+    host, port = listener.getsockname()[:2]
+    host = f'[{host}]' if ':' in host else host
+    name = worker.service.checkpoint.name
+    print(f'Serving {name} at http://{host}:{port}/v1', flush=True)
+    server.run(sockets=[listener])
+  finally:
+    worker.stop()
   print(f'All {len(worker.service.store)} sessions are saved.')
 
 
