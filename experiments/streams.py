@@ -31,11 +31,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import cells as cells_lib
 from experiments import quickstart
 from experiments import report_files
 from experiments import streams_report
 from experiments.ablations import hope
-from experiments.optimizers import cells as cells_lib
 from nested_learning import data as data_lib
 from nested_learning import errors
 from nested_learning import evaluation

@@ -7,8 +7,8 @@ import pathlib
 from matplotlib import figure as mpl_figure
 import numpy as np
 
+from experiments import cells as cells_lib
 from experiments import report_files
-from experiments.optimizers import cells as cells_lib
 from nested_learning import files
 
 TASK = 'streams'

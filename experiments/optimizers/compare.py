@@ -24,8 +24,8 @@ import json
 import math
 import pathlib
 
+from experiments import cells as cells_lib
 from experiments import report_files
-from experiments.optimizers import cells as cells_lib
 from experiments.optimizers import classification
 from experiments.optimizers import landscape
 from experiments.optimizers import language

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from matplotlib import figure as mpl_figure
 import numpy as np
 
+from experiments import cells as cells_lib
 from experiments import report_files
-from experiments.optimizers import cells as cells_lib
 from experiments.optimizers import rules
 
 _NAME = 'landscape'

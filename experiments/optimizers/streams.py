@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import cells as cells_lib
 from experiments import report_files
-from experiments.optimizers import cells as cells_lib
 from experiments.optimizers import rules
 
 NUM_BLOCKS = 4  # of a task, if it returns

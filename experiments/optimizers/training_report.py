@@ -8,8 +8,8 @@ import pathlib
 from matplotlib import figure as mpl_figure
 import numpy as np
 
+from experiments import cells as cells_lib
 from experiments import report_files
-from experiments.optimizers import cells as cells_lib
 from experiments.optimizers import rules
 from experiments.optimizers import trainings
 from launch import sweeps

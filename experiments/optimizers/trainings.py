@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from experiments import cells as cells_lib
 from experiments import report_files
-from experiments.optimizers import cells as cells_lib
 
 _MOST_RATES = 8  # of an optimiser, those beyond the grid included
 _CLOCK = 'AdamW'  # its training time is the equal time of all

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 import pytest
 
+from experiments import cells
 from experiments import streams
 from experiments import streams_report
-from experiments.optimizers import cells
 from nested_learning import errors
 from nested_learning import evaluation
 from nested_learning import levels
