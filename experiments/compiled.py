@@ -86,6 +86,8 @@ class Row:
     )
 
 
+_OLDER = '†'  # beside numbers of an older count
+
 # Without levels that learn inside a row, to see what these cost.
 _FROZEN = ('inner.levels=()',)
 
@@ -137,6 +139,11 @@ _KEPT = (  # keys of summary.json
   'collective_bytes',
   'collective_share',
   'collectives_in_memory_scans',
+  'memory_traffic_bytes',
+  'memory_traffic_bytes_padded',
+  'cycles',
+  'cycles_in_memories',
+  'compiler_seconds',
   'step_seconds',
   'step_seconds_overlapped',
   'mfu_estimate',
@@ -250,6 +257,7 @@ def describe(table: Sequence[dict[str, Any]]) -> str:
     'of all bytes',
     'step at least, s',
     'MFU at most',
+    'step as the compiler estimates, s',
     'compiled in, s of a core',
   )
   sections = [
@@ -262,15 +270,32 @@ def describe(table: Sequence[dict[str, Any]]) -> str:
     'Buffers are the results of all instructions, each counted once. Sent are '
     'the bytes that one device sends in a step, and their share of all bytes '
     'that it sends, reads and writes. The time of a step is a roofline with '
-    'collectives overlapping with everything: a lower bound. Nothing was run.',
+    'collectives overlapping with everything: a lower bound. The compiler of '
+    "TPUs estimates cycles, too; they are no bound, and v6e's and tpu7x's "
+    'clocks are not published. Nothing was run.',
   ]
+  if any(_is_older(row) for row in table):
+    sections.append(
+      f'{_OLDER} An older count of memory traffic: a slice that is taken in a '
+      'fusion inside a fusion counted as the whole array, on TPUs the inputs '
+      'of a whole row in every chunk. The share of bytes that are sent is too '
+      'low, the time of a step too long, and the MFU too low, by a factor of '
+      'two and more where memories read and write most bytes.'
+    )
   return '\n\n'.join(sections) + '\n'
+
+
+def _is_older(row: dict[str, Any]) -> bool:
+  """Whether the row's memory traffic was counted without nested fusions."""
+  is_counted = 'mfu_bound' in row
+  return is_counted and 'memory_traffic_bytes_padded' not in row
 
 
 def _line(row: dict[str, Any]) -> list[Any]:
   gib = lambda name: f'{row[name] / 2**30:.1f}' if name in row else ''
   number = lambda name, form: format(row[name], form) if name in row else ''
   mesh = [f'{axis} {size}' for axis, size in row['mesh'].items() if size > 1]
+  mark = _OLDER if _is_older(row) else ''
   return [
     ' '.join([row['name'], *row['settings']]),
     row['topology'],
@@ -283,9 +308,10 @@ def _line(row: dict[str, Any]) -> list[Any]:
     number('flops_in_memories', '.2f'),
     number('results_in_memories', '.2f'),
     gib('collective_bytes'),
-    number('collective_share', '.3f'),
-    number('step_seconds_overlapped', '.3f'),
-    number('mfu_bound', '.2f'),
+    number('collective_share', '.3f') + mark,
+    number('step_seconds_overlapped', '.3f') + mark,
+    number('mfu_bound', '.2f') + mark,
+    number('compiler_seconds', '.3f'),
     number('compile_cpu_seconds', '.0f'),
   ]
 

@@ -33,6 +33,8 @@ class Chip:
     network_bandwidth: Bytes/s that leave a chip for another slice or node.
     float32_passes: Passes of the matrix units for a product of float32, by
       precision.
+    clock: Cycles per second; None where the published peak and the number of
+      matrix units do not give it.
   """
 
   flops: float
@@ -41,6 +43,7 @@ class Chip:
   link_bandwidth: float
   network_bandwidth: float
   float32_passes: Mapping[str, int]
+  clock: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,14 +210,15 @@ _GENERATIONS = (
   Generation(
     'v5e',
     _SQUARES,
-    Chip(197e12, 16 * 2**30, 819e9, 90e9, 3e9, _TPU_PASSES),
+    # 4 units of 128 x 128 multiply and add once per cycle; on v5p 8 do.
+    Chip(197e12, 16 * 2**30, 819e9, 90e9, 3e9, _TPU_PASSES, 1.5e9),
     chips_per_host=4,
     cloud=Cloud('tpu-v5-lite-podslice', 'v5litepod', 1, 'v2-alpha-tpuv5-lite'),
   ),
   Generation(
     'v5p',
     _cubes(8960),
-    Chip(459e12, 95 * 2**30, 2765e9, 180e9, 6e9, _TPU_PASSES),
+    Chip(459e12, 95 * 2**30, 2765e9, 180e9, 6e9, _TPU_PASSES, 1.75e9),
     chips_per_host=4,
     cloud=Cloud('tpu-v5p-slice', 'v5p', 2, 'v2-alpha-tpuv5'),
   ),

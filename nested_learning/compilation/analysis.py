@@ -36,17 +36,24 @@ class Analysis(NamedTuple):
       'highest'.
     memory_flops: FLOPs inside memories, of any precision.
     memory_bytes: Bytes read from and written to HBM.
+    padded_bytes: The same with arrays in whole tiles, as they lie in HBM.
     traffic_share: Share of memory_bytes that memories' instructions move.
     result_share: Share of memories in the bytes of all results, each counted
       once.
+    cycles: The compiler's own estimate of its time, in cycles; 0 where the
+      compiler gives none.
+    memory_cycles: Cycles of them in memories' instructions.
     collectives: The collectives, as they run.
   """
 
   flops: Mapping[str, int]
   memory_flops: int
   memory_bytes: float
+  padded_bytes: float
   traffic_share: float
   result_share: float
+  cycles: int
+  memory_cycles: int
   collectives: tuple[collectives_lib.Collective, ...]
 
   @property
@@ -99,8 +106,13 @@ def analyze(text: str, mesh_shape: Mapping[str, int]) -> Analysis:
   """
   program = hlo.parse(text)
   flops, memory_flops = collections.Counter(), 0
+  cycles = collections.Counter()
   for executed in hlo.walk(program):
     instruction = executed.instruction
+    if not executed.is_fused:
+      estimated = executed.times * hlo.estimated_cycles(instruction)
+      cycles['all'] += estimated
+      cycles['memory'] += estimated * is_of_memory(instruction.op_name)
     if instruction.opcode not in ('dot', 'convolution', 'custom-call'):
       continue
     computation = program.computations[executed.computation]
@@ -120,8 +132,11 @@ def analyze(text: str, mesh_shape: Mapping[str, int]) -> Analysis:
     dict(flops),
     memory_flops,
     memory_traffic.num_bytes(program),
+    memory_traffic.num_bytes(program, padded=True),
     share(memory_traffic.num_bytes),
     share(memory_traffic.result_bytes),
+    cycles['all'],
+    cycles['memory'],
     tuple(collectives_lib.find(program, mesh_shape)),
   )
 
@@ -130,6 +145,9 @@ def estimate_seconds(
   analysis: Analysis, topology: accelerators.Topology
 ) -> dict[str, float]:
   """Estimates how long one run takes at least, under `ASSUMPTIONS`.
+
+  'compiler_seconds' is no bound: it is the compiler's own estimate, of which
+  waiting for other devices is no part.
 
   Args:
     analysis: The costs.
@@ -159,6 +177,12 @@ def estimate_seconds(
   }
   on_chip = max(seconds['matmul_seconds'], seconds['hbm_seconds'])
   link, network = seconds['link_seconds'], seconds['network_seconds']
+  # Beside the roofline: with arrays in whole tiles, and as the compiler says.
+  seconds['hbm_seconds_padded'] = analysis.padded_bytes / (
+    chip.hbm_bandwidth * share
+  )
+  if chip.clock and analysis.cycles:
+    seconds['compiler_seconds'] = analysis.cycles / chip.clock
   seconds['step_seconds'] = on_chip + link + network
   seconds['step_seconds_overlapped'] = max(on_chip, link, network)
   return seconds

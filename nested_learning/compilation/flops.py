@@ -16,8 +16,9 @@ def matmul_flops(function: Callable[..., Any], *args: Any) -> int:
   """Counts the FLOPs of the matmuls of one call, of all devices together.
 
   The body of a scan counts as often as it runs, recomputation by
-  `jax.checkpoint` counts, the most expensive branch of a `cond` counts, and a
-  `while` loop, whose length is not known, counts as one pass.
+  `jax.checkpoint` counts, the most expensive branch of a `cond` counts, a
+  kernel counts once per program of its grid, and a `while` loop, whose length
+  is not known, counts as one pass.
 
   Args:
     function: Function that JAX can trace.
@@ -55,6 +56,8 @@ def _times(equation) -> int:
     return math.prod(
       params['mesh'].shape[axis] for axis in params['newly_manual_axes']
     )
+  if equation.primitive.name == 'pallas_call':  # that of one program
+    return math.prod(params['grid_mapping'].grid)
   return params.get('length', 1)
 
 
@@ -82,8 +85,8 @@ def instruction_flops(
   """Returns the FLOPs of a product; 0 for any other instruction.
 
   Args:
-    instruction: A dot, a convolution (TPUs turn dots into them), or a call of a
-      GPU's library.
+    instruction: A dot, a convolution (TPUs turn dots into them), a call of a
+      GPU's library, or one of a kernel that states its cost.
     operands: Shapes of its operands.
   """
   match instruction.opcode:
@@ -95,6 +98,8 @@ def instruction_flops(
         r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.rest
       )
       return _dot(instruction, operands, map(int, re.findall(r'\d+', found[1])))
+    case 'custom-call':
+      return int(hlo.stated_cost(instruction, 'flops'))
     case 'convolution':
       return _convolution(instruction, operands)
   return 0

@@ -41,6 +41,10 @@ _CALLED = re.compile(
 )
 # Layouts name memory spaces: S(1) is on the chip, no S is HBM.
 _FAST_MEMORY = re.compile(r'S\([1-9]\d*\)')
+# Axes from the fastest one, and the tile that the fastest ones fill.
+_TILED = re.compile(r'\{([\d,]+):T\(([\d,]+)\)')
+# Instructions without an estimate have a number without a meaning.
+_MOST_CYCLES = 10**12
 
 
 class Shape(NamedTuple):
@@ -50,16 +54,38 @@ class Shape(NamedTuple):
     dtype: As XLA writes it.
     dims: Its sizes, on one device.
     is_far: Whether it is in the device's large memory (HBM).
+    tile: Sizes of its tiles along its last axes in memory; empty without.
+    order: Its axes from the fastest one in memory; empty without tiles.
   """
 
   dtype: str
   dims: tuple[int, ...]
   is_far: bool = True
+  tile: tuple[int, ...] = ()
+  order: tuple[int, ...] = ()
+
+  @property
+  def num_entries(self) -> int:
+    """Number of entries."""
+    return math.prod(self.dims)
+
+  @property
+  def item_bytes(self) -> float:
+    """Size of an entry in bytes."""
+    return _ITEM_BYTES.get(self.dtype, 1)
 
   @property
   def num_bytes(self) -> float:
     """Size in bytes."""
-    return math.prod(self.dims) * _ITEM_BYTES.get(self.dtype, 1)
+    return self.num_entries * self.item_bytes
+
+  def padded(self) -> 'Shape':
+    """Returns the array with whole tiles, as it lies in memory."""
+    dims = list(self.dims)
+    # Axes beyond the tile's have none.
+    for axis, size in zip(self.order, reversed(self.tile), strict=False):
+      dims[axis] += -dims[axis] % size
+    return self._replace(dims=tuple(dims))
 
 
 class Instruction(NamedTuple):
@@ -159,6 +185,39 @@ def parse(text: str) -> Program:
   return Program(computations, entry)
 
 
+def pad(program: Program) -> Program:
+  """Returns a program whose arrays fill whole tiles, as they do in memory."""
+  padded = lambda x: x._replace(shapes=tuple(s.padded() for s in x.shapes))
+  return program._replace(
+    computations={
+      name: {key: padded(x) for key, x in computation.items()}
+      for name, computation in program.computations.items()
+    }
+  )
+
+
+def stated_cost(instruction: Instruction, name: str) -> float:
+  """Returns what a custom call says that it costs; 0 without a word.
+
+  Args:
+    instruction: The instruction.
+    name: 'flops' or 'bytes_accessed', fields of `pl.CostEstimate`.
+  """
+  if instruction.opcode != 'custom-call':
+    return 0
+  found = re.search(rf'cost_estimate.*?"{name}":"?(\d+)', instruction.rest)
+  return int(found[1]) if found else 0
+
+
+def estimated_cycles(instruction: Instruction) -> int:
+  """Returns the compiler's own estimate of an instruction's time, in cycles.
+
+  TPUs' compiler writes one beside most instructions; 0 where there is none.
+  """
+  found = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
+  return int(found[1]) if found and int(found[1]) < _MOST_CYCLES else 0
+
+
 def walk(program: Program) -> Iterator[Executed]:
   """Yields every instruction with the number of times that it runs.
 
@@ -225,8 +284,19 @@ def _shapes(text: str) -> tuple[Shape, ...]:
   return tuple(
     Shape(
       dtype,
-      tuple(map(int, filter(None, dims.split(',')))),
+      _sizes(dims),
       not _FAST_MEMORY.search(layout or ''),
+      *_tiles(layout or ''),
     )
     for dtype, dims, layout in _SHAPE.findall(text)
   )
+
+
+def _tiles(layout: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Returns tile and order of a layout as {1,0:T(8,128)(2,1)S(1)}."""
+  found = _TILED.match(layout)
+  return (_sizes(found[2]), _sizes(found[1])) if found else ((), ())
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+  return tuple(map(int, filter(None, text.split(','))))

@@ -178,8 +178,11 @@ def _compile(
     'flops_ratio': analysis.total_flops * mesh.size / max(numbers['flops'], 1),
     'flops_in_memories': analysis.memory_flops / max(analysis.total_flops, 1),
     'memory_traffic_bytes': analysis.memory_bytes,
+    'memory_traffic_bytes_padded': analysis.padded_bytes,
     'traffic_in_memories': analysis.traffic_share,
     'results_in_memories': analysis.result_share,
+    'cycles': analysis.cycles,
+    'cycles_in_memories': analysis.memory_cycles / max(analysis.cycles, 1),
     'collective_bytes': sum(sent.values()),
     'collective_share': sum(sent.values())
     / max(sum(sent.values()) + analysis.memory_bytes, 1.0),

@@ -2,6 +2,7 @@
 
 from absl.testing import absltest
 import jax
+from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from nested_learning import compilation
@@ -42,6 +43,27 @@ class FlopsTest(absltest.TestCase):
     )
     a = jax.ShapeDtypeStruct((12, 4), jnp.float32)
     self.assertEqual(compilation.matmul_flops(product, a, _B), 4 * _PRODUCT)
+
+  def test_counts_a_kernel_once_per_program_of_its_grid(self):
+    def kernel(a, b, out):
+      out[...] = a[...] @ b[...]
+
+    def tiled(a, b):
+      return pl.pallas_call(
+        kernel,
+        grid=(4, 2),
+        in_specs=[
+          pl.BlockSpec((3, 4), lambda i, j: (i, 0)),
+          pl.BlockSpec((4, 5), lambda i, j: (0, j)),
+        ],
+        out_specs=pl.BlockSpec((3, 5), lambda i, j: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((12, 10), jnp.float32),
+        interpret=True,
+      )(a, b)
+
+    a = jax.ShapeDtypeStruct((12, 4), jnp.float32)
+    b = jax.ShapeDtypeStruct((4, 10), jnp.float32)
+    self.assertEqual(compilation.matmul_flops(tiled, a, b), 4 * 2 * _PRODUCT)
 
   def test_counts_the_most_expensive_branch(self):
     def either(a, b):

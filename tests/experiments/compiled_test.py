@@ -78,6 +78,17 @@ class CompiledTest(parameterized.TestCase):
     self.assertIn('| data 2 x fsdp 8 |', first)
     self.assertIn('| 3.0 | 16.0 | yes |', first)
     self.assertIn('| Used 20G of 15.75G hbm | 16.0 | NO |', second)
+    self.assertIn('| 0.25† |', first)  # counted without nested fusions
+    self.assertIn('† An older count', page)
+
+  def test_page_marks_no_row_of_the_present_count(self):
+    found = summary(_ROWS[0]) | {
+      'memory_traffic_bytes_padded': 2**30,
+      'compiler_seconds': 0.5,
+    }
+    page = compiled.describe([found | {'settings': []}])
+    self.assertNotIn('†', page)
+    self.assertIn('| 0.500 ', page)
 
   def test_goes_on_after_a_row_that_fails(self):
     def fail_first(row):
