@@ -6,7 +6,7 @@ commands are also read from a folder of results, where all cells of a task are
 in one file.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
 import math
@@ -158,6 +158,49 @@ def publish(store: Store, task: str, folder: pathlib.Path) -> None:
   sources, lines = (',\n'.join(x) for x in (map(json.dumps, sources), lines))
   text = f'{{"sources": [\n{sources}\n],\n"cells": {{\n{lines}\n}}}}\n'
   files.write_whole(folder / f'{task}.json', text)
+
+
+def write_page(
+  store: Store,
+  task: str,
+  config: Any,
+  *,
+  module: str,
+  summary: Mapping[str, Any],
+  metrics: Sequence[Mapping[str, Any]],
+  sections: Sequence[str],
+  plots: Sequence[str],
+) -> None:
+  """Writes the files of a run and, with a folder of results, a page there.
+
+  Args:
+    store: The folders; plots are in `store.workdir`.
+    task: Name of the task, whose cells are published, and whose sources end the
+      report.
+    config: Config of the experiment.
+    module: Name of the experiment's module.
+    summary: See `report_files.write`.
+    metrics: See `report_files.write`.
+    sections: See `report_files.write`.
+    plots: Names of plots that the sections show.
+  """
+  sources = [cell.source for cell in read(store, task).values()]
+  sections = [*sections, '## How it was made', provenance.listed(sources, {})]
+  report_files.write(
+    str(store.workdir),
+    config,
+    module=module,
+    summary=summary,
+    metrics=metrics,
+    sections=sections,
+  )
+  folder = store.results
+  if folder is None:
+    return
+  files.write_whole(folder / 'README.md', '\n\n'.join(sections) + '\n')
+  for name in ('summary.json', *plots):
+    files.write_whole(folder / name, (store.workdir / name).read_bytes())
+  publish(store, task, folder)
 
 
 def run_alone(task: Task, config: Any, workdir: str, *, module: str) -> None:

@@ -13,9 +13,11 @@ Command:
   python launch/run.py --config=experiments/continual/facts.py \
     --workdir=runs/facts
 
-`:full` reads a million tokens. A run that was stopped goes on with the next
-learner.
+`:full` reads a million tokens. The same command goes on where it was stopped,
+and --set=results=experiments/results/facts also takes finished cells from that
+folder and writes page and cells there.
 
+Hardware: one CPU core.
 Results: experiments/results/continual/README.md.
 """
 
@@ -26,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import cells as cells_lib
 from experiments import report_files
 from experiments.continual import reading
 from nested_learning import errors
@@ -36,11 +39,12 @@ _TELL, _ASK = 0, 1
 _SENTENCE = 4  # tokens: mark, two parts of a name, value
 LEVELS = ('fast', 'slow')
 # Levels that learn in training.
+_BOTH = 'fast and slow level'
 _LEARNERS = {
   'memories only': (),
   'fast level': (0,),
   'slow level': (1,),
-  'fast and slow level': (0, 1),
+  _BOTH: (0, 1),
 }
 _MOST_TOKENS = 2**16  # generated at a time
 
@@ -89,6 +93,8 @@ class FactsConfig:
   gaps: tuple[int, ...] = (0, 64, 256, 1024, 4096, 16_384, 65_536, 131_072)
   num_streams: int = 16
   num_seeds: int = 3  # of training
+  # Folder of earlier cells, to which page and cells are written as well.
+  results: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,53 +333,31 @@ class _Asked:
 def run(config: FactsConfig, workdir: str, mode: str) -> None:
   """Trains each learner, reads the streams, writes the report."""
   report_files.check_mode(mode)
-  model = models.make_model(
-    reading.make_config(config.learner, config.stream.vocab_size, LEVELS)
-  )
-  parts = pathlib.Path(workdir) / 'parts'
-  seeds = [
-    reading.remember(
-      parts / f'seed_{seed}.npz',
-      functools.partial(_run_seed, config, model, seed, parts),
-    )
-    for seed in range(config.num_seeds)
-  ]
-  # Mean over streams, [seed, gap, ...].
-  found = {
-    name: np.stack([np.mean(one[name], axis=0) for one in seeds])
-    for name in seeds[0]
-  }
-  metrics = []
+  folder = pathlib.Path(workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  store = cells_lib.open_store(folder, config.results)
+  found = {}
   for seed in range(config.num_seeds):
-    for name in _LEARNERS:
-      with np.load(_parameters(parts, name, seed)) as file:
-        metrics += [
-          {'learner': name, 'seed': seed, 'step': i, 'loss': float(loss)}
-          for i, loss in enumerate(file['losses'])
-        ]
-  _write(config, workdir, found, metrics)
+    for name, scores in _measure_seed(config, store, seed).items():
+      found.setdefault(name, []).append(np.mean(scores, axis=0))
+  _write(config, store, {name: np.stack(x) for name, x in found.items()})
 
 
-def _parameters(parts, name, seed):
-  return parts / f'{report_files.key(name)}_{seed}.npz'
-
-
-def _run_seed(config, model, seed, parts):
+def _measure_seed(config, store, seed):
   """Returns the share of recalled facts by learner, [stream, gap, ...]."""
   inner = config.inner
   size = levels.segment_size(levels.make_levels(inner, LEVELS))
-  found = {}
+  model = models.make_model(
+    reading.make_config(config.learner, config.stream.vocab_size, LEVELS)
+  )
+  settings = dataclasses.asdict(config)
+  del settings['num_seeds'], settings['results']
 
-  def ask(arm, params, name):
-    found[name] = recall(
-      config, model, arm, params, segment_size=size, name=f'{name}, {seed}'
-    )
-
-  for name, which in _LEARNERS.items():
-    arm = reading.only(inner, which)
+  @functools.cache
+  def train(name):
     params, _ = reading.train(
       model,
-      arm,
+      reading.only(inner, _LEARNERS[name]),
       lambda rng: make_row(
         config.stream,
         rng,
@@ -384,19 +368,43 @@ def _run_seed(config, model, seed, parts):
       config.learner,
       seed=seed,
       name=f'{name}, seed {seed}',
-      file=_parameters(parts, name, seed),
+      file=store.workdir / 'parts' / f'{report_files.key(name)}_{seed}.npz',
     )
-    ask(arm, params, name)
-  for name, which in {'slow': (0,), 'fast': (1,)}.items():
+    return params
+
+  def measure(name, recall_by):
+    cell = cells_lib.measure(
+      store,
+      'facts',
+      f'{report_files.key(name)}, seed {seed}',
+      settings,
+      lambda: {'recall': recall_by()},
+    )
+    return np.asarray(cell.values['recall'], np.float64)
+
+  def ask(name, learner, which):
     arm = reading.only(inner, which)
-    ask(arm, params, f'fast and slow level, {name} at rest')
-  found['restarts'] = recall_around_restarts(
-    config, model, params, segment_size=size
+    return measure(
+      name,
+      lambda: recall(
+        config, model, arm, train(learner), segment_size=size, name=name
+      ),
+    )
+
+  found = {name: ask(name, name, which) for name, which in _LEARNERS.items()}
+  for resting, which in {'slow': (0,), 'fast': (1,)}.items():
+    name = f'{_BOTH}, {resting} at rest'
+    found[name] = ask(name, _BOTH, which)
+  found['restarts'] = measure(
+    'restarts',
+    lambda: recall_around_restarts(
+      config, model, train(_BOTH), segment_size=size
+    ),
   )
   return found
 
 
-def _write(config, workdir, found, metrics):
+def _write(config, store, found):
   chance = 1 / config.stream.num_values
   restarts = found.pop('restarts')  # [seed, gap, 2]
   summary = {'chance': chance}
@@ -404,11 +412,11 @@ def _write(config, workdir, found, metrics):
     for gap, score in zip(config.gaps, scores.T, strict=True):
       summary[f'{report_files.key(name)}_after_{gap}'] = float(np.mean(score))
   names = list(found)
-  both = found['fast and slow level'][:, -1]
+  both = found[_BOTH][:, -1]
   alone = np.maximum(found['fast level'], found['slow level'])[:, -1]
   summary['gain_on_the_best_level_at_the_end'] = float(np.mean(both - alone))
   reading.plot_lines(
-    pathlib.Path(workdir) / 'recall.png',
+    store.workdir / 'recall.png',
     config.gaps,
     found,
     xlabel='tokens since the facts were told',
@@ -431,12 +439,13 @@ def _write(config, workdir, found, metrics):
     before, after = np.mean(restarts[:, i], axis=0)
     summary[f'fast_weights_before_the_restart_after_{gap}'] = float(before)
     summary[f'fast_weights_after_the_restart_after_{gap}'] = float(after)
-  report_files.write(
-    workdir,
+  cells_lib.write_page(
+    store,
+    'facts',
     config,
     module=__name__,
     summary=summary,
-    metrics=metrics,
+    metrics=[],
     sections=[
       f'# Facts told {config.stream.tellings} times',
       f'Share of {config.stream.num_facts} facts that are recalled over '
@@ -448,8 +457,6 @@ def _write(config, workdir, found, metrics):
       'What the own weights of the fast level recall, a segment before it '
       'restarts and after that:',
       report_files.table(('tokens since', 'before', 'after'), around),
-      report_files.table(
-        ('made by', ''), list(report_files.provenance().items())
-      ),
     ],
+    plots=['recall.png'],
   )

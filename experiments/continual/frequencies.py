@@ -2,25 +2,32 @@
 
 This is Figure 7 of the paper at a small scale, on the facts and streams of
 `facts.py`. The MLPs of a chain are together as wide for every number of levels,
-and the chain of two levels is that of `facts.py`. A learner is trained once for
-every number of levels. It then reads with several clocks of its slowest level,
-the others spread evenly (in the logarithm) between that and the fastest, and
-with several multiples of their learning rates.
+and the chain of two levels is that of `facts.py`. With every seed a learner is
+trained for every number of levels. It then reads with several clocks of its
+slowest level, the others spread evenly (in the logarithm) between that and the
+fastest, and with several multiples of their learning rates.
 
 Command:
   python launch/run.py --config=experiments/continual/frequencies.py \
     --workdir=runs/frequencies
 
+The same command goes on where it was stopped, and
+--set=results=experiments/results/frequencies also takes finished cells from
+that folder and writes page and cells there.
+
+Hardware: one CPU core.
 Results: experiments/results/continual/README.md.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 
 import numpy as np
 
+from experiments import cells as cells_lib
 from experiments import report_files
 from experiments.continual import facts
 from experiments.continual import reading
@@ -28,6 +35,7 @@ from nested_learning import errors
 from nested_learning import levels
 from nested_learning import models
 
+_TASK = 'frequencies'
 # Levels of chains, fastest first.
 _NAMES = (*facts.LEVELS, 'slower', 'slowest')
 
@@ -48,6 +56,9 @@ class FrequenciesConfig:
   train_gap: int = 1536
   gaps: tuple[int, ...] = (1024, 16_384)
   num_streams: int = 16
+  num_seeds: int = 3  # of training
+  # Folder of earlier cells, to which page and cells are written as well.
+  results: str | None = None
 
 
 def get_config(arg: str | None = None) -> FrequenciesConfig:
@@ -74,6 +85,7 @@ def get_config(arg: str | None = None) -> FrequenciesConfig:
       train_gap=small.train_gap,
       gaps=(64,),
       num_streams=2,
+      num_seeds=1,
     )
   raise errors.UserError(f"{arg!r} must be 'full' or 'small', or nothing.")
 
@@ -140,9 +152,27 @@ def run(config: FrequenciesConfig, workdir: str, mode: str) -> None:
       f'num_levels={config.num_levels} must be at most {len(_NAMES)}, the '
       'number of levels of the chain.'
     )
+  folder = pathlib.Path(workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  store = cells_lib.open_store(folder, config.results)
+  scores = {}
+  for seed in range(config.num_seeds):
+    for number in config.num_levels:
+      for setting, found in _measure(config, store, number, seed).items():
+        scores.setdefault(setting, []).append(np.mean(found, axis=0))
+  # [seed, gap] by number of levels, clock and rate.
+  _write(config, store, {key: np.stack(x) for key, x in scores.items()})
+
+
+def _measure(config, store, number, seed):
+  """Returns recall [stream, gap] by number of levels, clock and rate."""
+  settings = dataclasses.asdict(config)
+  for name in ('num_seeds', 'results', 'slowest', 'rates', 'num_levels'):
+    del settings[name]
   asked = facts.AskConfig(config.stream, config.gaps, config.num_streams)
-  scores, metrics = {}, []
-  for number in config.num_levels:
+
+  @functools.cache
+  def train():
     model, inner = make_learner(config, number, config.trained_at, 1.0)
     make_row = functools.partial(
       facts.make_row,
@@ -151,35 +181,46 @@ def run(config: FrequenciesConfig, workdir: str, mode: str) -> None:
       gap=config.train_gap,
       multiple_of=config.trained_at if number == 1 else config.fastest,
     )
-    params, losses = reading.train(
+    params, _ = reading.train(
       model,
       inner,
       make_row,
       config.learner,
-      name=f'{number} levels',
+      seed=seed,
+      name=f'{number} levels, seed {seed}',
+      file=store.workdir / 'parts' / f'levels_{number}_{seed}.npz',
     )
-    metrics += [
-      {'levels': number, 'step': i, 'loss': float(x)}
-      for i, x in enumerate(losses)
-    ]
-    settings = [(s, r) for s in config.slowest for r in config.rates]
-    for slowest, rate in settings if number else settings[:1]:
-      _, inner = make_learner(config, number, slowest, rate)
-      found = facts.recall(
-        asked,
-        model,
-        inner,
-        params,
-        segment_size=slowest if number == 1 else config.fastest,
-        name=f'{number} levels, slowest {slowest}, rate {rate}',
-      )
-      scores[number, slowest, rate] = found
-      if not number:  # without levels there is no clock and no rate
-        scores.update({(0, *setting): found for setting in settings})
-  _write(config, workdir, scores, metrics)
+    return params
+
+  def recall(slowest, rate, name):
+    model, inner = make_learner(config, number, slowest, rate)
+    found = facts.recall(
+      asked,
+      model,
+      inner,
+      train(),
+      segment_size=slowest if number == 1 else config.fastest,
+      name=name,
+    )
+    return {'recall': found}
+
+  found = {}
+  for slowest, rate in itertools.product(config.slowest, config.rates):
+    # Without levels there is no clock and no rate.
+    name = f'slowest {slowest}, rate {rate:g}, ' if number else ''
+    name = f'{number} levels, {name}seed {seed}'
+    cell = cells_lib.measure(
+      store,
+      _TASK,
+      name,
+      settings,
+      functools.partial(recall, slowest, rate, name),
+    )
+    found[number, slowest, rate] = np.asarray(cell.values['recall'], float)
+  return found
 
 
-def _write(config, workdir, scores, metrics):
+def _write(config, store, scores):
   chance = 1 / config.stream.num_values
   summary, rows = {'chance': chance}, []
   for (number, slowest, rate), found in sorted(scores.items()):
@@ -201,7 +242,7 @@ def _write(config, workdir, scores, metrics):
     summary[f'sensitivity_{name}'] = moved
     sensitivity.append((name, moved))
   reading.plot_lines(
-    pathlib.Path(workdir) / 'frequencies.png',
+    store.workdir / 'frequencies.png',
     config.num_levels,
     {
       f'slowest every {slowest}, rate x {rate:g}': np.stack(
@@ -215,16 +256,18 @@ def _write(config, workdir, scores, metrics):
     log_x=False,
     floor=chance,
   )
-  report_files.write(
-    workdir,
+  cells_lib.write_page(
+    store,
+    _TASK,
     config,
     module=__name__,
     summary=summary,
-    metrics=metrics,
+    metrics=[],
     sections=[
       '# Levels and their clocks',
-      f'Share of {config.stream.num_facts} facts recalled, mean and spread '
-      f'over {config.num_streams} streams; a guess gives {chance:.3f}. '
+      f'Share of {config.stream.num_facts} facts recalled over '
+      f'{config.num_streams} streams, mean and spread over {config.num_seeds} '
+      f'trainings; a guess gives {chance:.3f}. '
       f'Trained with the slowest level stepping every {config.trained_at} '
       'tokens.',
       report_files.table(
@@ -240,8 +283,6 @@ def _write(config, workdir, scores, metrics):
       'Sensitivity of recall after the longest gap: best minus worst over one '
       'setting, averaged over the others:',
       report_files.table(('setting', 'moves'), sensitivity),
-      report_files.table(
-        ('made by', ''), list(report_files.provenance().items())
-      ),
     ],
+    plots=['frequencies.png'],
   )

@@ -13,9 +13,12 @@ Command:
     --workdir=runs/horizon
 
 `:full` reads ten million tokens per stream. `:untrained` asks whether levels
-add up in a learner with its initial parameters, on shorter streams.
-A run that was stopped goes on with the next set of levels.
+add up in a learner with its initial parameters, on shorter streams. The same
+command goes on where it was stopped, and
+--set=results=experiments/results/horizon also takes finished cells from that
+folder and writes page and cells there.
 
+Hardware: one CPU core.
 Results: experiments/results/continual/README.md.
 """
 
@@ -25,12 +28,15 @@ import pathlib
 
 import numpy as np
 
+from experiments import cells as cells_lib
 from experiments import report_files
 from experiments.continual import reading
 from nested_learning import errors
 from nested_learning import levels
 from nested_learning import models
 
+TASK = 'horizon'
+_RESTART = 'restart'
 _LEVELS = ('fast', 'middle', 'slow')
 _ARMS = {
   'no level': (),
@@ -67,6 +73,9 @@ class HorizonConfig:
   # home has as many of their steps as in a stream.
   train_clocks: tuple[int, ...] = (64, 128, 256)
   train_tokens: tuple[int, int, int] = (1024, 768, 256)  # home, other, home
+  num_seeds: int = 3  # of training, and of topics and streams
+  # Folder of earlier cells, to which page and cells are written as well.
+  results: str | None = None
 
 
 def get_config(arg: str | None = None) -> HorizonConfig:
@@ -103,6 +112,7 @@ def get_config(arg: str | None = None) -> HorizonConfig:
       inner=levels.make_inner((16, 32, 64)),
       train_clocks=(16, 32, 32),
       train_tokens=(32, 16, 16),
+      num_seeds=1,
     )
   raise errors.UserError(
     f"{arg!r} must be 'full', 'untrained' or 'small', or nothing."
@@ -156,49 +166,83 @@ def make_row(
 
 
 def run(config: HorizonConfig, workdir: str, mode: str) -> None:
-  """Trains a learner and reads streams with each set of levels."""
+  """Trains learners and reads streams with each set of levels."""
   report_files.check_mode(mode)
+  folder = pathlib.Path(workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  store = cells_lib.open_store(folder, config.results)
+  found = {}
+  for seed in range(config.num_seeds):
+    for name, losses in _measure_seed(config, store, seed).items():
+      means = {key: np.nanmean(x, axis=0) for key, x in losses.items()}
+      found.setdefault(name, []).append(means)
+  # Means over streams, [seed, ...].
+  stacked = {
+    name: {key: np.stack([one[key] for one in seeds]) for key in seeds[0]}
+    for name, seeds in found.items()
+  }
+  around = stacked.pop(_RESTART)
+  _write(config, store, stacked, around)
+
+
+def _measure_seed(config, store, seed):
+  """Returns losses by set of levels, and around a restart; [stream, ...]."""
   model = models.make_model(
     reading.make_config(config.learner, config.num_words, _LEVELS)
   )
-
   clocks = zip(config.inner.levels, config.train_clocks, strict=True)
-  trained = dataclasses.replace(
-    config.inner,
-    levels=tuple(
-      dataclasses.replace(level, update_every=size) for level, size in clocks
-    ),
+  trained = tuple(
+    dataclasses.replace(level, update_every=size) for level, size in clocks
   )
-  params, losses = reading.train(
-    model,
-    trained,
-    lambda rng: make_row(config, rng),
-    config.learner,
-    file=pathlib.Path(workdir) / 'parts/parameters.npz',
-  )
-  metrics = [{'step': i, 'loss': float(loss)} for i, loss in enumerate(losses)]
-  found = {}
-  for name, which in _ARMS.items():
-    inner = reading.only(config.inner, which)
-    found[name] = reading.remember(
-      pathlib.Path(workdir) / f'parts/{report_files.key(name)}.npz',
-      functools.partial(_read, config, model, inner, params, name),
+  settings = dataclasses.asdict(config)
+  del settings['num_seeds'], settings['results']
+
+  @functools.cache
+  def train():
+    params, _ = reading.train(
+      model,
+      dataclasses.replace(config.inner, levels=trained),
+      lambda rng: make_row(config, rng),
+      config.learner,
+      seed=seed,
+      name=f'training, seed {seed}',
+      file=store.workdir / 'parts' / f'parameters_{seed}.npz',
     )
-  around = reading.remember(
-    pathlib.Path(workdir) / 'parts/restart.npz',
-    functools.partial(_around_restart, config, model, params),
+    return params
+
+  def measure(name, make_values):
+    cell = cells_lib.measure(
+      store,
+      TASK,
+      f'{report_files.key(name)}, seed {seed}',
+      settings,
+      make_values,
+    )
+    as_array = lambda x: np.asarray(x, np.float64)
+    return {key: as_array(x) for key, x in cell.values.items()}
+
+  def read(name, which):
+    inner = reading.only(config.inner, which)
+    return _read(config, model, inner, train(), seed, name)
+
+  found = {
+    name: measure(name, functools.partial(read, name, which))
+    for name, which in _ARMS.items()
+  }
+  found[_RESTART] = measure(
+    _RESTART, lambda: _around_restart(config, model, train(), seed)
   )
-  _write(config, workdir, found, around, metrics)
+  return found
 
 
-def _around_restart(config, model, params):
+def _around_restart(config, model, params, seed):
   """Returns losses on home of the fast level's own weights, [stream] by name.
 
   After home, a period of the slow level is read, at whose end it steps.
   """
   size = levels.segment_size(levels.make_levels(config.inner, _LEVELS))
   learner = reading.make_reading(model, config.inner, segment_size=size)
-  num, rng = config.num_streams, np.random.default_rng(1)
+  num, rng = config.num_streams, np.random.default_rng((1, seed))
   draw = lambda count: np.stack([make_topic(config, rng) for _ in range(count)])
   home, period = draw(num), config.inner.update_every[-1]
   probes = np.stack([write_text(home, size, rng) for _ in range(config.probes)])
@@ -221,7 +265,7 @@ def _around_restart(config, model, params):
   return losses
 
 
-def _read(config, model, inner, params, name):
+def _read(config, model, inner, params, seed, name):
   """Returns losses on home and on the stream, 'asked' and 'read'.
 
   Both are [stream, 1 + d]: home before it was read and by distance; the tokens
@@ -229,7 +273,7 @@ def _read(config, model, inner, params, name):
   """
   size = levels.segment_size(levels.make_levels(config.inner, _LEVELS))
   learner = reading.make_reading(model, inner, segment_size=size)
-  num, rng = config.num_streams, np.random.default_rng(1)
+  num, rng = config.num_streams, np.random.default_rng((1, seed))
   draw = lambda count: np.stack([make_topic(config, rng) for _ in range(count)])
   home = draw(num)
   probes = [write_text(home, size, rng) for _ in range(config.probes)]
@@ -265,7 +309,7 @@ def _read(config, model, inner, params, name):
   return {'asked': np.stack(scores, axis=1), 'read': np.stack(stream, axis=1)}
 
 
-def _write(config, workdir, found, around, metrics):
+def _write(config, store, found, around):
   asked = {name: one['asked'] for name, one in found.items()}
   start = asked['no level'][:, :1]
   best = min(np.mean(losses[:, 1]) for losses in asked.values())
@@ -292,27 +336,28 @@ def _write(config, workdir, found, around, metrics):
   last = {name: float(np.mean(gain[:, -1])) for name, gain in gains.items()}
   summary['keeps_most'] = max(last, key=last.get)
   reading.plot_lines(
-    pathlib.Path(workdir) / 'horizon.png',
+    store.workdir / 'horizon.png',
     config.distances,
     gains,
     xlabel='tokens since home',
     ylabel='nats per token saved on home',
     floor=0.0,
   )
-  report_files.write(
-    workdir,
+  cells_lib.write_page(
+    store,
+    TASK,
     config,
     module=__name__,
     summary=summary,
-    metrics=metrics,
+    metrics=[],
     sections=[
       '# How long a topic is kept',
       'Nats per token that having read home saves on other text of it, mean '
-      f'and spread over {config.num_streams} streams, by tokens of other '
-      'topics since. Levels step every '
-      f'{config.inner.update_every} tokens; before home, the loss is '
-      f'{np.mean(start):.3f}. The last column is the loss on the stream '
-      'itself, since the distance before the last.',
+      f'and spread over {config.num_seeds} trainings with '
+      f'{config.num_streams} streams each, by tokens of other topics since. '
+      f'Levels step every {config.inner.update_every} tokens; before home, '
+      f'the loss is {np.mean(start):.3f}. The last column is the loss on the '
+      'stream itself, since the distance before the last.',
       report_files.table(
         (
           'levels that learn',
@@ -327,8 +372,6 @@ def _write(config, workdir, found, around, metrics):
       report_files.table(
         tuple(own), [tuple(map(reading.mean_and_spread, own.values()))]
       ),
-      report_files.table(
-        ('made by', ''), list(report_files.provenance().items())
-      ),
     ],
+    plots=['horizon.png'],
   )

@@ -1,5 +1,6 @@
 """Tests of the experiments on continual learning, at the smallest size."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -83,11 +84,22 @@ class ContinualTest(parameterized.TestCase):
     self.enterContext(compiling.quickly())
     workdir = pathlib.Path(self.create_tempdir().full_path)
     config = experiment.get_config('small')
+    page = workdir / 'page'
+    if hasattr(config, 'results'):
+      config = dataclasses.replace(config, results=str(page))
     experiment.run(config, str(workdir), 'train')
     saved = (workdir / 'config.json').read_text()
     self.assertEqual(configs.from_json(saved), config)
     self.assertIn('.png)', (workdir / 'report.md').read_text())
     self.assertLen(list(workdir.glob('*.png')), 1)
+    if hasattr(config, 'results'):
+      # Another machine goes on from the page, and measures nothing.
+      again = workdir / 'again'
+      experiment.run(config, str(again), 'train')
+      self.assertFalse((again / 'cells').exists())
+      self.assertFalse((again / 'parts').exists())
+      for name in ('summary.json', 'README.md'):
+        self.assertTrue((page / name).is_file())
     return json.loads((workdir / 'summary.json').read_text())
 
   @parameterized.parameters(
