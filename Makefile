@@ -9,13 +9,14 @@ SEQIO := .venv/installed-seqio
 SERVE := .venv/installed-serve
 TEST_FLAGS ?= -n 2
 BENCH_FLAGS ?=
+EVIDENCE_FLAGS ?=
 SERVE_FLAGS ?=
 PYTEST := $(BIN)/python -m pytest $(TEST_FLAGS) -rs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	-c constraints.txt
 
 .PHONY: demo serve test test-extras test-slow test-rest test-all extras harness \
-	test-harness seqio bench-small lint format clean
+	test-harness seqio bench-small evidence lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python launch/run.py --config=experiments/quickstart.py \
@@ -61,6 +62,11 @@ seqio: $(SEQIO)
 # BENCH_FLAGS=--seeds=3 or --only=hope,mqar; see experiments/bench_small.py.
 bench-small: $(INSTALLED)
 	$(BIN)/python experiments/bench_small.py $(BENCH_FLAGS)
+
+# Pages of results, made anew or continued: experiments/evidence.py.
+# EVIDENCE_FLAGS=--only=facts makes one, --list says how old they are.
+evidence: $(EXTRAS)
+	$(BIN)/python experiments/evidence.py $(EVIDENCE_FLAGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
