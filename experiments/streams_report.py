@@ -9,6 +9,7 @@ import numpy as np
 
 from experiments import cells as cells_lib
 from experiments import report_files
+from launch import provenance
 from nested_learning import files
 
 TASK = 'streams'
@@ -190,23 +191,12 @@ def _rates(cells, names) -> str:
 
 
 def _provenance(cells) -> str:
-  found = {}
-  for cell in cells.values():
-    for key, value in cell.source.items():
-      found.setdefault(key, set()).add(value)
-  rows = [
-    (
-      key,
-      '; '.join(f'`{v}`' if key == 'command' else v for v in sorted(values)),
-    )
-    for key, values in found.items()
-  ]
   settings = next(iter(cells.values())).settings
-  shown = [
-    (key, ', '.join(f'{k} {v}' for k, v in settings[key].items()))
+  more = {
+    key: ', '.join(f'{k} {v}' for k, v in settings[key].items())
     for key in ('streams', 'search')
-  ]
-  return report_files.table(('', ''), [*rows, *shown])
+  }
+  return provenance.listed([cell.source for cell in cells.values()], more)
 
 
 def _plot(cells, names, path) -> None:
