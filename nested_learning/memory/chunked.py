@@ -17,6 +17,7 @@ References:
 """
 
 from collections.abc import Mapping
+import functools
 from typing import NamedTuple
 
 import jax
@@ -26,8 +27,10 @@ from nested_learning.memory import decays as decays_lib
 from nested_learning.memory import networks
 from nested_learning.memory import rule as rules
 
-# Up to this size multiplying whole matrices is cheaper than cutting them up.
+# Up to this size multiplying whole matrices is cheaper than cutting them up:
+# TPUs compute nothing faster with operands of less than 128 x 128.
 _SMALL = 16
+_SMALL_ON_TPUS = 64
 
 
 class Keys(NamedTuple):
@@ -48,7 +51,12 @@ class Keys(NamedTuple):
 
 
 def make_keys(
-  x: jax.Array, rates: rules.Rates, decays: decays_lib.Decays, *, erase: bool
+  x: jax.Array,
+  rates: rules.Rates,
+  decays: decays_lib.Decays,
+  *,
+  erase: bool,
+  small: int | None = None,
 ) -> Keys:
   """Computes a chunk's `Keys`.
 
@@ -57,6 +65,7 @@ def make_keys(
     rates: Each [..., t, 1].
     decays: From the same rates, broadcastable to x.
     erase: Whether the rule is Delta Gradient Descent.
+    small: As in `unit_lower_inverse`.
 
   Returns:
     The `Keys`.
@@ -69,7 +78,7 @@ def make_keys(
     '...ti,...si->...ts', x, x, precision=jax.lax.Precision.HIGHEST
   )  # K, [..., t, t]
   inner_lr = rates.masked().inner_lr
-  inverse = unit_lower_inverse(inner_lr * decays.between_before * gram)
+  inverse = unit_lower_inverse(inner_lr * decays.between_before * gram, small)
   return Keys(x, decays, inverse, None if decays.trace is None else gram)
 
 
@@ -257,8 +266,10 @@ def end_chunks(
   }
 
 
-@jax.custom_jvp
-def unit_lower_inverse(strictly_lower: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def unit_lower_inverse(
+  strictly_lower: jax.Array, small: int | None = None
+) -> jax.Array:
   r"""Inverts I + N for strictly lower triangular N, by matmuls alone.
 
   Halves are inverted and joined. No power of N is formed: products of powers
@@ -271,12 +282,35 @@ def unit_lower_inverse(strictly_lower: jax.Array) -> jax.Array:
   Args:
     strictly_lower: N, [..., c, c]; entries on or above the diagonal are not
       read.
+    small: Size from which on halves are not halved again; None chooses it by
+      the platform that is compiled for.
 
   Returns:
     [..., c, c], unit lower triangular.
   """
+  if small is not None:
+    return _invert(strictly_lower, small)
+  if strictly_lower.shape[-1] <= _SMALL:  # the same on all platforms
+    return _ladder(strictly_lower)
+  return jax.lax.platform_dependent(
+    strictly_lower,
+    tpu=lambda x: _invert(x, _SMALL_ON_TPUS),
+    default=lambda x: _invert(x, _SMALL),
+  )
+
+
+@unit_lower_inverse.defjvp
+def _unit_lower_inverse_jvp(small, primals, tangents):
+  (strictly_lower,), (tangent,) = primals, tangents
+  inverse = unit_lower_inverse(strictly_lower, small)
+  change = _matmul(inverse, _matmul(jnp.tril(tangent, -1), inverse))
+  return inverse, -change
+
+
+def _invert(strictly_lower: jax.Array, small: int) -> jax.Array:
+  """Inverts the halves and joins them; see `unit_lower_inverse`."""
   size = strictly_lower.shape[-1]
-  if size <= _SMALL:
+  if size <= small:
     return _ladder(strictly_lower)
   half = (size + 1) // 2
   first = strictly_lower[..., :half, :half]
@@ -284,7 +318,7 @@ def unit_lower_inverse(strictly_lower: jax.Array) -> jax.Array:
   if size % 2:  # a last row of zeros makes the halves equal
     pad = [(0, 0)] * (strictly_lower.ndim - 2) + [(0, 1), (0, 1)]
     second = jnp.pad(second, pad)
-  both = unit_lower_inverse(jnp.stack([first, second]))
+  both = _invert(jnp.stack([first, second]), small)
   first, second = both[0], both[1][..., : size - half, : size - half]
   below = -_matmul(second, _matmul(strictly_lower[..., half:, :half], first))
   above = jnp.zeros((*below.shape[:-2], half, size - half), below.dtype)
@@ -297,26 +331,21 @@ def unit_lower_inverse(strictly_lower: jax.Array) -> jax.Array:
   )
 
 
-@unit_lower_inverse.defjvp
-def _unit_lower_inverse_jvp(primals, tangents):
-  (strictly_lower,), (tangent,) = primals, tangents
-  inverse = unit_lower_inverse(strictly_lower)
-  change = _matmul(inverse, _matmul(jnp.tril(tangent, -1), inverse))
-  return inverse, -change
-
-
 def _ladder(strictly_lower: jax.Array) -> jax.Array:
   """Inverts small matrices: all pairs of blocks of a size at once."""
   size = strictly_lower.shape[-1]
-  index = jnp.arange(size)
-  inverse = jnp.eye(size, dtype=strictly_lower.dtype)
-  width = 1
-  while width < size:
-    block = index // width
-    is_below = (block[:, None] == block + 1) & (block % 2 == 0)
+  row, column = (
+    jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1)
+  )
+  inverse = (row == column).astype(strictly_lower.dtype)
+  for level in range((size - 1).bit_length()):
+    # Blocks have 2^level rows; shifts, since kernels cannot divide integers.
+    block = column >> level
+    is_below = ((row >> level) == block + 1) & ((block & 1) == 0)
     below = jnp.where(is_below, strictly_lower, 0.0)
-    inverse = inverse - _matmul(inverse, _matmul(below, inverse))
-    width *= 2
+    if level:  # before, the inverse is the identity
+      below = _matmul(inverse, _matmul(below, inverse))
+    inverse = inverse - below
   return jnp.broadcast_to(inverse, strictly_lower.shape)  # for a size of one
 
 

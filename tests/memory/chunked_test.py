@@ -25,11 +25,12 @@ class UnitLowerInverseTest(parameterized.TestCase):
     super().setUp()
     self.enterContext(jax.enable_x64(True))
 
-  def test_equals_numpy_at_many_sizes(self):
+  @parameterized.parameters(None, 4, 16, 64)
+  def test_equals_numpy_at_many_sizes(self, small):
     sizes = (1, 2, 3, 7, 8, 9, 16, 31, 33, 64)
     matrices = [draw(3, size) for size in sizes]
     inverses = compiling.jit(
-      lambda xs: [chunked.unit_lower_inverse(x) for x in xs]
+      lambda xs: [chunked.unit_lower_inverse(x, small) for x in xs]
     )(matrices)
     for matrix, inverse in zip(matrices, inverses, strict=True):
       expected = np.linalg.inv(np.eye(matrix.shape[-1]) + matrix)
@@ -41,10 +42,10 @@ class UnitLowerInverseTest(parameterized.TestCase):
     invert = compiling.jit(chunked.unit_lower_inverse)
     np.testing.assert_array_equal(invert(dirty), invert(matrix))
 
-  @parameterized.parameters(0.5, 1.0, 2.0)
-  def test_repeated_keys_in_float32(self, inner_lr):
+  @parameterized.product(inner_lr=(0.5, 1.0, 2.0), small=(16, 64))
+  def test_repeated_keys_in_float32(self, inner_lr, small):
     matrix = repeated_keys(64, inner_lr)
-    invert = compiling.jit(chunked.unit_lower_inverse)
+    invert = compiling.jit(lambda x: chunked.unit_lower_inverse(x, small))
     inverse = invert(jnp.asarray(matrix, jnp.float32))
     # The entries are inner_lr (1 - inner_lr)^n, at most 2 in size.
     expected = np.linalg.inv(np.eye(64) + matrix)
