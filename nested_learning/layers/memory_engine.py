@@ -37,21 +37,22 @@ def run(
       between two chunks in every row, and the tokens are then whole chunks.
     inputs: Argument of `project`, a pytree of [b, h, t, ...].
     info: Borders and padding among the tokens, and whether to write.
-    engine: 'chunk', or 'token' for the definition, which is slow.
+    engine: 'chunk'; 'fused', the same in a kernel; or 'token' for the
+      definition, which is slow.
 
   Returns:
     The `Result`, and the state after the tokens.
   """
   num_rows, _, num_tokens = jax.tree.leaves(inputs)[0].shape[:3]
   if (
-    engine == 'chunk'
+    engine != 'token'
     and state is None
     and info.mask is None
     and context_parallel.num_parts(num_tokens, multiple=rule.chunk_size) > 1
   ):
     return _run_parts(make, params, rule, initial, inputs, info)
   call = functools.partial(
-    memory.scan_chunks,
+    memory.scan_fused if engine == 'fused' else memory.scan_chunks,
     starts_chunk=state is not None and state.anchor is None,
   )
   if engine == 'token' or (state is not None and num_tokens == 1):

@@ -99,7 +99,8 @@ class MemoryMixerConfig:
   max_norm: float | None = 8.0  # bound on a map's distance from its start
   # Another way to write the main memory: Atlas' windows, DeltaTTT's targets.
   extension: extensions.Omega | extensions.LocalTargets | None = None
-  engine: Literal['chunk', 'token'] = 'chunk'  # the second is slow, to compare
+  # 'fused' is a kernel that no TPU has run yet; 'token' is slow, to compare.
+  engine: Literal['chunk', 'fused', 'token'] = 'chunk'
 
   def __post_init__(self):
     errors.check_choices(self)
@@ -414,7 +415,7 @@ def _make_project(
   # Numbers are read with the key's projection, even where 'k' is not adaptive.
   read = dict.fromkeys([*vectors, 'k'] if scalars else vectors)
 
-  def project(weights, tokens):
+  def project(bias, weights, tokens):
     made, rates = dict(tokens.tokens), dict(tokens.rates)
     for role in read:
       i = vectors.index(role) if role in vectors else 0
@@ -426,13 +427,15 @@ def _make_project(
       )
       if role == 'k':
         for j, rate in enumerate(scalars):
-          rates[rate] = outputs.scalars[:, :, j]
+          rates[rate] = outputs.scalars[..., j, :, :]
       if role in vectors:
-        made[role] = norm.l2_normalize(outputs.vectors[:, :, 0])
+        made[role] = norm.l2_normalize(outputs.vectors[..., 0, :, :])
     projected = memory_projections.Projected(made, rates)
     return _set_rates(config, projected.write_inputs(), bias)
 
-  return project
+  # A kernel cuts heads, and the constants of 'head' differ among them.
+  is_cut = config.retention != 'head'
+  return (jax.tree_util.Partial if is_cut else functools.partial)(project, bias)
 
 
 def _set_rates(config, writes, bias):

@@ -264,7 +264,7 @@ def set_rates(
   for name in rates:
     if kinds[name] == 'inner_lr':
       rates[name] *= max_inner_lr
-  one = jnp.ones((*writes.key.shape[:3], 1), writes.key.dtype)
+  one = jnp.ones((*writes.key.shape[:-1], 1), writes.key.dtype)
   constants = {'inner_lr': one, 'retention': one}
   if retention == 'head':  # Sun et al., RetNet, arXiv:2307.08621, 2023, eq. 8
     kept = 1.0 - 2.0 ** (-5.0 - jnp.arange(writes.key.shape[1]))

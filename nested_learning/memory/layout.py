@@ -173,6 +173,13 @@ def take(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
   return jnp.take_along_axis(x, index.reshape(shape), axis)
 
 
+def without_leading(tree: Any, num_axes: int) -> Any:
+  """Returns the shapes of a tree's arrays without their first axes."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape[num_axes:], x.dtype), tree
+  )
+
+
 def _cut(
   chunk_size: int,
   inputs: Any,

@@ -12,7 +12,7 @@ with a residual connection in the MLP; each of `num_scalars` outputs one, with a
 linear skip connection.
 
 Axes: b batch, h head, r role, t token, d head dim, f hidden. The token axis is
-always the last but one.
+always the last but one; b and h may be missing.
 """
 
 from collections.abc import Callable, Sequence
@@ -96,11 +96,12 @@ def make_matrix(
   }
 
   def apply(linear: Linear, x: jax.Array) -> Outputs:
-    vectors, scalars = jnp.split(linear('in', x), [num_vectors * dim], axis=-1)
-    vectors = _split_roles(vectors, num_vectors)
+    y = linear('in', x)
+    vectors = _split_roles(y[..., : num_vectors * dim], num_vectors)
+    scalars = y[..., num_vectors * dim :]
     if num_vectors:
       vectors = finish(x[..., None, :, :], vectors)
-    return Outputs(vectors, _scalar_roles(scalars))
+    return Outputs(vectors, _split_roles(scalars, num_scalars))
 
   def read(memory, x, vectors, scalars):
     part = make_matrix(
@@ -178,14 +179,15 @@ def make_mlp(
     table['scalar'] = out_param(num_scalars, 1)
 
   def apply(linear: Linear, x: jax.Array) -> Outputs:
-    hidden, skip = jnp.split(linear('in', x), [num_hidden], axis=-1)
-    hidden = _split_roles(activation(hidden), num_vectors + num_scalars)
-    for_vectors, for_scalars = jnp.split(hidden, [num_vectors], axis=-3)
-    vectors, scalars = for_vectors, _scalar_roles(skip)
+    y = linear('in', x)
+    hidden = activation(y[..., :num_hidden])
+    hidden = _split_roles(hidden, num_vectors + num_scalars)
+    vectors = hidden[..., :num_vectors, :, :]
+    scalars = _split_roles(y[..., num_hidden:], num_scalars)
     if num_vectors:
-      vectors = finish(x[..., None, :, :], linear('vector', for_vectors))
+      vectors = finish(x[..., None, :, :], linear('vector', vectors))
     if num_scalars:
-      scalars = scalars + linear('scalar', for_scalars)
+      scalars = scalars + linear('scalar', hidden[..., num_vectors:, :, :])
     return Outputs(vectors, scalars)
 
   def read(memory, x, vectors, scalars):
@@ -220,6 +222,8 @@ def linear_of(memory: Any) -> Linear:
 
 def apply_map(weights: jax.Array, x: jax.Array) -> jax.Array:
   """Computes W x for weights [..., o, i] and x [..., t, i]: [..., t, o]."""
+  if x.ndim == 3:  # only heads may be a second axis of a kernel's product
+    return jnp.stack([apply_map(w, y) for w, y in zip(weights, x, strict=True)])
   return jnp.einsum('...oi,...ti->...to', weights, x)
 
 
@@ -235,11 +239,8 @@ def _rows(weights: jax.Array, cuts: Sequence[tuple[int, int]]) -> jax.Array:
 
 
 def _split_roles(x: jax.Array, num_roles: int) -> jax.Array:
-  """Reshapes [b, h, t, r d] to [b, h, r, t, d]."""
-  split = x.reshape(*x.shape[:-1], num_roles, -1 if num_roles else 0)
-  return jnp.moveaxis(split, -2, -3)
-
-
-def _scalar_roles(x: jax.Array) -> jax.Array:
-  """Reshapes [b, h, t, r] to [b, h, r, t, 1]."""
-  return jnp.moveaxis(x, -1, -2)[..., None]
+  """Splits the last axis among roles: [..., t, r d] to [..., r, t, d]."""
+  if not num_roles:
+    return x[..., None, :, :0][..., :0, :, :]
+  # Kernels can cut the last axis but not reshape it.
+  return jnp.stack(jnp.split(x, num_roles, axis=-1), axis=-3)

@@ -95,7 +95,8 @@ def evaluate(
 def _targets(network, rule, linear, value):
   """Returns the objective's targets, `networks.Outputs`."""
   if rule.target == 'value':  # one vector role, no scalar
-    return networks.Outputs(value[:, :, None], value[:, :, None, :, :0])
+    value = value[..., None, :, :]
+    return networks.Outputs(value, value[..., :0])
   vectors, scalars = network.apply(linear, value)
   if rule.normalize_target is not None:
     vectors = rule.normalize_target(vectors)
@@ -149,7 +150,7 @@ def read_vector(
   network: networks.Network, linear: networks.Linear, query: jax.Array
 ) -> jax.Array:
   """Reads the vector [b, h, t, d] of a network of one vector role."""
-  return network.apply(linear, query).vectors[:, :, 0]
+  return network.apply(linear, query).vectors[..., 0, :, :]
 
 
 def token_rates(
@@ -180,10 +181,10 @@ def normalized(rates: rules.Rates, x: jax.Array) -> rules.Rates:
 
 
 def per_map(tree: Any, name: str) -> Any:
-  """Adds the role axis of hidden maps: [b, h, ...] to [b, h, 1, ...]."""
+  """Adds the role axis of hidden maps: [b, h, t, i] to [b, h, 1, t, i]."""
   if name == 'in':
     return tree
-  return jax.tree.map(lambda x: x[:, :, None], tree)
+  return jax.tree.map(lambda x: x[..., None, :, :], tree)
 
 
 def erases(rule: rules.Rule, name: str, maps: Iterable[str]) -> bool:

@@ -86,10 +86,10 @@ def make_project(network: memory.Network, rate=jax.nn.sigmoid):
     made = network.read(weights, inputs['x'], (0, 1), (0, 2))
     value = network.read(weights, inputs['x'], (1, 2), (0, 0))
     return memory.WriteInputs(
-      key=norm.l2_normalize(made.vectors[:, :, 0]),
-      value=norm.l2_normalize(value.vectors[:, :, 0]),
-      inner_lr=0.5 * rate(made.scalars[:, :, 0] - 1.0),
-      retention=rate(made.scalars[:, :, 1] + 2.0),
+      key=norm.l2_normalize(made.vectors[..., 0, :, :]),
+      value=norm.l2_normalize(value.vectors[..., 0, :, :]),
+      inner_lr=0.5 * rate(made.scalars[..., 0, :, :] - 1.0),
+      retention=rate(made.scalars[..., 1, :, :] + 2.0),
       momentum=inputs.get('momentum'),
       query=inputs['q'],
     )
