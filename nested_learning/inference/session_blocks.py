@@ -1,4 +1,4 @@
-"""The arrays of a session as the blocks that differ from a session's start.
+"""A session as the arrays of its file: blocks that differ from its start.
 
 Of every array, a file holds the smallest block around all numbers that changed:
 nothing of levels that have not stepped, and the part of a cache that was
@@ -16,21 +16,90 @@ import numpy as np
 
 from nested_learning import errors
 from nested_learning.inference import session_files
+from nested_learning.inference import session_programs
 
 # Written whole: its size in a file shows that there are as many rows as said.
 _WHOLE = 'logits'
 
 
 def pack(
-  metadata: Mapping[str, str],
-  clocks: Mapping[str, np.ndarray],
-  state: Any,
-  start: Any,
+  metadata: Mapping[str, str], now: session_programs.Snapshot, start: Any
 ) -> session_files.Content:
   """Returns the content of a session's file.
 
   Args:
     metadata: See `session_files.Content`.
+    now: The session.
+    start: The state of one row at a session's start.
+  """
+  return session_files.Content(
+    metadata, pack_state(now.clocks, now.state, start)
+  )
+
+
+def unpack(
+  path: str | os.PathLike,
+  content: session_files.Content,
+  programs: session_programs.Programs,
+  params: Any,
+  *,
+  vocab_size: int,
+) -> session_programs.Snapshot:
+  """Returns the session in a file, after checking it against the model.
+
+  Args:
+    path: The file, for messages.
+    content: Its content.
+    programs: The compiled functions.
+    params: Parameters from `programs.prepare`.
+    vocab_size: Tokens of the model.
+
+  Raises:
+    errors.UserError: It is that of no session on this model.
+  """
+  clock, age = (content.arrays.get(name) for name in ('clock', 'age'))
+  for x in (clock, age):
+    if x is None or x.ndim != 1 or x.dtype != np.int64 or not len(x):
+      raise errors.UserError(
+        f'the session {path} has no clocks of its rows; use another path.'
+      )
+  # Shapes alone: nothing is allocated for rows that the file does not have.
+  like = programs.shapes(params, len(clock))
+  start = lambda: programs.init(params, 1)
+  state = unpack_state(path, content, ('clock', 'age'), like, start)
+  segment = state.stream.segment
+  tokens = np.asarray(segment.tokens)
+  fits = (
+    clock.shape == age.shape
+    and (clock >= 0).all()
+    and (age >= 0).all()
+    and (clock % programs.segment_size == np.asarray(segment.count)).all()
+    and (tokens >= 0).all()
+    and (tokens < vocab_size).all()
+  )
+  if not fits:
+    raise errors.UserError(
+      f'the session {path} has clocks or tokens that no session of this '
+      'model can have; use another path.'
+    )
+  return session_programs.Snapshot(state, clock.copy(), age.copy())
+
+
+def measure(content: session_files.Content) -> dict[str, int]:
+  """Returns the bytes of a file's arrays, by what they belong to."""
+  sizes = {'levels': 0, 'memories and caches': 0}
+  for name, x in content.arrays.items():
+    is_level = name.startswith('state/stream/levels/')
+    sizes['levels' if is_level else 'memories and caches'] += x.nbytes
+  return sizes
+
+
+def pack_state(
+  clocks: Mapping[str, np.ndarray], state: Any, start: Any
+) -> dict[str, np.ndarray]:
+  """Returns the arrays of a file by name.
+
+  Args:
     clocks: int64 [b] by name.
     state: A tree of arrays [b, ...].
     start: The same tree at a session's start, of one row.
@@ -45,10 +114,10 @@ def pack(
     if block is not None:
       corner = ','.join(str(part.start) for part in block)
       arrays[f'state/{name}@{corner}'] = x[block]
-  return session_files.Content(metadata, arrays)
+  return arrays
 
 
-def unpack(
+def unpack_state(
   path: str | os.PathLike,
   content: session_files.Content,
   clocks: tuple[str, ...],

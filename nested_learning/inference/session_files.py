@@ -79,6 +79,40 @@ class Content(NamedTuple):
   arrays: Mapping[str, np.ndarray]
 
 
+class Seen(NamedTuple):
+  """Files that a session was read from or written to.
+
+  Attributes:
+    checksums: By file, without symbolic links.
+  """
+
+  checksums: Mapping[str, str]
+
+  def add(self, path: str | os.PathLike, checksum: str) -> 'Seen':
+    """Returns the files with another one, or one as it is now."""
+    return Seen({**self.checksums, str(resolve(path)): checksum})
+
+  def check(self, path: str | os.PathLike) -> None:
+    """Checks that a file is as it was seen, or is not there.
+
+    Raises:
+      errors.UserError: It holds what another session has learned.
+    """
+    found = read_checksum(path)
+    known = self.checksums.get(str(resolve(path)))
+    if found is None or found == known:
+      return
+    if known is None:
+      raise errors.UserError(
+        f'{path} already holds a session; load it, remove it, or save to '
+        'another path.'
+      )
+    raise errors.UserError(
+      f'the session {path} was changed by another program since it was read; '
+      'load it again, or save to another path.'
+    )
+
+
 @contextlib.contextmanager
 def lock(path: str | os.PathLike) -> Iterator[None]:
   """Holds a session's file for this process, so that no other one changes it.

@@ -22,6 +22,8 @@ from nested_learning.inference import generate
 from nested_learning.inference import sampling
 from nested_learning.levels import trees
 
+_RESTING_SIZE = 256  # tokens of a segment where memories alone learn
+
 
 class SessionState(NamedTuple):
   """The state of a session; all leaves begin with the rows [b].
@@ -47,6 +49,11 @@ class Snapshot(NamedTuple):
   state: SessionState
   clock: np.ndarray
   age: np.ndarray
+
+  @property
+  def clocks(self) -> dict[str, np.ndarray]:
+    """The arrays that are not of the state, by name."""
+    return {'clock': self.clock, 'age': self.age}
 
   def take_rows(self, rows: slice) -> 'Snapshot':
     """Returns some of the rows."""
@@ -313,6 +320,9 @@ def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
 @functools.lru_cache(maxsize=16)
 def _make_programs(config, head, inner) -> Programs:
   learner = models.make_model(config, inner, head=head)
+  if learner.reader is None:
+    size = min(_RESTING_SIZE, config.max_length)
+    learner = models.read_by_segments(learner, size)
   reader = learner.reader
 
   def init(params, num_rows):

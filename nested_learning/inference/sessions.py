@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import types
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nested_learning import errors
+from nested_learning import layers
 from nested_learning import levels
 from nested_learning import models
 from nested_learning.inference import generate as generate_lib
@@ -96,22 +96,23 @@ class Session:
     Args:
       model: From `models.make_model`.
       params: The parameters of a checkpoint.
-      inner: How the levels learn; None for `default_inner`.
+      inner: How the levels learn; None for `default_inner`. Where all rest,
+        memories alone learn.
       num_rows: Streams that are fed together.
       tokenizer_fingerprint: `Tokenizer.fingerprint`; `load` refuses a session
         that was fed by another tokenizer.
 
     Raises:
-      errors.UserError: If no level learns, the levels do not fit the model, its
-        state does not hold a segment, or there are no rows.
+      errors.UserError: If neither levels nor memories learn, the levels do not
+        fit the model, its state does not hold a segment, or there are no rows.
     """
     self.model, self.params = model, params
     self.inner = default_inner(model.config) if inner is None else inner
-    if not self.inner.is_on:
+    if not self.inner.is_on and not _has_memories(model.config):
       raise errors.UserError(
         f'inner.levels, with update_every={self.inner.update_every}, lets no '
-        'level learn, and a session is there to learn; leave out inner for the '
-        'default.'
+        'level learn, the model has no memories, and a session is there to '
+        'learn; leave out inner for the default.'
       )
     if num_rows < 1:
       raise errors.UserError(f'{num_rows=} must be at least 1.')
@@ -131,8 +132,7 @@ class Session:
     self._model_fingerprint = functools.cache(
       lambda: session_files.fingerprint(model, params)
     )
-    # Checksums of the files that this session was read from or written to.
-    self._checksums = types.MappingProxyType({})
+    self._seen = session_files.Seen({})
     self.mark()
 
   @property
@@ -316,7 +316,7 @@ class Session:
     Two sessions on one checkpoint have the same if and only if their states are
     equal, bit for bit.
     """
-    return session_files.state_fingerprint(self._clocks(), self._now.state)
+    return session_files.state_fingerprint(self._now.clocks, self._now.state)
 
   def save(
     self,
@@ -324,7 +324,7 @@ class Session:
     *,
     lock: bool = True,
     replace: bool = False,
-  ) -> None:
+  ) -> dict[str, int]:
     """Writes the session to a file and marks it.
 
     Args:
@@ -332,6 +332,9 @@ class Session:
         if it is the one that this session was read from or last written to.
       lock: False for a caller that holds `session_files.lock`.
       replace: Whether any other session may be replaced.
+
+    Returns:
+      Bytes by part: 'levels', and 'memories and caches' for the rest.
 
     Raises:
       errors.UserError: If the file is another session, was changed by another
@@ -343,15 +346,16 @@ class Session:
       'inner': session_files.write_inner(self.inner),
     }
     content = session_blocks.pack(
-      metadata, self._clocks(), self._now.state, self._start()
+      metadata, self._now, self._programs.init(self._prepared, 1)
     )
     held = session_files.lock(path) if lock else contextlib.nullcontext()
     with held:
       if not replace:
-        self._check_unchanged(path)
+        self._seen.check(path)
       checksum = session_files.write(path, content)
-    self._remember(path, checksum)
+    self._seen = self._seen.add(path, checksum)
     self.mark()
+    return session_blocks.measure(content)
 
   @classmethod
   def load(
@@ -430,7 +434,7 @@ class Session:
   def _with(self, now: session_programs.Snapshot) -> 'Session':
     """Returns a session with other rows, which is in no file yet."""
     other = self.fork()
-    other._now, other._checksums = now, types.MappingProxyType({})
+    other._now, other._seen = now, session_files.Seen({})
     other.mark()
     return other
 
@@ -443,64 +447,21 @@ class Session:
         f'{found["model"][:12]}, this one {ours[:12]}); use the checkpoint '
         'that it was begun with, or another path.'
       )
-    names = ('clock', 'age')
-    clock, age = (content.arrays.get(name) for name in names)
-    for x in (clock, age):
-      if x is None or x.ndim != 1 or x.dtype != np.int64 or not len(x):
-        raise errors.UserError(
-          f'the session {path} has no clocks of its rows; use another path.'
-        )
-    # Shapes alone: nothing is allocated for rows that the file does not have.
-    like = self._programs.shapes(self._prepared, len(clock))
-    state = session_blocks.unpack(path, content, names, like, self._start)
-    segment = state.stream.segment
-    tokens = np.asarray(segment.tokens)
-    fits = (
-      clock.shape == age.shape
-      and (clock >= 0).all()
-      and (age >= 0).all()
-      and (clock % self.segment_size == np.asarray(segment.count)).all()
-      and (tokens >= 0).all()
-      and (tokens < self.model.config.vocab_size).all()
+    self._now = session_blocks.unpack(
+      path,
+      content,
+      self._programs,
+      self._prepared,
+      vocab_size=self.model.config.vocab_size,
     )
-    if not fits:
-      raise errors.UserError(
-        f'the session {path} has clocks or tokens that no session of this '
-        'model can have; use another path.'
-      )
-    self._now = session_programs.Snapshot(state, clock.copy(), age.copy())
-    self._remember(path, found['sha256'])
+    self._seen = self._seen.add(path, found['sha256'])
     self.mark()
 
-  def _start(self) -> session_programs.SessionState:
-    """Returns the state of one row that has read nothing."""
-    return self._programs.init(self._prepared, 1)
 
-  def _clocks(self) -> dict[str, np.ndarray]:
-    return {'clock': self._now.clock, 'age': self._now.age}
-
-  def _remember(self, path, checksum) -> None:
-    file = str(session_files.resolve(path))
-    # A new mapping, so that forks keep theirs.
-    self._checksums = types.MappingProxyType(
-      {**self._checksums, file: checksum}
-    )
-
-  def _check_unchanged(self, path) -> None:
-    """Refuses to replace what another session has learned."""
-    found = session_files.read_checksum(path)
-    known = self._checksums.get(str(session_files.resolve(path)))
-    if found is None or found == known:
-      return
-    if known is None:
-      raise errors.UserError(
-        f'{path} already holds a session; load it, remove it, or save to '
-        'another path.'
-      )
-    raise errors.UserError(
-      f'the session {path} was changed by another program since it was read; '
-      'load it again, or save to another path.'
-    )
+def _has_memories(config: models.ModelConfig) -> bool:
+  """Returns whether some mixers write memories while they read."""
+  plain = layers.AttentionConfig
+  return not all(isinstance(mixer, plain) for mixer in config.pattern)
 
 
 def _check_tokenizer(path, found: str, ours: str) -> None:

@@ -51,6 +51,8 @@ def measure_health(state: reader.State) -> dict[str, Health]:
   Returns:
     Health by level name, fastest first.
   """
+  if not state.levels:
+    return {}
   gradients = [level.gradient_norm for level in state.levels.values()]
   largest = jnp.max(jnp.stack(gradients), axis=0)  # [b]
   return {

@@ -15,6 +15,11 @@ from nested_learning import optimizers
 from nested_learning.levels import steps
 
 _SGD = optimizers.configs.Sgd()
+# Names of the parameters of an MLP that learn.
+_NAMES = {
+  'output': ('down', 'down_bias'),
+  'low_rank': ('gate', 'up', 'down'),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +69,10 @@ class InnerConfig:
   # One for each level of the chain, fastest first; () turns learning off.
   levels: tuple[InnerLevelConfig, ...] = ()
   depth: float = 0.25  # share of the blocks that learn, the last ones
-  # Parameters of a level that learn: all, or those of its output alone, whose
-  # state is a third as large.
-  learns: Literal['every_map', 'output'] = 'every_map'
+  # Parameters of a level that learn: all; those of its output alone, whose
+  # state is a third as large; or changes of a low rank of its matrices.
+  learns: Literal['every_map', 'output', 'low_rank'] = 'every_map'
+  rank: int = 8  # of the changes, with learns='low_rank'
   # Reduction of the gradients between two steps; the paper's is 'sum'.
   reduce: Literal['mean', 'sum'] = 'mean'
   # How training differentiates the steps: 'second_order' through them,
@@ -103,6 +109,23 @@ class InnerConfig:
     check('levels', fine, 'a tuple of InnerLevelConfig, as of make_inner')
     check('depth', 0 < self.depth <= 1, 'above 0, and 1 at most')
     check('max_drift', self.max_drift > 0, 'above 0')
+    check('rank', self.rank >= 1, 'at least 1')
+    if self.learns == 'low_rank':
+      self._check_low_rank()
+
+  def _check_low_rank(self) -> None:
+    """Refuses levels that need more of their matrices than a gradient."""
+    for i, level in enumerate(self.levels):
+      field, value = 'objective', level.objective
+      if isinstance(level.optimizer, optimizers.configs.Dgd):
+        field, value = 'optimizer', 'dgd'
+      elif value not in ('l2', 'dot'):
+        continue
+      raise errors.UserError(
+        f'inner.levels.{i}.{field}={value} needs the inputs of whole matrices, '
+        "which inner.learns='low_rank' does not change; choose another of the "
+        'two.'
+      )
 
   @property
   def is_on(self) -> bool:
@@ -118,7 +141,7 @@ class InnerConfig:
     """Returns labels of parameters, 'base' for those of levels that rest."""
     if self.learns == 'every_map':
       return labels
-    names = ('down', 'down_bias')
+    names = _NAMES[self.learns]
     return jax.tree_util.tree_map_with_path(
       lambda path, label: label if path[-1].key in names else 'base', labels
     )

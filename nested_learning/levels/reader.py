@@ -60,6 +60,7 @@ import jax.numpy as jnp
 
 from nested_learning import errors
 from nested_learning import optimizers
+from nested_learning.levels import low_rank
 from nested_learning.levels import mixture
 from nested_learning.levels import rows
 from nested_learning.levels import steps
@@ -145,15 +146,19 @@ class Reader(NamedTuple):
   follow: Callable[[State, Any, Any], State]
 
 
-def make_reader(spec: rows.ReaderSpec) -> Reader:
+def make_reader(spec: rows.ReaderSpec, *, rank: int | None = None) -> Reader:
   """Makes a model's levels learn from the tokens that it reads.
 
   Args:
     spec: The model and how its levels learn.
+    rank: Largest rank of the changes that levels learn, see `low_rank`; None
+      for changes of any rank.
 
   Returns:
     A `Reader`.
   """
+  if rank is not None:
+    spec = low_rank.learn_changes(spec, rank)
 
   def prepared(function):
     return lambda params, *args, **kwargs: function(

@@ -205,6 +205,10 @@ def _sums_row(spec, params, axes, members, model, tokens, reset):
       own = {name: weights[name] for name in names}
       add, *said[member] = _differentiate(spec, loss, own)
     found |= add
+  if not spec.passes:  # no level learns
+    said[0] = _forward_row(
+      spec, params, axes, True, {}, model[0], tokens, reset, None
+    )
   found = {name: found[name] for name in members[0]}
   logits, after = zip(*said.values(), strict=True)
   return found, list(logits), after, jnp.sum(counts)

@@ -106,6 +106,8 @@ class StepSpec:
       slower level, and learn from the losses of their own members.
     max_drift: Largest drift, see `InnerLevel`. A level that goes further, or
       whose step is not finite, has diverged.
+    resting_size: Tokens of a segment where no level learns; otherwise, clocks
+      say it.
   """
 
   levels: Sequence[LearningLevel]
@@ -113,10 +115,11 @@ class StepSpec:
   reduce: str = 'mean'
   nested: bool = False
   max_drift: float = 1.0
+  resting_size: int | None = None
 
   def __post_init__(self):
     names = [level.name for level in self.levels]
-    if not names:
+    if not names and self.resting_size is None:
       raise errors.UserError('no level learns; give at least one.')
     known = set(jax.tree.leaves(self.labels))
     for name in names:
@@ -138,12 +141,12 @@ class StepSpec:
           f'multiple of the {faster.every} of level {faster.name!r} inside it; '
           'a nested chain needs multiples.'
         )
-    segment_size(self.levels)
+    self.segment_size  # noqa: B018, checks the clocks
 
   @functools.cached_property
   def segment_size(self) -> int:
     """Tokens of a segment."""
-    return segment_size(self.levels)
+    return segment_size(self.levels) if self.levels else self.resting_size
 
   @functools.cached_property
   def periods(self) -> dict[str, int]:

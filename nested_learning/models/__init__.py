@@ -12,6 +12,7 @@ from nested_learning.models.model import Model
 from nested_learning.models.placement import Block
 from nested_learning.models.placement import PlacementConfig
 from nested_learning.models.streams import follow
+from nested_learning.models.streams import read_by_segments
 from nested_learning.models.streams import restart
 from nested_learning.models.task_heads import CompressionHead
 from nested_learning.models.task_heads import RegressionHead

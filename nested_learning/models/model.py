@@ -119,7 +119,11 @@ def make_model(
       f'{type(head).__name__} has no next token for levels to learn from; set '
       'inner.levels=().'
     )
-  reader = _make_reader(model, trunk, inner)
+  return with_reader(model, _make_reader(model, trunk, inner))
+
+
+def with_reader(model: Model, reader: levels.Reader) -> Model:
+  """Returns a model whose functions are those of a reader."""
 
   def decode_at_rest(params, state, tokens, *, mask=None):
     # The open segment may overflow its buffer: no level looks at it again.
@@ -176,11 +180,7 @@ def level_labels(
 def _make_reader(
   model: Model, trunk: base.Layer, inner: levels.InnerConfig
 ) -> levels.Reader:
-  """Makes the levels of a model's last blocks learn while it reads.
-
-  The levels' weights in the reader's state are split like the parameters of
-  `stacks.split_blocks`.
-  """
+  """Makes the last blocks' levels learn, split as by `stacks.split_blocks`."""
   config = model.config
   learning = levels.make_levels(inner, [level.name for level in config.levels])
   num_blocks = config.num_layers // len(config.pattern)
@@ -215,5 +215,6 @@ def _make_reader(
       gradient=inner.gradient,
       local_sums=local_sums,
       prepare=functools.partial(stacks.split_blocks, num_last=num_last),
-    )
+    ),
+    rank=inner.rank if inner.learns == 'low_rank' else None,
   )

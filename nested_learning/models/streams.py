@@ -1,10 +1,11 @@
-"""States of streams that go on from one step of training to the next."""
+"""Streams: states that go on from step to step, and reading by segments."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from nested_learning import levels
 from nested_learning.levels import trees
 from nested_learning.models import model as model_lib
 
@@ -50,3 +51,22 @@ def follow(model: model_lib.Model, state: Any, old: Any, new: Any) -> Any:
   if model.reader is None or state is None:
     return state
   return model.reader.follow(state, old, new)
+
+
+def read_by_segments(model: model_lib.Model, size: int) -> model_lib.Model:
+  """Returns a model that reads segments, as one whose levels learn.
+
+  Its memories hold the same bits however a stream is cut into calls, because a
+  segment that was read in pieces is read again whole.
+
+  Args:
+    model: A model without levels that learn.
+    size: Tokens of a segment.
+  """
+  labels = model_lib.level_labels(model.config, model.table, of='chain')
+  resting = jax.tree.map(lambda _: 'base', labels)
+  spec = levels.StepSpec((), resting, resting_size=size)
+  reader = levels.make_reader(
+    levels.ReaderSpec(model.forward, model.init_state, spec)
+  )
+  return model_lib.with_reader(model, reader)

@@ -44,7 +44,7 @@ def open_checkpoint(
   session = inference.Session(
     models.make_model(config.model),
     params,
-    config.inner if config.inner.is_on else config.default_inner,
+    config.inner if config.inner.levels else config.default_inner,
     tokenizer_fingerprint=tokenizer.fingerprint,
   )
   checkpoint = service_lib.Checkpoint(

@@ -15,16 +15,14 @@ import math
 import re
 from typing import Any
 
-import jax.numpy as jnp
-
 from nested_learning import parameters
 from nested_learning import subtrees
+from nested_learning.levels import low_rank
 
 # Matrices of attention in a block, perhaps beside a memory.
 _MATRICES = re.compile(
   r'blocks/(\d+/)?mixer/(attention/)?(query|key|value|out)'
 )
-_LETTERS = 'abcdefghij'
 
 
 def table(of_model: parameters.Table, rank: int) -> parameters.Table:
@@ -41,13 +39,7 @@ def table(of_model: parameters.Table, rank: int) -> parameters.Table:
 def merge(params: Any, changes: Any) -> Any:
   """Returns parameters with changes of `table` added to their matrices."""
   if set(changes) == {'a', 'b'}:
-    a, b = changes['a'], changes['b']
-    first, last = a.ndim - 2, b.ndim - 2  # axes beside layers and rank
-    ins, outs = _LETTERS[:first], _LETTERS[first : first + last]
-    product = jnp.einsum(f'l{ins}r,lr{outs}->l{ins}{outs}', a, b)
-    # Not in the type of a frozen matrix, whose digits would swallow the change.
-    wide = jnp.promote_types(params.dtype, product.dtype)
-    return params.astype(wide) + product
+    return low_rank.add(params, changes['a'], changes['b'])
   return {
     **params,
     **{name: merge(params[name], below) for name, below in changes.items()},

@@ -54,7 +54,7 @@ def run_session(config: config_lib.ExperimentConfig, params: Any) -> None:
 
 
 def _run(config, params, tokenizer, texts):
-  settings, frozen = config.session, None
+  settings, frozen, sizes = config.session, None, {}
   session = _open(config, params, tokenizer)
   if settings.guard is not None and config.base is not None:
     model = models.make_model(config.model)
@@ -68,15 +68,15 @@ def _run(config, params, tokenizer, texts):
       session.save(settings.path, lock=False)
       raise
     print(f'{path}: {said}')
-    session.save(settings.path, lock=False)
+    sizes = session.save(settings.path, lock=False)
   if settings.prompt is not None:
     prompt = text_workload.encode_document(config, tokenizer, settings.prompt)
     answer = _answer(session, config, tokenizer, prompt)
     print(text_workload.join_answer(config.generate, settings.prompt, answer))
     session.feed(prompt, reset=_starts(prompt))
-    session.save(settings.path, lock=False)
-  size = session_files.resolve(settings.path).stat().st_size
-  print(f'{settings.path}: {size / 1e6:,.1f} MB')
+    sizes = session.save(settings.path, lock=False)
+  shown = (f'{name} {size / 1e6:,.1f} MB' for name, size in sizes.items())
+  print(f'{settings.path}: {", ".join(shown)}')
   for name, level in session.health().items():
     print(
       f'level {name}: {int(level.num_updates[0]):,} updates, '
@@ -91,10 +91,10 @@ def _open(config, params, tokenizer) -> inference.Session:
   path, given = config.session.path, config.inner
   names = {'tokenizer_fingerprint': tokenizer.fingerprint}
   if not session_files.resolve(path).exists():
-    inner = given if given.is_on else config.default_inner
+    inner = given if given.levels else config.default_inner
     return inference.Session(model, params, inner, **names)
   session = inference.Session.load(path, model, params, **names)
-  if given.is_on and session.inner != given:
+  if given.levels and session.inner != given:
     raise errors.UserError(
       f'the session {path} was begun with {session.inner}, and this config has '
       f'{given}; leave out inner, or begin another --session.'

@@ -160,7 +160,7 @@ class SessionFilesTest(parameterized.TestCase):
       'logits': jax.ShapeDtypeStruct((10**9, 1000), np.float32),
       'x': jax.ShapeDtypeStruct((10**9, 7), np.float32),
     }
-    unpack = lambda arrays: session_blocks.unpack(
+    unpack = lambda arrays: session_blocks.unpack_state(
       'a', session_files.Content({}, arrays), ('clock',), like, self.fail
     )
     for arrays, message in (
@@ -183,8 +183,8 @@ class SessionFilesTest(parameterized.TestCase):
     model[0, 2:5, 1] = [1.0, -0.0, np.nan]
     state['stream']['segment']['model'] = model.copy()
     state['stream']['segment']['model'][1, 4, 1] = 2.0
-    packed = session_blocks.pack({}, {'clock': np.ones(2)}, state, start)
-    shapes = {name: x.shape for name, x in packed.arrays.items()}
+    packed = session_blocks.pack_state({'clock': np.ones(2)}, state, start)
+    shapes = {name: x.shape for name, x in packed.items()}
     self.assertEqual(
       shapes,
       {
@@ -194,10 +194,10 @@ class SessionFilesTest(parameterized.TestCase):
         'state/stream/segment/model@0,4,1': (2, 1, 1),
       },
     )
-    unpack = lambda arrays: session_blocks.unpack(
+    unpack = lambda arrays: session_blocks.unpack_state(
       'a', session_files.Content({}, arrays), ('clock',), state, lambda: start
     )
-    found = unpack(packed.arrays)
+    found = unpack(packed)
     jax.tree.map(np.testing.assert_array_equal, found, state)
     self.assertTrue(np.signbit(found['stream']['model'][0, 3, 1]))
     whole = {

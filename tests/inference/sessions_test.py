@@ -165,6 +165,35 @@ class SessionsTest(parameterized.TestCase):
     self.assertEqual(loaded.clock, [10])
     jax.tree.map(np.testing.assert_array_equal, base().params, params)
 
+  @parameterized.parameters('memories', 'low_rank')
+  def test_small_sessions_go_on_bit_for_bit(self, learns):
+    config = models.ModelConfig(
+      vocab_size=_VOCAB,
+      num_layers=2,
+      embed_dim=8,
+      mixer=layers.MemoryMixerConfig(1, head_dim=4, chunk_size=4),
+      levels=(models.LevelConfig('mlp', mlp_dim=32),),
+      max_length=8,
+    )
+    inner = levels.make_inner((None,))
+    if learns == 'low_rank':
+      adam = optimizers.configs.AdamW()
+      inner = levels.make_inner((4,), optimizer=adam, learns=learns, rank=1)
+    model = models.make_model(config)
+    params = compiling.jit(model.init_params)(jax.random.key(0))
+    whole, cut = (inference.Session(model, params, inner) for _ in range(2))
+    losses = whole.feed(draw())
+    cut.feed(draw()[:5])
+    sizes = cut.save(self.path)
+    cut = inference.Session.load(self.path, model, params)
+    found = cut.feed(draw()[5:])
+    np.testing.assert_allclose(found, losses[:, 5:], rtol=1e-4, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, learned(cut), learned(whole))
+    self.assertGreater(sizes['memories and caches'], 0)
+    most = {'memories': 0, 'low_rank': 3 * 3 * 4 * (8 + 32) + 100}
+    self.assertLessEqual(sizes['levels'], most[learns])
+    self.assertEqual(list(cut.health()), ['mlp'] * (learns == 'low_rank'))
+
   def test_refuses_files_of_other_sessions_and_kinds(self):
     session = begin()
     session.feed(draw(5))
@@ -326,8 +355,8 @@ class SessionsTest(parameterized.TestCase):
     self.assertIn('[320]', output.getvalue())
 
   def test_refuses_sessions_that_cannot_learn_or_have_no_rows(self):
-    model, params = base().model, base().params
-    with self.assertRaisesRegex(errors.UserError, 'lets no level learn'):
+    model, params = base().model, base().params  # attention alone
+    with self.assertRaisesRegex(errors.UserError, 'the model has no memories'):
       inference.Session(model, params, levels.InnerConfig())
     with self.assertRaisesRegex(errors.UserError, 'num_rows=0 must be'):
       inference.Session(model, params, _INNER, num_rows=0)

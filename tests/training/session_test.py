@@ -172,7 +172,9 @@ class GuardedSessionTest(pretrained_runs_test.Imports):
     self.assertRegex(
       output, r'bits per byte while it was read \([\d.]+ without learning\)'
     )
-    self.assertRegex(output, r'me.session: [\d.]+ MB')
+    self.assertRegex(
+      output, r'me.session: levels [\d.]+ MB, memories and caches [\d.]+ MB'
+    )
     path.unlink()
     output = self.run_session('session.guard=none')
     self.assertNotIn('without learning', output)
