@@ -104,6 +104,9 @@ PAGES = {
   ),
   'hope': _sweep('ablations/hope.py', 'ablations/hope', 6.0),
   'streams': _experiment('streams.py', 'streams', _LEVELS, 1.0),
+  'pretrained_streams': _experiment(
+    'pretrained/streams.py', 'pretrained_streams', _LEVELS, 8.0
+  ),
   'optimizers': _experiment(
     'optimizers/compare.py', 'optimizers', ('nested_learning/optimizers',), 4.0
   ),

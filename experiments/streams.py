@@ -26,11 +26,9 @@ import math
 import pathlib
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
+from experiments import calibration
 from experiments import cells as cells_lib
 from experiments import quickstart
 from experiments import report_files
@@ -43,7 +41,6 @@ from nested_learning import levels
 from nested_learning import models
 from nested_learning import parameters
 from nested_learning import training
-from nested_learning.levels import inner as inner_lib
 from nested_learning.training import modes
 from nested_learning.training import text_workload
 
@@ -327,54 +324,17 @@ def calibrate(
     The model. Its `losses` takes whole segments of `update_every` tokens, and
     as params those of the model and a factor of the rate.
   """
-  optimizer = inner_lib.make_optimizer(level)
-  size, vocab_size = level.update_every, model.config.vocab_size
-
-  def start(num_rows):
-    params = {
-      'scale': jnp.zeros((num_rows,)),
-      'bias': jnp.zeros((num_rows, vocab_size)),
-    }
-    return params, jax.vmap(optimizer.init)(params)
-
-  def apply(params, logits):
-    return jnp.exp(params['scale']) * logits + params['bias']
-
-  def row_loss(params, logits, targets):
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-      apply(params, logits), targets
-    )
-    # As for a level, the last target is read after the step.
-    return jnp.mean(losses[:-1])
-
-  def row_step(rate, params, state, logits, targets):
-    gradients = jax.grad(row_loss)(params, logits, targets)
-    updates, state = optimizer.update(gradients, state, params)
-    updates = jax.tree.map(lambda x: rate * x, updates)
-    return apply(params, logits), optax.apply_updates(params, updates), state
+  own = calibration.make(level, model.config.vocab_size)
 
   def losses(params, state, tokens, targets, token_loss, *, reset=None):
     params, rate = params
-    num_rows, num_tokens = tokens.shape
-    own, calibration = (None, start(num_rows)) if state is None else state
-    logits, own = model.forward(params, own, tokens, reset=reset)
-    cut = lambda x: jnp.moveaxis(
-      x.reshape(num_rows, num_tokens // size, size, *x.shape[2:]), 1, 0
-    )
-
-    def body(carry, inputs):
-      step = jax.vmap(functools.partial(row_step, rate))
-      logits, *carry = step(*carry, *inputs)
-      return tuple(carry), logits
-
-    calibration, found = jax.lax.scan(
-      body, calibration, (cut(logits), cut(targets))
-    )
-    found = jnp.moveaxis(found, 0, 1).reshape(logits.shape)
-    return token_loss(found, targets), (own, calibration)
+    carry = (None, own.start(len(tokens))) if state is None else state
+    logits, stream = model.forward(params, carry[0], tokens, reset=reset)
+    logits, learned = own.read(rate, carry[1], logits, targets)
+    return token_loss(logits, targets), (stream, learned)
 
   def init_state(params, batch_size):
-    return model.init_state(params[0], batch_size), start(batch_size)
+    return model.init_state(params[0], batch_size), own.start(batch_size)
 
   return model._replace(losses=losses, init_state=init_state)
 
