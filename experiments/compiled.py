@@ -63,7 +63,8 @@ class Row:
   """An experiment, and a slice to compile it for.
 
   Attributes:
-    name: 'hope_' or 'transformer_', and a size of experiments/hope.py.
+    name: 'hope_' or 'transformer_', and a size of experiments/hope.py; 'llama_'
+      and a size of experiments/pretrained/llama.py.
     topology: The slice, as for --topology.
     settings: Overrides, as for --set.
   """
@@ -75,6 +76,9 @@ class Row:
   @property
   def spec(self) -> str:
     """The experiment, as for --config."""
+    if self.name.startswith('llama_'):
+      size = self.name.removeprefix('llama_')
+      return f'{_EXPERIMENTS / "pretrained" / "llama.py"}:{size}'
     size = self.name.removeprefix('hope_')
     return f'{_EXPERIMENTS / "hope.py"}:{size}'
 
@@ -117,6 +121,8 @@ ROWS = (
   Row('hope_70b', 'v5p:8x8x16', _FROZEN),
   Row('transformer_70b', 'v5p:8x8x16'),
   Row('hope_70b', 'tpu7x:8x8x8'),
+  Row('llama_8b', 'v5p:4x4x4'),
+  Row('llama_8b', 'v6e:8x8'),
 )
 
 _KEPT = (  # keys of summary.json

@@ -1,5 +1,6 @@
 """Tests of the experiments that train a language model."""
 
+import dataclasses
 import pathlib
 
 from absl.testing import absltest
@@ -24,6 +25,7 @@ class SizesTest(parameterized.TestCase):
     'hope.py:7b',
     'hope.py:70b',
     'hope.py:transformer_340m',
+    'pretrained/llama.py:8b',
   )
   def test_repeats_from_json_and_is_described(self, spec):
     config = configs.load(str(_FOLDER / spec))
@@ -46,6 +48,14 @@ class SizesTest(parameterized.TestCase):
     self.assertEqual(
       parameters.count(models.make_model(config.model).table), count
     )
+
+  def test_llama_without_memories_is_the_imported_one(self):
+    config = configs.load(str(_FOLDER / 'pretrained/llama.py:8b')).model
+    plain = dataclasses.replace(config, placement=models.PlacementConfig())
+    count = lambda x: parameters.count(models.make_model(x).table)
+    self.assertEqual(count(plain), 8_030_261_248)
+    self.assertBetween(count(config) / count(plain), 1.03, 1.06)
+    self.assertLen(config.blocks, 4)
 
   @parameterized.parameters('hope.py', 'hope.py:2b', 'hope.py:mamba_7b')
   def test_hope_needs_a_size(self, spec):
