@@ -56,7 +56,8 @@ def run_session(config: config_lib.ExperimentConfig, params: Any) -> None:
 def _run(config, params, tokenizer, texts):
   settings, frozen, sizes = config.session, None, {}
   session = _open(config, params, tokenizer)
-  if settings.guard is not None and config.base is not None:
+  is_guarded = settings.guard is not None and config.base is not None
+  if is_guarded and session.inner.is_on:
     model = models.make_model(config.model)
     frozen = inference.FrozenReader(model, params)
   begun = 'Going on after' if session.clock[0] else 'Beginning after'

@@ -179,6 +179,23 @@ class GuardedSessionTest(pretrained_runs_test.Imports):
     output = self.run_session('session.guard=none')
     self.assertNotIn('without learning', output)
 
+  def test_memories_alone_learn_where_levels_rest(self):
+    self.config = self.imported()
+    (self.root / 'text.txt').write_text('ab' * 60)
+    rest = 'inner.levels=none'
+    with self.assertRaisesRegex(errors.UserError, 'the model has no memories'):
+      self.run_session(rest)
+    output = self.run_session(
+      rest,
+      'model.placement.memory=MemoryMixerConfig',
+      'model.placement.memory.num_heads=1',
+      'model.placement.memory.head_dim=4',
+      'model.placement.memory_layers=1,',
+    )
+    self.assertIn('me.session: levels 0.0 MB, memories and caches', output)
+    self.assertNotIn('without learning', output)  # nothing to guard
+    self.assertNotIn('updates', output)
+
 
 class GuardTest(absltest.TestCase):
   def test_excess(self):
