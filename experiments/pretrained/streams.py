@@ -55,7 +55,8 @@ class Arm:
   Attributes:
     inner: How levels learn in the stream.
     window: Windows of attention, in units of `StreamsConfig.window`.
-    levels: Names of the levels that MLPs become in turn; () for one level.
+    levels: Names of the levels that MLPs become: two are those of the last
+      quarter and those below it, more follow in turn; () for one level.
     trained: What was trained before, on other text.
   """
 
@@ -100,7 +101,10 @@ ARMS = {
   ),
   'memory': Arm(trained='memory'),
   'lora': Arm(trained='lora'),
-  'memory_adam_3e-4': Arm(_learn(3e-4), trained='memory'),
+  # Layers with memories differ, and are one block; names say where it learns.
+  'memory_adam_3e-4': Arm(
+    _learn(3e-4, every=(256, None)), levels=('fast', 'slow'), trained='memory'
+  ),
 }
 
 
@@ -258,7 +262,10 @@ def make_arm(
   params, _ = modes.restore_params(made, folder, tokenizer.fingerprint)
   model = made.model
   if arm.levels:
-    model, params = models.stack_levels(model, params, arm.levels)
+    where = 'last_quarter' if len(arm.levels) == 2 else 'cycle'
+    model, params = models.stack_levels(
+      model, params, arm.levels, placement=where
+    )
   mixer = dataclasses.replace(model.mixer, window=arm.window * config.window)
   model = dataclasses.replace(model, mixer=mixer)
   return models.make_model(model, arm.inner), params
