@@ -11,7 +11,8 @@ measures some of the arms. --mode=eval writes the page alone.
 
 Hardware: an arm of 16,384 tokens takes 2 to 5 minutes of one CPU core, and the
 training of memories or of an adapter an hour or two.
-Results: experiments/results/pretrained_streams/README.md.
+Results: experiments/results/pretrained_streams/README.md, with a few arms of
+`streams.py:short` so far.
 
 SmolLM2-135M reads this repository's own sources, which are younger than it,
 once, with a window and attention sinks. Every token is predicted before it is

@@ -20,6 +20,7 @@ _CONTROLS = {
   'both': 'with both',
 }
 _CONTROL = 'frozen'  # the arm that all others are compared with
+_WIDE = 'frozen_wide'  # the control with four times the window
 
 
 def write_page(
@@ -108,6 +109,7 @@ def _text_sections(text, cells, arms, folder) -> list[str]:
     '`twice`: twice as many). The gain is that over the frozen model with the '
     'same controls.',
     report_files.table(head, rows),
+    *_verdict(cells),
     f'![Bits per byte by position]({plot})',
     'Recall: log-odds in nats of a planted code over the codes of other facts, '
     'asked after the stream with its state, by how often the fact was told; '
@@ -118,6 +120,25 @@ def _text_sections(text, cells, arms, folder) -> list[str]:
   if missing:
     sections.append(f'Not run yet: {", ".join(missing)}.')
   return sections
+
+
+def _verdict(cells) -> list[str]:
+  """Compares the best arm that learns with a longer window that does not."""
+  both = lambda arm: cells_lib.number(cells[arm], 'both_bits_per_byte')
+  learn = [arm for arm in cells if not arm.startswith(_CONTROL)]
+  if _CONTROL not in cells or not learn:
+    return []
+  best = min(learn, key=both)
+  sentence = (
+    f'Of the arms that learn, {best} gains most beyond the controls: '
+    f'{_gain(cells, cells[best])}.'
+  )
+  if _WIDE in cells:
+    sentence += (
+      ' The frozen model gains '
+      f'{_gain(cells, cells[_WIDE])} from four times the window.'
+    )
+  return [sentence]
 
 
 def _gain(cells, cell) -> str:
