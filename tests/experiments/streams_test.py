@@ -121,7 +121,9 @@ class StreamsTest(absltest.TestCase):
     )
     streams.run(config, str(root / 'run'), 'train')
     summary = json.loads((root / 'run/summary.json').read_text())
-    self.assertBetween(summary['transformer_levels_late'], 4, 10)
+    frozen = summary['transformer_nothing_late']
+    self.assertBetween(frozen, 4, 10)
+    self.assertLess(summary['transformer_levels_late'], frozen)
     before = (root / 'run/cells').stat().st_mtime_ns
     streams.run(config, str(root / 'run'), 'train')
     self.assertEqual((root / 'run/cells').stat().st_mtime_ns, before)

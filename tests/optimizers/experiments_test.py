@@ -15,6 +15,7 @@ from experiments import cells as cells_lib
 from experiments import report_files
 from experiments.benchmarks import optimizer_moves
 from experiments.benchmarks import optimizers as benchmark
+from experiments.optimizers import classification
 from experiments.optimizers import compare
 from experiments.optimizers import landscape
 from experiments.optimizers import language
@@ -327,6 +328,7 @@ class ExperimentsTest(parameterized.TestCase):
       with self.assertRaisesRegex(errors.UserError, f'{name}=.* must be'):
         compare.CompareConfig(**setting)
     with mock.patch.dict(sys.modules, {'sklearn': None}):
+      classification.load.cache_clear()  # other tests may have read them
       with self.assertRaisesRegex(errors.UserError, r"'.\[experiments\]'"):
         compare.run(
           compare.get_config('digits'),
