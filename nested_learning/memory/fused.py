@@ -5,6 +5,7 @@ one chunk of a head is solved as in the chunk scan (`fused_chunk.py`).
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -14,13 +15,11 @@ import jax.numpy as jnp
 
 from nested_learning.memory import chunk_scan
 from nested_learning.memory import fused_chunk
+from nested_learning.memory import fused_plan
 from nested_learning.memory import layout
 from nested_learning.memory import networks
 from nested_learning.memory import rule as rules
 from nested_learning.memory import writes
-
-# The body of a kernel, see `fused_scan.py`.
-Body = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 _ROW_TILE = 8  # tokens of a chunk are a multiple: a tile's second axis
 _INTERPRET_VMEM = 2**26
@@ -72,22 +71,20 @@ def scan_fused(
   }
   reason = unsupported(rule, project, write=write, interpret=interpret)
   if reason is None:
-    from nested_learning.memory import fused_scan  # Pallas takes a second
+    from nested_learning.memory import fused_scan  # Pallas imports slowly
 
     call = _prepare(*arguments, **options)
     trees = call.body, call.shared, call.state, call.tokens
     reason = 'its network or its inputs are made with other arrays'
     if call.body is not None:
       reason = "a head's memory is larger than VMEM"
-      plan = fused_scan.make_plan(
+      plan = fused_plan.make_plan(
         *trees, vmem_bytes=_vmem_bytes(interpret), interpret=interpret
       )
       if plan is not None:
         body, *arrays = trees
         return call.finish(*fused_scan.scan(body, plan, *arrays))
-  logging.log_first_n(
-    logging.WARNING, 'Memories run without a fused kernel: %s.', 1, reason
-  )
+  _say_once(reason)
   return chunk_scan.scan_chunks(*arguments, **options)
 
 
@@ -123,6 +120,11 @@ def unsupported(
   return next((reason for reason, holds in reasons.items() if holds), None)
 
 
+@functools.cache
+def _say_once(reason: str) -> None:
+  logging.warning('A memory runs without a fused kernel: %s.', reason)
+
+
 def _is_tpu() -> bool:
   """Returns whether the program is compiled for a TPU, here or elsewhere."""
   from jax.experimental.pallas import tpu as pltpu
@@ -154,7 +156,7 @@ class _Call(NamedTuple):
       returns.
   """
 
-  body: Body | None
+  body: fused_plan.Body | None
   shared: Any
   state: Any
   tokens: Any
@@ -285,7 +287,7 @@ def _make_marks(
   return marks, after[-1]
 
 
-def _simplify(body, shared, state, tokens) -> Body | None:
+def _simplify(body, shared, state, tokens) -> fused_plan.Body | None:
   """Returns a body without the operations whose results nobody uses.
 
   Arrays without entries are among these, which kernels do not know. Returns
@@ -295,15 +297,16 @@ def _simplify(body, shared, state, tokens) -> Body | None:
     layout.without_leading(tree, axes)
     for tree, axes in ((shared, 2), (state, 2), (tokens, 3))
   )
-  closed, results = jax.make_jaxpr(body, return_shape=True)(*shapes)
-  if closed.consts:
+  if jax.make_jaxpr(body)(*shapes).consts:
     return None
-  used = [True] * len(closed.jaxpr.outvars)
-  jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, used, instantiate=True)
-  structure = jax.tree.structure(results)
 
   def simplified(*trees):
+    # Traced where it runs: inside of `shard_map`, arrays know another mesh.
+    shapes = layout.without_leading(trees, 0)
+    closed, results = jax.make_jaxpr(body, return_shape=True)(*shapes)
+    used = [True] * len(closed.jaxpr.outvars)
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, used, instantiate=True)
     leaves = jax.core.eval_jaxpr(jaxpr, (), *jax.tree.leaves(trees))
-    return structure.unflatten(leaves)
+    return jax.tree.unflatten(jax.tree.structure(results), leaves)
 
   return simplified

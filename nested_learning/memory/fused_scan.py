@@ -15,105 +15,23 @@ Trees of arrays, by their leading axes (b rows, h heads, n chunks):
 Behind these axes every array has at least two more, as tiles of VMEM have.
 """
 
-from collections.abc import Callable
 import functools
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from nested_learning import compilation
-from nested_learning import sharding
-from nested_learning.memory import layout
-
-# `body(shared, state, tokens) -> (state, outputs)`, all without leading axes.
-Body = Callable[[Any, Any, Any], tuple[Any, Any]]
-
-_MOST_HEADS = 8  # more heads at once lengthen compilation and save no cycle
-# States that are kept may fill this much of HBM per call; more are recomputed.
-_KEPT_BYTES = 2**30
-# Results inside a body that lie in VMEM at a time, of all that it computes.
-_LIVE = 0.25
-_TILE = 8, 128
-
-
-class Plan(NamedTuple):
-  """How a scan is divided among the programs of a kernel.
-
-  Attributes:
-    heads: Heads that a program takes at once; divides the heads of a device.
-    every: Chunks between two states that are kept; divides the chunks.
-    vmem_bytes: VMEM that the compiler may use.
-    interpret: Whether to interpret the kernel, on any device.
-  """
-
-  heads: int
-  every: int
-  vmem_bytes: int
-  interpret: bool = False
-
-
-def make_plan(
-  body: Body,
-  shared: Any,
-  state: Any,
-  tokens: Any,
-  *,
-  vmem_bytes: int,
-  interpret: bool = False,
-) -> Plan | None:
-  """Chooses the heads of a program and the states that are kept.
-
-  Args:
-    body: The body.
-    shared: Arrays [b, h, ...] or their shapes.
-    state: As `shared`.
-    tokens: Arrays [b, h, n, ...] or their shapes.
-    vmem_bytes: VMEM of a core.
-    interpret: Whether to interpret the kernel.
-
-  Returns:
-    The plan, or None if no head of the body fits into VMEM.
-  """
-  rows, heads, chunks = jax.tree.leaves(tokens)[0].shape[:3]
-  rows, heads = rows // _num_row_shards(rows), heads // _num_head_shards(heads)
-  per_head = tuple(
-    layout.without_leading(tree, axes)
-    for tree, axes in ((shared, 2), (state, 2), (tokens, 3))
-  )
-  outputs = jax.eval_shape(body, *per_head)[1]
-  size = lambda *trees: sum(map(_tiled_bytes, jax.tree.leaves(trees)))
-  kept = rows * heads * chunks * size(per_head[1])
-  every = next(
-    k
-    for k in range(1, chunks + 1)
-    if chunks % k == 0 and (kept <= k * _KEPT_BYTES or k * k >= chunks)
-  )
-  # The backward pass needs more than the forward pass: shared arrays and states
-  # with their gradients, tokens with theirs, and what `jax.vjp` saves. Blocks
-  # are doubled, so that the next ones are fetched while these are computed.
-  inside = _LIVE * _vjp_bytes(body, per_head, outputs)
-  needed = (
-    4 * size(per_head[0])
-    + (8 + every) * size(per_head[1])
-    + 4 * every * size(per_head[2], outputs)
-    + inside
-  )
-  fitting = [
-    g
-    for g in range(1, min(heads, _MOST_HEADS) + 1)
-    if heads % g == 0 and g * needed <= 0.9 * vmem_bytes
-  ]
-  if not fitting:
-    return None
-  return Plan(max(fitting), every, vmem_bytes, interpret)
+from nested_learning.memory import fused_plan
 
 
 def scan(
-  body: Body, plan: Plan, shared: Any, state: Any, tokens: Any
+  body: fused_plan.Body,
+  plan: fused_plan.Plan,
+  shared: Any,
+  state: Any,
+  tokens: Any,
 ) -> tuple[Any, Any]:
   """Scans a body over the chunks of every row and head.
 
@@ -122,7 +40,7 @@ def scan(
 
   Args:
     body: The body; it may close over no arrays.
-    plan: From `make_plan`.
+    plan: From `fused_plan.make_plan`.
     shared: Arrays [b, h, ...].
     state: The state before the first chunk, [b, h, ...].
     tokens: Arrays [b, h, n, ...].
@@ -134,7 +52,7 @@ def scan(
 
 
 def scan_plain(
-  body: Body, shared: Any, state: Any, tokens: Any
+  body: fused_plan.Body, shared: Any, state: Any, tokens: Any
 ) -> tuple[Any, Any]:
   """Does the same with `jax.lax.scan`."""
   run = jax.checkpoint(jax.vmap(jax.vmap(body)), prevent_cse=False)
@@ -152,7 +70,7 @@ def _scan(body, plan, shared, state, tokens):
 
 
 def _scan_forward(body, plan, shared, state, tokens):
-  end, outputs, kept = _forward(body, plan, shared, state, tokens, keep=True)
+  end, outputs, kept = _scan_kept(body, plan, shared, state, tokens)
   return (end, outputs), (shared, state, tokens, kept)
 
 
@@ -161,6 +79,25 @@ def _scan_backward(body, plan, residuals, cotangents):
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan_kept(body, plan, shared, state, tokens):
+  """Scans and returns the states that are kept, too; for derivatives."""
+  return _forward(body, plan, shared, state, tokens, keep=True)
+
+
+def _scan_kept_forward(body, plan, shared, state, tokens):
+  results = _scan_kept(body, plan, shared, state, tokens)
+  return results, (shared, state, tokens, results[2])
+
+
+def _scan_kept_backward(body, plan, residuals, cotangents):
+  d_end, d_outputs, _ = cotangents  # no gradient reaches what is kept
+  return _pull_back(body, plan, *residuals, d_end, d_outputs)
+
+
+_scan_kept.defvjp(_scan_kept_forward, _scan_kept_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -204,7 +141,7 @@ def _forward(body, plan, shared, state, tokens, *, keep):
     inputs=((shared, _BY_ROW), (state, _BY_ROW), (tokens, _BY_CHUNK)),
     outputs=((state, _BY_ROW), (outputs, _BY_CHUNK), (kept, _BY_GROUP)),
     scratch=[_scratch(state, plan.heads)],
-    cost=_cost(body, shared, state, tokens),
+    cost=fused_plan.cost(body, shared, state, tokens),
   )
   return run(shared, state, tokens)
 
@@ -230,7 +167,7 @@ def _forward_kernel(body, plan, inputs, outputs, scratch):
 
 def _backward(body, plan, shared, tokens, kept, d_end, d_outputs):
   state = jax.tree.map(lambda x: x[:, :, 0], kept)
-  cost = _cost(body, shared, state, tokens, gradient=True)
+  cost = fused_plan.cost(body, shared, state, tokens, gradient=True)
   run = _call(
     functools.partial(_backward_kernel, body, plan),
     plan,
@@ -332,9 +269,12 @@ def _call(kernel, plan, *, inputs, outputs, scratch, cost, reverse=False):
   trees, ways = zip(*inputs, strict=True)
   out_trees, out_ways = zip(*outputs, strict=True)
   rows, heads = jax.tree.leaves(trees[0] or trees[1])[0].shape[:2]
-  axes = _axes(rows, heads)
-  shards = _num_row_shards(rows) * _num_head_shards(heads)
-  rows, heads = rows // _num_row_shards(rows), heads // _num_head_shards(heads)
+  axes = fused_plan.mesh_axes(rows, heads)
+  shards = fused_plan.num_row_shards(rows) * fused_plan.num_head_shards(heads)
+  rows, heads = (
+    rows // fused_plan.num_row_shards(rows),
+    heads // fused_plan.num_head_shards(heads),
+  )
   chunks = next(
     x.shape[2]
     for tree, way in inputs
@@ -377,7 +317,7 @@ def _call(kernel, plan, *, inputs, outputs, scratch, cost, reverse=False):
     cost_estimate=pl.CostEstimate(*(n // shards for n in cost)),
     interpret=plan.interpret,
   )
-  if shards > 1:  # the compiler cannot divide a kernel
+  if _num_devices() > 1:  # the compiler cannot divide a kernel
     call = jax.shard_map(call, in_specs=axes, out_specs=axes, check_vma=False)
 
   def run(*trees):
@@ -415,70 +355,6 @@ def _like(state, groups):
   )
 
 
-def _axes(rows: int, heads: int) -> jax.sharding.PartitionSpec:
-  """Returns the mesh axes of rows and heads; every other axis is whole."""
-  return jax.P(
-    sharding.ROWS if _num_row_shards(rows) > 1 else None,
-    'model' if _num_head_shards(heads) > 1 else None,
-  )
-
-
-def _num_row_shards(rows: int) -> int:
+def _num_devices() -> int:
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or not set(sharding.ROWS) <= set(mesh.shape):
-    return 1
-  groups = sharding.num_row_groups(mesh)
-  return groups if rows % groups == 0 else 1
-
-
-def _num_head_shards(heads: int) -> int:
-  mesh = jax.sharding.get_abstract_mesh()
-  size = 1 if mesh.empty else mesh.shape.get('model', 1)
-  return size if heads % size == 0 else 1
-
-
-def _cost(body, shared, state, tokens, *, gradient=False):
-  """Estimates FLOPs, transcendentals and bytes of all devices together."""
-  rows, heads, chunks = jax.tree.leaves(tokens)[0].shape[:3]
-  inputs = (
-    layout.without_leading(shared, 2),
-    layout.without_leading(state, 2),
-    layout.without_leading(tokens, 3),
-  )
-  results = jax.eval_shape(body, *inputs)
-  function, moved = body, (inputs[2], results[1])
-  if gradient:
-    function = lambda *x: jax.vjp(body, *x[:3])[1](x[3])
-    inputs = *inputs, results
-    moved = (*moved, inputs[2])
-  times = rows * heads * chunks
-  exact = lambda tree: sum(
-    x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)
-  )
-  per_row = (2 if gradient else 1) * exact((inputs[0], inputs[1]))
-  return (
-    times * compilation.matmul_flops(function, *inputs),
-    0,
-    times * exact(moved) + rows * heads * per_row,
-  )
-
-
-def _vjp_bytes(body, inputs, outputs) -> int:
-  """Returns the bytes of everything that the backward pass of a body makes."""
-  pull = lambda *x: jax.vjp(body, *x[:3])[1](x[3])
-  jaxpr = jax.make_jaxpr(pull)(*inputs, (inputs[1], outputs))
-  return sum(
-    _tiled_bytes(x.aval)
-    for equation in jaxpr.eqns
-    for x in equation.outvars
-    if getattr(x.aval, 'shape', None)
-  )
-
-
-def _tiled_bytes(x) -> int:
-  """Returns the bytes of an array in VMEM, where it fills whole tiles."""
-  *lead, rows, columns = (1, 1, *x.shape)
-  rows, columns = (
-    -(-n // size) * size for n, size in zip((rows, columns), _TILE, strict=True)
-  )
-  return math.prod(lead) * rows * columns * x.dtype.itemsize
+  return 1 if mesh.empty else mesh.size
