@@ -119,10 +119,10 @@ class FusedTest(parameterized.TestCase):
   def test_equals_token_loop(self, settings):
     self.check_equals_token_loop(settings)
 
-  @pytest.mark.slow
   @parameterized.parameters(
     *[(row,) for i, row in enumerate(supported()) if i % 3]
   )
+  @pytest.mark.slow
   def test_equals_token_loop_in_other_settings(self, settings):
     self.check_equals_token_loop(settings)
 
@@ -338,8 +338,8 @@ class TpuTest(parameterized.TestCase):
     calls = exported.mlir_module().count('@tpu_custom_call')
     self.assertEqual(calls, 4 if settings == {} else 2)
 
-  @pytest.mark.extra
   @parameterized.parameters('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2')
+  @pytest.mark.extra
   def test_compiles_ahead_of_time(self, name):
     if not importlib.util.find_spec('libtpu'):
       self.skipTest("needs libtpu: pip install '.[tpu]'")
