@@ -1,4 +1,4 @@
-"""Tests of the program that makes all pages of results."""
+"""Tests of the pages of results and of the program that makes them."""
 
 import contextlib
 import io
@@ -10,16 +10,16 @@ from unittest import mock
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from experiments import evidence
+from experiments import pages as pages_lib
 from nested_learning import configs
 
-_ROOT = pathlib.Path(evidence.__file__).resolve().parents[1]
+_ROOT = pathlib.Path(pages_lib.__file__).resolve().parents[1]
 
 
 class EvidenceTest(parameterized.TestCase):
-  @parameterized.parameters(*evidence.PAGES)
+  @parameterized.parameters(*pages_lib.PAGES)
   def test_pages_name_files_that_exist(self, name):
-    page = evidence.PAGES[name]
+    page = pages_lib.PAGES[name]
     for path in (page.program[0], *page.code):
       self.assertTrue((_ROOT / path).exists(), path)
     spec = page.program[1].removeprefix('--config=')
@@ -36,12 +36,12 @@ class EvidenceTest(parameterized.TestCase):
       'sys.exit(int(sys.argv[1]))\n'
     )
     pages = {
-      name: evidence.Page(name, (str(program), code), (), 1.0)
+      name: pages_lib.Page(name, (str(program), code), (), 1.0)
       for name, code in {'bad': '3', 'good': '0'}.items()
     }
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-      self.assertEqual(evidence.make(pages, folder), 1)
+      self.assertEqual(pages_lib.make(pages, folder), 1)
     self.assertEqual(err.getvalue(), 'bad: exit code 3\n')
     self.assertIn('[2 of 2] good', out.getvalue())
     self.assertEqual(
@@ -50,7 +50,7 @@ class EvidenceTest(parameterized.TestCase):
 
   def test_says_how_old_a_page_is(self):
     root = pathlib.Path(self.create_tempdir().full_path)
-    page = evidence.Page('page', ('launch/run.py',), ('code.py',), 1.0)
+    page = pages_lib.Page('page', ('launch/run.py',), ('code.py',), 1.0)
     git = lambda *args: subprocess.run(
       ['git', '-C', root, '-c', 'user.name=a', '-c', 'user.email=a@b', *args],
       check=True,
@@ -65,17 +65,17 @@ class EvidenceTest(parameterized.TestCase):
       git('commit', '-qm', text)
 
     commit('first')
-    with mock.patch.object(evidence, '_HERE', root):
-      self.assertStartsWith(evidence.describe(page), 'not made yet')
+    with mock.patch.object(pages_lib, '_HERE', root):
+      self.assertStartsWith(pages_lib.describe(page), 'not made yet')
       folder = root / 'experiments/results/page'
       folder.mkdir(parents=True)
       readme = folder / 'README.md'
       readme.write_text(f'- commit: {git("rev-parse", "--short", "HEAD")}\n')
-      self.assertEndsWith(evidence.describe(page), 'up to date')
+      self.assertEndsWith(pages_lib.describe(page), 'up to date')
       commit('second')
-      self.assertEndsWith(evidence.describe(page), 'in 1 commits since')
+      self.assertEndsWith(pages_lib.describe(page), 'in 1 commits since')
       readme.write_text('- commit: 1234567\n')
-      self.assertEndsWith(evidence.describe(page), 'not known here')
+      self.assertEndsWith(pages_lib.describe(page), 'not known here')
 
   def test_refuses_other_names(self):
     process = subprocess.run(
