@@ -192,8 +192,8 @@ class TrainerTest(parameterized.TestCase):
       self.train('w')
     self.assertFalse((self.root / 'w' / 'metrics.jsonl').exists())
 
-  @parameterized.parameters('replaced', 'removed')
-  def test_a_folder_that_goes_during_the_run_is_one_line(self, how):
+  def break_checkpoints(self, *, replace):
+    """Moves the folder of checkpoints away before step 5."""
     put, folder, calls = workload_lib.put, self.root / 'w' / 'checkpoints', []
 
     def put_and_break(*args):
@@ -202,20 +202,28 @@ class TrainerTest(parameterized.TestCase):
         while not (folder / '3').exists():  # it is written meanwhile
           time.sleep(0.01)
         shutil.move(folder, self.root / 'away')
-        if how == 'replaced':
+        if replace:
           folder.write_text('')
       return put(*args)
 
-    with (
-      mock.patch.object(workload_lib, 'put', put_and_break),
-      self.assertRaisesRegex(errors.UserError, 'Cannot save step 6 in .*: N'),
+    self.enterContext(mock.patch.object(workload_lib, 'put', put_and_break))
+    return folder
+
+  def test_a_folder_that_is_replaced_during_the_run_is_one_line(self):
+    folder = self.break_checkpoints(replace=True)
+    with self.assertRaisesRegex(
+      errors.UserError, 'Cannot save step 6 in .*: N'
     ):
       self.train('w', train={'checkpoint_every': 3})
-    if how == 'replaced':
-      folder.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
+    folder.unlink()
     shutil.move(self.root / 'away', folder)
     self.train('w', train={'checkpoint_every': 3})
+    self.assertLen(self.losses('w'), 6)
+
+  def test_a_folder_that_is_removed_during_the_run_is_made_again(self):
+    folder = self.break_checkpoints(replace=False)
+    self.train('w', train={'checkpoint_every': 3})
+    self.assertTrue((folder / '6').exists())
     self.assertLen(self.losses('w'), 6)
 
   @contextlib.contextmanager
