@@ -33,11 +33,12 @@ def collect(
 ) -> list[str]:
   """Writes the results of the finished runs of a sweep.
 
-  README.md has the table and the plots, results.csv a line per run, and
-  summary.json the mean of each metric of a cell as `cell/metric` and, with more
-  than one seed, the standard deviation as `cell/metric/spread`. If a field is
-  tuned, these are the cells with its best value, named without it, and
-  summary.json has the value as `cell/FIELD`.
+  README.md has the tables and the plots, results.csv a line per run, and
+  summary.json the mean of each metric of a cell as `cell/metric`. With more
+  than one seed, it has the standard deviation as `cell/metric/spread` and, of
+  the first metric, the mean difference from the first cell, seed by seed, as
+  `cell/metric/difference`. If a field is tuned, these are the cells with its
+  best value, named without it, and summary.json has the value as `cell/FIELD`.
 
   Args:
     record: The sweep.
@@ -72,10 +73,15 @@ def collect(
     files.write_whole(folder / images[key], image.getvalue())
   best = {s.name: s.best for s in searches if s.best is not None}
   parts = [_table(record, shown, metrics, table, best)]
+  first = next(iter(metrics), None)
+  compared = results_lib.compare(record, shown, first)
   if searches:
     parts = tuning.sections(record, shown, searches, *parts)
+  parts.append(_differences(record, first, compared))
   text = _make_page(record, results, workdir, parts=parts, images=images)
   summary = _summary(record, results, table, best)
+  for cell, statistic in compared.items():
+    summary[f'{cell}/{first}/difference'] = statistic.mean
   summary = json.dumps(summary, indent=2) + '\n'
   for name, content in (
     (_CSV, lines),
@@ -214,6 +220,29 @@ def _table(record, results, metrics, table, values) -> str:
     rows.append(row)
   head = ['cell'] + [record.tune] * bool(record.tune) + [*metrics, 'seeds']
   return markdown.table(head + [record.printed] * bool(record.printed), rows)
+
+
+def _differences(
+  record: record_lib.Record,
+  metric: str | None,
+  compared: Mapping[str, results_lib.Statistic],
+) -> str:
+  """Returns the table of differences from the first cell, or ''."""
+  if not compared:
+    return ''
+  rows = []
+  for name, statistic in compared.items():
+    is_clear = abs(statistic.mean) >= 2 * statistic.spread
+    word = 'higher' if statistic.mean > 0 else 'lower'
+    text = f'{statistic.mean:+.3g} ± {statistic.spread:.2g}'
+    rows.append((name, text, word if is_clear else 'no different'))
+  first = record.cells[0].name
+  return (
+    f'{metric} less that of {first} with the same seed, which has the same '
+    'data in the same order. A difference below twice its standard deviation '
+    f'over seeds is no difference:\n\n'
+    f'{markdown.table(("cell", "difference", "is"), rows)}'
+  )
 
 
 def _sources(record, finished, workdir) -> str:

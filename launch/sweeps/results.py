@@ -96,6 +96,35 @@ def summarize(
   }
 
 
+def compare(
+  record: record_lib.Record, results: Sequence[Result], key: str | None
+) -> dict[str, Statistic]:
+  """Returns how far a metric is from that of the first cell, seed by seed.
+
+  Args:
+    record: The sweep.
+    results: Results of its cells.
+    key: The metric; None gives nothing.
+
+  Returns:
+    The statistic of the differences, for cells that have two or more finite
+    values with seeds of the first one.
+  """
+  values: dict[str, dict[int, float]] = {}
+  for result in results if key is not None else ():
+    value = number(result, key)
+    if value is not None and math.isfinite(value):
+      values.setdefault(result.cell, {})[result.seed] = value
+  first = values.get(record.cells[0].name, {})
+  found = {}
+  for cell in record.cells[1:]:
+    own = values.get(cell.name, {})
+    differences = [own[seed] - first[seed] for seed in own if seed in first]
+    if len(differences) > 1:
+      found[cell.name] = _statistic(differences)
+  return found
+
+
 def best_cells(
   table: Mapping[str, Mapping[str, Statistic]], key: str, best: str
 ) -> set[str]:

@@ -51,6 +51,18 @@ class CollectTest(parameterized.TestCase):
     self.assertIn('| size=1 | 2.333 ± 1.5 | 3 of 3 |', self.page)
     self.assertIn('| size=2 | **2** | 1 of 3 |', self.page)
 
+  def test_differences_from_the_first_cell_are_taken_seed_by_seed(self):
+    for seed, loss in enumerate((1.0, 2.0, 4.0)):
+      self._write('size=1', seed, {'loss': loss})
+      self._write('size=2', seed, {'loss': loss - 0.1 - 0.01 * seed})
+      self._write('size=3', seed, {'loss': 7 / 3})
+    self._write('size=4', 0, {'loss': 2.0})
+    self._collect('size=1,2,3,4', num_seeds=3)
+    self.assertIn('| size=2 | -0.11 ± 0.01 | lower |', self.page)
+    self.assertRegex(self.page, r'\| size=3 \| .* ± 1.5 \| no different \|')
+    self.assertNotRegex(self.page, r'\| size=[14] \| [^|]* \| no different')
+    self.assertAlmostEqual(self.summary['size=2/loss/difference'], -0.11)
+
   def test_in_a_folder_of_its_own(self):
     self._write('size=1', 0, {'loss': 1.0})
     self._collect('size=1')
