@@ -5,11 +5,8 @@ Command:
   python launch/run.py --config=experiments/quickstart.py \
     --workdir=runs/quickstart
 
-Hardware: two CPU cores, a minute and a half of training and two minutes in all
-(14,217 tokens/s beside other work).
-Result, one seed: 2.006 bits per byte of held-out files, 3.108 with memory
-writes off. On streams of 8,192 bytes: 3.079 with writes off, 1.963 with memory
-writes, 1.793 with levels learning as well.
+Hardware: two CPU cores, a minute and a half to three minutes of training.
+Results: experiments/results/quickstart/README.md.
 
 Keys, values, learning rates and retention are projections: memories that make
 them take about twice the time (experiments/results/ablations/README.md).
