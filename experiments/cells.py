@@ -83,7 +83,8 @@ class Store(NamedTuple):
 
 
 def open_store(workdir: pathlib.Path, results: str | None = None) -> Store:
-  """Returns the cells of a run and, if given, of a folder of results."""
+  """Returns the cells of a run, whose folder is made, and of other results."""
+  workdir.mkdir(parents=True, exist_ok=True)
   folder = None if results is None else pathlib.Path(results)
   return Store(workdir, folder, provenance.provenance())
 
@@ -213,7 +214,6 @@ def run_alone(task: Task, config: Any, workdir: str, *, module: str) -> None:
     module: Name of the experiment's module.
   """
   folder = pathlib.Path(workdir)
-  folder.mkdir(parents=True, exist_ok=True)
   store = open_store(folder)
   task.measure(store)
   sections, numbers = task.report(store, folder)

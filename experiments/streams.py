@@ -88,7 +88,6 @@ def run(config: StreamsConfig, workdir: str, mode: str) -> None:
   """Trains and reads what is not finished, and writes the page."""
   report_files.check_mode(mode)
   folder = pathlib.Path(workdir)
-  folder.mkdir(parents=True, exist_ok=True)
   store = cells_lib.open_store(folder, config.results)
   for name in config.models:
     _measure(config, store, name)

@@ -333,9 +333,7 @@ class _Asked:
 def run(config: FactsConfig, workdir: str, mode: str) -> None:
   """Trains each learner, reads the streams, writes the report."""
   report_files.check_mode(mode)
-  folder = pathlib.Path(workdir)
-  folder.mkdir(parents=True, exist_ok=True)
-  store = cells_lib.open_store(folder, config.results)
+  store = cells_lib.open_store(pathlib.Path(workdir), config.results)
   found = {}
   for seed in range(config.num_seeds):
     for name, scores in _measure_seed(config, store, seed).items():

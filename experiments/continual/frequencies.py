@@ -152,9 +152,7 @@ def run(config: FrequenciesConfig, workdir: str, mode: str) -> None:
       f'num_levels={config.num_levels} must be at most {len(_NAMES)}, the '
       'number of levels of the chain.'
     )
-  folder = pathlib.Path(workdir)
-  folder.mkdir(parents=True, exist_ok=True)
-  store = cells_lib.open_store(folder, config.results)
+  store = cells_lib.open_store(pathlib.Path(workdir), config.results)
   scores = {}
   for seed in range(config.num_seeds):
     for number in config.num_levels:

@@ -168,9 +168,7 @@ def make_row(
 def run(config: HorizonConfig, workdir: str, mode: str) -> None:
   """Trains learners and reads streams with each set of levels."""
   report_files.check_mode(mode)
-  folder = pathlib.Path(workdir)
-  folder.mkdir(parents=True, exist_ok=True)
-  store = cells_lib.open_store(folder, config.results)
+  store = cells_lib.open_store(pathlib.Path(workdir), config.results)
   found = {}
   for seed in range(config.num_seeds):
     for name, losses in _measure_seed(config, store, seed).items():

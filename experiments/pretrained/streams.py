@@ -155,7 +155,6 @@ def run(config: StreamsConfig, workdir: str, mode: str) -> None:
   if mode != 'eval':
     report_files.check_mode(mode)
   folder = pathlib.Path(workdir)
-  folder.mkdir(parents=True, exist_ok=True)
   store = cells_lib.open_store(folder, config.results)
   if mode == 'train':
     for arm in config.arms:
