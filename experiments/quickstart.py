@@ -5,7 +5,7 @@ Command:
   python launch/run.py --config=experiments/quickstart.py \
     --workdir=runs/quickstart
 
-Hardware: two CPU cores, a minute and a half to three minutes of training.
+Hardware: two CPU cores, a minute and a half to five minutes of training.
 Results: experiments/results/quickstart/README.md.
 
 Keys, values, learning rates and retention are projections: memories that make
