@@ -7,12 +7,13 @@ The same command goes on where it was interrupted, and
 --set=results=experiments/results/streams also takes finished cells from that
 folder and writes page and cells there. --set=models=hope measures one model.
 
-Hardware: two CPU cores; three trainings of three to five minutes, and twenty
-minutes of reading.
+Hardware: one CPU core; nine trainings of two to four minutes, and half an hour
+of reading.
 Results: experiments/results/streams/README.md.
 
 Every model is trained as `experiments/quickstart.py`, with the chain of its
-Hope and the same number of parameters within 3 per cent. Then it reads held-out
+Hope, the same number of parameters within 3 per cent, and several seeds, of
+which the first one also picks the rates of what learns. Then it reads held-out
 files end to end: with nothing written, with memories, and with memories and
 levels. The controls: a temperature and a bias over the vocabulary learn in
 place of the levels, and the files are read in another order.
@@ -61,6 +62,7 @@ class StreamsConfig:
   update_every: tuple[int, ...] = (128, 512)  # of the levels, fastest first
   rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
   search_tokens: int = 2**14  # of the streams of the search
+  num_seeds: int = 3  # of training; the first one picks the rates
   # Changes of the quickstart, for tests.
   source: str = 'stdlib'
   num_steps: int = 600
@@ -90,7 +92,9 @@ def run(config: StreamsConfig, workdir: str, mode: str) -> None:
   folder = pathlib.Path(workdir)
   store = cells_lib.open_store(folder, config.results)
   for name in config.models:
-    _measure(config, store, name)
+    rates = {}
+    for seed in range(config.num_seeds):
+      _measure(config, store, name, seed, rates)
   page = folder / 'results' if store.results is None else store.results
   summary = streams_report.write_page(store, page, MODELS)
   report_files.write(
@@ -104,7 +108,9 @@ def run(config: StreamsConfig, workdir: str, mode: str) -> None:
   print(f'{page}/README.md has the results.')
 
 
-def make_config(name: str, config: StreamsConfig) -> training.ExperimentConfig:
+def make_config(
+  name: str, config: StreamsConfig, seed: int = 0
+) -> training.ExperimentConfig:
   """Returns the training of a model: the quickstart with another mixer."""
   base = quickstart.get_config()
   if name == 'hope':
@@ -123,17 +129,18 @@ def make_config(name: str, config: StreamsConfig) -> training.ExperimentConfig:
     base,
     name=name,
     model=model,
-    data=dataclasses.replace(base.data, source=config.source),
+    seed=seed,
+    data=dataclasses.replace(base.data, source=config.source, seed=seed),
     train=dataclasses.replace(base.train, num_steps=config.num_steps),
     # Its streams are read here.
     evaluation=dataclasses.replace(base.evaluation, stream_tokens=0),
   )
 
 
-def _measure(config, store, name) -> None:
-  """Trains a model, searches the rates, and reads the streams."""
-  trained = make_config(name, config)
-  workdir = store.workdir / 'models' / name
+def _measure(config, store, name, seed, rates) -> None:
+  """Trains a model, searches missing rates, and reads the streams."""
+  trained = make_config(name, config, seed)
+  workdir = store.workdir / 'models' / f'{name}_{seed}'
   settings = {
     'streams': {
       key: getattr(config, key)
@@ -159,7 +166,11 @@ def _measure(config, store, name) -> None:
 
   def measure(cell, make_values, **more):
     return cells_lib.measure(
-      store, 'streams', f'{name} {cell}', settings | more, make_values
+      store,
+      'streams',
+      streams_report.cell_name(name, seed, cell),
+      settings | more,
+      make_values,
     )
 
   def trained_values():
@@ -184,9 +195,9 @@ def _measure(config, store, name) -> None:
   def search(kind):
     """Returns the best rate; the grid goes on where an end is the best."""
     skip = config.num_streams * config.num_tokens
-    found, rates = {}, list(config.rates)
-    while rates:
-      for rate in rates:
+    found, tried = {}, list(config.rates)
+    while tried:
+      for rate in tried:
         cell = measure(
           f'{kind} search {rate:g}',
           lambda rate=rate: read(
@@ -195,18 +206,19 @@ def _measure(config, store, name) -> None:
         )
         found[rate] = sum(cell.values['bits'])
       best = min(found, key=found.get)
-      rates = []
+      tried = []
       if len(found) < len(config.rates) + _MOST_RATES:
         ends = {min(found): best / _STEP, max(found): best * _STEP}
-        rates = [float(f'{ends[best]:.2g}')] if best in ends else []
+        tried = [float(f'{ends[best]:.2g}')] if best in ends else []
     return best
 
   measure('trained', trained_values)
   kinds = ['nothing', 'memories'] if name != 'transformer' else ['nothing']
   for order in ('files', 'other'):
     for kind in (*kinds, 'levels', 'calibration'):
-      learns = kind in ('levels', 'calibration')
-      rate = search(kind) if learns else 0.0
+      if kind in ('levels', 'calibration') and kind not in rates:
+        rates[kind] = search(kind)
+      rate = rates.get(kind, 0.0)
       measure(
         f'{kind} {order}',
         functools.partial(read, kind, rate, order, config.num_tokens),

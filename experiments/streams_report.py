@@ -44,21 +44,22 @@ def write_page(
   """
   folder.mkdir(parents=True, exist_ok=True)
   cells = cells_lib.read(store, TASK)
-  names = [name for name in names if _has(cells, name)]
+  names = [name for name in names if _seeds(cells, name)]
   summary = _numbers(cells, names)
   _plot(cells, names, folder / _PLOT)
   sections = [
     '# Long streams',
     'Models of `experiments/quickstart.py`, of the same number of parameters '
-    'within 3 per cent, trained alike with one seed, read files that they have '
-    'not seen, end to end, with their state carried and never reset. Bits per '
-    'byte, with nothing written, with memories written, and with levels that '
-    'learn as well. The control `calibration` learns a temperature and a bias '
-    'over the vocabulary in place of the levels, on the clock of the fastest '
-    'one. Learning rates of levels and of the calibration were chosen for each '
-    'model on other streams of the held-out text, from one grid that goes on '
-    'where its end is best.',
-    *[_sentence(summary, name) for name in names],
+    'within 3 per cent, trained alike, read files that they have not seen, end '
+    'to end, with their state carried and never reset. Bits per byte, with '
+    'nothing written, with memories written, and with levels that learn as '
+    'well; means over the seeds of training, ± the sample standard deviation. '
+    'The control `calibration` learns a temperature and a bias over the '
+    'vocabulary in place of the levels, on the clock of the fastest one. '
+    'Learning rates of levels and of the calibration were chosen for each '
+    'model with the first seed on other streams of the held-out text, from one '
+    'grid that goes on where its end is best.',
+    *[_sentence(cells, summary, name) for name in names],
     f'![Bits per byte by position in the stream]({_PLOT})',
     '## By position',
     _table(cells, names, 'files'),
@@ -78,19 +79,28 @@ def write_page(
   return summary
 
 
-def _has(cells, name) -> bool:
-  return all(
-    f'{name} {kind} files' in cells
-    for kind in ('nothing', 'levels', 'calibration')
-  )
+def cell_name(model: str, seed: int, cell: str) -> str:
+  """Returns the name of a cell of a model that was trained with a seed."""
+  return f'{model} seed_{seed} {cell}'
 
 
-def _get(cells, name, kind, order) -> Mapping | None:
-  """Returns the values of a curve; a model without memories writes nothing."""
+def _seeds(cells, name) -> list[int]:
+  """Returns the seeds whose curves are all there."""
+  kinds = ('nothing', 'levels', 'calibration')
+  done = lambda i: all(cell_name(name, i, f'{x} files') in cells for x in kinds)
+  return [i for i in range(len(cells)) if done(i)]
+
+
+def _get(cells, name, kind, order) -> list[Mapping]:
+  """Returns a curve of each seed; a model without memories writes nothing."""
   for found in (kind, 'nothing') if kind == 'memories' else (kind,):
-    if f'{name} {found} {order}' in cells:
-      return cells[f'{name} {found} {order}'].values
-  return None
+    names = [
+      cell_name(name, seed, f'{found} {order}') for seed in _seeds(cells, name)
+    ]
+    values = [cells[x].values for x in names if x in cells]
+    if values:
+      return values
+  return []
 
 
 def _between(values, begin, end=None) -> float:
@@ -112,79 +122,102 @@ def _ranges(values) -> list[tuple[int, int]]:
   return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
+def _late(values) -> float:
+  """Returns bits per byte of the later part of a stream."""
+  begin = min(_FROM, values['edges'][-1] // 2)
+  return _between(values, min(x for x in values['edges'] if x >= begin))
+
+
+def _gains(cells, name, kind, order) -> list[float]:
+  """Returns what something that learns gives in the later part, by seed."""
+  memories, learned = (_get(cells, name, x, order) for x in ('memories', kind))
+  return [_late(x) - _late(y) for x, y in zip(memories, learned, strict=False)]
+
+
 def _numbers(cells, names) -> dict[str, float]:
   numbers = {}
+
+  def put(key, found):
+    if found:
+      numbers[key] = float(np.mean(found))
+      if len(found) > 1:
+        numbers[f'{key}_spread'] = float(np.std(found, ddof=1))
+
   for name in names:
-    numbers[f'{name}_rows'] = cells[f'{name} trained'].values['bits_per_byte']
-    for order in ('files', 'other'):
+    trained = [cell_name(name, i, 'trained') for i in _seeds(cells, name)]
+    put(f'{name}_rows', [cells[x].values['bits_per_byte'] for x in trained])
+    for order, end in (('files', ''), ('other', '_other_order')):
       for kind in _CURVES:
-        values = _get(cells, name, kind, order)
-        if values is None:
-          continue
-        begin = min(_FROM, values['edges'][-1] // 2)
-        key = f'{name}_{kind}' + ('' if order == 'files' else '_other_order')
-        numbers[key] = values['bits_per_byte']
-        late = [edge for edge in values['edges'] if edge >= begin][0]
-        numbers[f'{key}_late'] = _between(values, late)
+        curves = _get(cells, name, kind, order)
+        key = f'{name}_{kind}{end}'
+        put(key, [x['bits_per_byte'] for x in curves])
+        put(f'{key}_late', [_late(x) for x in curves])
+      for kind in ('levels', 'calibration'):
+        gains = _gains(cells, name, kind, order)
+        put(f'{name}_{kind}{end}_gain', gains)
   return numbers
 
 
-def _sentence(numbers, name) -> str:
+def _sentence(cells, numbers, name) -> str:
   """Returns what comes out for one model."""
-  memories, learned, calibrated = (
-    numbers[f'{name}_{kind}_late']
-    for kind in ('memories', 'levels', 'calibration')
-  )
-  gain, by_calibration = memories - learned, memories - calibrated
+
+  def show(key):
+    spread = numbers.get(f'{name}_{key}_spread')
+    end = '' if spread is None else f' ± {spread:.3f}'
+    return f'{numbers[f"{name}_{key}"]:.3f}{end}'
+
+  gain = numbers[f'{name}_levels_gain']
   reached = 'at least' if gain >= _WANTED else 'less than'
   text = (
-    f'**{_TITLES[name]}**: from token {_FROM:,} on, levels that learn give '
-    f'{gain:.3f} bits per byte, {reached} the {_WANTED} that were wanted '
-    f'({memories:.3f} to {learned:.3f}); '
+    f'**{_TITLES[name]}** (seeds: {len(_seeds(cells, name))}): from token '
+    f'{_FROM:,} on, levels that learn give {show("levels_gain")} bits per '
+    f'byte, {reached} the {_WANTED} that were wanted '
+    f'({show("memories_late")} to {show("levels_late")}); the calibration '
+    f'alone gives {show("calibration_gain")}'
   )
   if gain > 0:
-    share = by_calibration / gain
-    text += (
-      f'the calibration alone gives {by_calibration:.3f}, {share:.0%} of it'
-    )
-  else:
-    text += f'the calibration gives {by_calibration:.3f}'
-  other = f'{name}_levels_other_order_late'
-  if other in numbers:
-    rest = numbers[f'{name}_memories_other_order_late'] - numbers[other]
-    text += f'; with the files in another order, levels give {rest:.3f}'
+    text += f', {numbers[f"{name}_calibration_gain"] / gain:.0%} of it'
+  if f'{name}_levels_other_order_gain' in numbers:
+    other = show('levels_other_order_gain')
+    text += f'; with the files in another order, levels give {other}'
   return text + '.'
 
 
 def _table(cells, names, order) -> str:
   some = _get(cells, names[0], 'nothing', order)
-  if some is None:
+  if not some:
     return 'Not measured yet.'
-  ranges = _ranges(some)
+  ranges = _ranges(some[0])
   short = lambda x: f'{x // 1024}K' if x >= 1024 else str(x)
   head = ['model', 'curve', *[f'{short(a)}-{short(b)}' for a, b in ranges]]
   rows = []
   for name in names:
     for kind, label in _CURVES.items():
-      values = _get(cells, name, kind, order)
-      if values is not None:
-        found = [_between(values, *limits) for limits in ranges]
-        rows.append([_TITLES[name], label, *[f'{x:.3f}' for x in found]])
+      curves = _get(cells, name, kind, order)
+      if curves:
+        found = [[_between(x, *limits) for x in curves] for limits in ranges]
+        rows.append([_TITLES[name], label, *[_with_spread(x) for x in found]])
   return report_files.table(head, rows)
+
+
+def _with_spread(found) -> str:
+  if len(found) < 2:
+    return f'{np.mean(found):.3f}'
+  return f'{np.mean(found):.3f} ± {np.std(found, ddof=1):.3f}'
 
 
 def _rates(cells, names) -> str:
   rows = []
   for name in names:
     for kind in ('levels', 'calibration'):
-      start = f'{name} {kind} search '
+      start = cell_name(name, 0, f'{kind} search ')
       found = {
         float(cell.removeprefix(start)): cells[cell].values['bits_per_byte']
         for cell in cells
         if cell.startswith(start)
       }
       tried = ', '.join(f'{k:g}: {found[k]:.3f}' for k in sorted(found))
-      best = cells[f'{name} {kind} files'].settings['rate']
+      best = cells[cell_name(name, 0, f'{kind} files')].settings['rate']
       rows.append([_TITLES[name], kind, f'{best:g}', tried])
   head = ('model', 'learns', 'rate', 'bits per byte of the search, by rate')
   return report_files.table(head, rows)
@@ -200,14 +233,16 @@ def _provenance(cells) -> str:
 
 
 def _plot(cells, names, path) -> None:
-  """Draws a panel per model, the four curves by position."""
+  """Draws a panel per model, the curves by position, means over seeds."""
   figure = mpl_figure.Figure(figsize=(4 * len(names), 4), layout='tight')
   panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
   for axes, name in zip(panels, names, strict=True):
     for kind, label in _CURVES.items():
-      values = _get(cells, name, kind, 'files')
-      edges, bits, size = (
-        np.asarray(values[key], float) for key in ('edges', 'bits', 'bytes')
+      curves = _get(cells, name, kind, 'files')
+      edges = np.asarray(curves[0]['edges'], float)
+      bits, size = (
+        np.sum([np.asarray(x[key], float) for x in curves], axis=0)
+        for key in ('bits', 'bytes')
       )
       centers = np.sqrt(np.maximum(edges[:-1], edges[1] / 2) * edges[1:])
       style = '--' if kind == 'calibration' else '.-'

@@ -42,6 +42,8 @@ class StreamsTest(absltest.TestCase):
     (chain,) = {tuple(y.name for y in x.model.levels) for x in configs}
     self.assertLen(chain, len(streams.get_config().update_every))
     self.assertLen({(x.data, x.train) for x in configs}, 1)
+    other = streams.make_config('hope', streams.get_config(), seed=1)
+    self.assertEqual((other.seed, other.data.seed), (1, 1))
 
   def test_streams_are_the_text_in_pieces(self):
     config = dataclasses.replace(
@@ -118,6 +120,7 @@ class StreamsTest(absltest.TestCase):
       search_tokens=128,
       source=tiny.write_corpus(root / 'text'),
       num_steps=1,
+      num_seeds=2,
     )
     streams.run(config, str(root / 'run'), 'train')
     summary = json.loads((root / 'run/summary.json').read_text())
@@ -146,10 +149,9 @@ class ReportTest(absltest.TestCase):
     store = cells.open_store(root)
     settings = {'streams': {'num_tokens': 2**15}, 'search': {'rates': [1.0]}}
 
-    def put(name, values, **more):
-      cells.measure(
-        store, 'streams', f'hope {name}', settings | more, lambda: values
-      )
+    def put(name, values, seed=0, **more):
+      name = streams_report.cell_name('hope', seed, name)
+      cells.measure(store, 'streams', name, settings | more, lambda: values)
 
     put('trained', {'bits_per_byte': 2.1, 'steps': 1})
     put('nothing files', make_values(3.0), rate=0.0)
@@ -158,12 +160,25 @@ class ReportTest(absltest.TestCase):
     put('levels search 1', make_values(1.95))
     put('calibration files', make_values(1.98), rate=0.3)
     put('calibration search 0.3', make_values(1.99))
+    # Another training, whose rates are those of the first one.
+    put('trained', {'bits_per_byte': 2.1, 'steps': 1}, 1)
+    for name, value in zip(
+      ('nothing', 'memories', 'levels', 'calibration'),
+      (3, 2.2, 2.0, 2.18),
+      strict=True,
+    ):
+      put(f'{name} files', make_values(value), 1, rate=1.0)
+    # One that is not finished does not count.
+    put('nothing files', make_values(9.0), 2, rate=0.0)
     summary = streams_report.write_page(store, root / 'page', streams.MODELS)
     text = (root / 'page' / 'README.md').read_text()
-    self.assertIn('give 0.100 bits per byte, at least the 0.05', text)
-    self.assertIn('the calibration alone gives 0.020, 20% of it', text)
+    self.assertIn('(seeds: 2): from token 8,192 on, levels', text)
+    self.assertIn('give 0.150 ± 0.071 bits per byte, at least the 0.05', text)
+    self.assertIn('calibration alone gives 0.020 ± 0.000, 13% of it', text)
+    self.assertIn('2.100 ± 0.141', text)
     self.assertRegex(text, r'0-4K +\| 4K-8K +\| 8K-16K +\| 16K-32K')
-    self.assertAlmostEqual(summary['hope_levels_late'], 1.9)
+    self.assertAlmostEqual(summary['hope_levels_late'], 1.95)
+    self.assertAlmostEqual(summary['hope_nothing_late'], 3)
     self.assertTrue((root / 'page' / 'streams.png').is_file())
     self.assertTrue((root / 'page' / 'streams.json').is_file())
 
