@@ -250,7 +250,7 @@ def _plan(stored: sweeps.Record | None) -> sweeps.Record:
     seed_fields=sweep.seed_fields,
     metrics=sweep.metrics,
     printed=sweep.printed,
-    commands=(provenance.shown_command(['launch/sweep.py', *sys.argv[1:]]),),
+    commands=_command(),
     tune=tune,
   )
   return sweeps.update(record, stored)
@@ -270,13 +270,19 @@ def _plan_again(
 ) -> sweeps.Record:
   """Returns the stored sweep, with the seeds and metrics of the flags."""
   _check_named(stored)
+  num_seeds = max(_SEEDS.value or 0, stored.num_seeds)
   record = dataclasses.replace(
     stored,
     base=_make_base(stored.spec, stored.assignments),
-    num_seeds=_SEEDS.value or stored.num_seeds,
+    num_seeds=num_seeds,
     metrics=metrics or stored.metrics,
+    commands=_command() if num_seeds > stored.num_seeds else (),
   )
   return sweeps.update(record, stored)
+
+
+def _command() -> tuple[str]:
+  return (provenance.shown_command(['launch/sweep.py', *sys.argv[1:]]),)
 
 
 def _make_base(spec, assignments) -> str:

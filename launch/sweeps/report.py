@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 import re
+import shlex
 
 from matplotlib import figure as mpl_figure
 from matplotlib import ticker
@@ -24,6 +25,7 @@ from nested_learning import markdown
 PAGE = 'README.md'
 _CSV = 'results.csv'
 _EMPTY = '–'
+_OF_A_PART = ('--only', '--jobs')  # flags that change no result
 
 
 def collect(
@@ -78,7 +80,9 @@ def collect(
   if searches:
     parts = tuning.sections(record, shown, searches, *parts)
   parts.append(_differences(record, first, compared))
-  text = _make_page(record, results, workdir, parts=parts, images=images)
+  text = _make_page(
+    record, results, workdir, folder=folder, parts=parts, images=images
+  )
   summary = _summary(record, results, table, best)
   for cell, statistic in compared.items():
     summary[f'{cell}/{first}/difference'] = statistic.mean
@@ -165,6 +169,7 @@ def _make_page(
   results: Sequence[results_lib.Result],
   workdir: pathlib.Path,
   *,
+  folder: pathlib.Path,
   parts: Sequence[str],
   images: Mapping[str, str],
 ) -> str:
@@ -172,7 +177,7 @@ def _make_page(
   finished = [r for r in results if r.status == 'finished']
   sections = [
     f'# Sweep of {record.spec}',
-    markdown.fenced('\n'.join(record.commands)),
+    markdown.fenced('\n'.join(_whole_commands(record, folder))),
     f'{len(finished)} of {len(results)} runs are finished. Numbers are means '
     'over the finished seeds of a cell, ± the sample standard deviation; the '
     'best mean is bold.',
@@ -196,6 +201,34 @@ def _make_page(
   for key, image in images.items():
     sections += [f'## {key}', f'![{key} of the cells]({image})']
   return '\n\n'.join(filter(None, sections)) + '\n'
+
+
+def _whole_commands(
+  record: record_lib.Record, folder: pathlib.Path
+) -> list[str]:
+  """Returns the commands that make all of a sweep.
+
+  Commands with --only or --jobs made a part of it, or the same in another
+  order. In a relative folder, which may be that of published results, the
+  commands name it and have no absolute folders.
+  """
+  found = []
+  for command in record.commands:
+    words, kept = iter(shlex.split(command)), []
+    for word in words:
+      name, equals, _ = word.partition('=')
+      name = re.sub('^--?', '--', name)
+      names_results = name == '--results' and not folder.is_absolute()
+      if name not in _OF_A_PART and not names_results:
+        kept.append(word)
+        continue
+      if not equals:
+        next(words, None)  # its value
+      kept += [f'--results={folder}'] * names_results
+    command = shlex.join(kept)
+    relative = not folder.is_absolute()
+    found.append(provenance.portable(command) if relative else command)
+  return list(dict.fromkeys(found))
 
 
 def _table(record, results, metrics, table, values) -> str:

@@ -242,6 +242,8 @@ class SweepTest(parameterized.TestCase):
     once |= {'size=0/seed_0': 1, 'size=0/seed_1': 1}
     self.assertEqual(self._attempts(), once)
     self.assertEqual(self._read_summary()['config/size'], 0)
+    self._call('--seeds=3')
+    self.assertIn('toy.py --seeds=3\n', self._read_page())
 
   def test_failed_run_is_recorded_and_alone_is_run_again(self):
     result = self._call(

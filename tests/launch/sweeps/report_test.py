@@ -1,5 +1,6 @@
 """Tests of the page, the tables and the plots of a sweep."""
 
+import contextlib
 import csv
 import json
 import pathlib
@@ -73,6 +74,28 @@ class CollectTest(parameterized.TestCase):
       same = self.workdir / path.name
       self.assertEqual(path.read_bytes(), same.read_bytes(), path)
     self.assertTrue((folder / 'loss.png').exists())
+
+  def test_the_command_is_that_of_the_whole_sweep(self):
+    self._write('size=1', 0, {'loss': 1.0})
+    plain = 'python launch/sweep.py --config=x.py --seeds=3 --workdir='
+    commands = (
+      f"{plain}/a/b/runs --results=/a/page '--only=size=1,*'",
+      f'{plain}/a/b/runs --only size=2 --jobs=2 --results /b/page',
+      f'{plain}other --results=/a/page -only=*',
+    )
+    self._collect('size=1,2', commands=commands)
+    self.assertIn(f'{plain}/a/b/runs --results=/a/page\n', self.page)
+    self.assertNotIn('--only', self.page)
+    self.assertNotIn('--jobs', self.page)
+    record = toy.make_record(self.spec, 'size=1,2', commands=commands)
+    with contextlib.chdir(self.workdir.parent):
+      sweeps.collect(record, self.workdir, pathlib.Path('a/page'))
+    page = (self.workdir.parent / 'a' / 'page' / 'README.md').read_text()
+    lines = [line for line in page.splitlines() if line.startswith('python')]
+    self.assertEqual(
+      lines,
+      [f'{plain}runs --results=a/page', f'{plain}other --results=a/page'],
+    )
 
   def test_damage_stays_with_its_run(self):
     self._write('size=1', 0, '{"loss": 1')
