@@ -2,7 +2,6 @@
 
 import ast
 import configparser
-import csv
 import os
 import pathlib
 import re
@@ -219,34 +218,6 @@ class HouseTest(parameterized.TestCase):
     self.assertEqual(run.returncode, 0, run.stderr[-2000:])
     if document == 'README.md':  # the loss of a model that has learned
       self.assertLess(float(run.stdout.split()[0]), 1.0)  # from log(257) = 5.5
-
-  def test_readme_has_the_numbers_of_the_demo(self):
-    readme = (_ROOT / 'README.md').read_text()
-    said = re.search(
-      r'(\d\.\d+) bits per byte with its\s+writes off, (\d\.\d+) with memory '
-      r'writes, (\d\.\d+) with levels.*?ends with (\d\.\d+) bits per byte '
-      r'\((\d\.\d+) with the',
-      readme,
-      re.S,
-    )
-    self.assertIsNotNone(said)
-    page = _ROOT / 'experiments' / 'results' / 'quickstart' / 'results.csv'
-    with page.open(newline='') as file:
-      (demo,) = [row for row in csv.DictReader(file) if row['seed'] == '0']
-    stream, rows = 'stream_bits_per_byte', 'bits_per_byte'
-    for short, name in zip(
-      said.groups(),
-      (
-        f'{stream}_writes_off',
-        stream,
-        f'{stream}_levels_learning',
-        rows,
-        f'{rows}_writes_off',
-      ),
-      strict=True,
-    ):
-      digits = len(short.partition('.')[2])
-      self.assertEqual(short, f'{float(demo[name]):.{digits}f}')
 
   def test_readme_is_short(self):
     lines = (_ROOT / 'README.md').read_text().splitlines()

@@ -237,8 +237,7 @@ def _write(config, workdir, tasks, matrices, metrics):
       values = np.array([getattr(m, field) for m in measures])
       row.append(reading.mean_and_spread(100 * values))
       key = f'{report_files.key(name)}_{field}'
-      summary[key] = float(np.mean(values))
-      summary[f'{key}_spread'] = float(np.std(values))
+      summary |= reading.summarize(key, values)
     rows.append(row)
     curves[name] = np.stack(
       [

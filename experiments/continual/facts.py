@@ -408,7 +408,8 @@ def _write(config, store, found):
   summary = {'chance': chance}
   for name, scores in found.items():
     for gap, score in zip(config.gaps, scores.T, strict=True):
-      summary[f'{report_files.key(name)}_after_{gap}'] = float(np.mean(score))
+      key = f'{report_files.key(name)}_after_{gap}'
+      summary |= reading.summarize(key, score)
   names = list(found)
   both = found[_BOTH][:, -1]
   alone = np.maximum(found['fast level'], found['slow level'])[:, -1]
@@ -434,9 +435,9 @@ def _write(config, store, found):
     for i, gap in enumerate(gaps)
   ]
   for i, gap in enumerate(gaps):
-    before, after = np.mean(restarts[:, i], axis=0)
-    summary[f'fast_weights_before_the_restart_after_{gap}'] = float(before)
-    summary[f'fast_weights_after_the_restart_after_{gap}'] = float(after)
+    for side, score in zip(('before', 'after'), restarts[:, i].T, strict=True):
+      key = f'fast_weights_{side}_the_restart_after_{gap}'
+      summary |= reading.summarize(key, score)
   cells_lib.write_page(
     store,
     'facts',

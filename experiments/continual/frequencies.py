@@ -225,7 +225,7 @@ def _write(config, store, scores):
     rows.append((number, slowest, rate, *map(reading.mean_and_spread, found.T)))
     for gap, score in zip(config.gaps, found.T, strict=True):
       key = f'levels_{number}_slowest_{slowest}_rate_{rate:g}_after_{gap}'
-      summary[key] = float(np.mean(score))
+      summary |= reading.summarize(key, score)
   last = {key: float(np.mean(found[:, -1])) for key, found in scores.items()}
   best = max(last, key=last.get)
   summary['best_levels'], summary['best_slowest'], summary['best_rate'] = best

@@ -319,18 +319,17 @@ def _write(config, store, found, around):
     for i, distance in enumerate(config.distances):
       row.append(reading.mean_and_spread(gain[:, i]))
       key = f'{report_files.key(name)}_gain_after_{distance}'
-      summary[key] = float(np.mean(gain[:, i]))
+      summary |= reading.summarize(key, gain[:, i])
     row.append(reading.mean_and_spread(found[name]['read'][:, -1]))
     key = f'{report_files.key(name)}_loss_on_the_stream'
-    summary[key] = float(np.mean(found[name]['read'][:, -1]))
+    summary |= reading.summarize(key, found[name]['read'][:, -1])
     rows.append(row)
   own = {
     name: around['before home'] - losses for name, losses in around.items()
   }
   for name, gain in own.items():
-    summary[f'fast_weights_gain_{report_files.key(name)}'] = float(
-      np.mean(gain)
-    )
+    key = f'fast_weights_gain_{report_files.key(name)}'
+    summary |= reading.summarize(key, gain)
   last = {name: float(np.mean(gain[:, -1])) for name, gain in gains.items()}
   summary['keeps_most'] = max(last, key=last.get)
   reading.plot_lines(

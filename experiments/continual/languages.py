@@ -237,11 +237,10 @@ def _summarise(scores):
 
 def _write(config, workdir, scores, metrics, samples):
   numbers, names = list(scores), list(scores[config.num_levels[0]])
-  summary = {
-    f'{name}_{number}_levels': float(np.mean(values))
-    for number, found in scores.items()
-    for name, values in found.items()
-  }
+  summary = {}
+  for number, found in scores.items():
+    for name, values in found.items():
+      summary |= reading.summarize(f'{name}_{number}_levels', values)
   reading.plot_lines(
     pathlib.Path(workdir) / 'languages.png',
     numbers,

@@ -1,0 +1,282 @@
+"""README's claims and the numbers of result pages, against the data beside.
+
+Every decimal number in what README says about results belongs to a claim that
+has its source. Tables and sentences of pages that a program made are read
+against summary.json, results.csv and the cells in the same folder. Pages that
+people wrote name command, commit and date in every section.
+"""
+
+from collections.abc import Callable
+import pathlib
+import re
+import shutil
+from typing import NamedTuple
+
+from absl.testing import absltest
+from absl.testing import parameterized
+
+from experiments import cells as cells_lib
+from experiments import streams
+from experiments import streams_report
+from experiments.pretrained import streams as pretrained_streams
+from experiments.pretrained import streams_report as pretrained_report
+from nested_learning import models
+from tests.experiments import page_numbers
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_RESULTS = _ROOT / 'experiments' / 'results'
+
+
+def _pages(*, made: bool) -> list[str]:
+  """Returns folders of pages that a program made, or that people wrote."""
+  return sorted(
+    str(page.parent.relative_to(_RESULTS))
+    for page in _RESULTS.rglob('README.md')
+    if (page.parent / 'summary.json').is_file() == made
+  )
+
+
+class Claim(NamedTuple):
+  """Numbers in README.
+
+  Attributes:
+    said: Pattern of the sentence; its groups are the numbers.
+    page: Folder of the page that has them.
+    values: Function of the page's data that returns the numbers.
+  """
+
+  said: str
+  page: str
+  values: Callable[[page_numbers.Sweep], list[float]]
+
+
+_STREAM = 'stream_bits_per_byte'
+_CLAIMS = (
+  Claim(
+    r'(\d\.\d+) bits per byte with its writes off, (\d\.\d+) with memory '
+    r'writes, (\d\.\d+) with levels learning',
+    'quickstart',
+    lambda sweep: [
+      sweep.values('config', f'{_STREAM}{end}')['0']
+      for end in ('_writes_off', '', '_levels_learning')
+    ],
+  ),
+  Claim(
+    r'ends with (\d\.\d+) bits per byte \((\d\.\d+) with the memories',
+    'quickstart',
+    lambda sweep: [
+      sweep.values('config', f'bits_per_byte{end}')['0']
+      for end in ('', '_writes_off')
+    ],
+  ),
+  Claim(
+    r'levels that learn take it from (\d\.\d+) to (\d\.\d+) bits per byte',
+    'quickstart',
+    lambda sweep: [
+      sweep.summary[f'config/{_STREAM}{end}']
+      for end in ('', '_levels_learning')
+    ],
+  ),
+  Claim(
+    r'a small Hope is (\d\.\d+) bits per byte ahead of Transformer\+\+',
+    'ablations/hope',
+    lambda sweep: [sweep.summary['transformer/bits_per_byte/difference']],
+  ),
+)
+# Words of README's table, and patterns of the page that say the same.
+_WORDS = (
+  (
+    'no different from Gated DeltaNet',
+    'ablations/hope',
+    [r'\| gated_deltanet +\| [^|]*\| no different'],
+  ),
+  (
+    "on the quickstart's language model M3 without its slow momentum is "
+    'lowest, no different from Muon and M3, and ahead of AdamW',
+    'optimizers',
+    [
+      'The lowest bits per byte is that of M3 no slow momentum. No different '
+      'from it by twice the larger spread: Muon, M3,',
+      'Behind it: preconditioned momentum, AdamW,',
+    ],
+  ),
+  (
+    'on a vision transformer corrected Delta Gradient Descent is lowest, no '
+    'different from M3 and Muon',
+    'optimizers',
+    [
+      'The lowest validation loss is that of DGD corrected. No different from '
+      'it by twice the larger spread: [^.]*Muon, M3[.]',
+    ],
+  ),
+  (
+    'a window of four times the length gains more; most arms are not run yet',
+    'pretrained_streams',
+    ['The frozen model gains .* from four times the window', 'Not run yet: '],
+  ),
+)
+# Words of README's table, and keys of summary.json in ascending order.
+_ORDERS = (
+  (
+    "on text whose topic shifts once and for all, M3's slow momentum forgets "
+    'less',
+    'optimizers',
+    [
+      'topics.once,m3_forgotten',
+      'topics.once,m3_no_slow_momentum_forgotten',
+    ],
+  ),
+  (
+    'and learns more slowly',
+    'optimizers',
+    ['topics.once,m3_no_slow_momentum_online', 'topics.once,m3_online'],
+  ),
+  (
+    'a single MLP in place of the chain is slightly better at this size',
+    'ablations/components',
+    ['no_cms/bits_per_byte', 'hope/bits_per_byte'],
+  ),
+  *(
+    (
+      'without the delta rule it loses most',
+      'ablations/components',
+      [f'{other}/bits_per_byte', 'no_dgd/bits_per_byte'],
+    )
+    for other in ('no_retention', 'no_cms', 'static_k', 'static_v')
+  ),
+)
+
+
+def wrong_in_readme(text: str) -> list[str]:
+  """Returns what README says about results and no page has."""
+  text = ' '.join(text.split())
+  wrong, covered = [], set()
+  for claim in _CLAIMS:
+    folder = _RESULTS / claim.page
+    match = re.search(claim.said, text)
+    if match is None:
+      wrong.append(f'not said any more: {claim.said}')
+      continue
+    data = page_numbers.Sweep.read(folder)
+    wanted = claim.values(data)
+    for i, (shown, value) in enumerate(
+      zip(match.groups(), wanted, strict=True)
+    ):
+      covered.add(match.start(i + 1))
+      wrong += (
+        [] if page_numbers.agrees(shown, value) else [f'{shown} for {value}']
+      )
+  for words, page, patterns in _WORDS:
+    said = ' '.join(page_numbers.read_text(_RESULTS / page).split())
+    if words not in text:
+      wrong.append(f'not said any more: {words}')
+    wrong += [f'{page}: {p}' for p in patterns if not re.search(p, said)]
+  for words, page, keys in _ORDERS:
+    summary = page_numbers.read_summary(_RESULTS / page)
+    values = [summary[key] for key in keys]
+    if words not in text or values != sorted(values):
+      wrong.append(f'{words}: {values}')
+  for begin, end in (
+    ('# nested_learning', '## What it is'),
+    ('## Results', '## I'),
+  ):
+    start = text.index(begin)
+    part = text[start : text.index(end, start)]
+    for match in re.finditer(r'\b\d+\.\d+\b', part):
+      if start + match.start() not in covered and match[0] not in _VERSIONS:
+        wrong.append(f'{match[0]} belongs to no claim')
+  return wrong
+
+
+_VERSIONS = {'3.11'}  # of Python
+
+
+def _remake(name: str, scratch: pathlib.Path) -> pathlib.Path | None:
+  """Writes the page of some cells again; returns its folder."""
+  if name not in _REPORTS:
+    return None
+  folder = scratch / name
+  store = cells_lib.Store(scratch, _RESULTS / name, {})
+  _REPORTS[name](store, folder)
+  return folder
+
+
+_REPORTS = {
+  'streams': lambda store, folder: streams_report.write_page(
+    store, folder, streams.MODELS
+  ),
+  'pretrained_streams': lambda store, folder: pretrained_report.write_page(
+    store, folder, tuple(pretrained_streams.ARMS)
+  ),
+}
+
+
+class ClaimsTest(parameterized.TestCase):
+  def _wrong(self, name: str, folder: pathlib.Path) -> list[str]:
+    """Returns the numbers of a page that a program made and have no source."""
+    if (folder / 'results.csv').is_file():
+      return page_numbers.wrong_in_sweep(folder)
+    if name == 'optimizers':
+      return page_numbers.wrong_in_optimizers(folder)
+    made = _remake(name, pathlib.Path(self.create_tempdir().full_path))
+    return (
+      page_numbers.wrong_in_copy(folder, made)
+      if made
+      else page_numbers.wrong_anywhere(folder)
+    )
+
+  @parameterized.parameters(*_pages(made=True))
+  def test_pages_have_the_numbers_beside_them(self, name):
+    folder = _RESULTS / name
+    self.assertEqual(self._wrong(name, folder), [])
+    # A number that somebody edits is noticed.
+    text = page_numbers.read_text(folder)
+    number = re.search(rf'(?m)^\|.*? \**({page_numbers.NUMBER})', text)
+    edited = _edit(number[1])
+    changed = text[: number.start(1)] + edited + text[number.end(1) :]
+    copy = pathlib.Path(self.create_tempdir().full_path, 'page')
+    shutil.copytree(folder, copy)
+    (copy / 'README.md').write_text(changed, encoding='utf-8')
+    self.assertNotEmpty(self._wrong(name, copy), f'{number[0]} as {edited}')
+
+  def test_readme_has_the_numbers_of_pages(self):
+    text = (_ROOT / 'README.md').read_text(encoding='utf-8')
+    self.assertEqual(wrong_in_readme(text), [])
+    for shown in re.findall(r'\b\d\.\d+ bits per byte', text):
+      number = shown.split()[0]
+      changed = text.replace(shown, shown.replace(number, _edit(number)))
+      self.assertNotEmpty(wrong_in_readme(changed), shown)
+    added = text.replace('## Install', 'Hope has 1.23 bits.\n\n## Install')
+    self.assertEqual(wrong_in_readme(added), ['1.23 belongs to no claim'])
+
+  def test_readme_counts_the_families(self):
+    text = (_ROOT / 'README.md').read_text(encoding='utf-8')
+    said = re.search(r'There are (\d+) families', text)
+    self.assertEqual(int(said[1]), len(models.zoo.FAMILIES))
+
+  @parameterized.parameters(*_pages(made=False))
+  def test_pages_by_people_say_where_their_numbers_are_from(self, name):
+    self.assertEqual(page_numbers.wrong_in_prose(_RESULTS / name), [])
+
+  def test_a_section_without_its_source_is_noticed(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    page = folder / 'README.md'
+    section = '# A\n\n## B\n\nLoss 1.5, `make demo`, commit {}, 2026-01-01.\n'
+    page.write_text(section.format('1a2b3c4'))
+    self.assertEqual(page_numbers.wrong_in_prose(folder), [])
+    page.write_text(section.format('deadbee'))
+    self.assertEqual(page_numbers.wrong_in_prose(folder), ['B: no commit'])
+    page.write_text('# A\n\n## B\n\nThe loss is 1.5.\n')
+    wrong = ['B: no command', 'B: no commit', 'B: no date']
+    self.assertEqual(page_numbers.wrong_in_prose(folder), wrong)
+
+
+def _edit(number: str) -> str:
+  """Returns a number with another last digit."""
+  digits = number.partition('e')[0]
+  last = str((int(digits[-1]) + 3) % 10)
+  return digits[:-1] + last + number[len(digits) :]
+
+
+if __name__ == '__main__':
+  absltest.main()
