@@ -72,6 +72,12 @@ PAGES = {
   'optimizers': _experiment(
     'optimizers/compare.py', 'optimizers', ('nested_learning/optimizers',), 4.0
   ),
+  'forgetting': _experiment(
+    'optimizers/forgetting.py',
+    'forgetting',
+    ('nested_learning/optimizers',),
+    0.1,
+  ),
   'facts': _experiment('continual/facts.py', 'facts', _LEVELS, 2.0),
   'horizon': _experiment('continual/horizon.py', 'horizon', _LEVELS, 2.0),
   'frequencies': _experiment(
