@@ -84,6 +84,12 @@ _TARGET = flags.DEFINE_string(
   'cluster or the flags below say), local-procs:N or local-procs:NxM (N '
   'processes of M CPU devices on this machine), tpu-vm, gke, slurm.',
 )
+_PROFILE = flags.DEFINE_string(
+  'profile',
+  None,
+  '--mode=train: START:STOP, the first and the last step to profile; the '
+  "profile goes to WORKDIR/profile, for TensorBoard's plugin xprof.",
+)
 _DRY_RUN = flags.DEFINE_bool(
   'dry_run', False, 'Prints the script of --target and starts nothing.'
 )
@@ -147,6 +153,10 @@ def _run() -> int | None:
     raise errors.UserError(
       f'--mode={mode} needs a folder for the run: --workdir=runs/NAME.'
     )
+  if _PROFILE.value is not None and mode != 'train':
+    raise errors.UserError(
+      f'--profile={_PROFILE.value} is for --mode=train, not {mode}.'
+    )
   if mode == 'compile':
     return _compile(workdir)
   if mode == 'inspect':
@@ -161,6 +171,11 @@ def _run() -> int | None:
     )
   experiment = _load(workdir)
   config, run = experiment.config, experiment.run
+  if _PROFILE.value is not None and run is not None:
+    raise errors.UserError(
+      f'--profile={_PROFILE.value} is for experiments of the trainer, and '
+      f'--config={_CONFIG.value} has its own run().'
+    )
   distributed.check_alike(configs.to_json(config, experiment.module))
   with contextlib.ExitStack() as held:
 
@@ -179,7 +194,8 @@ def _run() -> int | None:
       from nested_learning import training
 
       run = training.run
-    return run(config, workdir and str(workdir), mode)
+    options = {} if _PROFILE.value is None else {'profile': _PROFILE.value}
+    return run(config, workdir and str(workdir), mode, **options)
 
 
 def _compile(workdir: pathlib.Path) -> int:

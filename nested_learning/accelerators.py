@@ -93,6 +93,8 @@ class Generation:
       node, where None stands for any number.
     chip: Numbers of one chip.
     chips_per_host: Chips of a machine, on slices of more than one.
+    device_kinds: Names that JAX gives to its devices, `jax.Device.device_kind`;
+      cards of the same name with other peaks are left out.
     devices_per_chip: Number of devices that JAX sees.
     cloud: Names in Google Cloud; None for GPUs.
     target: Properties for XLA; None for TPUs, which libtpu knows.
@@ -102,6 +104,7 @@ class Generation:
   shapes: tuple[tuple[int | None, ...], ...]
   chip: Chip
   chips_per_host: int
+  device_kinds: tuple[str, ...] = ()
   devices_per_chip: int = 1
   cloud: Cloud | None = None
   target: GpuTarget | None = None
@@ -194,8 +197,8 @@ _SQUARES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _NODES = tuple((None, n) for n in (1, 2, 4, 8))
 
 
-def _gpu(name, chip, target):
-  return Generation(name, _NODES, chip, chips_per_host=8, target=target)
+def _gpu(name, chip, target, *device_kinds):
+  return Generation(name, _NODES, chip, 8, device_kinds, target=target)
 
 
 # Chips: FLOP/s, bytes of memory, and bytes/s of memory, links and network.
@@ -205,6 +208,7 @@ _GENERATIONS = (
     _cubes(3072),
     Chip(275e12, 32 * 2**30, 1228e9, 90e9, 6e9, _TPU_PASSES),
     chips_per_host=4,
+    device_kinds=('TPU v4',),
     cloud=Cloud('tpu-v4-podslice', 'v4', 2, 'tpu-ubuntu2204-base'),
   ),
   Generation(
@@ -213,6 +217,7 @@ _GENERATIONS = (
     # 4 units of 128 x 128 multiply and add once per cycle; on v5p 8 do.
     Chip(197e12, 16 * 2**30, 819e9, 90e9, 3e9, _TPU_PASSES, 1.5e9),
     chips_per_host=4,
+    device_kinds=('TPU v5 lite', 'TPU v5e'),
     cloud=Cloud('tpu-v5-lite-podslice', 'v5litepod', 1, 'v2-alpha-tpuv5-lite'),
   ),
   Generation(
@@ -220,6 +225,7 @@ _GENERATIONS = (
     _cubes(8960),
     Chip(459e12, 95 * 2**30, 2765e9, 180e9, 6e9, _TPU_PASSES, 1.75e9),
     chips_per_host=4,
+    device_kinds=('TPU v5', 'TPU v5p'),
     cloud=Cloud('tpu-v5p-slice', 'v5p', 2, 'v2-alpha-tpuv5'),
   ),
   Generation(
@@ -227,6 +233,7 @@ _GENERATIONS = (
     _SQUARES,
     Chip(918e12, 32 * 2**30, 1640e9, 180e9, 12e9, _TPU_PASSES),
     chips_per_host=4,
+    device_kinds=('TPU v6 lite', 'TPU v6e'),
     cloud=Cloud('tpu-v6e-slice', 'v6e', 1, 'v2-alpha-tpuv6e'),
   ),
   Generation(
@@ -234,6 +241,7 @@ _GENERATIONS = (
     ((1, 1, 1), *_cubes(9216)),
     Chip(2307e12, 192 * 2**30, 7380e9, 200e9, 12e9, _TPU_PASSES),
     chips_per_host=4,
+    device_kinds=('TPU7x',),
     devices_per_chip=2,
     cloud=Cloud('tpu7x'),
   ),
@@ -241,21 +249,25 @@ _GENERATIONS = (
     'a100',
     Chip(312e12, 80e9, 2039e9, 300e9, 25e9, _GPU_PASSES),
     GpuTarget((8, 0), 108, 164, 1410, 40),
+    'NVIDIA A100-SXM4-80GB',
   ),
   _gpu(
     'h100',
     Chip(989e12, 80e9, 3352e9, 450e9, 50e9, _GPU_PASSES),
     GpuTarget((9, 0), 132, 227, 1980, 50),
+    'NVIDIA H100 80GB HBM3',
   ),
   _gpu(
     'h200',
     Chip(989e12, 141e9, 4800e9, 450e9, 50e9, _GPU_PASSES),
     GpuTarget((9, 0), 132, 227, 1980, 50),
+    'NVIDIA H200',
   ),
   _gpu(
     'b200',
     Chip(2250e12, 180e9, 7700e9, 900e9, 50e9, _GPU_PASSES),
     GpuTarget((10, 0), 148, 227, 1965, 126),
+    'NVIDIA B200',
   ),
 )
 GENERATIONS = {generation.name: generation for generation in _GENERATIONS}
@@ -300,6 +312,13 @@ def find(spec: str) -> Topology:
     # Slices of GPUs are joined like nodes, so that they count as nodes.
     shape, num_slices = (nodes * num_slices, per_node), 1
   return Topology(generation, shape, num_slices)
+
+
+def find_kind(device_kind: str) -> Generation | None:
+  """Returns the generation of a device by its `device_kind`, if known."""
+  return next(
+    (x for x in GENERATIONS.values() if device_kind in x.device_kinds), None
+  )
 
 
 def _nearest(spec: str) -> str:

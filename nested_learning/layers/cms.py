@@ -191,11 +191,12 @@ def connect(
   Returns:
     [b, t, e].
   """
+  scope = lambda level: jax.named_scope(f'level_{level.name}')  # in profiles
   if chain.connection == 'independent':
-    outputs = [mlp(level, x) for level in levels]
+    outputs = [scope(level)(mlp)(level, x) for level in levels]
     weights = mix.astype(x.dtype)
     return x + sum(weights[i] * y for i, y in enumerate(outputs))
   first = 1 if chain.order == 'fastest_first' else -1
   for level in levels[::first]:
-    x = x + mlp(level, x)
+    x = x + scope(level)(mlp)(level, x)
   return x

@@ -152,7 +152,8 @@ def _make_block(config: ModelConfig, parts: placement_lib.Block) -> base.Layer:
       # Gathers the block's weights over 'fsdp'; rows stay where they are.
       params, x = sharding.gather(params, table), sharding.keep_rows(x)
       normed = config.norm.apply(params['norm'], x)
-      mixed, state = mixer.apply(params['mixer'], state, normed, info)
+      with jax.named_scope('mixer'):  # in profiles
+        mixed, state = mixer.apply(params['mixer'], state, normed, info)
       mixed = config.norm.apply_after(params, mixed)
       chain = {'chain': config.chain, 'mix': params.get('mix')}
       inputs = parts.levels, params['levels'], x + mixed

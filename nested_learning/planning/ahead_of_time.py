@@ -21,6 +21,7 @@ from nested_learning import sharding
 from nested_learning.planning import suggestions
 from nested_learning.planning import tables
 from nested_learning.training import config as config_lib
+from nested_learning.training import goodput
 from nested_learning.training import make_workload
 from nested_learning.training import optimizer as optimizer_lib
 from nested_learning.training import sharded_step
@@ -112,7 +113,7 @@ def compile_for(
     row=spec.row,
     token_loss=spec.token_loss,
   )
-  model_flops = 3 * _forward_flops(config, spec)  # forward and backward
+  model_flops = goodput.model_flops(config, spec.model, spec.row)
   return {
     'name': config.name,
     'topology': str(topology),
@@ -216,25 +217,6 @@ def _memory(compiled: Any) -> dict[str, int]:
     'code_bytes': code,
     'peak_bytes': arguments + outputs + temporaries + code,
   }
-
-
-def _forward_flops(config, spec) -> int:
-  """Counts the FLOPs of the forward pass over the tokens of a step."""
-  model = spec.model
-  params = parameters.abstract(model.table)
-  shape, dtype = spec.row['tokens']
-  rows = config.micro_batch_size
-  tokens = jax.ShapeDtypeStruct((rows, *shape), dtype)
-  reset = jax.ShapeDtypeStruct((rows, *spec.row['reset'][0]), bool)
-  flops = compilation.matmul_flops(
-    lambda params, tokens, reset: model.forward(
-      params, None, tokens, reset=reset
-    ),
-    params,
-    tokens,
-    reset,
-  )
-  return config.train.accumulate * flops
 
 
 def _decode_arguments(config, model, params, mesh):

@@ -12,7 +12,7 @@ import os
 import pathlib
 import sys
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from tensorboardX import event_file_writer
@@ -23,10 +23,15 @@ import tqdm
 from nested_learning import errors
 from nested_learning import files
 from nested_learning.training import config as config_lib
+from nested_learning.training import goodput
 from nested_learning.training import optimizer
 from nested_learning.training import workload as workload_lib
 
+T = TypeVar('T')
+
 _FLUSH_SECONDS = 60  # longest delay of what TensorBoard shows
+_STALL_SHARE = 0.1  # of the time of steps, in waiting for batches
+_STALL_SECONDS = 0.1  # per step: less is no reason to say anything
 
 
 class RunLog:
@@ -36,8 +41,7 @@ class RunLog:
   that reporting does not keep the device waiting. Process 0 alone writes.
 
   Attributes:
-    train_seconds: Time in training steps, without compilation, evaluation and
-      checkpoints; a resumed run counts from its first step.
+    ledger: Accounts for the time of the run.
   """
 
   def __init__(
@@ -46,15 +50,28 @@ class RunLog:
     config: config_lib.ExperimentConfig,
     *,
     start: int = 0,
-    train_seconds: float = 0.0,
+    ledger: goodput.Ledger | None = None,
+    chips: goodput.Chips | None = None,
   ):
-    self.train_seconds = train_seconds
+    """Opens the files of a run; drops their lines after the step `start`.
+
+    Args:
+      workdir: The run's folder.
+      config: The experiment.
+      start: Steps taken so far.
+      ledger: Time spent so far; from here on it is spent in steps.
+      chips: Chips of the run; one of an unknown kind by default.
+    """
+    self.ledger = ledger or goodput.Ledger()
+    self.ledger.enter('steps')
+    self._chips = chips or goodput.Chips(1)
     self._config = config
     self._schedule = optimizer.make_schedule(config.train)
     self._deferred = None
-    self._tick = time.perf_counter()
-    self._window = (start, train_seconds)  # step and time of the last line
-    self._step = start
+    self._ends = goodput.StepEnds(self.ledger.clock)
+    self._window = self._mark(start)  # of the last line
+    self._is_stalled = False
+    self._start = self._step = start
     self._writes = jax.process_index() == 0
     self._bar = tqdm.tqdm(
       total=config.train.num_steps,
@@ -76,6 +93,9 @@ class RunLog:
 
   def __exit__(self, *_):
     self._bar.close()
+    self._ends.close()
+    if self._step > self._start:  # a run that took no step can be done again
+      self.write_ledger()
     self._each(lambda writer: writer.close())
 
   def _each(self, act: Callable[['_Lines | _Board'], None]) -> None:
@@ -101,6 +121,7 @@ class RunLog:
       step: The step, from 1.
       metrics: Its numbers, float32 scalars that may not be there yet.
     """
+    self._ends.put(step, metrics['loss'])
     self._report_deferred()
     self._deferred = step, metrics
 
@@ -120,14 +141,23 @@ class RunLog:
     if self._deferred is not None:
       (step, metrics), self._deferred = self._deferred, None
       metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-      now = time.perf_counter()
-      self.train_seconds += now - self._tick
-      self._tick = now
       self._report(step, metrics)
 
-  def resume_clock(self) -> None:
-    """Leaves the time since `flush` out of the time in training."""
-    self._tick = time.perf_counter()
+  def await_batch(self, make: Callable[[], T]) -> T:
+    """Makes the batch of the next step, and accounts for the wait.
+
+    Args:
+      make: Returns the batch. Its time counts as waiting from when the devices
+        have finished the step before.
+    """
+    begin = self.ledger.clock()
+    batch = make()
+    if self._deferred is None:  # no step is under way
+      idle = self.ledger.clock() - begin
+    else:
+      idle = self._ends.idle_seconds(self._deferred[0], begin)
+    self.ledger.move_to_input(idle)
+    return batch
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     """Writes one line of metrics."""
@@ -147,9 +177,33 @@ class RunLog:
       with contextlib.suppress(OSError):  # a terminal that was closed
         self._bar.write(text, file=sys.stderr)
 
-  def _rate(self, since: tuple[int, float]) -> float:
-    steps, seconds = self._step - since[0], self.train_seconds - since[1]
-    return steps * self._config.batch_tokens / seconds if seconds else 0.0
+  def write_ledger(self) -> None:
+    """Writes a line with the time so far, at the step last reported."""
+    self.write(self._step, self.ledger.numbers())
+
+  def _mark(self, step: int) -> tuple[int, float, float]:
+    """Returns a step, the seconds in training and those without batches."""
+    return step, self.ledger.train_seconds, self.ledger.seconds['input']
+
+  def _speed(self) -> dict[str, float]:
+    """Returns the numbers of the steps since the last line; names a stall."""
+    before, self._window = self._window, self._mark(self._step)
+    steps, seconds, waited = (
+      now - then for now, then in zip(self._window, before, strict=True)
+    )
+    is_stalled = (
+      waited > _STALL_SHARE * seconds and waited > _STALL_SECONDS * steps
+    )
+    if is_stalled and not self._is_stalled:
+      self.say(
+        f'step {self._step}: {waited / seconds:.0%} of the time of the last '
+        f'{steps} steps went by waiting for batches, {waited / steps:.2f} '
+        'seconds each; text that launch/prepare.py has made into tokens, on a '
+        'disk of this machine, is read fastest.'
+      )
+    self._is_stalled = is_stalled
+    rate = steps * self._config.batch_tokens / seconds if seconds else 0.0
+    return {'tokens_per_second': rate, **self._chips.numbers(rate)}
 
   def _report(self, step: int, metrics: Mapping[str, float]) -> None:
     metrics = dict(metrics)
@@ -161,19 +215,24 @@ class RunLog:
     self._step = step
     train = self._config.train
     if step % train.log_every == 0 or step == train.num_steps:
-      rate = self._rate(self._window)
-      self._window = step, self.train_seconds
+      speed = self._speed()
       # Skipped steps do not move the schedule.
       num_taken = step - int(metrics['skipped'])
       learning_rate = float(self._schedule(max(num_taken - 1, 0)))
       self.write(
         step,
-        {**metrics, 'learning_rate': learning_rate, 'tokens_per_second': rate},
+        {
+          **metrics,
+          'learning_rate': learning_rate,
+          **speed,
+          **self.ledger.numbers(),
+        },
       )
       skipped = int(metrics['skipped'])
       skips = f', {skipped} skipped' if skipped else ''
       self._bar.set_postfix_str(
-        f'loss {metrics["loss"]:.3f}, {rate:,.0f} tokens/s{skips}',
+        f'loss {metrics["loss"]:.3f}, {speed["tokens_per_second"]:,.0f} '
+        f'tokens/s{skips}',
         refresh=False,
       )
 
@@ -236,7 +295,8 @@ class _Lines:
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     numbers = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-    self._file.write(json.dumps({'step': step, **numbers}) + '\n')
+    line = {'step': step, 'time': round(time.time(), 3), **numbers}
+    self._file.write(json.dumps(line) + '\n')
     self._file.flush()
 
   def flush(self) -> None:

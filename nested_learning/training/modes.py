@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import contextlib
 import errno
+import functools
 import json
 import os
 import pathlib
@@ -24,10 +25,12 @@ from nested_learning.training import checkpoint_restore
 from nested_learning.training import checkpoints
 from nested_learning.training import config as config_lib
 from nested_learning.training import description
+from nested_learning.training import goodput
 from nested_learning.training import interrupts
 from nested_learning.training import make_workload
 from nested_learning.training import metrics as metrics_lib
 from nested_learning.training import pretrained_runs
+from nested_learning.training import profiling
 from nested_learning.training import report
 from nested_learning.training import session
 from nested_learning.training import trainable
@@ -39,6 +42,8 @@ def run(
   config: config_lib.ExperimentConfig,
   workdir: str | pathlib.Path | None = None,
   mode: Literal['train', 'eval', 'generate', 'session', 'describe'] = 'train',
+  *,
+  profile: str | None = None,
 ) -> None:
   """Runs an experiment in one of its modes.
 
@@ -54,11 +59,13 @@ def run(
     config: The experiment.
     workdir: The run's folder.
     mode: One of the modes.
+    profile: Steps to profile in mode 'train', 'START:STOP'.
 
   Raises:
     errors.UserError: A setting or a file is wrong, or training has diverged.
     SystemExit: After a signal, with 128 plus its number, once all is saved.
   """
+  steps = None if profile is None else profiling.parse(profile)
   if mode == 'describe':
     print(description.describe(config))
     return
@@ -66,7 +73,7 @@ def run(
     raise errors.UserError(f'mode {mode!r} needs a workdir.')
   workdir = pathlib.Path(workdir)
   modes = {
-    'train': _train,
+    'train': functools.partial(_train, profile=steps),
     'eval': _evaluate,
     'generate': _generate,
     'session': _session,
@@ -150,14 +157,14 @@ def _explain_disk(workdir: pathlib.Path) -> Iterator[None]:
     ) from error
 
 
-def _train(config, workdir, workload):
+def _train(config, workdir, workload, *, profile):
   _check_memory(config, workload.model)
   workdir.mkdir(parents=True, exist_ok=True)
   config_path = workdir / 'config.json'
   if jax.process_index() == 0 and not config_path.exists():
     files.write_whole(config_path, configs.to_json(config))
   begin = time.perf_counter()
-  outcome = trainer.train(config, workdir, workload)
+  outcome = trainer.train(config, workdir, workload, profile=profile)
   with interrupts.ending(trainer.trained_message(config, workdir)):
     _finish(config, workdir, workload, outcome, begin)
 
@@ -196,6 +203,7 @@ def _finish(config, workdir, workload, outcome, begin):
   num_tokens = config.train.num_steps * config.batch_tokens
   lines = metrics_lib.read_metrics(workdir / 'metrics.jsonl')
   losses = [x['loss'] for x in lines if isinstance(x.get('loss'), float)]
+  rate = num_tokens / outcome.train_seconds
   summary = {
     'name': config.name,
     'steps': config.train.num_steps,
@@ -203,7 +211,9 @@ def _finish(config, workdir, workload, outcome, begin):
     'num_parameters': parameters.count(workload.model.table),
     **({'loss': losses[-1]} if losses else {}),
     **found.numbers,
-    'tokens_per_second': num_tokens / outcome.train_seconds,
+    'tokens_per_second': rate,
+    **outcome.chips.numbers(rate),
+    'goodput': goodput.goodput(outcome.seconds),
     'train_seconds': outcome.train_seconds,
     'compile_seconds': outcome.compile_seconds,
     'seconds': time.perf_counter() - begin,  # of the last process, all in all

@@ -11,7 +11,9 @@ from nested_learning import configs
 from nested_learning import files
 from nested_learning import markdown
 from nested_learning.training import config as config_lib
+from nested_learning.training import goodput
 from nested_learning.training import metrics as metrics_lib
+from nested_learning.training import profiling
 from nested_learning.training import workload as workload_lib
 
 LOSS_PLOT = 'loss.png'
@@ -39,6 +41,7 @@ def write_report(
     f'# {config.name}',
     workload.verdict(summary),
     markdown.table(('', ''), [(k, _text(v)) for k, v in summary.items()]),
+    '## Time\n\n' + _time(workdir, lines),
     f'## Loss\n\n![Training and validation loss]({LOSS_PLOT})',
     *workload.sections(summary),
     '## Levels\n\n' + _levels(config, lines),
@@ -74,6 +77,29 @@ def _plot_loss(
     axes.set_ylabel(label)
   below.set_xlabel('step')
   figure.savefig(path, dpi=120)
+
+
+def _time(workdir: pathlib.Path, lines: list[Mapping[str, Any]]) -> str:
+  """Returns a table of the wall time by part, and links to profiles."""
+  found = [x for x in map(goodput.parts_of, lines) if x is not None]
+  seconds = found[-1] if found else {}
+  total = sum(seconds.values()) or 1.0
+  rows = [
+    (part, f'{value:,.1f}', f'{value / total:.1%}', goodput.PARTS[part])
+    for part, value in seconds.items()
+    if value
+  ]
+  text = 'Wall time from the first start to the last step and its evaluation'
+  if found:
+    text += f'; goodput {goodput.goodput(seconds):.1%}'
+  parts = [f'{text}.', markdown.table(('', 's', 'share', 'spent on'), rows)]
+  for folder in profiling.find(workdir):
+    path = folder.relative_to(workdir).as_posix()
+    parts.append(
+      f'Profile: [{folder.name}]({path}), for `tensorboard --logdir={path}` '
+      'with the plugin xprof.'
+    )
+  return '\n\n'.join(parts)
 
 
 def _levels(

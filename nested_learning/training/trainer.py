@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping
 import math
 import pathlib
-import time
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -19,12 +18,14 @@ from nested_learning import sharding
 from nested_learning.training import checkpoint_restore
 from nested_learning.training import checkpoints
 from nested_learning.training import config as config_lib
+from nested_learning.training import goodput
 from nested_learning.training import guard as guard_lib
 from nested_learning.training import interrupts
 from nested_learning.training import make_workload
 from nested_learning.training import metrics as metrics_lib
 from nested_learning.training import optimizer as optimizer_lib
 from nested_learning.training import pretrained_runs
+from nested_learning.training import profiling
 from nested_learning.training import sharded_step
 from nested_learning.training import step as step_lib
 from nested_learning.training import trainable
@@ -38,20 +39,30 @@ class Outcome(NamedTuple):
     params: The trained parameters.
     evaluation: Evaluation after the last step, with memory writes on; None
       without validation data.
-    train_seconds: Time in steps, over all processes that worked on the run.
-    compile_seconds: Time to trace and compile the step.
+    seconds: Wall time by part, of all processes that worked on the run, see
+      `goodput.PARTS`.
+    compile_seconds: Time to trace and compile the step, of this process.
+    chips: The chips that were used.
   """
 
   params: Any
   evaluation: workload_lib.EvaluationResult | None
-  train_seconds: float
+  seconds: dict[str, float]
   compile_seconds: float
+  chips: goodput.Chips
+
+  @property
+  def train_seconds(self) -> float:
+    """Time in steps that count, with the waiting for their batches."""
+    return self.seconds['steps'] + self.seconds['input']
 
 
 def train(
   config: config_lib.ExperimentConfig,
   workdir: pathlib.Path,
   workload: workload_lib.Workload | None = None,
+  *,
+  profile: profiling.Steps | None = None,
 ) -> Outcome:
   """Trains from the latest checkpoint in `workdir`, or from the start.
 
@@ -63,6 +74,7 @@ def train(
     config: The experiment.
     workdir: Folder for checkpoints and metrics.
     workload: The experiment's, if it is there already.
+    profile: Steps to profile, into the folder 'profile' of the workdir.
 
   Returns:
     The trained parameters, their evaluation and times.
@@ -74,6 +86,9 @@ def train(
       all are damaged; or the disk is full. The last good checkpoint stays.
     SystemExit: After a signal, with 128 plus its number, once all is saved.
   """
+  ledger = goodput.Ledger()
+  if profile is not None:
+    profiling.check(profile, config.train.num_steps)
   workload = workload or make_workload.make_workload(config)
   mesh = make_mesh(config)
   optimizer = optimizer_lib.make_optimizer(config, workload.model.table)
@@ -93,10 +108,19 @@ def train(
     start, state, train_seconds = _restore_or_init(
       config, workload, optimizer, mesh, abstract, manager, batches
     )
-    take_step, compile_seconds = _compile(config, workload, optimizer, mesh)
-    with metrics_lib.RunLog(
-      workdir, config, start=start, train_seconds=train_seconds
-    ) as log:
+    base_fingerprint = trainable.fingerprint(state.frozen)
+    lines = metrics_lib.read_metrics(workdir / 'metrics.jsonl')
+    ledger.resume(lines, start=start, train_seconds=train_seconds)
+    take_step, compile_seconds = _compile(
+      config, workload, optimizer, mesh, ledger
+    )
+    chips = goodput.find_chips(config, workload, mesh)
+    with (
+      metrics_lib.RunLog(
+        workdir, config, start=start, ledger=ledger, chips=chips
+      ) as log,
+      profiling.Profiler(profile, workdir, log, start=start) as profiler,
+    ):
       _say_start(log, config, workdir, start, mesh)
       run = _Run(
         config,
@@ -107,8 +131,9 @@ def train(
         evaluate,
         manager,
         log,
+        profiler,
         stop,
-        trainable.fingerprint(state.frozen),
+        base_fingerprint,
       )
       state, evaluated = _take_steps(run, take_step, state, start)
     if evaluated is None and evaluate is not None:  # no step was left to take
@@ -117,7 +142,7 @@ def train(
   if stop.requested():
     interrupts.end(stop.signal, trained_message(config, workdir))
   return Outcome(
-    state.all_params, evaluated, log.train_seconds, compile_seconds
+    state.all_params, evaluated, ledger.seconds, compile_seconds, chips
   )
 
 
@@ -132,6 +157,7 @@ class _Run(NamedTuple):
   evaluate: Callable[..., workload_lib.EvaluationResult] | None
   manager: checkpoints.Manager
   log: metrics_lib.RunLog
+  profiler: profiling.Profiler
   stop: interrupts.Stop
   base_fingerprint: str
 
@@ -147,16 +173,21 @@ def _take_steps(run: _Run, take_step, state, start: int):
   if _evaluates(train, start) and start not in run.manager.scores:
     # The evaluation was interrupted, after the checkpoint had been written.
     evaluated = _evaluate(run, start, state)
-    log.resume_clock()
+    log.ledger.enter('steps')
   for step in range(start + 1, train.num_steps + 1):
-    batch = workload_lib.put(next(run.batches), run.mesh)
-    state, metrics = take_step(state, batch)
+    batch = log.await_batch(
+      lambda: workload_lib.put(next(run.batches), run.mesh)
+    )
+    with run.profiler.step(step):
+      state, metrics = take_step(state, batch)
     log.defer(step, metrics)
+    run.profiler.finish(step, metrics)
     evaluated = None
     stopping = run.stop.requested()
     if not (stopping or _saves(train, step)):
       continue
     log.flush()
+    log.ledger.enter('checkpoints')
     checkpoints.save(
       run.manager,
       step,
@@ -165,13 +196,14 @@ def _take_steps(run: _Run, take_step, state, start: int):
       config=run.config,
       tokenizer_fingerprint=run.workload.fingerprint,
       base_fingerprint=run.base_fingerprint,
-      train_seconds=log.train_seconds,
+      train_seconds=log.ledger.train_seconds,
     )
+    log.write_ledger()
     if stopping:
       _end(run, step)
     if _evaluates(train, step):
       evaluated = _evaluate(run, step, state)
-    log.resume_clock()
+    log.ledger.enter('steps')
   return state, evaluated
 
 
@@ -179,6 +211,7 @@ def _evaluate(run: _Run, step: int, state) -> Any:
   """Evaluates a state that is saved; ends the run if a signal arrives."""
   if run.evaluate is None:
     return None
+  run.log.ledger.enter('evaluation')
   try:
     evaluated = run.evaluate(state.all_params, step, run.stop)
   except interrupts.Interrupted:
@@ -307,9 +340,12 @@ def _restore_or_init(
   return restored.step, state, restored.manifest['train_seconds']
 
 
-def _compile(config, workload, optimizer, mesh) -> tuple[Any, float]:
+def _compile(
+  config, workload, optimizer, mesh, ledger: goodput.Ledger
+) -> tuple[Any, float]:
   """Compiles the step; returns an executable, which cannot recompile."""
-  begin = time.perf_counter()
+  ledger.enter('compile')
+  begin = ledger.clock()
   traced = sharded_step.trace_step(
     config,
     workload.model,
@@ -318,7 +354,7 @@ def _compile(config, workload, optimizer, mesh) -> tuple[Any, float]:
     row=workload.row,
     token_loss=workload.token_loss,
   )
-  return traced.lower().compile(), time.perf_counter() - begin
+  return traced.lower().compile(), ledger.clock() - begin
 
 
 def _say_start(log, config, workdir, start, mesh) -> None:

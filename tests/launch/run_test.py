@@ -130,6 +130,16 @@ class RunTest(parameterized.TestCase):
     self.assertStartsWith(result.stderr, 'run.py: ')
     self.assertIn(message, result.stderr)
 
+  @parameterized.parameters(
+    ((), 'has its own run()'),
+    (('--mode=describe',), 'is for --mode=train, not describe.'),
+    (('--mode=inspect',), 'is for --mode=train, not inspect.'),
+  )
+  def test_refuses_a_profile_that_nothing_writes(self, arguments, message):
+    result = self._toy('--profile=2:3', *arguments)
+    self._assert_refused(result, message)
+    self.assertIn('--profile=2:3 is for', result.stderr)
+
   def test_config_is_written_and_repeats_the_run(self):
     self._assert_done(self._toy('--set=size=6'), 'train 6 def')
     data = json.loads((self.workdir / 'config.json').read_text())
