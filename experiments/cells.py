@@ -186,7 +186,7 @@ def write_page(
     plots: Names of plots that the sections show.
   """
   sources = [cell.source for cell in read(store, task).values()]
-  sections = [*sections, '## How it was made', provenance.listed(sources, {})]
+  sections = [*sections, report_files.MADE, provenance.listed(sources, {})]
   report_files.write(
     str(store.workdir),
     config,

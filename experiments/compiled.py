@@ -42,6 +42,7 @@ from absl import flags
 
 from experiments import report_files
 from launch import programs
+from launch import provenance
 from nested_learning import errors
 from nested_learning import files
 
@@ -194,6 +195,7 @@ def run(
       'config': fingerprint,
       'settings': list(row.settings),
       'jax': importlib.metadata.version('jax'),
+      'source': provenance.provenance(),
       **{name: summary[name] for name in _KEPT if name in summary},
     }
     order = {row.key: i for i, row in enumerate(ROWS)}
@@ -288,6 +290,10 @@ def describe(table: Sequence[dict[str, Any]]) -> str:
       'low, the time of a step too long, and the MFU too low, by a factor of '
       'two and more where memories read and write most bytes.'
     )
+  sources = [row['source'] for row in table if 'source' in row]
+  lacking = len(table) - len(sources)
+  more = {'rows that left no record of these': str(lacking)} if lacking else {}
+  sections += [report_files.MADE, provenance.listed(sources, more)]
   return '\n\n'.join(sections) + '\n'
 
 

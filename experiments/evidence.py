@@ -4,13 +4,17 @@
     make evidence EVIDENCE_FLAGS=--only=facts,streams
     python experiments/evidence.py --list
 
-Every page has one command, which goes on where it was interrupted and keeps
-what it finished among the results, so that the same command again, also on
-another machine, measures what is missing. A command whose page is complete
-ends within a minute. --list prints the pages, with the commits that measured
-them and how many commits have changed their code since.
+Every page has one command, which goes on where it was interrupted. Most keep
+what they finished among the results, so that the same command again, also on
+another machine, measures what is missing, and ends within a minute if nothing
+is; to measure all anew, remove the page's runs.json or cells. Benchmarks,
+languages and classes keep nothing, and are made anew if their code changed.
 
-Hardware: two CPU cores, a day for all of it.
+--list prints the pages, with the commits that measured them and how many
+commits have changed their code since. A page says so, too, when its command
+ends.
+
+Hardware: two CPU cores, two days for all of it.
 
 The exit code is 0; 1, with a line for each page whose command failed; 2, with
 one line, if a flag is wrong.

@@ -10,10 +10,13 @@ from typing import Any
 
 from matplotlib import figure as mpl_figure
 
+from launch import provenance
 from nested_learning import configs
 from nested_learning import errors
 from nested_learning import files
 from nested_learning import markdown
+
+MADE = '## How it was made'  # title of the section on the source of a page
 
 
 def check_mode(mode: str) -> None:
@@ -67,9 +70,13 @@ def write(
     summary: Numbers and strings. JSON has no NaN and no infinity, so these
       become strings.
     metrics: One mapping per line.
-    sections: Sections of the report, in Markdown.
+    sections: Sections of the report, in Markdown; if none of them is MADE, the
+      command, commit, machine, date and software of this process are added.
   """
   folder = pathlib.Path(workdir)
+  if MADE not in sections:
+    made = provenance.listed([provenance.provenance()], {})
+    sections = [*sections, MADE, made]
   lines = [json.dumps(finite(line)) + '\n' for line in metrics]
   summary_text = json.dumps(finite(summary), indent=2) + '\n'
   for name, text in (

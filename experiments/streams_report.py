@@ -69,7 +69,7 @@ def write_page(
     _table(cells, names, 'other'),
     '## Rates',
     _rates(cells, names),
-    '## How it was made',
+    report_files.MADE,
     _provenance(cells),
   ]
   files.write_whole(folder / 'README.md', '\n\n'.join(sections) + '\n')

@@ -67,7 +67,7 @@ def write_page(
     'control is added to both sides: what an arm gains in the last column is '
     'what neither unigrams nor copied n-grams give.',
     *(sections or ['No cell is finished.']),
-    '## How it was made',
+    report_files.MADE,
     provenance.listed(
       [cell.source for cell in cells.values()], {'cells': str(len(cells))}
     ),

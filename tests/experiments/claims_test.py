@@ -7,6 +7,7 @@ people wrote name command, commit and date in every section.
 """
 
 from collections.abc import Callable
+import json
 import pathlib
 import re
 import shutil
@@ -16,6 +17,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from experiments import cells as cells_lib
+from experiments import compiled
 from experiments import streams
 from experiments import streams_report
 from experiments.pretrained import streams as pretrained_streams
@@ -248,6 +250,12 @@ class ClaimsTest(parameterized.TestCase):
       self.assertNotEmpty(wrong_in_readme(changed), shown)
     added = text.replace('## Install', 'Hope has 1.23 bits.\n\n## Install')
     self.assertEqual(wrong_in_readme(added), ['1.23 belongs to no claim'])
+
+  def test_the_table_of_compiled_sizes_is_that_of_its_file(self):
+    folder = _ROOT / 'experiments' / 'compiled'
+    table = json.loads((folder / 'table.json').read_text(encoding='utf-8'))
+    page = compiled.describe(list(table.values()))
+    self.assertEqual(page_numbers.read_text(folder), page)
 
   def test_readme_counts_the_families(self):
     text = (_ROOT / 'README.md').read_text(encoding='utf-8')
