@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest $(TEST_FLAGS) -rs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	-c constraints.txt
 
-.PHONY: demo serve test test-extras test-slow test-rest test-all extras harness \
+.PHONY: demo serve test test-extras test-gpu test-slow test-rest test-all extras harness \
 	test-harness seqio bench-small evidence lint format clean
 
 demo: $(INSTALLED)
@@ -45,6 +45,10 @@ test-slow: $(INSTALLED)
 # Everything that this machine can run.
 test-all: $(EXTRAS) $(HARNESS) $(SEQIO)
 	$(PYTEST) -m ''
+
+# On a machine with an NVIDIA GPU, after pip install '.[cuda,test]'.
+test-gpu:
+	JAX_PLATFORMS=cuda,cpu XLA_FLAGS= $(PYTEST) -m gpu
 
 test-harness: $(HARNESS)
 	$(PYTEST) tests/evaluation/harness_test.py tests/experiments/lm_eval_test.py

@@ -1,9 +1,10 @@
 """Softmax attention of given queries to given keys.
 
-`jax.nn.dot_product_attention` is not used. It holds all t x s scores at once,
-computes the softmax in float32 even for float64 inputs, and has no second query
-for keys apart from the others. Its cuDNN kernel, which would be faster on GPUs,
-must be requested by hand and takes half-precision inputs only.
+On NVIDIA GPUs, calls that its kernel can take go to cuDNN by way of
+`jax.nn.dot_product_attention`; `why_not_cudnn` has the rule. Elsewhere that
+function is not used: it holds all t x s scores at once, computes the softmax in
+float32 even for float64 inputs, and has no second query for keys apart from the
+others.
 
 References:
   Ainslie et al., GQA, arXiv:2305.13245, 2023 (grouped keys and values).
@@ -20,6 +21,7 @@ import numpy as np
 
 _BLOCK = 256  # queries scored at a time
 _GROUPS = 8  # groups of blocks, each scored against keys of one length
+_CUDNN_MASK_BYTES = 2**30  # of a call; cuDNN reads a bias [b, 1, t, s]
 
 
 class Scoring(NamedTuple):
@@ -128,7 +130,8 @@ def attend_in_blocks(
 
   Scores one block of queries at a time, and scores it again in the backward
   pass. Causal queries are scored against the keys up to the end of their group
-  of blocks: with eight groups, 56 % of all scores.
+  of blocks: with eight groups, 56 % of all scores. In a program for NVIDIA GPUs
+  cuDNN computes it instead, unless `why_not_cudnn` names a reason.
 
   Args:
     query: [b, t, h, d].
@@ -144,6 +147,93 @@ def attend_in_blocks(
   Returns:
     [b, t, h, d] in the dtype of value.
   """
+  arrays = query, key, value, places
+  options = {'is_causal': is_causal, 'scoring': scoring}
+  reason = why_not_cudnn(
+    query,
+    key,
+    widest=_widest_cudnn_head(),
+    is_causal=is_causal,
+    scoring=scoring,
+    persistent=persistent,
+  )
+  if reason is None:
+    # Arrays may lie on the CPU of a machine with GPUs.
+    return jax.lax.platform_dependent(
+      *arrays,
+      cuda=lambda *arrays: _attend_in_cudnn(*arrays, sees, **options),
+      default=lambda *arrays: _attend_in_blocks(*arrays, sees, **options),
+    )
+  return _attend_in_blocks(*arrays, sees, persistent=persistent, **options)
+
+
+def why_not_cudnn(
+  query: jax.Array,
+  key: jax.Array,
+  *,
+  widest: int,
+  is_causal: bool,
+  scoring: Scoring,
+  persistent: Apart | None = None,
+) -> str | None:
+  """Returns why cuDNN does not compute a call of `attend_in_blocks`, or None.
+
+  Args:
+    query: As in `attend_in_blocks`.
+    key: As in `attend_in_blocks`.
+    widest: Width of the widest head that cuDNN takes here; 0 if there is no
+      GPU for it.
+    is_causal: As in `attend_in_blocks`.
+    scoring: As in `attend_in_blocks`.
+    persistent: As in `attend_in_blocks`.
+  """
+  head_dim = query.shape[-1]
+  half = jnp.bfloat16, jnp.float16
+  num_tokens, num_keys = query.shape[1], key.shape[1]
+  mask_bytes = 2 * query.shape[0] * num_tokens * num_keys
+  reasons = {
+    'there is no NVIDIA GPU from Ampere on': not widest,
+    f'the dtype is {query.dtype}, not bfloat16': query.dtype not in half,
+    f'head_dim={head_dim} is above {widest} or no multiple of 8': (
+      head_dim > widest or head_dim % 8 != 0
+    ),
+    'scores are bounded': scoring.cap is not None,
+    'some keys have queries of their own': persistent is not None,
+    'queries see keys of an earlier call': not is_causal,
+    f'{num_tokens} tokens are odd': num_tokens % 2 != 0,
+    f'its mask would take {mask_bytes:,} bytes': mask_bytes > _CUDNN_MASK_BYTES,
+  }
+  return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _widest_cudnn_head() -> int:
+  """Returns the width of the widest head that cuDNN takes; 0 without a GPU."""
+  if jax.default_backend() != 'gpu':
+    return 0
+  capability = getattr(jax.devices()[0], 'compute_capability', '')
+  found = capability.split('.')[0]  # as in '9.0'; AMD's are names
+  major = int(found) if found.isdigit() else 0
+  return 256 if major >= 9 else 128 if major == 8 else 0
+
+
+def _attend_in_cudnn(query, key, value, places, sees, *, is_causal, scoring):
+  """Computes `attend_in_blocks` by a kernel of cuDNN."""
+  visible = sees(places, key.shape[1])[:, None]  # [b, 1, t, s]
+  return jax.nn.dot_product_attention(
+    query,
+    key.astype(query.dtype),
+    value.astype(query.dtype),
+    mask=visible,
+    scale=scoring.factor(query.shape[-1]),
+    is_causal=is_causal,
+    implementation='cudnn',
+  ).astype(value.dtype)
+
+
+def _attend_in_blocks(
+  query, key, value, places, sees, *, is_causal, scoring, persistent=None
+):
+  """Computes `attend_in_blocks` block by block."""
   (batch_size, num_tokens), num_keys = query.shape[:2], key.shape[1]
 
   def look(num_keys, block):
