@@ -17,10 +17,11 @@ results.csv, summary.json and plots; --collect makes these at any time.
 --results=DIR puts them there, with every finished run in runs.json, from which
 another --workdir, also on another machine, goes on.
 
---tune makes the cells that --grid would make, and runs each with seed 0. Of the
-cells that differ in its field only, the one with the best first metric then
-runs with the other seeds, and has a line in the table. Finished runs of a sweep
-that had the field in --grid count.
+--tune makes the cells that --grid would make, and runs them with seed 0: all of
+them, or numbers from the largest down until the best has no untried neighbour.
+Of the cells that differ in its field only, the one with the best first metric
+then runs with the other seeds, and has a line in the table. Finished runs of a
+sweep that had the field in --grid count.
 
 The exit code is 0 when all runs are finished, 1 with a line for each failed run
 if some are not, and otherwise as for launch/run.py (launch/README.md).
@@ -72,8 +73,9 @@ _GRID = flags.DEFINE_multi_string(
 _TUNE = flags.DEFINE_string(
   'tune',
   None,
-  'A field and its values, as for --grid. All are tried with seed 0, and the '
-  'best by the first of --metrics gets the other seeds.',
+  'A field and its values, as for --grid. They are tried with seed 0, numbers '
+  'from the largest down until the best has no untried neighbour; the best by '
+  'the first of --metrics gets the other seeds.',
 )
 _SET = flags.DEFINE_multi_string(
   'set', [], 'Changes a field of all cells, as for launch/run.py. Repeatable.'
@@ -192,12 +194,15 @@ def _run(workdir: pathlib.Path) -> int:
 def _run_here(record, runs, workdir) -> sweeps.Outcome:
   """Runs the unfinished runs; if a field is tuned, those of seed 0 first."""
   outcome = sweeps.Outcome({}, None, 0, 0)
-  seeds = range(record.num_seeds)
-  for part in (seeds[:1], seeds[1:]) if record.tune else (seeds,):
+  started = set()
+  while outcome.received is None:
     due, _ = sweeps.list_due(record, workdir, runs, only=_ONLY.value)
-    due = [run for run in due if run.seed in part]
-    if not due or outcome.received is not None:
-      continue
+    due = [run for run in due if run.name not in started]
+    if record.tune:  # which values come next is known after these
+      due = [run for run in due if run.seed == 0] or due
+    if not due:
+      break
+    started |= {run.name for run in due}
     more = sweeps.run_all(
       due,
       lambda run: [sys.executable, *_arguments(run)],
@@ -419,8 +424,8 @@ def _report_waiting(waiting: Sequence[str]) -> None:
   """Prints how many searches have not found their best value yet."""
   if waiting:
     programs.print_error(
-      f'{len(waiting)} best values are not known yet; when all values are '
-      'tried, the same command runs the other seeds.'
+      f'{len(waiting)} best values are not known yet; the same command tries '
+      'further values, and then runs the other seeds.'
     )
 
 

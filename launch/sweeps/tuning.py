@@ -1,4 +1,9 @@
-"""The search of one field, whose values are all tried with seed 0."""
+"""The search of one field with seed 0, before the other seeds.
+
+Numbers are searched from the largest down: the two largest come first, and then
+the untried neighbours of the best one, until it has none. Other values are all
+tried.
+"""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -21,12 +26,14 @@ class Search(NamedTuple):
     cells: From each value of the field to its cell.
     tried: From each value that has finished or failed with seed 0 to its score:
       the first metric, infinite if it diverged, NaN without one.
-    best: The best value; None if some are not tried yet, or none is finite.
+    due: The values to try next.
+    best: The best value; None while some are due, or if none is finite.
   """
 
   name: str
   cells: Mapping[str, cells_lib.Cell]
   tried: Mapping[str, float]
+  due: Sequence[str]
   best: str | None
 
 
@@ -60,16 +67,42 @@ def search(
     tried = {v: ended[c.name] for v, c in cells.items() if c.name in ended}
     finite = {v: score for v, score in tried.items() if math.isfinite(score)}
     found = None
-    if finite and len(tried) == len(cells):
+    if finite:
       found = select(finite, key=finite.get)  # the first of equal ones
-    searches.append(Search(name, cells, tried, found))
+    due = _next_values(list(cells), tried, found)
+    searches.append(Search(name, cells, tried, due, None if due else found))
   return searches
+
+
+def _next_values(
+  values: Sequence[str], tried: Mapping[str, float], best: str | None
+) -> list[str]:
+  """Returns the values to try next, in their order.
+
+  Args:
+    values: All values.
+    tried: Those that are tried.
+    best: The best of them; None if none is finite.
+  """
+  near = values
+  if all(map(results_lib.is_number, values)):
+    ordered = sorted(values, key=float)
+    if best is not None:
+      at = ordered.index(best)
+      near = ordered[max(at - 1, 0) : at + 2]
+    else:  # downwards, past those that diverged
+      untried = [value for value in ordered if value not in tried]
+      near = untried[-1:] if tried else untried[-2:]
+  return [value for value in values if value in near and value not in tried]
 
 
 def is_due(searches: Sequence[Search], cell: str, seed: int) -> bool:
   """Returns whether a run of a cell is to be done, as far as is known."""
-  best = (s.cells[s.best].name for s in searches if s.best is not None)
-  return not searches or seed == 0 or cell in best
+  if seed == 0:
+    names = (s.cells[v].name for s in searches for v in (*s.tried, *s.due))
+  else:
+    names = (s.cells[s.best].name for s in searches if s.best is not None)
+  return not searches or cell in names
 
 
 def list_due(
@@ -79,7 +112,7 @@ def list_due(
   *,
   only: str = '*',
 ) -> tuple[list[record_lib.Run], list[str]]:
-  """Selects the runs to do: of a tuned sweep, seed 0 and the best values.
+  """Selects the runs to do: of a tuned sweep, next values and best ones.
 
   Args:
     record: The sweep.
@@ -89,7 +122,7 @@ def list_due(
 
   Returns:
     The runs; and the names of the searches with a part in `runs` that are to
-    have other seeds and have not tried all values yet.
+    have other seeds and have not ended.
 
   Raises:
     errors.UserError: As `search`.
@@ -105,8 +138,7 @@ def list_due(
   return due, [
     s.name
     for s in searches
-    if len(s.tried) < len(s.cells)
-    and any(cell.name in names for cell in s.cells.values())
+    if s.due and any(cell.name in names for cell in s.cells.values())
   ]
 
 
@@ -157,11 +189,13 @@ def sections(
       by_cell.setdefault(result.cell, []).append(number)
   ends = ', '.join(f'{s.name} ({s.best})' for s in searches if _is_at_end(s))
   values = list(dict.fromkeys(v for found in searches for v in found.cells))
+  how = ''
   if all(map(results_lib.is_number, values)):
     values.sort(key=float)
+    how = ', from the largest down until the best has no untried neighbour'
   scores = [[s.name, *(_text(s, value) for value in values)] for s in searches]
   return [
-    f'Every value of `{record.tune}` runs with seed 0. The one with the {word} '
+    f'Values of `{record.tune}` run with seed 0{how}. The one with the {word} '
     f'{key} runs with all {record.num_seeds} seeds, whose results are shown. '
     'The value is selected by the same number that cells are compared by.',
     table,
