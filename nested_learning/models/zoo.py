@@ -139,9 +139,10 @@ def _printed_memory(size: Size) -> memory_mixer.MemoryMixerConfig:
   * Everything around the memories is that of `memory_mixer`.
 
   One deviation is for stability: `max_norm` bounds how far a map may go from
-  its initial weights. The bound is twice their initial norm for the stack of
-  four roles and more for main, so that retention may empty every memory. See
-  experiments/results/ablations/README.md.
+  its initial weights, to an eighth of the initial norm of the map that reads
+  the key (for the four other roles together a sixteenth), so that retention
+  cannot empty that map. A bound that lets it makes gradients explode in
+  training; see experiments/results/ablations/README.md.
   """
   return memory_mixer.MemoryMixerConfig(
     size.num_heads,
@@ -154,7 +155,7 @@ def _printed_memory(size: Size) -> memory_mixer.MemoryMixerConfig:
     chunk_size=16,
     chunk_size_others=64,
     max_inner_lr=1.0,
-    max_norm=4.0 * size.head_dim,
+    max_norm=size.head_dim / 4,
   )
 
 

@@ -47,6 +47,7 @@ class LoopTest(parameterized.TestCase):
       config.mixer,
       chunk_size=_CHUNK,
       chunk_size_others=_CHUNK_OTHERS,
+      max_norm=None,  # as printed; the family adds a bound
       adaptive=(*config.mixer.adaptive, *adaptive),
     )
     self.config = dataclasses.replace(config, mixer=mixer)
