@@ -5,7 +5,7 @@ Command:
     --workdir=runs/gpu
 
 Hardware: one NVIDIA GPU with 80 GB, and pip install '.[cuda]'. `:small` takes a
-step of tiny models on any device, in a minute.
+step of tiny models on any device, in a few minutes.
 Results: not measured yet, see experiments/results/benchmarks/README.md.
 
 Models have the sizes of experiments/hope.py, compute in bfloat16 and recompute
