@@ -63,7 +63,7 @@ harness: $(HARNESS)
 seqio: $(SEQIO)
 
 # Small models on generated tasks: experiments/results/small/README.md.
-# BENCH_FLAGS=--seeds=3 or --only=hope,mqar; see experiments/bench_small.py.
+# BENCH_FLAGS=--all or --only=hope,mqar; see experiments/bench_small.py.
 bench-small: $(INSTALLED)
 	$(BIN)/python experiments/bench_small.py $(BENCH_FLAGS)
 

@@ -11,6 +11,7 @@ import sys
 import time
 from typing import NamedTuple
 
+from launch import programs
 from nested_learning import files
 
 _HERE = pathlib.Path(__file__).resolve().parents[1]
@@ -179,7 +180,7 @@ def make(pages: Mapping[str, Page], workdir: pathlib.Path) -> int:
     if page.flag is None and _age(page) == 0:
       print('  up to date')
       continue
-    code = subprocess.run([sys.executable, *command], cwd=_HERE).returncode
+    code = programs.call([sys.executable, *command], _HERE)
     if code:
       failed.append(f'{name}: exit code {code}')
       continue

@@ -5,18 +5,21 @@ Command:
     --workdir=runs/mqar
 
 The argument is a family of `models.zoo` and a name of `tasks.TASKS`. Models
-have two layers of width 64. Chunks of memories have 16 tokens, because rows are
-short and a memory learns to cross the border of a chunk only if there is one.
+have two layers of width 64, and MLPs of a width at which all have the same
+number of parameters within 3 per cent. Chunks of memories have 16 tokens,
+because rows are short and a memory learns to cross the border of a chunk only
+if there is one.
 Every setting can be changed:
 --set=data.task.num_pairs=8 --set=data.longer=2,8.
 
-Hardware: two CPU cores, one to five minutes. Results are in
-experiments/results/small, written by experiments/bench_small.py.
+Hardware: two CPU cores, one to five minutes. experiments/bench_small.py
+compares families, each at its best learning rate.
 """
 
 import dataclasses
 import difflib
 
+from experiments.ablations import hope
 from nested_learning import errors
 from nested_learning import evaluation
 from nested_learning import layers
@@ -26,6 +29,7 @@ from nested_learning import training
 
 _FAMILY, _TASK = 'hope', 'mqar_small'
 _CHUNK = 16  # tokens that a memory reads between anchors
+_NUM_PARAMS = 124_000  # beside those of the embedding
 _STEP = 2**13  # tokens, at most 32 rows and at least 4
 
 
@@ -66,7 +70,8 @@ def model_config(family: str, task: tasks.TaskConfig) -> models.ModelConfig:
     task: The task.
 
   Returns:
-    A config of two layers of width 64, with two heads.
+    A config of two layers of width 64, with two heads and about 124,000
+    parameters beside those of the embedding.
 
   Raises:
     errors.UserError: There is no such family.
@@ -93,4 +98,7 @@ def model_config(family: str, task: tasks.TaskConfig) -> models.ModelConfig:
     mixer = dataclasses.replace(
       mixer, chunk_size=_CHUNK, chunk_size_others=_CHUNK
     )
-  return dataclasses.replace(model, mixer=mixer)
+  model = dataclasses.replace(model, mixer=mixer)
+  names = tuple(level.name for level in model.levels)
+  embedding = size.vocab_size * size.embed_dim
+  return hope.fit(model, names, _NUM_PARAMS + embedding)

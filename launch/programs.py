@@ -10,11 +10,12 @@ Exit codes of every program:
   mistake, so clusters make another attempt.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import errno
 import os
 import select
 import signal
+import subprocess
 import sys
 import traceback
 from typing import NoReturn
@@ -66,6 +67,26 @@ def print_error(error: Exception | str) -> None:
   """Prints one line on stderr, with the program's name before it."""
   text = ' '.join(str(error).split())
   print(f'{startup.program_name()}: {text}', file=sys.stderr)
+
+
+def call(command: Sequence[str], folder: str | os.PathLike[str]) -> int:
+  """Runs a program with its output here; returns its exit code.
+
+  A signal that ends this process, Ctrl-C too, reaches the other program once,
+  as SIGTERM, and this process waits for it.
+
+  Args:
+    command: The program and its arguments.
+    folder: Its working folder.
+  """
+  # In a session of its own, a program does not get Ctrl-C of the terminal.
+  process = subprocess.Popen(command, cwd=folder, start_new_session=True)
+  try:
+    return process.wait()
+  except BaseException:
+    process.terminate()
+    process.wait()
+    raise
 
 
 def check_path(flag: str, path: str | None, *, folder: bool = False) -> None:

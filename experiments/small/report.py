@@ -1,25 +1,25 @@
-"""The results of the small suite: a page, its plots and summary.json."""
+"""The page of the small suite, from the sweeps of its tasks."""
 
-import collections
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+import csv
 import io
 import json
 import math
 import pathlib
 import re
+import statistics
 from typing import Any, NamedTuple
 
+from matplotlib import figure as mpl_figure
+
+from experiments import report_files
 from experiments.small import suite
 from launch import provenance
 from launch import sweeps
-from launch.sweeps import record as record_lib
-from launch.sweeps import report as sweep_report
-from launch.sweeps import results as results_lib
 from nested_learning import files
 from nested_learning import markdown
 
 PAGE = 'README.md'
-_LENGTH = 'length, over that in training'
 _EMPTY = '–'
 _HEADS = {
   'accuracy': 'answers right',
@@ -29,11 +29,14 @@ _HEADS = {
   'squared_error': 'squared error',
 }
 _INTRO = """\
-Small models of the zoo on generated tasks. `experiments/small/suite.py` lists
-the runs, and `model_config` of `experiments/tasks.py` defines the models.
-Shares are in per cent. A number is the mean over the finished seeds, ± the
-standard deviation of a sample; with one seed, small differences mean nothing.
-"2x" is on rows twice as long as in training."""
+Small models of the zoo on generated tasks. On a task, all have the same rows,
+steps, optimiser and number of parameters within 3 per cent. Every learning rate
+of one grid is tried with seed 0, and the one with the best score at the length
+of training gets all seeds; the page of each task has all rates. Shares are in
+per cent, mean over seeds ± the sample standard deviation; "2x" is on rows twice
+as long as in training. A model below the bound of a task at the length of
+training is **not trained**: it has not learned the task in these steps, and
+counts in no comparison."""
 _SCALE = (
   'The last column is printed in the paper ({where}). **Another scale**: its '
   'models and runs are different, and far larger where it gives a size, so the '
@@ -41,224 +44,168 @@ _SCALE = (
 )
 
 
-class Verdict(NamedTuple):
-  """The result of a gate.
+class Model(NamedTuple):
+  """The runs of a family on a task, at its best learning rate.
 
   Attributes:
-    passed: None if nothing was measured.
-    values: One per seed.
+    rate: The learning rate, as typed.
+    runs: Numbers of summary.json by seed.
+    curves: Evaluations during training by seed.
+    sources: Where the runs were made.
   """
 
-  passed: bool | None
-  values: tuple[float, ...]
+  rate: str
+  runs: Mapping[int, Mapping[str, Any]]
+  curves: Mapping[int, Sequence[Mapping[str, float]]]
+  sources: Sequence[Mapping[str, str]]
+
+  def values(self, key: str) -> list[float]:
+    """Returns a number by seed; text stands for those that are not finite."""
+    found = [run[key] for _, run in sorted(self.runs.items()) if key in run]
+    return [float(value) for value in found]
+
+  def has_learned(self, task: suite.Task) -> bool:
+    """Returns whether its mean score at the length of training is enough."""
+    return task.is_learned(statistics.fmean(self.values(task.score)))
+
+
+class Verdict(NamedTuple):
+  """The result of a gate: a word, and the values by seed."""
+
+  word: str
+  values: Sequence[float]
 
   @property
-  def word(self) -> str:
-    """'passed', 'failed' or 'not measured'."""
-    return {True: 'passed', False: 'failed', None: 'not measured'}[self.passed]
+  def failed(self) -> bool:
+    """Whether the command has to fail."""
+    return self.word == 'failed'
 
 
-class Report(NamedTuple):
-  """The written page and the results of its gates.
-
-  Attributes:
-    page: The file.
-    gates: From each gate of the selected runs to its verdict.
-  """
-
-  page: pathlib.Path
-  gates: Mapping[suite.Gate, Verdict]
+Models = Mapping[str, Mapping[str, Model]]  # by task and family
 
 
-def write(
-  record: sweeps.Record,
-  workdir: pathlib.Path,
-  folder: pathlib.Path,
-  *,
-  runs: Collection[str],
-) -> Report:
+def read(folder: pathlib.Path) -> Models:
+  """Reads the models whose best rate is known, from the folders of tasks."""
+  found = {}
+  for name in suite.TASKS:
+    if (folder / name / 'runs.json').is_file():
+      models = _read_task(folder / name)
+      if models:
+        found[name] = models
+  return found
+
+
+def write(folder: pathlib.Path) -> dict[suite.Gate, Verdict]:
   """Writes README.md, its plots and summary.json.
 
-  summary.json has the mean over seeds of a task's first column under
-  'family.task', and of the others under 'family.task.key'; with more than one
-  seed, standard deviations under the same keys with '.spread' added.
-  'gate.family.task.key' is 'passed', 'failed' or 'not measured'.
+  summary.json has the mean of each column as 'task/family/key', with '/spread'
+  added for the standard deviation; 'task/family/learned'; and of each gate its
+  word as 'gate/task/family/key', with '/seed_0' added for the values.
 
   Args:
-    record: The selected cells.
-    workdir: Folder of their runs.
-    folder: Folder of the page.
-    runs: Names of the selected runs.
+    folder: Folder of the page, with a folder for the sweep of each task.
 
   Returns:
-    The page and its gates.
+    The verdicts of the gates.
   """
-  results = [r for r in results_lib.read(record, workdir) if r.name in runs]
-  keys = {key for task in suite.TASKS.values() for key in _keys(task)}
-  of_cell = results_lib.summarize(results, sorted(keys))
-  table = {cell.row: of_cell[cell.name] for cell in record.cells}
-  verdicts = _check_gates(record, results)
-  images = {}
-  for name in dict.fromkeys(row.split('.')[1] for row in table):
-    image = _draw(name, table)
-    if image is not None:
-      images[name] = f'{name}.png'
-      files.write_whole(folder / images[name], image)
-  text = _make_page(
-    record,
-    results,
-    workdir=workdir,
-    table=table,
-    verdicts=verdicts,
-    images=images,
-  )
-  summary = _summarize(record, results, table, verdicts)
-  content = json.dumps(summary, indent=2) + '\n'
-  files.write_whole(folder / record_lib.SUMMARY, content)
-  files.write_whole(folder / PAGE, text)
-  return Report(folder / PAGE, verdicts)
-
-
-def _keys(task: suite.Task) -> list[str]:
-  """Returns the columns of a task, and the first one at every length."""
-  return list(dict.fromkeys([*task.columns, *_by_length(task).values()]))
-
-
-def _by_length(task: suite.Task) -> dict[int, str]:
-  """Returns the plotted key for each factor of the length."""
-  base, _ = split_key(task.columns[0])
-  return {1: base} | {factor: f'{base}_{factor}x' for factor in task.longer}
-
-
-def _check_gates(record, results) -> dict[suite.Gate, Verdict]:
-  """Returns the verdicts of the gates of the selected runs."""
-  names = {cell.row: cell.name for cell in record.cells}
-  verdicts = {}
-  for gate in suite.GATES:
-    row = f'{gate.family}.{gate.task}'
-    if row not in names:
-      continue
-    found = [r for r in results if r.cell == names[row]]
-    values = [results_lib.number(result, gate.key) for result in found]
-    values = [value for value in values if value is not None]
-    verdicts[gate] = Verdict(gate.passed(values), tuple(values))
+  models = read(folder)
+  verdicts = check_gates(models)
+  for name in models:
+    image = io.BytesIO()
+    _draw(name, models[name]).savefig(image, dpi=110)
+    files.write_whole(folder / f'{name}.png', image.getvalue())
+  summary = report_files.finite(_summarize(models, verdicts))
+  text = json.dumps(summary, indent=2) + '\n'
+  files.write_whole(folder / PAGE, _make_page(models, verdicts))
+  files.write_whole(folder / 'summary.json', text)
   return verdicts
 
 
-def _draw(name: str, table) -> bytes | None:
-  """Plots a task, by length if it has several; None without runs."""
-  task = suite.TASKS[name]
-  by_length = _by_length(task)
-  cells, values = [], {}
-  for row, statistics in table.items():
-    family, _, of_task = row.partition('.')
-    for factor, key in by_length.items():
-      if of_task != name or key not in statistics:
-        continue
-      place = ((_LENGTH, str(factor)),) if task.longer else ()
-      label = f'{family} {factor}x' if task.longer else family
-      cells.append(sweeps.Cell(label, '', (), row=family, point=place))
-      values[label] = statistics[key]
-  if not cells:
-    return None
-  image = io.BytesIO()
-  label = _head(by_length[1])
-  sweep_report.make_figure(label, cells, values).savefig(image, dpi=110)
-  return image.getvalue()
+def check_gates(models: Models) -> dict[suite.Gate, Verdict]:
+  """Returns the verdicts on models that were measured."""
+  verdicts = {}
+  for gate in suite.GATES:
+    model = models.get(gate.task, {}).get(gate.family)
+    if model is None:
+      continue
+    values = model.values(gate.key)
+    passed = gate.passed(values)
+    word = {True: 'passed', False: 'failed', None: 'not measured'}[passed]
+    learned = model.has_learned(suite.TASKS[gate.task])
+    if math.isfinite(gate.below) and not learned:
+      word = 'not trained'
+    verdicts[gate] = Verdict(word, values)
+  return verdicts
 
 
-def _summarize(
-  record: sweeps.Record,
-  results: Sequence[results_lib.Result],
-  table: Mapping[str, Mapping[str, results_lib.Statistic]],
-  verdicts: Mapping[suite.Gate, Verdict],
-) -> dict[str, Any]:
-  """Returns flat numbers; those that are not finite become strings."""
-  count = lambda status: sum(r.status == status for r in results)
-  summary = {
-    'seeds': record.num_seeds,
-    'runs': len(results),
-    'finished': count('finished'),
-    'failed': count('failed'),
+def _read_task(folder: pathlib.Path) -> dict[str, Model]:
+  read_text = lambda name: (folder / name).read_text(encoding='utf-8')
+  summary = json.loads(read_text('summary.json'))
+  # Of the runs in runs.json, those with earlier settings are not in the table.
+  shown = {
+    f'{row["cell"]}/seed_{row["seed"]}'
+    for row in csv.DictReader(io.StringIO(read_text('results.csv')))
   }
-  for row, statistics in table.items():
-    columns = suite.TASKS[row.split('.')[1]].columns
-    for key in columns:
-      if key not in statistics:
+  kept = json.loads(read_text('runs.json'))['runs']
+  models = {}
+  for family in suite.FAMILIES:
+    best = summary.get(f'{family}/{suite.FIELD}')
+    runs, curves, sources, rate = {}, {}, [], ''
+    for name, entry in kept.items():
+      match = re.fullmatch(rf'{family},\w+=([^/]+)/seed_(\d+)', name)
+      if match is None or best is None or name not in shown:
         continue
-      name = row if key == columns[0] else f'{row}.{key}'
-      summary[name] = statistics[key].mean
-      if statistics[key].num_seeds > 1:
-        summary[f'{name}.spread'] = statistics[key].spread
+      if float(match[1]) != best:
+        continue
+      rate, seed = match[1], int(match[2])
+      runs[seed] = entry['summary']
+      curves[seed] = entry.get('evaluations', [])
+      sources += entry['source']
+    if runs:
+      models[family] = Model(rate, runs, curves, sources)
+  return models
+
+
+def _summarize(models: Models, verdicts) -> dict[str, Any]:
+  summary = {}
+  for name, by_family in models.items():
+    task = suite.TASKS[name]
+    paper = suite.PRINTED.get(name)
+    for family, model in by_family.items():
+      place = f'{name}/{family}'
+      for key in (*task.columns, 'train_seconds'):
+        values = model.values(key)
+        if values:
+          summary[f'{place}/{key}'] = statistics.fmean(values)
+        if len(values) > 1:
+          summary[f'{place}/{key}/spread'] = statistics.stdev(values)
+      summary[f'{place}/learned'] = model.has_learned(task)
+      if paper and family in paper.values:
+        summary[f'{place}/printed'] = paper.values[family]
   for gate, verdict in verdicts.items():
-    name = f'gate.{gate.family}.{gate.task}.{gate.key}'
-    summary[name] = verdict.word
-  return {
-    name: str(value)
-    if isinstance(value, float) and not math.isfinite(value)
-    else value
-    for name, value in summary.items()
-  }
+    place = f'gate/{gate.task}/{gate.family}/{gate.key}'
+    summary[place] = verdict.word
+    for seed, value in enumerate(verdict.values):
+      summary[f'{place}/seed_{seed}'] = value
+  return summary
 
 
-def _make_page(
-  record: sweeps.Record,
-  results: Sequence[results_lib.Result],
-  *,
-  workdir: pathlib.Path,
-  table: Mapping[str, Mapping[str, results_lib.Statistic]],
-  verdicts: Mapping[suite.Gate, Verdict],
-  images: Mapping[str, str],
-) -> str:
-  """Returns the page in Markdown.
-
-  Args:
-    record: The cells.
-    results: The results of the runs.
-    workdir: Folder of the runs.
-    table: From 'family.task' and key to the statistic.
-    verdicts: The results of the gates.
-    images: From tasks to the names of their plots.
-  """
+def _make_page(models: Models, verdicts) -> str:
+  """Returns the page in Markdown."""
   sections = ['# Small models on small tasks', _INTRO]
-  sections.append(_provenance(results, workdir))
   if verdicts:
     sections += ['## Gates', _gates(verdicts)]
-  for name in dict.fromkeys(row.split('.')[1] for row in table):
-    sections += _task(name, record, results, table)
-    if name in images:
-      sections.append(f'![{name}]({images[name]})')
-  failed = [result for result in results if result.status == 'failed']
-  if failed:
-    lines = [f'- {result.name}: {result.error}' for result in failed]
-    sections += ['## Failed', '\n'.join(lines)]
-  return '\n\n'.join([*sections, '## Settings', _settings(record)]) + '\n'
-
-
-def split_key(key: str) -> tuple[str, str]:
-  """Splits 'all_right_8x' into 'all_right' and '8x', which may be empty."""
-  match = re.fullmatch(r'(.*?)(?:_(\d+x))?', key)
-  return match[1], match[2] or ''
-
-
-def _head(key: str) -> str:
-  """Returns a key of a run's summary.json in words."""
-  base, factor = split_key(key)
-  return ', '.join(filter(None, [_HEADS[base], factor]))
-
-
-def _provenance(results, workdir) -> str:
-  """Returns a list of code, machine and date."""
-  finished = [result for result in results if result.status == 'finished']
-  seconds = sum(results_lib.number(r, 'seconds') or 0.0 for r in finished)
-  seeds = collections.Counter(result.cell for result in results).values()
-  sources, more = sweep_report.read_sources(finished, workdir)
-  more |= {
-    'runs': f'{len(finished)} of {len(results)} finished',
-    'seeds': ' to '.join(map(str, sorted({min(seeds), max(seeds)}))),
-    'minutes, the sum over the runs': f'{seconds / 60:.0f}',
-  }
-  return provenance.listed(sources, more)
+  for name, by_family in models.items():
+    sections += _task(name, by_family)
+  sources = [
+    {key: value for key, value in source.items() if key != 'command'}
+    for by_family in models.values()
+    for model in by_family.values()
+    for source in model.sources
+  ]
+  command = {'command': '`python experiments/bench_small.py`'}
+  sections += [report_files.MADE, provenance.listed(sources, command)]
+  return '\n\n'.join(sections) + '\n'
 
 
 def _gates(verdicts: Mapping[suite.Gate, Verdict]) -> str:
@@ -270,63 +217,115 @@ def _gates(verdicts: Mapping[suite.Gate, Verdict]) -> str:
     else:
       bound = f'at least {100 * gate.at_least:g} %'
     values = ', '.join(f'{100 * value:.1f}' for value in verdict.values)
-    word = verdict.word if verdict.passed else f'**{verdict.word}**'
-    task = gate.task, gate.family, f'{_head(gate.key)}: {bound}'
-    rows.append((*task, values or _EMPTY, word))
+    word = f'**{verdict.word}**' if verdict.failed else verdict.word
+    about = f'{_head(gate.key)}: {bound}'
+    rows.append((gate.task, gate.family, about, values or _EMPTY, word))
   return markdown.table(
     ('task', 'model', 'gate', 'measured, by seed', ''), rows
   )
 
 
-def _task(name, record, results, table) -> list[str]:
-  """Returns the sections of a task without its plot."""
+def _task(name: str, models: Mapping[str, Model]) -> list[str]:
+  """Returns the sections of a task."""
   task, paper = suite.TASKS[name], suite.PRINTED.get(name)
   rows = []
-  for cell in record.cells:
-    family, _, of_task = cell.row.partition('.')
-    if of_task != name:
-      continue
-    runs = [result for result in results if result.cell == cell.name]
-    sizes = [results_lib.number(run, 'num_parameters') for run in runs]
-    sizes = [f'{size:,.0f}' for size in sizes if size is not None]
-    row = [family]
-    row += [_text(table[cell.row].get(key), key) for key in task.columns]
-    row += [sizes[0] if sizes else _EMPTY, _seeds(runs)]
+  for family, model in models.items():
+    row = [family, '' if model.has_learned(task) else '**not trained**']
+    row += [_text(model.values(key), key) for key in task.columns]
+    sizes = model.values('num_parameters')
+    row += [f'{sizes[0]:,.0f}' if sizes else _EMPTY, model.rate]
+    row += [_text(model.values('train_seconds'), 'seconds')]
+    row += [str(len(model.runs))]
     row += [paper.values.get(family, _EMPTY)] if paper else []
     rows.append(row)
-  heads = ['model', *map(_head, task.columns), 'parameters', 'seeds']
+  heads = ['model', '', *map(_head, task.columns)]
+  heads += ['parameters', 'rate', 'seconds', 'seeds']
   heads += ['printed'] if paper else []
-  sections = [f'## {name}', task.about, markdown.table(heads, rows)]
-  if paper:
-    sections.append(_SCALE.format(where=paper.where))
-  return sections
+  bound = (
+    f'{task.learned:g}' if task.best == 'min' else (f'{100 * task.learned:g} %')
+  )
+  return [
+    f'## {name}',
+    f'{task.about} {task.num_steps} steps; learned: {_head(task.score)} '
+    f'{"at most" if task.best == "min" else "at least"} {bound}. '
+    f'[All rates]({name}/README.md).',
+    markdown.table(heads, rows),
+    *_outcomes(task, models),
+    *([_SCALE.format(where=paper.where)] if paper else []),
+    f'![Score by length of the rows, and by step]({name}.png)',
+  ]
 
 
-def _seeds(runs: Sequence[results_lib.Result]) -> str:
-  statuses = [run.status for run in runs]
-  text = f'{statuses.count("finished")} of {len(statuses)}'
-  if 'failed' in statuses:
-    text += f', **{statuses.count("failed")} failed**'
-  return text
+def _outcomes(task: suite.Task, models: Mapping[str, Model]) -> list[str]:
+  """Returns sentences on the best score of models that learned the task."""
+  learned = {x: m for x, m in models.items() if m.has_learned(task)}
+  if len(learned) < 2:
+    return ['Fewer than two models have learned the task: no comparison.']
+  keys = dict.fromkeys(_by_length(task).values())
+  return [
+    sweeps.outcome(
+      _head(key), task.best, {x: m.values(key) for x, m in learned.items()}
+    )
+    for key in keys
+    if all(model.values(key) for model in learned.values())
+  ]
 
 
-def _text(statistic: results_lib.Statistic | None, key: str) -> str:
+def _by_length(task: suite.Task) -> dict[int, str]:
+  """Returns the score's key for each factor of the length."""
+  return {1: task.score} | {n: f'{task.score}_{n}x' for n in task.longer}
+
+
+def _draw(name: str, models: Mapping[str, Model]) -> mpl_figure.Figure:
+  """Draws the score by length and, during training, by step."""
+  task = suite.TASKS[name]
+  figure = mpl_figure.Figure(figsize=(9, 4), layout='constrained')
+  by_length, by_step = figure.subplots(1, 2, sharey=True)
+  for family, model in models.items():
+    lengths = {n: model.values(key) for n, key in _by_length(task).items()}
+    lengths = {n: values for n, values in lengths.items() if values}
+    by_length.errorbar(
+      list(lengths),
+      [statistics.fmean(values) for values in lengths.values()],
+      [_spread(values) for values in lengths.values()],
+      marker='.',
+      capsize=3,
+      label=family,
+    )
+    points: dict[int, list[float]] = {}
+    for curve in model.curves.values():
+      for line in curve:
+        if f'validation/{task.score}' in line:
+          value = float(line[f'validation/{task.score}'])
+          points.setdefault(line['step'], []).append(value)
+    by_step.plot(
+      sorted(points),
+      [statistics.fmean(points[x]) for x in sorted(points)],
+      '.-',
+    )
+  by_length.set_xlabel('length, over that in training')
+  by_length.set_ylabel(_head(task.score))
+  by_length.legend(fontsize=8)
+  by_step.set_xlabel('step, at the length of training')
+  return figure
+
+
+def _spread(values: Sequence[float]) -> float:
+  return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _head(key: str) -> str:
+  """Returns a key of a run's summary.json in words."""
+  base, factor = re.fullmatch(r'(.*?)(?:_(\d+x))?', key).groups()
+  return ', '.join(filter(None, [_HEADS[base], factor]))
+
+
+def _text(values: Sequence[float], key: str) -> str:
   """Formats a mean with its spread; shares are in per cent."""
-  if statistic is None:
+  if not values:
     return _EMPTY
-  is_share = split_key(key)[0] != 'squared_error'
-  factor, digits = (100, '.1f') if is_share else (1, '.3g')
-  text = format(factor * statistic.mean, digits)
-  if math.isfinite(statistic.spread):
-    text += f' ± {format(factor * statistic.spread, digits)}'
-  return text
-
-
-def _settings(record: sweeps.Record) -> str:
-  """Returns a table of the flags of `launch/run.py` for each run."""
-  rows = []
-  for cell in record.cells:
-    spec = f'experiments/{pathlib.Path(cell.spec).name}'
-    changes = ' '.join(cell.assignments)
-    rows.append((f'`{spec}`', f'`{changes}`'))
-  return markdown.table(('--config', '--set'), rows)
+  is_share = 'error' not in key and key != 'seconds'
+  factor, form = (100, '.1f') if is_share else (1, '.3g')
+  numbers = [statistics.fmean(values)]
+  numbers += [statistics.stdev(values)] if len(values) > 1 else []
+  return ' ± '.join(format(factor * number, form) for number in numbers)

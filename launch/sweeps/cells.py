@@ -7,6 +7,7 @@ of the grid is a cell: one config, whatever the seed.
 from collections.abc import Iterable, Sequence
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import re
 from typing import Any
@@ -153,7 +154,8 @@ def load_sweep(spec: str) -> Sweep:
   """Calls `get_sweep()` of an experiment file.
 
   Args:
-    spec: An experiment file, with or without an argument, or a config.json.
+    spec: An experiment file, with or without an argument, or a config.json. If
+      `get_sweep` takes an argument, it gets that of the file, or None.
 
   Returns:
     The sweep; an empty one if the file has no `get_sweep`.
@@ -166,7 +168,9 @@ def load_sweep(spec: str) -> Sweep:
   module, _ = files.call_get_config(spec)
   if not hasattr(module, 'get_sweep'):
     return Sweep()
-  sweep = module.get_sweep()
+  takes = inspect.signature(module.get_sweep).parameters
+  arg = spec.partition('.py:')[2] or None
+  sweep = module.get_sweep(arg) if takes else module.get_sweep()
   if not isinstance(sweep, Sweep):
     raise errors.UserError(
       f'{spec}: get_sweep returned {sweep!r}; return a sweeps.Sweep.'

@@ -1,10 +1,11 @@
 """Finished runs beside the results of a sweep, from which another goes on.
 
 A workdir is large and stays on one machine. The folder of results keeps the
-summary, source and config of every finished run in one file.
+summary, source, config and evaluations of every finished run in one file.
 """
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import json
 import pathlib
 from typing import Any
@@ -17,6 +18,8 @@ from nested_learning import files
 from nested_learning.configs import serialization
 
 _FILE = 'runs.json'
+_METRICS = 'metrics.jsonl'  # of a run: a line for each log and evaluation
+_VALIDATION, _KEY = 'validation/', 'evaluations'
 
 
 def keep(runs: Sequence[record_lib.Run], folder: pathlib.Path) -> None:
@@ -40,6 +43,8 @@ def keep(runs: Sequence[record_lib.Run], folder: pathlib.Path) -> None:
       'source': provenance.read_starts(run.folder),
       'summary': json.loads(summary),
     }
+    if evaluations := _read_evaluations(run.folder / _METRICS):
+      kept[run.name][_KEY] = evaluations
   # A line for each, so that changes show.
   lines = [f'{json.dumps(n)}: {json.dumps(x)}' for n, x in sorted(kept.items())]
   text = ',\n'.join(lines)
@@ -73,17 +78,32 @@ def restore(runs: Sequence[record_lib.Run], folder: pathlib.Path) -> list[str]:
     fields = _fields(run.config)
     if any(fields.get(path, run) != x for path, x in stored.items()):
       continue
-    source = ''.join(json.dumps(line) + '\n' for line in entry['source'])
+    lines = lambda items: ''.join(json.dumps(item) + '\n' for item in items)
     run.folder.mkdir(parents=True, exist_ok=True)
     for name, text in {
       'config.json': configs.to_json(run.config),
-      provenance.STARTS: source,
+      provenance.STARTS: lines(entry['source']),
+      **({_METRICS: lines(entry[_KEY])} if _KEY in entry else {}),
       # Last: it says that the run is finished.
       record_lib.SUMMARY: json.dumps(entry['summary'], indent=2) + '\n',
     }.items():
       files.write_whole(run.folder / name, text)
     made.append(run.name)
   return made
+
+
+def _read_evaluations(path: pathlib.Path) -> list[dict[str, float]]:
+  """Returns the lines of a run's metrics.jsonl with numbers of validation."""
+  if not path.is_file():
+    return []
+  found = []
+  for line in path.read_text('utf-8', errors='replace').splitlines():
+    # A process that died while it was writing leaves a part of a line.
+    with contextlib.suppress(ValueError):
+      value = json.loads(line)
+      if any(key.startswith(_VALIDATION) for key in value):
+        found.append(value)
+  return found
 
 
 def _fields(config: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The small suite: its tables, its page, and how it runs."""
+"""The small suite: its tasks, its page, and the command."""
 
 import json
 import pathlib
@@ -11,81 +11,72 @@ from absl.testing import parameterized
 import pytest
 
 from experiments.small import report
-from experiments.small import running
 from experiments.small import suite
 from launch import sweeps
+from nested_learning import configs
 from nested_learning import errors
+from nested_learning import models
+from nested_learning import parameters
+from tests.experiments import page_numbers
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
-# A run that writes what its own name says; that of the Transformer breaks.
-_RUN = """
-import json, pathlib, sys
-folder = pathlib.Path(sys.argv[1])
-if 'transformer' in str(folder):
-  raise MemoryError('too large')
-with open(folder / 'times.txt', 'a') as file:
-  file.write('x')
-numbers = {'accuracy': 0.97, 'all_right': 0.5, 'seconds': 60.0}
-numbers |= {'num_parameters': 1234, 'all_right_2x': 0.25, 'device': 'cpu'}
-(folder / 'summary.json').write_text(json.dumps(numbers))
-"""
+_FILE = str(_ROOT / 'experiments' / 'small' / 'suite.py')
 
 
 class SuiteTest(parameterized.TestCase):
-  def test_every_run_is_a_config_with_its_seeds(self):
-    cells = suite.make_cells() + suite.make_cells(quick=True)
-    loaded = sweeps.load_cells(
-      cells, num_seeds=2, seed_fields=('seed', 'data.seed')
-    )
-    for (_, seed), (_, config) in loaded.items():
-      self.assertEqual((config.seed, config.data.seed), (seed, seed))
-    for cell, (name, _, num_steps) in zip(cells, suite.RUNS, strict=False):
-      _, config = loaded[cell.name, 0]
-      self.assertEqual(config.train.num_steps, num_steps)
-      self.assertEqual(config.data.longer, suite.TASKS[name].longer)
+  @parameterized.parameters(*suite.TASKS)
+  def test_models_of_a_task_differ_in_the_model_only(self, name):
+    spec = f'{_FILE}:{name}'
+    sweep = sweeps.load_sweep(spec)
+    self.assertEqual([row.name for row in sweep.rows], list(suite.FAMILIES))
+    configs_by_family = {
+      row.name: configs.load(f'{_FILE}:{row.arg}') for row in sweep.rows
+    }
+    first = configs_by_family['hope']
+    sizes = []
+    for config in configs_by_family.values():
+      for field in configs.differences(config, first):
+        self.assertRegex(field, r'^(model\.|name$)')
+      sizes.append(parameters.count(models.make_model(config.model).table))
+    self.assertLess(max(sizes), 1.03 * min(sizes))
+    task = suite.TASKS[name]
+    self.assertEqual(first.train.num_steps, task.num_steps)
+    self.assertEqual(first.data.longer, task.longer)
+    self.assertEqual(first.train.num_steps % first.train.evaluate_every, 0)
+    self.assertEqual(sweep.tune, 'train.learning_rate=1e-3,2e-3,4e-3,8e-3')
 
   def test_tables_name_what_there_is(self):
-    rows = {(task, family) for task, family, _ in suite.RUNS}
-    self.assertLen(rows, len(suite.RUNS))
-    self.assertEqual({task for task, _ in rows}, set(suite.TASKS))
     for gate in suite.GATES:
-      self.assertIn((gate.task, gate.family), rows)
+      self.assertIn(gate.family, suite.FAMILIES)
       self.assertIn(gate.key, suite.TASKS[gate.task].columns)
     for task, column in suite.PRINTED.items():
-      self.assertLessEqual({(task, family) for family in column.values}, rows)
+      self.assertIn(task, suite.TASKS)
+      self.assertLessEqual(set(column.values), set(suite.FAMILIES))
     for task in suite.TASKS.values():
       for key in task.columns:
-        _, factor = report.split_key(key)
-        self.assertIn(factor, ('', *(f'{n}x' for n in task.longer)))
+        factor = re.search(r'_(\d+)x$', key)
+        self.assertTrue(factor is None or int(factor[1]) in task.longer)
 
   @parameterized.parameters(
-    (['hope', 'mqar'], 'task == "mqar" and family == "hope"'),
-    (['hope', 'titans'], 'family in ("hope", "titans")'),
-    (['hope.mqar', 'parity'], 'task == "parity" or row == "hope.mqar"'),
-    ([], 'True'),
+    ([], False, suite.DEFAULT_TASKS, suite.DEFAULT_FAMILIES),
+    ([], True, suite.TASKS, suite.FAMILIES),
+    (['titans', 'mqar'], False, ['mqar'], ['titans']),
+    (['titans'], False, suite.DEFAULT_TASKS, ['titans']),
+    (['parity', 'aa'], True, ['parity', 'aa'], suite.FAMILIES),
   )
-  def test_part(self, only, rule):
-    cells = suite.make_cells()
-    expected = []
-    for cell in cells:
-      family, task = cell.row.split('.')
-      if eval(rule, {'family': family, 'task': task, 'row': cell.row}):
-        expected.append(cell)
-    self.assertEqual(list(suite.select(cells, only)), expected)
+  def test_selects(self, only, everything, names, families):
+    found, chosen = suite.select(only, everything=everything)
+    self.assertCountEqual(found, names)
+    self.assertCountEqual(chosen, families)
 
   @parameterized.parameters(
-    (['hop'], 'not a family or task .* the nearest is hope'),
-    (['gated_deltanet', 'parity'], r"no run of \['gated_deltanet'\]"),
+    lambda: suite.select(['hop']),
+    lambda: suite.get_config('parity,hop'),
+    lambda: suite.get_sweep('parit'),
   )
-  def test_no_part(self, only, message):
-    with self.assertRaisesRegex(errors.UserError, message):
-      suite.select(suite.make_cells(), only)
-
-  def test_other_settings_are_other_runs(self):
-    names = [cell.name for cell in suite.make_cells()]
-    self.assertEqual(names, [cell.name for cell in suite.make_cells()])
-    quick = {cell.name for cell in suite.make_cells(quick=True)}
-    self.assertTrue(quick.isdisjoint(names))
+  def test_refuses(self, call):
+    with self.assertRaisesRegex(errors.UserError, 'the nearest is|nearest are'):
+      call()
 
   def test_gates_hold_with_every_seed_and_not_without_any(self):
     solved = suite.Gate('mqar', 'hope', 'accuracy', at_least=0.95)
@@ -98,80 +89,118 @@ class SuiteTest(parameterized.TestCase):
     self.assertFalse(unsolved.passed([0.5]))
 
 
-class RunningTest(absltest.TestCase):
+class ReportTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
-    self.workdir = pathlib.Path(self.create_tempdir().full_path, 'small')
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
 
-  def _run(self, **options):
-    options = running.Options(self.workdir, jobs=2, **options)
-    command = lambda run: [sys.executable, '-c', _RUN, str(run.folder)]
-    code = running.run(options, command)
-    results = options.results or self.workdir / 'results'
-    page = (results / 'README.md').read_text()
+  def _keep(self, task, **scores):
+    """Writes the files of a sweep: scores by family, seed and length."""
+    summary, runs = {}, {}
+    for family, by_seed in scores.items():
+      summary[f'{family}/train.learning_rate'] = 0.004
+      for rate in ('2e-3', '4e-3'):
+        for seed, (score, longer) in enumerate(by_seed):
+          values = {'accuracy': score, 'all_right': score}
+          values |= {'all_right_2x': longer, 'accuracy_2x': longer}
+          values |= {'num_parameters': 1234, 'train_seconds': 60.5 + seed}
+          line = {'step': 5, 'validation/accuracy': score}
+          runs[f'{family},learning_rate={rate}/seed_{seed}'] = {
+            'source': [{'commit': 'abcdef1', 'date': '2026-01-01'}],
+            'summary': values if rate == '4e-3' else {'accuracy': 0.123},
+            'evaluations': [line],
+          }
+    folder = self.folder / task
+    folder.mkdir()
+    (folder / 'summary.json').write_text(json.dumps(summary))
+    lines = [f'"{name.replace("/seed_", chr(34) + ",")}' for name in runs]
+    (folder / 'results.csv').write_text('\n'.join(['cell,seed', *lines]))
+    runs['hope,learning_rate=4e-3/seed_7'] = {  # of earlier settings
+      'source': [],
+      'summary': {'accuracy': 0.456},
+    }
+    (folder / 'runs.json').write_text(json.dumps({'base': {}, 'runs': runs}))
+
+  def _write(self):
+    verdicts = report.write(self.folder)
+    page = page_numbers.read_text(self.folder)
     self.page = re.sub(' +', ' ', page)  # tables are padded
-    self.summary = json.loads((results / 'summary.json').read_text())
-    self.images = sorted(path.name for path in results.glob('*.png'))
-    return code
+    self.summary = json.loads((self.folder / 'summary.json').read_text())
+    # The page has the numbers of summary.json only.
+    self.assertEqual(page_numbers.wrong_anywhere(self.folder), [])
+    return {
+      f'{gate.family} {gate.task} {gate.key}': verdict
+      for gate, verdict in verdicts.items()
+    }
 
-  def test_models_may_have_more_seeds_than_others(self):
-    self.assertEqual(self._run(only=('deltanet.mqar',), seeds=2), 0)
-    self.assertEqual(self._run(only=('deltanet.mqar', 'titans.mqar')), 0)
-    times = [path.read_text() for path in self.workdir.rglob('times.txt')]
-    self.assertEqual(times, ['x'] * 3)
-    self.assertEqual(self.summary['finished'], 3)
-    self.assertIn('- seeds: 1 to 2\n', self.page)
-
-  def test_finished_runs_stay_and_failed_ones_are_listed(self):
-    only = ('mqar', 'transformer', 'linear_attention', 'deltanet')
-    self.assertEqual(self._run(only=only, seeds=2), 1)
-    self.assertEqual(self._run(only=only), 1)
-    times = [path.read_text() for path in self.workdir.rglob('times.txt')]
-    self.assertEqual(times, ['x'] * 4)
-    self.assertEqual(self.summary['finished'], 4)
-    self.assertEqual(self.summary['failed'], 2)
-    self.assertEqual(self.summary['seeds'], 2)
-    self.assertEqual(self.summary['deltanet.mqar'], 0.97)
-    self.assertEqual(self.summary['deltanet.mqar.spread'], 0.0)
-    self.assertEqual(self.summary['deltanet.mqar.all_right_2x'], 0.25)
-    self.assertNotIn('transformer.mqar', self.summary)
-    gate = 'gate.linear_attention.mqar.all_right'
-    self.assertEqual(self.summary[gate], 'failed')
-    self.assertEqual(self.summary['gate.deltanet.mqar.accuracy'], 'passed')
-    self.assertIn('below 50 % | 50.0, 50.0 | **failed** |', self.page)
-    self.assertIn('at least 95 % | 97.0, 97.0 | passed |', self.page)
-    row = '| deltanet | 97.0 ± 0.0 | 50.0 ± 0.0 | – | 25.0 ± 0.0 | 1,234 | 2 of'
-    self.assertIn(row, self.page)
-    self.assertIn('| transformer | – | – | – | – | – | 0 of 2, **2', self.page)
-    self.assertRegex(self.page, r'- transformer.mqar-\w+/seed_0: MemoryError')
-    self.assertIn('- minutes, the sum over the runs: 4\n', self.page)
-    self.assertRegex(self.page, r'- machine: \d+ cores, .*, 2 runs at a')
-    self.assertEqual(self.images, ['mqar.png'])
-
-  def test_printed_numbers_stand_beside_ours_as_of_another_scale(self):
-    results = self.workdir / 'page'
-    self.assertEqual(self._run(only=('hope.parity',), results=results), 0)
-    self.assertIn('| 1 of 1 | 100 / 100 |', self.page)
-    self.assertIn('Table 5', self.page)
+  def test_models_that_have_not_learned_are_not_compared(self):
+    self._keep(
+      'parity',
+      hope=[(1.0, 0.97), (0.99, 0.96)],
+      transformer=[(0.9, 0.5), (0.8, 0.25)],
+      deltanet=[(0.97, 0.5), (0.96, 0.25)],
+    )
+    verdicts = self._write()
+    gate = verdicts['transformer parity all_right_2x']
+    self.assertEqual((gate.word, gate.failed), ('not trained', False))
+    self.assertEqual(verdicts['hope parity all_right_2x'].word, 'passed')
+    row = r'\| transformer \| \*\*not trained\*\* \| 85.0 ± 7.1 \| .*\| 4e-3 \|'
+    self.assertRegex(self.page, row)
+    self.assertRegex(self.page, r'\| hope \| \| 99.5 ± 0.7 \| .*100 / 100 \|')
+    self.assertIn('The highest answers right is that of hope. ', self.page)
+    for sentence in re.findall('The highest .*', self.page):
+      self.assertNotIn('transformer', sentence)
     self.assertIn('**Another scale**', self.page)
-    self.assertEqual(self.summary['hope.parity'], 0.25)
+    self.assertIs(self.summary['parity/transformer/learned'], False)
+    self.assertAlmostEqual(self.summary['parity/deltanet/accuracy'], 0.965)
+    self.assertIn('- commit: abcdef1\n', self.page)
+    self.assertTrue((self.folder / 'parity.png').stat().st_size)
 
+  def test_a_baseline_that_has_not_learned_fails_its_gate(self):
+    self._keep(
+      'mqar_rewritten',
+      transformer=[(0.1, 0.1)],
+      linear_attention=[(0.95, 0.9)],
+      hope=[(0.5, 0.1)],
+    )
+    verdicts = self._write()
+    self.assertTrue(verdicts['transformer mqar_rewritten accuracy'].failed)
+    self.assertTrue(
+      verdicts['linear_attention mqar_rewritten all_right'].failed
+    )
+    self.assertIn('| 95.0 | **failed** |', self.page)
+    self.assertIn('no comparison', self.page)
+    key = 'gate/mqar_rewritten/transformer/accuracy'
+    self.assertEqual(self.summary[key], 'failed')
+    self.assertEqual(self.summary[f'{key}/seed_0'], 0.1)
+
+
+class CommandTest(absltest.TestCase):
   @pytest.mark.slow
-  def test_the_command_trains(self):
+  def test_trains_resumes_and_fails_with_a_gate(self):
+    workdir = pathlib.Path(self.create_tempdir().full_path, 'small')
     command = [
       sys.executable,
       str(_ROOT / 'experiments' / 'bench_small.py'),
       '--quick',
-      '--only=linear_attention.mqar,transformer.regression',
-      f'--workdir={self.workdir}',
+      '--seeds=2',
+      '--only=deltanet,mqar_rewritten',
+      f'--workdir={workdir}',
     ]
-    subprocess.run(command, check=True)
-    results = self.workdir / 'results'
+    for _ in range(2):
+      run = subprocess.run(command, capture_output=True, text=True, cwd=_ROOT)
+      self.assertEqual(run.returncode, 1)  # two steps are not enough
+      self.assertIn('deltanet on mqar_rewritten: the gate', run.stderr)
+    starts = list(workdir.rglob('started.jsonl'))
+    self.assertLen(starts, 5)  # four rates, and another seed of the best one
+    for path in starts:
+      self.assertLen(path.read_text().splitlines(), 1)
+    results = workdir / 'results'
     summary = json.loads((results / 'summary.json').read_text())
-    self.assertEqual(summary['finished'], 2)
-    self.assertBetween(summary['linear_attention.mqar'], 0, 1)
-    self.assertGreater(summary['transformer.regression'], 0)
-    self.assertTrue((results / 'regression.png').stat().st_size)
+    self.assertBetween(summary['mqar_rewritten/deltanet/accuracy'], 0, 1)
+    kept = json.loads((results / 'mqar_rewritten' / 'runs.json').read_text())
+    for entry in kept['runs'].values():
+      self.assertEqual(entry['evaluations'][-1]['step'], 2)
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ from absl.testing import parameterized
 
 from experiments import pages as pages_lib
 from experiments import report_files
+from launch import programs
 from nested_learning import configs
 
 _ROOT = pathlib.Path(pages_lib.__file__).resolve().parents[1]
@@ -49,7 +50,6 @@ class EvidenceTest(parameterized.TestCase):
         'benchmarks/peers.py',  # needs another Python with PyTorch
         'lm_eval.py',  # needs a checkpoint
         'pretrained/llama.py',  # a size, for compiled.py
-        'tasks.py',  # for the small suite
       },
     )
 
@@ -88,6 +88,21 @@ class EvidenceTest(parameterized.TestCase):
     self.assertEqual(
       (folder / 'good').read_text(), '--results=experiments/results/good'
     )
+
+  def test_a_signal_reaches_the_command(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    (folder / 'program.py').write_text(
+      'import os, pathlib, signal, time\n'
+      'def end(*_):\n'
+      '  pathlib.Path("ended").touch()\n'
+      '  os._exit(0)\n'
+      'signal.signal(signal.SIGTERM, end)\n'
+      'os.kill(os.getppid(), signal.SIGINT)\n'
+      'time.sleep(60)\n'
+    )
+    with self.assertRaises(KeyboardInterrupt):
+      programs.call([sys.executable, 'program.py'], folder)
+    self.assertTrue((folder / 'ended').exists())
 
   def _git(self, *args):
     git = ['git', '-C', self.root, '-c', 'user.name=a', '-c', 'user.email=a@b']

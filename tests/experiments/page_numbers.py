@@ -217,6 +217,8 @@ def wrong_anywhere(folder: pathlib.Path) -> list[str]:
         collect(item)
     elif isinstance(value, int | float) and math.isfinite(value):
       found.add(float(value))
+    elif isinstance(value, str):  # numbers that somebody else printed
+      found.update(map(float, re.findall(NUMBER, value)))
 
   for path in folder.glob('*.json'):
     collect(json.loads(path.read_text(encoding='utf-8')))

@@ -7,6 +7,7 @@ from absl.testing import parameterized
 
 from nested_learning import configs
 from nested_learning import models
+from nested_learning import parameters
 from nested_learning import tasks
 from nested_learning import training
 
@@ -34,6 +35,8 @@ class TasksTest(parameterized.TestCase):
   def test_every_family_is_described(self, family):
     config = configs.load(f'{_FILE}:{family},mqar_small')
     self.assertIn('2,048 tokens per step', training.describe(config))
+    count = parameters.count(models.make_model(config.model).table)
+    self.assertAlmostEqual(count, 132_192, delta=1000)
 
   def test_the_default(self):
     config = configs.load(_FILE)

@@ -73,6 +73,8 @@ def run(config, workdir, mode):
     'score': config.size - config.data.seed,
     'steps': 5,
   }
+  lines = '{"step": 5}\\n{"step": 5, "validation/loss": 1}\\n{"step'
+  (folder / 'metrics.jsonl').write_text(lines)
   (folder / 'summary.json').write_text(json.dumps(summary))
 """
 
@@ -206,6 +208,8 @@ class SweepTest(parameterized.TestCase):
     result = self._call(*flags, 'size=1,3,5')
     self.assertEqual(result.returncode, 0, result.stderr)
     self.assertEqual(self._attempts(), {'size=5/seed_0': 1})
+    lines = (self.workdir / 'cells/size=1/seed_0/metrics.jsonl').read_text()
+    self.assertEqual(lines, '{"step": 5, "validation/loss": 1}\n')
     for text in ('| size=1 |', '| size=5 |', '3 of 3 runs are finished'):
       self.assertIn(text, page.read_text())
     # The same names, but another config.
