@@ -109,6 +109,7 @@ PAGES = {
     'quickstart.py', 'quickstart', 0.3, f'--metrics={",".join(_QUICKSTART)}'
   ),
   'hope': _sweep('ablations/hope.py', 'ablations/hope', 6.0),
+  'rows': _experiment('benchmarks/rows.py', 'benchmarks/rows', _MODEL, 0.2),
   'small': Page(
     'small',
     ('experiments/bench_small.py',),
