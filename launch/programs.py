@@ -25,6 +25,7 @@ from absl import flags
 from absl import logging
 
 from launch import startup
+from nested_learning import accelerators
 from nested_learning import distributed
 from nested_learning import errors
 
@@ -41,6 +42,7 @@ _REFUSALS = {
   errno.EMFILE: _USER_ERROR,
   errno.ENFILE: _USER_ERROR,
 }
+_NO_DEVICE = 'Unable to initialize backend'  # a message of JAX
 _CLOSED_PIPE = 128 + signal.SIGPIPE
 # Room below a folder for the longest names that runs write in it.
 _BELOW = 'x' * 150
@@ -120,6 +122,7 @@ def _run(run, argv, example) -> int | str | None:
     if len(argv) > 1:
       hint = f'; flags begin with --, as in {example}' if example else ''
       raise errors.UserError(f'Unexpected argument {argv[1]!r}{hint}.')
+    accelerators.check_platforms(os.environ.get('JAX_PLATFORMS'))
     code = run() or 0
     _flush()  # Python's exit reports no error of it in one line
     return code
@@ -147,6 +150,9 @@ def _end(
     return _fail(distributed.EXIT_RETRY, error)
   if isinstance(error, errors.UserError):
     return _fail(_USER_ERROR, error)
+  if isinstance(error, RuntimeError) and str(error).startswith(_NO_DEVICE):
+    # Another process may hold the devices, or they are not ready yet.
+    return _fail(distributed.EXIT_RETRY, str(error).splitlines()[0])
   if isinstance(error, OSError) and error.errno in _REFUSALS:
     where = 'a file that this program reads or writes'
     if error.filename:

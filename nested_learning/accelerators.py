@@ -7,8 +7,10 @@ every time computed from them is a lower bound. This module imports no JAX.
 from collections.abc import Iterator, Mapping
 import dataclasses
 import difflib
+import importlib.util
 import itertools
 import math
+import os
 import re
 
 from nested_learning import errors
@@ -319,6 +321,43 @@ def find_kind(device_kind: str) -> Generation | None:
   return next(
     (x for x in GENERATIONS.values() if device_kind in x.device_kinds), None
   )
+
+
+def has_libtpu() -> bool:
+  """Returns whether libtpu, the compiler for TPUs, is installed."""
+  found = importlib.util.find_spec('libtpu')
+  return found is not None or bool(os.environ.get('TPU_LIBRARY_PATH'))
+
+
+def cuda_plugins() -> list[str]:
+  """Returns the modules of JAX's plugins for CUDA that are installed."""
+  if importlib.util.find_spec('jax_plugins') is None:
+    return []
+  names = [f'jax_plugins.xla_cuda{version}' for version in (13, 12)]
+  return [name for name in names if importlib.util.find_spec(name)]
+
+
+def check_platforms(platforms: str | None) -> None:
+  """Checks that JAX can use the platforms that a user asks for.
+
+  Args:
+    platforms: The variable JAX_PLATFORMS, names joined by commas, or None.
+
+  Raises:
+    errors.UserError: The package for one of them is not installed.
+  """
+  for name in (platforms or '').split(','):
+    missing = None
+    if name == 'tpu' and not has_libtpu():
+      missing = "libtpu, which is not installed; pip install '.[tpu]'"
+    if name in ('cuda', 'gpu') and not cuda_plugins():
+      missing = (
+        "JAX's plugin for CUDA, which is not installed; pip install '.[cuda]'"
+      )
+    if missing is not None:
+      raise errors.UserError(
+        f'JAX_PLATFORMS={platforms} needs {missing}, or unset it.'
+      )
 
 
 def _nearest(spec: str) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import importlib
-import importlib.util
 import os
 import re
 from typing import Any
@@ -76,9 +75,7 @@ def compile(traced: Any) -> tuple[Any, str | None]:
 
 
 def _tpus(topology):
-  if not (
-    importlib.util.find_spec('libtpu') or os.environ.get('TPU_LIBRARY_PATH')
-  ):
+  if not accelerators.has_libtpu():
     raise errors.UserError(
       f'--topology={topology} is compiled by libtpu, which is not '
       "installed; pip install '.[tpu]', or set TPU_LIBRARY_PATH to a "
@@ -98,12 +95,7 @@ def _tpus(topology):
 
 
 def _gpus(topology):
-  plugins = [
-    f'jax_plugins.xla_cuda{version}'
-    for version in (13, 12)
-    if importlib.util.find_spec('jax_plugins')
-    and importlib.util.find_spec(f'jax_plugins.xla_cuda{version}')
-  ]
+  plugins = accelerators.cuda_plugins()
   if not plugins:
     version = jax.__version__
     raise errors.UserError(

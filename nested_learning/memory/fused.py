@@ -23,6 +23,7 @@ from nested_learning.memory import writes
 
 _ROW_TILE = 8  # tokens of a chunk are a multiple: a tile's second axis
 _INTERPRET_VMEM = 2**26
+_WORTH_SAYING = 1.25  # bytes in tiles over bytes
 
 
 def scan_fused(
@@ -77,13 +78,19 @@ def scan_fused(
     trees = call.body, call.shared, call.state, call.tokens
     reason = 'its network or its inputs are made with other arrays'
     if call.body is not None:
-      reason = "a head's memory is larger than VMEM"
+      width = max(x.shape[-1] for x in jax.tree.leaves(inputs))
+      vmem_bytes = _vmem_bytes(interpret)
       plan = fused_plan.make_plan(
-        *trees, vmem_bytes=_vmem_bytes(interpret), interpret=interpret
+        *trees, vmem_bytes=vmem_bytes, interpret=interpret
       )
       if plan is not None:
         body, *arrays = trees
+        if not interpret:
+          _say_padding(width, fused_plan.padding(*arrays))
         return call.finish(*fused_scan.scan(body, plan, *arrays))
+      reason = fused_plan.why_too_large(
+        *trees, width=width, vmem_bytes=vmem_bytes
+      )
   _say_once(reason)
   return chunk_scan.scan_chunks(*arguments, **options)
 
@@ -123,6 +130,18 @@ def unsupported(
 @functools.cache
 def _say_once(reason: str) -> None:
   logging.warning('A memory runs without a fused kernel: %s.', reason)
+
+
+@functools.cache
+def _say_padding(width: int, ratio: float) -> None:
+  if ratio > _WORTH_SAYING:
+    logging.warning(
+      'Arrays of a head of width %d take %.1f times their bytes in VMEM, where '
+      'tiles have 8 x 128 entries; widths that are multiples of 128 waste '
+      'least.',
+      width,
+      ratio,
+    )
 
 
 def _is_tpu() -> bool:

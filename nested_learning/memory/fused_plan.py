@@ -19,6 +19,7 @@ _KEPT_BYTES = 2**30
 # Results inside a body that lie in VMEM at a time, of all that it computes.
 _LIVE = 0.25
 _TILE = 8, 128
+_USABLE = 0.9  # of VMEM, by arrays of a head
 
 
 class Plan(NamedTuple):
@@ -59,15 +60,85 @@ def make_plan(
   Returns:
     The plan, or None if no head of the body fits into VMEM.
   """
-  rows, heads, chunks = jax.tree.leaves(tokens)[0].shape[:3]
-  rows, heads = rows // num_row_shards(rows), heads // num_head_shards(heads)
-  per_head = tuple(
+  heads, every, charges = _charges(body, shared, state, tokens)
+  needed = _total(charges)
+  fitting = [
+    g
+    for g in range(1, min(heads, _MOST_HEADS) + 1)
+    if heads % g == 0 and g * needed <= _USABLE * vmem_bytes
+  ]
+  if not fitting:
+    return None
+  return Plan(max(fitting), every, vmem_bytes, interpret)
+
+
+def why_too_large(
+  body: Body,
+  shared: Any,
+  state: Any,
+  tokens: Any,
+  *,
+  width: int,
+  vmem_bytes: int,
+) -> str:
+  """Says how much VMEM a head needs, and which width of heads fits.
+
+  Args:
+    body: As in `make_plan`, which has found no plan.
+    shared: As in `make_plan`.
+    state: As in `make_plan`.
+    tokens: As in `make_plan`.
+    width: Channels of a head.
+    vmem_bytes: VMEM of a core.
+  """
+  charges = _charges(body, shared, state, tokens)[-1]
+  usable = _USABLE * vmem_bytes
+
+  def fits(other):
+    resize = lambda n: n // width * other if n % width == 0 else n
+    return _total(charges, resize) <= usable
+
+  widths = range(width - width % _TILE[0], 0, -_TILE[0])
+  nearest = next(filter(fits, widths), None)
+  return (
+    f'a head of width {width} needs {_total(charges) / 2**20:.0f} MiB of VMEM, '
+    f'and a core has {usable / 2**20:.0f} for it; the nearest width that fits '
+    f'is {nearest}'
+  )
+
+
+def padding(shared: Any, state: Any, tokens: Any) -> float:
+  """Returns the bytes of a head's arrays in VMEM over their own bytes.
+
+  Args:
+    shared: As in `make_plan`.
+    state: As in `make_plan`.
+    tokens: As in `make_plan`.
+  """
+  leaves = jax.tree.leaves(_per_head(shared, state, tokens))
+  own = sum(x.size * x.dtype.itemsize for x in leaves)
+  return sum(map(_tiled_bytes, leaves)) / own
+
+
+def _per_head(shared, state, tokens):
+  """Returns shapes of the arrays of one head, and of one chunk of tokens."""
+  return tuple(
     layout.without_leading(tree, number)
     for tree, number in ((shared, 2), (state, 2), (tokens, 3))
   )
+
+
+def _charges(body, shared, state, tokens):
+  """Returns heads of a device, chunks between kept states, and what fills VMEM.
+
+  The last is a list of pairs: an array of a head, and the share of its bytes.
+  """
+  rows, heads, chunks = jax.tree.leaves(tokens)[0].shape[:3]
+  rows, heads = rows // num_row_shards(rows), heads // num_head_shards(heads)
+  per_head = _per_head(shared, state, tokens)
   outputs = jax.eval_shape(body, *per_head)[1]
-  size = lambda *trees: sum(map(_tiled_bytes, jax.tree.leaves(trees)))
-  kept = rows * heads * chunks * size(per_head[1])
+  one = lambda share, *trees: [(x, share) for x in jax.tree.leaves(trees)]
+  kept = rows * heads * chunks * _total(one(1, per_head[1]))
   # Of n chunks, a copy every sqrt(n) costs as much VMEM as HBM.
   divisors = range(1, math.isqrt(chunks) + 1)
   divisors = [k for k in divisors if chunks % k == 0]
@@ -75,21 +146,21 @@ def make_plan(
   # The backward pass needs more than the forward pass: shared arrays and states
   # with their gradients, tokens with theirs, and what `jax.vjp` saves. Blocks
   # are doubled, so that the next ones are fetched while these are computed.
-  inside = _LIVE * _vjp_bytes(body, per_head, outputs)
-  needed = (
-    4 * size(per_head[0])
-    + (8 + every) * size(per_head[1])
-    + 4 * every * size(per_head[2], outputs)
-    + inside
-  )
-  fitting = [
-    g
-    for g in range(1, min(heads, _MOST_HEADS) + 1)
-    if heads % g == 0 and g * needed <= 0.9 * vmem_bytes
+  charges = [
+    *one(4, per_head[0]),
+    *one(8 + every, per_head[1]),
+    *one(4 * every, per_head[2], outputs),
+    *one(_LIVE, _vjp_results(body, per_head, outputs)),
   ]
-  if not fitting:
-    return None
-  return Plan(max(fitting), every, vmem_bytes, interpret)
+  return heads, every, charges
+
+
+def _total(charges, resize: Callable[[int], int] = lambda n: n) -> float:
+  """Returns the bytes of charges whose dimensions are resized."""
+  return sum(
+    share * _tiled_bytes(jax.ShapeDtypeStruct([*map(resize, x.shape)], x.dtype))
+    for x, share in charges
+  )
 
 
 def mesh_axes(rows: int, heads: int) -> jax.sharding.PartitionSpec:
@@ -152,16 +223,16 @@ def cost(
   )
 
 
-def _vjp_bytes(body, inputs, outputs) -> int:
-  """Returns the bytes of everything that the backward pass of a body makes."""
+def _vjp_results(body, inputs, outputs) -> list[Any]:
+  """Returns everything that the backward pass of a body makes, as shapes."""
   pull = lambda *x: jax.vjp(body, *x[:3])[1](x[3])
   jaxpr = jax.make_jaxpr(pull)(*inputs, (inputs[1], outputs))
-  return sum(
-    _tiled_bytes(x.aval)
+  return [
+    jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype)
     for equation in jaxpr.eqns
     for x in equation.outvars
     if getattr(x.aval, 'shape', None)
-  )
+  ]
 
 
 def _tiled_bytes(x) -> int:

@@ -1,5 +1,6 @@
 """Tests of launch/run.py, called as a user calls it."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ from absl.testing import parameterized
 import pytest
 
 from launch import workdirs
+from nested_learning import accelerators
 from nested_learning import configs
 from nested_learning import errors
 from nested_learning import files
@@ -139,6 +141,37 @@ class RunTest(parameterized.TestCase):
     result = self._toy('--profile=2:3', *arguments)
     self._assert_refused(result, message)
     self.assertIn('--profile=2:3 is for', result.stderr)
+
+  @parameterized.parameters(
+    ('tpu', '[tpu]'), ('cuda,cpu', '[cuda]'), ('cpu,gpu', '[cuda]')
+  )
+  def test_platforms_without_their_package_are_one_line(self, names, extra):
+    with (
+      mock.patch.object(importlib.util, 'find_spec', return_value=None),
+      mock.patch.dict(os.environ, TPU_LIBRARY_PATH=''),
+      self.assertRaises(errors.UserError) as raised,
+    ):
+      accelerators.check_platforms(names)
+    message = str(raised.exception)
+    self.assertStartsWith(message, f'JAX_PLATFORMS={names} needs ')
+    self.assertEndsWith(message, f"pip install '.{extra}', or unset it.")
+    accelerators.check_platforms('cpu')
+    accelerators.check_platforms(None)
+
+  def test_a_backend_that_does_not_start_is_one_line(self):
+    error = (
+      "raise RuntimeError('Unable to initialize backend \\'tpu\\': busy.\\nx')"
+    )
+    self.folder.create_file(
+      'experiments/busy.py', content=_FILE.replace("return int('three')", error)
+    )
+    result = self._call(
+      '--config=experiments/busy.py', '--workdir=runs/b', '--set=fail=bug'
+    )
+    self.assertEqual(result.returncode, 42)
+    self.assertEqual(
+      result.stderr, "run.py: Unable to initialize backend 'tpu': busy.\n"
+    )
 
   def test_config_is_written_and_repeats_the_run(self):
     self._assert_done(self._toy('--set=size=6'), 'train 6 def')

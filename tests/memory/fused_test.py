@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import functools
 import importlib.util
 import itertools
+import re
 from typing import Any
 from unittest import mock
 
@@ -266,6 +267,53 @@ class PlainRulesTest(parameterized.TestCase):
     rule = problems.make_rule('matrix', {'chunk_size': 16, **settings})
     reason = fused.unsupported(rule, **{'project': None, **options})
     self.assertRegex(reason, message)
+
+  def trace(self, width, vmem_bytes):
+    """Returns why a matrix memory of a width has no kernel, and the padding."""
+    network = memory.make_matrix(num_heads=1, dim=width, num_vectors=1)
+    rule = problems.make_rule('matrix', {'chunk_size': 64})
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+    token = shape(1, 1, 128, width)
+    rate = shape(1, 1, 128, 1)
+    inputs = memory.WriteInputs(token, token, rate, rate, query=token)
+    initial = {'in': shape(1, width, width)}
+    run = lambda initial, inputs: memory.scan_fused(
+      network, rule, initial, None, inputs, project=None
+    )
+    with (
+      mock.patch.object(fused, '_is_tpu', lambda: True),
+      mock.patch.object(fused, '_vmem_bytes', lambda _: vmem_bytes),
+      mock.patch.object(fused, '_say_once') as say_why,
+      mock.patch.object(fused, '_say_padding') as say_padding,
+    ):
+      jax.eval_shape(run, initial, inputs)
+    first = lambda said: said.call_args.args if said.called else None
+    return first(say_why), first(say_padding)
+
+  def test_names_the_width_that_fits_into_vmem(self):
+    (reason,), _ = self.trace(1024, 2**24)
+    found = re.fullmatch(
+      r'a head of width 1024 needs (\d+) MiB of VMEM, and a core has 14 for '
+      r'it; the nearest width that fits is (\d+)',
+      reason,
+    )
+    self.assertGreater(int(found[1]), 14)
+    fits = int(found[2])
+    self.assertBetween(fits, 256, 1016)
+    self.assertIsNone(self.trace(fits, 2**24)[0])
+    self.assertIsNotNone(self.trace(fits + 8, 2**24)[0])
+
+  def test_names_the_padding_of_heads_that_fill_no_tile(self):
+    why, (width, ratio) = self.trace(48, 2**26)
+    self.assertIsNone(why)
+    self.assertEqual(width, 48)
+    self.assertBetween(ratio, 2.0, 3.0)  # maps [48, 48] lie in 128 lanes
+    self.assertLess(self.trace(128, 2**26)[1][1], 1.5)
+    for ratio, number in ((1.1, 0), (2.5, 1)):
+      fused._say_padding.cache_clear()
+      with mock.patch.object(fused.logging, 'warning') as warning:
+        fused._say_padding(48, ratio)
+      self.assertEqual(warning.call_count, number)
 
   def test_a_network_with_arrays_of_its_own_runs_plainly(self):
     scale = jnp.full((problems.DIM,), 2.0)
