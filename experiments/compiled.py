@@ -2,6 +2,7 @@
 
     python experiments/compiled.py
     python experiments/compiled.py --only=hope_170m,v6e:4x4
+    python experiments/compiled.py --check
 
 Needs libtpu (pip install '.[tpu]', or TPU_LIBRARY_PATH) but no TPU; rows of
 GPUs need jaxlib's plugin for CUDA but no GPU. Each row is a
@@ -10,11 +11,14 @@ compiles the rows that are missing or whose config has changed; --again compiles
 all chosen rows. After every row, the page and the numbers are written to
 experiments/compiled/README.md and table.json.
 
+--check compiles nothing: it lists the rows that are missing, whose config has
+changed, or whose code has changed since their commit. The page marks the last.
+
 Time: two to eight minutes a row on one core, longer with more tokens per
 device.
 
 Exits with 0 if the table has every chosen row, with 1 if one could not be
-compiled, with 2 and one line if a flag is wrong.
+compiled or --check names one, with 2 and one line if a flag is wrong.
 """
 
 import os
@@ -29,7 +33,7 @@ from launch import startup
 if __name__ == '__main__':
   startup.begin()  # before the imports, which take longer
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -54,6 +58,9 @@ _ONLY = flags.DEFINE_list(
 _AGAIN = flags.DEFINE_bool(
   'again', False, 'Compile rows that the table has already, too.'
 )
+_CHECK = flags.DEFINE_bool(
+  'check', False, 'List the rows that are out of date; compile nothing.'
+)
 _WORKDIR = flags.DEFINE_string(
   'workdir', 'runs/compiled', 'Folder for the output of each row.'
 )
@@ -64,8 +71,9 @@ class Row:
   """An experiment, and a slice to compile it for.
 
   Attributes:
-    name: 'hope_' or 'transformer_', and a size of experiments/hope.py; 'llama_'
-      and a size of experiments/pretrained/llama.py.
+    name: 'hope_', 'transformer_' or 'gated_deltanet_', and a size of
+      experiments/hope.py; 'llama_' and a size of
+      experiments/pretrained/llama.py.
     topology: The slice, as for --topology.
     settings: Overrides, as for --set.
   """
@@ -92,6 +100,21 @@ class Row:
 
 
 _OLDER = '†'  # beside numbers of an older count
+_CHANGED = '‡'  # beside rows whose code has changed
+# The code that a row concerns; without memories, of Transformers.
+_CODE = (
+  'nested_learning/accelerators.py',
+  'nested_learning/compilation',
+  'nested_learning/layers',
+  'nested_learning/levels',
+  'nested_learning/models',
+  'nested_learning/optimizers',
+  'nested_learning/planning',
+  'nested_learning/sharding.py',
+  'nested_learning/training/sharded_step.py',
+  'nested_learning/training/step.py',
+)
+_MEMORY_CODE = ('nested_learning/memory', 'nested_learning/context_parallel.py')
 
 # Without levels that learn inside a row, to see what these cost.
 _FROZEN = ('inner.levels=()',)
@@ -100,27 +123,33 @@ ROWS = (
   Row('hope_170m', 'v5e:4x4'),
   Row('hope_170m', 'v5e:4x4', _FROZEN),
   Row('transformer_170m', 'v5e:4x4'),
+  Row('gated_deltanet_170m', 'v5e:4x4'),
   Row('hope_170m', 'v6e:4x4'),
   Row('hope_170m', 'h100:1x8'),
   Row('hope_340m', 'v5e:4x8'),
   Row('transformer_340m', 'v5e:4x8'),
+  Row('gated_deltanet_340m', 'v5e:4x8'),
   Row('hope_340m', 'v5p:2x4x4'),
   Row('hope_760m', 'v5e:8x8'),
   Row('transformer_760m', 'v5e:8x8'),
+  Row('gated_deltanet_760m', 'v5e:8x8'),
   Row('hope_760m', 'v5p:4x4x4'),
   Row('hope_1p3b', 'v5e:8x16'),
   Row('hope_1p3b', 'v5e:8x16', _FROZEN),
   Row('transformer_1p3b', 'v5e:8x16'),
+  Row('gated_deltanet_1p3b', 'v5e:8x16'),
   Row('hope_1p3b', 'v5p:4x4x8'),
   Row('hope_1p3b', 'v5e:8x16*2', ('mesh.model=4',)),
   Row('hope_1p3b', 'h100:4x8', ('mesh.model=1',)),
   Row('hope_7b', 'v5p:4x4x8'),
   Row('hope_7b', 'v5p:4x4x8', _FROZEN),
   Row('transformer_7b', 'v5p:4x4x8'),
+  Row('gated_deltanet_7b', 'v5p:4x4x8'),
   Row('hope_7b', 'v6e:8x16'),
   Row('hope_70b', 'v5p:8x8x16'),
   Row('hope_70b', 'v5p:8x8x16', _FROZEN),
   Row('transformer_70b', 'v5p:8x8x16'),
+  Row('gated_deltanet_70b', 'v5p:8x8x16'),
   Row('hope_70b', 'tpu7x:8x8x8'),
   Row('llama_8b', 'v5p:4x4x4'),
   Row('llama_8b', 'v6e:8x8'),
@@ -177,8 +206,7 @@ def run(
   Returns:
     A line for each row that could not be compiled.
   """
-  path = folder / 'table.json'
-  table = json.loads(path.read_text('utf-8')) if path.exists() else {}
+  path, table = folder / 'table.json', _read(folder)
   failed = []
   for row in rows:
     fingerprint = _fingerprint(row)
@@ -282,6 +310,13 @@ def describe(table: Sequence[dict[str, Any]]) -> str:
     "TPUs estimates cycles, too; they are no bound, and v6e's and tpu7x's "
     'clocks are not published. Nothing was run.',
   ]
+  changed = sum(stale(row) is not None for row in table)
+  if changed:
+    sections.append(
+      f'{_CHANGED} {changed} rows are older than the code that they concern, '
+      'or of a commit that is not known; `python experiments/compiled.py '
+      '--check` lists them, and --again compiles them anew.'
+    )
   if any(_is_older(row) for row in table):
     sections.append(
       f'{_OLDER} An older count of memory traffic: a slice that is taken in a '
@@ -297,6 +332,50 @@ def describe(table: Sequence[dict[str, Any]]) -> str:
   return '\n\n'.join(sections) + '\n'
 
 
+def stale(row: Mapping[str, Any]) -> str | None:
+  """Returns why a row of table.json is older than its code, or None."""
+  commit = row.get('source', {}).get('commit')
+  if commit is None:
+    return 'it left no record of its commit'
+  spec = Row(row['name'], row['topology']).spec.partition(':')[0]
+  paths = [*_CODE, os.path.relpath(spec, _ROOT)]
+  if not row['name'].startswith('transformer_'):
+    paths += _MEMORY_CODE
+  number = provenance.changes_since(commit, paths)
+  if number is None:
+    return f'its commit, {commit}, is not known here'
+  if number:
+    return f'its code has changed in {number} commits since {commit}'
+  return None
+
+
+def check(rows: Sequence[Row], folder: pathlib.Path) -> list[str]:
+  """Returns a line for each row that is missing or out of date.
+
+  Args:
+    rows: The chosen rows.
+    folder: Folder of table.json.
+  """
+  table = _read(folder)
+  lines = []
+  for row in rows:
+    found = table.get(row.key)
+    if found is None:
+      reason = 'it is not in the table'
+    elif found['config'] != _fingerprint(row):
+      reason = 'its config has changed'
+    else:
+      reason = stale(found)
+    if reason is not None:
+      lines.append(f'{row.key}: {reason}.')
+  return lines
+
+
+def _read(folder: pathlib.Path) -> dict[str, Any]:
+  path = folder / 'table.json'
+  return json.loads(path.read_text('utf-8')) if path.exists() else {}
+
+
 def _is_older(row: dict[str, Any]) -> bool:
   """Whether the row's memory traffic was counted without nested fusions."""
   is_counted = 'mfu_bound' in row
@@ -309,7 +388,8 @@ def _line(row: dict[str, Any]) -> list[Any]:
   mesh = [f'{axis} {size}' for axis, size in row['mesh'].items() if size > 1]
   mark = _OLDER if _is_older(row) else ''
   return [
-    ' '.join([row['name'], *row['settings']]),
+    ' '.join([row['name'], *row['settings']])
+    + (_CHANGED if stale(row) else ''),
     row['topology'],
     ' x '.join(mesh) or 'one device',
     row['accumulate'],
@@ -373,12 +453,16 @@ def main() -> None:
 
 def _main() -> int:
   programs.check_path('workdir', _WORKDIR.value, folder=True)
-  failed = run(
-    choose(_ONLY.value),
-    _EXPERIMENTS / 'compiled',
-    lambda row: compile_in_process(row, pathlib.Path(_WORKDIR.value)),
-    again=_AGAIN.value,
-  )
+  rows, folder = choose(_ONLY.value), _EXPERIMENTS / 'compiled'
+  if _CHECK.value:
+    failed = check(rows, folder)
+  else:
+    failed = run(
+      rows,
+      folder,
+      lambda row: compile_in_process(row, pathlib.Path(_WORKDIR.value)),
+      again=_AGAIN.value,
+    )
   for line in failed:
     programs.print_error(line)
   return 1 if failed else 0

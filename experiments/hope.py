@@ -8,7 +8,8 @@ Command, for the size 170m, 340m, 760m, 1p3b, 7b or 70b:
   python launch/run.py --config=experiments/hope.py:1p3b --mode=compile \
     --topology=v5e:8x16 --workdir=runs/hope_1p3b_compiled
 
-`transformer_170m` and so on is Transformer++ of the same width and depth.
+`transformer_170m` and `gated_deltanet_170m`, and so on, are Transformer++ and
+Gated DeltaNet of the same width and depth.
 
 Hardware: 64 devices up to 760M, 128 for 1.3B and 7B, 1,024 for 70B, or any
 number whose mesh.data x mesh.fsdp divides the rows of a batch.
@@ -36,6 +37,7 @@ from nested_learning import sharding
 from nested_learning import training
 
 _STEP = 2**19  # tokens
+_FAMILIES = 'hope', 'transformer', 'gated_deltanet'
 
 
 class _Size(NamedTuple):
@@ -63,14 +65,14 @@ def get_config(arg: str | None = None) -> training.ExperimentConfig:
   others.
 
   Args:
-    arg: The size of Hope, or 'transformer_' and a size.
+    arg: The size of Hope; or 'transformer_' or 'gated_deltanet_', and a size.
   """
   family, _, name = ('_' + (arg or '')).rpartition('_')
   family = family.removeprefix('_') or 'hope'
-  if name not in _SIZES or family not in ('hope', 'transformer'):
+  if name not in _SIZES or family not in _FAMILIES:
     raise errors.UserError(
       f'hope.py:{arg or ""} must name a size, one of {", ".join(_SIZES)}, or '
-      'transformer_ and a size.'
+      'transformer_ or gated_deltanet_ and a size.'
     )
   size = _SIZES[name]
   length = _STEP // size.rows

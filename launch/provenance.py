@@ -65,6 +65,27 @@ def read_starts(folder: pathlib.Path) -> list[dict[str, str]]:
   return [json.loads(line) for line in lines]
 
 
+def changes_since(commit: str, paths: Sequence[str]) -> int | None:
+  """Returns how many commits changed the code at some paths.
+
+  Args:
+    commit: The commit of a result, perhaps with '-dirty'; later ones count.
+    paths: Files and folders, from the root of the repository.
+
+  Returns:
+    The number, or None if the commit is not known here.
+  """
+  since = f'{commit.removesuffix(_DIRTY)}..HEAD'
+  git = ['git', '-C', str(_ROOT), 'rev-list', '--count', since]
+  try:
+    found = subprocess.run(
+      [*git, '--', *paths, ':!*.md'], capture_output=True, text=True, check=True
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return int(found.stdout)
+
+
 def listed(
   sources: Iterable[Mapping[str, str]], more: Mapping[str, str]
 ) -> str:

@@ -11,6 +11,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from experiments import compiled
+from launch import provenance
 from nested_learning import accelerators
 from nested_learning import configs
 from nested_learning import errors
@@ -89,6 +90,45 @@ class CompiledTest(parameterized.TestCase):
     page = compiled.describe([found | {'settings': []}])
     self.assertNotIn('†', page)
     self.assertIn('| 0.500 ', page)
+
+  @parameterized.parameters(
+    (0, None, ''),
+    (3, 'its code has changed in 3 commits since abc1234', '‡'),
+    (None, 'its commit, abc1234, is not known here', '‡'),
+  )
+  def test_marks_rows_that_are_older_than_their_code(self, age, reason, mark):
+    row = summary(_ROWS[0]) | {'settings': []}
+    row['source'] = dict.fromkeys(provenance.provenance(), 'x')
+    row['source']['commit'] = 'abc1234'
+    with mock.patch.object(
+      provenance, 'changes_since', return_value=age
+    ) as changes:
+      self.assertEqual(compiled.stale(row), reason)
+      self.assertIn(f'| hope_170m{mark} ', compiled.describe([row]))
+      compiled.stale(row | {'name': 'transformer_170m'})
+    calls = changes.call_args_list
+    hope, transformer = calls[0].args[1], calls[-1].args[1]
+    self.assertIn('experiments/hope.py', transformer)
+    self.assertIn('nested_learning/memory', hope)
+    self.assertNotIn('nested_learning/memory', transformer)
+
+  def test_check_names_rows_that_are_missing_or_out_of_date(self):
+    self.run_rows(_ROWS[:1])
+    with mock.patch.object(provenance, 'changes_since', return_value=0):
+      lines = compiled.check(_ROWS, self.folder)
+    self.assertEqual(lines, [f'{_ROWS[1].key}: it is not in the table.'])
+    with mock.patch.object(provenance, 'changes_since', return_value=2):
+      (line,) = compiled.check(_ROWS[:1], self.folder)
+    self.assertRegex(line, 'its code has changed in 2 commits since ')
+    with mock.patch.object(compiled, '_fingerprint', return_value='another'):
+      (line,) = compiled.check(_ROWS[:1], self.folder)
+    self.assertEqual(line, f'{_ROWS[0].key}: its config has changed.')
+    path = self.folder / 'table.json'
+    table = json.loads(path.read_text())
+    del table[_ROWS[0].key]['source']
+    path.write_text(json.dumps(table))
+    (line,) = compiled.check(_ROWS[:1], self.folder)
+    self.assertEndsWith(line, 'it left no record of its commit.')
 
   def test_goes_on_after_a_row_that_fails(self):
     def fail_first(row):

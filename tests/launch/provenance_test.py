@@ -40,6 +40,24 @@ class ProvenanceTest(parameterized.TestCase):
     with mock.patch.object(provenance, '_ROOT', self.folder / 'nowhere'):
       self.assertEqual(commit(), 'unknown')
 
+  def test_counts_commits_that_changed_the_code(self):
+    self._git('init')
+    commits = []
+    for name in ('a/1.py', 'a/2.py', 'a/page.md', 'b/1.py'):
+      path = self.folder / name
+      path.parent.mkdir(exist_ok=True)
+      path.write_text('1')
+      self._git('add', '.')
+      self._git('commit', '-m', name)
+      with mock.patch.object(provenance, '_ROOT', self.folder):
+        commits.append(provenance.provenance()['commit'])
+    with mock.patch.object(provenance, '_ROOT', self.folder):
+      count = provenance.changes_since
+      self.assertEqual(count(commits[0], ['a']), 1)  # pages are no code
+      self.assertEqual(count(f'{commits[0]}-dirty', ['a', 'b']), 2)
+      self.assertEqual(count(commits[-1], ['a', 'b']), 0)
+      self.assertIsNone(count('unknown', ['a']))
+
   def test_starts_of_a_run(self):
     arguments = ['sweep.py', '--run_flag=--env=TOKEN=geheim']
     with mock.patch.object(sys, 'argv', arguments):
