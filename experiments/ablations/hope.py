@@ -75,6 +75,9 @@ def get_config(arg: str | None = None) -> training.ExperimentConfig:
   levels = ('mlp',)
   if name in _OTHERS:
     mixer = models.zoo.make_sized(name, _SIZE).mixer
+  elif name == 'gated_deltanet_levels_3':
+    levels = _CHAIN
+    mixer = models.zoo.make_sized('gated_deltanet', _SIZE).mixer
   elif name == 'printed':
     levels, mixer = _CHAIN, models.zoo.make_sized('hope_printed', _SIZE).mixer
   elif name == 'levels_3':
@@ -126,7 +129,8 @@ def fit(
 
 
 def _names() -> tuple[str, ...]:
-  return (*_MEMORIES, 'levels_3', 'printed', *_OTHERS)
+  chains = 'levels_3', 'printed', 'gated_deltanet_levels_3'
+  return (*_MEMORIES, *chains, *_OTHERS)
 
 
 def _memory(changes: Mapping[str, Any]) -> memory_mixer.MemoryMixerConfig:
