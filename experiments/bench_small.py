@@ -14,7 +14,7 @@ runs resume, and finished ones are kept beside the pages of the tasks, below
 experiments/results/small, from which another --workdir goes on. There the page
 has all tasks that were ever run.
 
-Hardware: two CPU cores, about an hour; half a day with --all.
+Hardware: two CPU cores, about an hour by estimate; a day with --all.
 
 The exit code is 0 if all runs are finished and all gates of their models hold;
 1, with a line for each run that failed and each gate; 2, with one line, if a
@@ -104,8 +104,8 @@ def _run() -> int:
       flush=True,
     )
     code = programs.call([sys.executable, *command], _ROOT)
-    if code > 2 or code < 0:  # by a signal
-      return code
+    if code < 0 or code > 128:  # by a signal
+      return code if code > 0 else 128 - code
     failed += [f'{family} on {name}: exit code {code}'] if code else []
   verdicts = report.write(_ROOT / results)
   print(f'{results}/{report.PAGE} has the results.')

@@ -1,17 +1,23 @@
 """The small suite: its tasks, its page, and the command."""
 
+import contextlib
+import io
 import json
 import pathlib
 import re
 import subprocess
 import sys
+from unittest import mock
 
 from absl.testing import absltest
+from absl.testing import flagsaver
 from absl.testing import parameterized
 import pytest
 
+from experiments import bench_small
 from experiments.small import report
 from experiments.small import suite
+from launch import programs
 from launch import sweeps
 from nested_learning import configs
 from nested_learning import errors
@@ -21,6 +27,34 @@ from tests.experiments import page_numbers
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _FILE = str(_ROOT / 'experiments' / 'small' / 'suite.py')
+
+
+def _keep(results, task, **scores):
+  """Writes the files of a sweep: scores by family, seed and length."""
+  summary, runs = {}, {}
+  for family, by_seed in scores.items():
+    summary[f'{family}/train.learning_rate'] = 0.004
+    for rate in ('2e-3', '4e-3'):
+      for seed, (score, longer) in enumerate(by_seed):
+        values = {'accuracy': score, 'all_right': score}
+        values |= {'all_right_2x': longer, 'accuracy_2x': longer}
+        values |= {'num_parameters': 1234, 'train_seconds': 60.5 + seed}
+        line = {'step': 5, 'validation/accuracy': score}
+        runs[f'{family},learning_rate={rate}/seed_{seed}'] = {
+          'source': [{'commit': 'abcdef1', 'date': '2026-01-01'}],
+          'summary': values if rate == '4e-3' else {'accuracy': 0.123},
+          'evaluations': [line],
+        }
+  folder = results / task
+  folder.mkdir(parents=True)
+  (folder / 'summary.json').write_text(json.dumps(summary))
+  lines = [f'"{name.replace("/seed_", chr(34) + ",")}' for name in runs]
+  (folder / 'results.csv').write_text('\n'.join(['cell,seed', *lines]))
+  runs['hope,learning_rate=4e-3/seed_7'] = {  # of earlier settings
+    'source': [],
+    'summary': {'accuracy': 0.456},
+  }
+  (folder / 'runs.json').write_text(json.dumps({'base': {}, 'runs': runs}))
 
 
 class SuiteTest(parameterized.TestCase):
@@ -94,33 +128,6 @@ class ReportTest(absltest.TestCase):
     super().setUp()
     self.folder = pathlib.Path(self.create_tempdir().full_path)
 
-  def _keep(self, task, **scores):
-    """Writes the files of a sweep: scores by family, seed and length."""
-    summary, runs = {}, {}
-    for family, by_seed in scores.items():
-      summary[f'{family}/train.learning_rate'] = 0.004
-      for rate in ('2e-3', '4e-3'):
-        for seed, (score, longer) in enumerate(by_seed):
-          values = {'accuracy': score, 'all_right': score}
-          values |= {'all_right_2x': longer, 'accuracy_2x': longer}
-          values |= {'num_parameters': 1234, 'train_seconds': 60.5 + seed}
-          line = {'step': 5, 'validation/accuracy': score}
-          runs[f'{family},learning_rate={rate}/seed_{seed}'] = {
-            'source': [{'commit': 'abcdef1', 'date': '2026-01-01'}],
-            'summary': values if rate == '4e-3' else {'accuracy': 0.123},
-            'evaluations': [line],
-          }
-    folder = self.folder / task
-    folder.mkdir()
-    (folder / 'summary.json').write_text(json.dumps(summary))
-    lines = [f'"{name.replace("/seed_", chr(34) + ",")}' for name in runs]
-    (folder / 'results.csv').write_text('\n'.join(['cell,seed', *lines]))
-    runs['hope,learning_rate=4e-3/seed_7'] = {  # of earlier settings
-      'source': [],
-      'summary': {'accuracy': 0.456},
-    }
-    (folder / 'runs.json').write_text(json.dumps({'base': {}, 'runs': runs}))
-
   def _write(self):
     verdicts = report.write(self.folder)
     page = page_numbers.read_text(self.folder)
@@ -134,7 +141,8 @@ class ReportTest(absltest.TestCase):
     }
 
   def test_models_that_have_not_learned_are_not_compared(self):
-    self._keep(
+    _keep(
+      self.folder,
       'parity',
       hope=[(1.0, 0.97), (0.99, 0.96)],
       transformer=[(0.9, 0.5), (0.8, 0.25)],
@@ -157,7 +165,8 @@ class ReportTest(absltest.TestCase):
     self.assertTrue((self.folder / 'parity.png').stat().st_size)
 
   def test_a_baseline_that_has_not_learned_fails_its_gate(self):
-    self._keep(
+    _keep(
+      self.folder,
       'mqar_rewritten',
       transformer=[(0.1, 0.1)],
       linear_attention=[(0.95, 0.9)],
@@ -176,6 +185,40 @@ class ReportTest(absltest.TestCase):
 
 
 class CommandTest(absltest.TestCase):
+  def test_fails_with_a_gate_of_its_models_or_a_sweep(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    scores = {'transformer': [(0.1, 0.1)], 'hope': [(1.0, 1.0)]}
+    _keep(folder, 'mqar_rewritten', **scores)
+    for family, code, expected in (
+      ('hope', 0, ''),
+      ('hope', 1, 'hope on mqar_rewritten: exit code 1\n'),
+      (
+        'transformer',
+        0,
+        'transformer on mqar_rewritten: the gate does not hold\n',
+      ),
+    ):
+      with (
+        flagsaver.as_parsed(
+          only=f'{family},mqar_rewritten', results=str(folder)
+        ),
+        mock.patch.object(programs, 'call', return_value=code) as call,
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()) as err,
+      ):
+        self.assertEqual(bench_small._run(), int(bool(expected)))
+      self.assertEqual(err.getvalue(), expected)
+      command, _ = call.call_args.args
+      self.assertIn(f'--only={family},*', command)
+      self.assertIn(f'--results={folder}/mqar_rewritten', command)
+      self.assertIn('--seeds=3', command)
+    with (
+      flagsaver.as_parsed(only='hope,mqar_rewritten', results=str(folder)),
+      mock.patch.object(programs, 'call', return_value=-15),
+      contextlib.redirect_stdout(io.StringIO()),
+    ):
+      self.assertEqual(bench_small._run(), 143)
+
   @pytest.mark.slow
   def test_trains_resumes_and_fails_with_a_gate(self):
     workdir = pathlib.Path(self.create_tempdir().full_path, 'small')
