@@ -7,21 +7,25 @@ people wrote name command, commit and date in every section.
 """
 
 from collections.abc import Callable
+import dataclasses
 import json
 import pathlib
 import re
 import shutil
 from typing import NamedTuple
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
 
 from experiments import cells as cells_lib
 from experiments import compiled
+from experiments import pages
 from experiments import streams
 from experiments import streams_report
 from experiments.pretrained import streams as pretrained_streams
 from experiments.pretrained import streams_report as pretrained_report
+from nested_learning import configs
 from nested_learning import models
 from tests.experiments import page_numbers
 
@@ -193,14 +197,40 @@ def wrong_in_readme(text: str) -> list[str]:
 _VERSIONS = {'3.11'}  # of Python
 
 
-def _remake(name: str, scratch: pathlib.Path) -> pathlib.Path | None:
-  """Writes the page of some cells again; returns its folder."""
-  if name not in _REPORTS:
+def _remake(
+  name: str, folder: pathlib.Path, scratch: pathlib.Path
+) -> pathlib.Path | None:
+  """Writes the page of some cells again; returns its folder, None if unknown.
+
+  Nothing is measured: a cell that the page's command would measure is an error.
+  """
+  made = scratch / 'page'
+  if name in _REPORTS:
+    _REPORTS[name](cells_lib.Store(scratch, folder, {}), made)
+    return made
+  programs = [
+    page.program
+    for page in pages.PAGES.values()
+    if (page.folder, page.flag) == (name, '--set=results')
+  ]
+  if not programs:
     return None
-  folder = scratch / name
-  store = cells_lib.Store(scratch, _RESULTS / name, {})
-  _REPORTS[name](store, folder)
-  return folder
+  shutil.copytree(folder, made)
+  spec = programs[0][1].removeprefix('--config=')
+  experiment = configs.load_experiment(str(_ROOT / spec))
+  config = dataclasses.replace(experiment.config, results=str(made))
+  with mock.patch.object(cells_lib, 'measure', _find):
+    experiment.run(config, str(scratch / 'run'), 'train')
+  return made
+
+
+def _find(store, task, name, settings, make_values) -> cells_lib.Cell:
+  """Returns a finished cell, in place of `cells.measure`."""
+  del make_values
+  found = cells_lib.read(store, task).get(name)
+  if found is None or not cells_lib.agrees(found, settings):
+    raise AssertionError(f'{task}: {name} is not there with these settings.')
+  return found
 
 
 _REPORTS = {
@@ -220,7 +250,8 @@ class ClaimsTest(parameterized.TestCase):
       return page_numbers.wrong_in_sweep(folder)
     if name == 'optimizers':
       return page_numbers.wrong_in_optimizers(folder)
-    made = _remake(name, pathlib.Path(self.create_tempdir().full_path))
+    scratch = pathlib.Path(self.create_tempdir().full_path)
+    made = _remake(name, folder, scratch)
     return (
       page_numbers.wrong_in_copy(folder, made)
       if made

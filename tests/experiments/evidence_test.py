@@ -47,6 +47,7 @@ class EvidenceTest(parameterized.TestCase):
     self.assertEqual(
       without,
       {
+        'benchmarks/gpu.py',  # needs a GPU
         'benchmarks/peers.py',  # needs another Python with PyTorch
         'lm_eval.py',  # needs a checkpoint
         'pretrained/llama.py',  # a size, for compiled.py
