@@ -17,11 +17,10 @@ results.csv, summary.json and plots; --collect makes these at any time.
 --results=DIR puts them there, with every finished run in runs.json, from which
 another --workdir, also on another machine, goes on.
 
---tune makes the cells that --grid would make, and runs them with seed 0: all of
-them, or numbers from the largest down until the best has no untried neighbour.
-Of the cells that differ in its field only, the one with the best first metric
-then runs with the other seeds, and has a line in the table. Finished runs of a
-sweep that had the field in --grid count.
+--tune makes the cells that --grid would make, and runs each with seed 0. Of the
+cells that differ in its field only, the one with the best first metric then
+runs with the other seeds, and has a line in the table. Finished runs of a sweep
+that had the field in --grid count.
 
 The exit code is 0 when all runs are finished, 1 with a line for each failed run
 if some are not, and otherwise as for launch/run.py (launch/README.md).
@@ -73,9 +72,8 @@ _GRID = flags.DEFINE_multi_string(
 _TUNE = flags.DEFINE_string(
   'tune',
   None,
-  'A field and its values, as for --grid. They are tried with seed 0, numbers '
-  'from the largest down until the best has no untried neighbour; the best by '
-  'the first of --metrics gets the other seeds.',
+  'A field and its values, as for --grid. All are tried with seed 0, and the '
+  'best by the first of --metrics gets the other seeds.',
 )
 _SET = flags.DEFINE_multi_string(
   'set', [], 'Changes a field of all cells, as for launch/run.py. Repeatable.'
@@ -257,6 +255,7 @@ def _plan(stored: sweeps.Record | None) -> sweeps.Record:
     printed=sweep.printed,
     commands=_command(),
     tune=tune,
+    descends=sweep.descends,
   )
   return sweeps.update(record, stored)
 

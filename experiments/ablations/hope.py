@@ -10,7 +10,8 @@ Results: experiments/results/ablations/hope/README.md.
 Every row is a model of two layers and width 128, trained as in
 `experiments/quickstart.py`: the same bytes, batches, steps and optimiser. The
 width of the MLPs gives every model the same number of parameters within 3 per
-cent. Every rate of the grid is tried with seed 0; the best one gets all seeds.
+cent. Rates of the grid are tried with seed 0, from the largest down until the
+best one has no neighbour that was not tried; the best one gets all seeds.
 """
 
 from collections.abc import Mapping
@@ -101,6 +102,7 @@ def get_sweep() -> sweeps.Sweep:
     rows=tuple(sweeps.Row(name, arg=name) for name in _names()),
     metrics=METRICS,
     tune='train.learning_rate=1e-3,2e-3,4e-3,8e-3',
+    descends=True,
   )
 
 

@@ -45,14 +45,17 @@ class Sweep:
 
   Rows and a grid make a cell for every row at every point of the grid. A sweep
   with neither has one cell, `config`, without changes. A tuned field makes the
-  cells that it would make in the grid. Each of them runs with seed 0, and of
-  those that differ in this field only, the one with the best first metric runs
-  with the other seeds.
+  cells that it would make in the grid. They run with seed 0, and of those that
+  differ in this field only, the one with the best first metric runs with the
+  other seeds.
   """
 
   rows: tuple[Row, ...] = ()
   grid: tuple[str, ...] = ()  # 'path=value,value', see parse_grid
   tune: str = ''  # the same, of one field that is searched before the seeds
+  # Whether its numbers are tried from the largest down until the best one has
+  # no untried neighbour, for metrics with one valley, in place of all.
+  descends: bool = False
   # Keys of summary.json, in the order of the table's columns. 'loss:min' and
   # 'score:max' say which value is best if the key does not. An empty tuple
   # shows every number that differs among the runs.

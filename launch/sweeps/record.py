@@ -42,6 +42,7 @@ class Record:
   printed: str = ''
   commands: tuple[str, ...] = ()  # every command that added to it
   tune: str = ''  # path of the tuned field
+  descends: bool = False  # see cells.Sweep
   commits: tuple[str, ...] = ()  # of runs of earlier versions
 
 

@@ -1,9 +1,4 @@
-"""The search of one field with seed 0, before the other seeds.
-
-Numbers are searched from the largest down: the two largest come first, and then
-the untried neighbours of the best one, until it has none. Other values are all
-tried.
-"""
+"""The search of one field with seed 0, before the other seeds."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -69,31 +64,32 @@ def search(
     found = None
     if finite:
       found = select(finite, key=finite.get)  # the first of equal ones
-    due = _next_values(list(cells), tried, found)
+    near = list(cells)
+    if record.descends and all(map(results_lib.is_number, near)):
+      near = _next_numbers(near, tried, found)
+    due = [value for value in cells if value in near and value not in tried]
     searches.append(Search(name, cells, tried, due, None if due else found))
   return searches
 
 
-def _next_values(
+def _next_numbers(
   values: Sequence[str], tried: Mapping[str, float], best: str | None
 ) -> list[str]:
-  """Returns the values to try next, in their order.
+  """Returns the numbers to try next in a search from the largest down.
+
+  The two largest come first, then the neighbours of the best one.
 
   Args:
     values: All values.
     tried: Those that are tried.
     best: The best of them; None if none is finite.
   """
-  near = values
-  if all(map(results_lib.is_number, values)):
-    ordered = sorted(values, key=float)
-    if best is not None:
-      at = ordered.index(best)
-      near = ordered[max(at - 1, 0) : at + 2]
-    else:  # downwards, past those that diverged
-      untried = [value for value in ordered if value not in tried]
-      near = untried[-1:] if tried else untried[-2:]
-  return [value for value in values if value in near and value not in tried]
+  ordered = sorted(values, key=float)
+  if best is not None:
+    at = ordered.index(best)
+    return ordered[max(at - 1, 0) : at + 2]
+  untried = [value for value in ordered if value not in tried]
+  return untried[-1:] if tried else untried[-2:]  # past those that diverged
 
 
 def is_due(searches: Sequence[Search], cell: str, seed: int) -> bool:
@@ -189,15 +185,19 @@ def sections(
       by_cell.setdefault(result.cell, []).append(number)
   ends = ', '.join(f'{s.name} ({s.best})' for s in searches if _is_at_end(s))
   values = list(dict.fromkeys(v for found in searches for v in found.cells))
-  how = ''
   if all(map(results_lib.is_number, values)):
     values.sort(key=float)
-    how = ', from the largest down until the best has no untried neighbour'
+  how = f'Every value of `{record.tune}` runs'
+  if record.descends:
+    how = (
+      f'Values of `{record.tune}` run from the largest down, until the best '
+      'one has no neighbour that was not tried,'
+    )
   scores = [[s.name, *(_text(s, value) for value in values)] for s in searches]
   return [
-    f'Values of `{record.tune}` run with seed 0{how}. The one with the {word} '
-    f'{key} runs with all {record.num_seeds} seeds, whose results are shown. '
-    'The value is selected by the same number that cells are compared by.',
+    f'{how} with seed 0. The one with the {word} {key} runs with all '
+    f'{record.num_seeds} seeds, whose results are shown. The value is selected '
+    'by the same number that cells are compared by.',
     table,
     f'**Best at an end of the values tried: {ends}.**' if ends else '',
     results_lib.outcome(key, best, by_cell),

@@ -1,5 +1,6 @@
 """Tests of the search of one field before the seeds."""
 
+import functools
 import json
 import pathlib
 import re
@@ -53,7 +54,10 @@ class TuningTest(parameterized.TestCase):
       sweeps.Sweep(grid=grid, tune='text=c')
 
   def test_numbers_are_tried_from_the_largest_down(self):
-    record = self._make_record('size=1,2,4,8,16')
+    make = functools.partial(
+      self._make_record, 'size=1,2,4,8,16', descends=True
+    )
+    record = make()
     self.assertEqual(
       self._list_due(record), (['size=8/seed_0', 'size=16/seed_0'], ['config'])
     )
@@ -66,24 +70,38 @@ class TuningTest(parameterized.TestCase):
     self._write('size=2', 3.0)  # worse, so that 1 is not tried
     expected = ['size=4/seed_1', 'size=4/seed_2']
     self.assertEqual(self._list_due(record), (expected, []))
-    largest = self._make_record('size=1,2,4,8,16', metrics=('loss:max',))
+    largest = make(metrics=('loss:max',))
     self.assertEqual(self._list_due(largest), (['size=1/seed_0'], ['config']))
 
   def test_largest_value_wins_after_two(self):
-    record = self._make_record('size=1,2,4')
+    record = self._make_record('size=1,2,4', descends=True)
     self._write('size=4', 1.0)
     self._write('size=2', 2.0)
     expected = ['size=4/seed_1', 'size=4/seed_2']
     self.assertEqual(self._list_due(record), (expected, []))
     # One that is added beside it is tried as well.
-    record = self._make_record('size=1,2,4,8')
+    record = self._make_record('size=1,2,4,8', descends=True)
     self.assertEqual(self._list_due(record), (['size=8/seed_0'], ['config']))
 
   def test_values_without_an_order_are_all_tried(self):
-    record = self._make_record('text=a,b,c', tune='text')
+    record = self._make_record('text=a,b,c', tune='text', descends=True)
     self._write('text=a', 1.0)
     due = ['text=b/seed_0', 'text=c/seed_0']
     self.assertEqual(self._list_due(record), (due, ['config']))
+
+  def test_seeds_of_the_best_value_when_all_are_tried(self):
+    record = self._make_record('size=1,2,4')
+    seed_0 = [f'size={value}/seed_0' for value in (1, 2, 4)]
+    self.assertEqual(self._list_due(record), (seed_0, ['config']))
+    self._write('size=1', 3.0)
+    self._write('size=4', 1.0)
+    self.assertEqual(self._list_due(record), (seed_0[1:2], ['config']))
+    self._write('size=2', 2.0)
+    expected = ['size=4/seed_1', 'size=4/seed_2']
+    self.assertEqual(self._list_due(record), (expected, []))
+    largest = self._make_record('size=1,2,4', metrics=('loss:max',))
+    expected = ['size=1/seed_1', 'size=1/seed_2']
+    self.assertEqual(self._list_due(largest), (expected, []))
 
   def test_rows_and_points_have_searches_of_their_own(self):
     record = self._make_record('text=a,b', 'size=1,2', num_seeds=2)
@@ -160,15 +178,14 @@ class TuningTest(parameterized.TestCase):
     self.assertIn('| text=c | 0.5 | – | – |', self.page)
     self.assertIn('the values tried: text=b (4).**', self.page)
     self.assertIn('lowest loss is that of text=a. No different', self.page)
-    # Three values of each with seed 0, two more runs of text=a and of text=b,
-    # and the earlier one. Of text=c, size=1 is an end, so that 2 comes next.
-    self.assertIn('10 of 13 runs are finished', self.page)
+    # Nine of seed 0, two more of text=a and of text=b, and the earlier one.
+    self.assertIn('10 of 14 runs are finished', self.page)
     self.assertEqual(self.summary['text=a/loss'], 2.0)
     self.assertEqual(self.summary['text=a/loss/spread'], 1.0)
     self.assertEqual(self.summary['text=b/size'], 4.0)
     self.assertNotIn('text=c/size', self.summary)
     lines = (self.workdir / 'results.csv').read_text().splitlines()
-    self.assertLen(lines, 1 + 13)
+    self.assertLen(lines, 1 + 14)
     self.assertIn('"text=a,size=1",1,finished,,a,1,9.0', lines)
 
   def test_values_without_an_order_have_no_ends(self):
