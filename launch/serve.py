@@ -66,6 +66,7 @@ _MAX_BYTES = flags.DEFINE_integer(
 _LIMITS = {
   'num_slots': 'Requests in work at a time.',
   'max_queue': 'Requests that wait for a slot.',
+  'read_rows': 'Texts that one program reads; by default 1 on CPUs, else all.',
   'max_read_tokens': 'Most tokens that a request reads.',
   'max_draw_tokens': 'Most tokens that a request draws.',
   'max_sessions': 'Sessions in memory and on the disk.',

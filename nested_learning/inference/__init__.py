@@ -11,6 +11,9 @@ from nested_learning.inference.generate import check_tokens
 from nested_learning.inference.generate import GenerateConfig
 from nested_learning.inference.generate import make_generate
 from nested_learning.inference.generate import make_prompt_reader
+from nested_learning.inference.read_rows import read_together
+from nested_learning.inference.read_rows import Reading
+from nested_learning.inference.read_rows import take_group
 from nested_learning.inference.sampling import check_draw
 from nested_learning.inference.sampling import check_sampling
 from nested_learning.inference.sampling import DrawConfig

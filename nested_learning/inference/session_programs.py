@@ -127,7 +127,7 @@ class PieceRead(NamedTuple):
   Attributes:
     now: The session.
     rows: int [n], rows of the tokens that have a loss.
-    places: int [n], their places in the call.
+    places: int [n], their places in the call, or in the piece.
     losses: float32 [n], in nats.
   """
 
@@ -258,27 +258,64 @@ def read_pieces(
   Yields:
     The session after each piece.
   """
+  for piece in cut(programs, now, inputs, learn=learn):
+    done = read_piece(programs, params, now, gather(inputs, piece), learn=learn)
+    places = piece.index[done.rows, done.places]
+    now = done.now
+    yield done._replace(places=places)
+
+
+def cut(
+  programs: Programs, now: Snapshot, inputs: Inputs, *, learn: bool
+) -> Iterator[Piece]:
+  """Returns the pieces in which `read_pieces` reads a call."""
   size = programs.segment_size
   offset = now.clock % size if learn else np.zeros_like(now.clock)
-  for piece in pieces(inputs.mask, offset, size):
-    state, clock, age = _make_room(programs, params, now) if learn else now
-    take = lambda x, p=piece: np.take_along_axis(x, p.index, axis=1)
-    tokens, reset = take(inputs.tokens), take(inputs.reset) & piece.mask
-    has_loss = piece.mask & ~reset
-    has_loss[:, 0] &= clock > 0
-    count = piece.mask.sum(axis=1)
-    if learn and (count == size).all():  # and so from one border to the next
-      found, state = programs.segment(params, state, tokens, reset)
-    else:
-      found, state = programs.piece(params, state, tokens, reset, piece.mask)
-      ended = ((clock + count) % size == 0) & (count > 0)
-      if learn and ended.any():
-        state = programs.end_segments(params, state, ended)
-    now = Snapshot(state, clock + count, age + count)
-    rows, places = np.nonzero(has_loss)
-    yield PieceRead(
-      now, rows, piece.index[rows, places], np.asarray(found)[rows, places]
-    )
+  return pieces(inputs.mask, offset, size)
+
+
+def gather(inputs: Inputs, piece: Piece) -> Inputs:
+  """Returns the tokens of a piece."""
+  take = lambda x: np.take_along_axis(x, piece.index, axis=1)
+  reset = take(inputs.reset) & piece.mask
+  return Inputs(take(inputs.tokens), reset, piece.mask)
+
+
+def read_piece(
+  programs: Programs,
+  params: Any,
+  now: Snapshot,
+  inputs: Inputs,
+  *,
+  learn: bool = True,
+) -> PieceRead:
+  """Reads tokens that end within the open segment of every row.
+
+  Args:
+    programs: The compiled functions.
+    params: Parameters from `programs.prepare`.
+    now: The session before.
+    inputs: The tokens, with padding on the right alone.
+    learn: See `read_pieces`.
+
+  Returns:
+    The session after them; places are those in `inputs`.
+  """
+  size, (tokens, reset, mask) = programs.segment_size, inputs
+  state, clock, age = _make_room(programs, params, now) if learn else now
+  has_loss = mask & ~reset
+  has_loss[:, 0] &= clock > 0
+  count = mask.sum(axis=1)
+  if learn and (count == size).all():  # and so from one border to the next
+    found, state = programs.segment(params, state, tokens, reset)
+  else:
+    found, state = programs.piece(params, state, tokens, reset, mask)
+    ended = ((clock + count) % size == 0) & (count > 0)
+    if learn and ended.any():
+      state = programs.end_segments(params, state, ended)
+  now = Snapshot(state, clock + count, age + count)
+  rows, places = np.nonzero(has_loss)
+  return PieceRead(now, rows, places, np.asarray(found)[rows, places])
 
 
 def forget(

@@ -65,20 +65,20 @@ def warm_up(service: service_lib.Service) -> None:
   Raises:
     Exception: What such a request failed of.
   """
-  tokenizer = service.checkpoint.tokenizer
+  document = service.checkpoint.tokenizer.document_id
   size = service.checkpoint.session.segment_size
   draw = engine_lib.Draw(1, inference.DrawSettings())
-  results = []
-  for num_tokens, learn in ((size + 1, True), (max(size // 2, 1), False)):
-    request = service_lib.Request(
-      'warm_up',
-      text=[tokenizer.document_id] * num_tokens,
-      learn=learn,
-      draw=draw,
-    )
-    service.start(request, results.append)
-    while service.step():
-      pass
+  results, num_rows = [], 1
+  while num_rows <= min(service.engine.read_rows, service.limits.num_slots):
+    for num_tokens, learn in ((size + 1, True), (max(size // 2, 1), False)):
+      request = service_lib.Request(
+        'warm_up', text=[document] * num_tokens, learn=learn, draw=draw
+      )
+      for _ in range(num_rows):
+        service.start(request, results.append)
+      while service.step():
+        pass
+    num_rows *= 2
   for result in results:
     if isinstance(result, Exception):
       raise result

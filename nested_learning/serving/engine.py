@@ -6,16 +6,17 @@
       pass
     session.move(ticket.outcome.now)
 
-A job reads tokens and then draws some. `step` reads one piece of one job, of at
-most a segment, and draws one token of every job that draws, so a long text
-delays a running answer by a piece at a time. Pieces are read by the programs of
-a single session, and the tokens of all jobs are drawn by one program
+A job reads tokens and then draws some. `step` reads one piece of some jobs, of
+at most a segment, and draws one token of every job that draws, so a long text
+delays a running answer by a piece at a time. Pieces of several jobs are read by
+one program (`inference.read_together`), and so are the tokens of all jobs drawn
 (`inference.DrawSlots`).
 
 A job that learns reads what it has drawn once more, as `Session.generate` does
 with `keep`: levels rest while tokens are drawn. What is learned is then the
-same, bit for bit, as in a session alone that draws the same tokens. A job that
-does not learn reads with levels at rest. Nobody sees the snapshot of a job
+same as in a session alone that draws the same tokens: bit for bit where texts
+are read one at a time, see `Limits.read_rows`. A job that does not learn reads
+with levels at rest. Nobody sees the snapshot of a job
 before it is complete, so a job that fails or is cancelled changes nothing.
 """
 
@@ -24,6 +25,7 @@ from collections.abc import Callable, Hashable
 import dataclasses
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from nested_learning import errors
@@ -119,14 +121,26 @@ class _Work:
     self.slot: int | None = None  # in which it draws
     self.drawn: list[int] = []
     self.reason: Literal['stop', 'length'] = 'length'
-    self.losses = np.full(len(self.job.tokens), np.nan, np.float32)
-    self.answer_losses = np.zeros(0, np.float32)
-    self.before = self.now = engine.begin(self.job)
-    self.reading = engine.read(self, self.job.tokens, self.job.reset)
+    self.before = engine.begin(self.job)
+    self.prompt = self.reading = engine.read(
+      self.before, self.job.tokens, self.job.reset, learn=self.job.learn
+    )
+    self.answer: inference.Reading | None = None
+
+  @property
+  def answer_losses(self) -> np.ndarray:
+    """Losses of the answer, if it was learned."""
+    return (
+      np.zeros(0, np.float32) if self.answer is None else self.answer.losses
+    )
 
 
 class Engine:
-  """Works on the jobs of many sessions on one checkpoint."""
+  """Works on the jobs of many sessions on one checkpoint.
+
+  Attributes:
+    read_rows: Most texts that are read by one program.
+  """
 
   def __init__(
     self,
@@ -145,6 +159,9 @@ class Engine:
     self._programs, self._params = session.programs, session.prepared
     self._model_vocab = session.model.config.vocab_size
     self._limits = limits
+    # A CPU reads several rows no faster than one after the other.
+    usual = 1 if jax.default_backend() == 'cpu' else limits.num_slots
+    self.read_rows = limits.read_rows or usual
     self._slots = inference.DrawSlots(
       self._programs,
       self._params,
@@ -203,16 +220,13 @@ class Engine:
     self._tell(ticket)
 
   def step(self) -> bool:
-    """Reads a piece of one job, and draws a token of all others.
+    """Reads a piece of some jobs, and draws a token of all others.
 
     Returns:
       Whether there is more to do.
     """
     self._admit()
-    if self._reading:
-      work = self._reading.popleft()
-      if self._guard(work, self._read_piece):
-        self._reading.append(work)
+    self._read()
     for slot, drawn in self._draw().items():
       if slot in self._drawing:  # what another job told may have cancelled it
         self._guard(self._drawing[slot], self._take, drawn)
@@ -231,25 +245,49 @@ class Engine:
         )
     return now
 
-  def read(self, work: _Work, tokens: Any, reset: Any):
-    """Returns an iterator that reads tokens for a job, or nothing."""
-    if not len(tokens):
-      return iter(())
-    inputs = session_programs.check_inputs(
-      tokens, reset, None, num_rows=1, vocab_size=self._model_vocab
+  def read(
+    self,
+    now: session_programs.Snapshot,
+    tokens: Any,
+    reset: Any,
+    *,
+    learn: bool,
+  ) -> inference.Reading:
+    """Begins to read tokens for a job, or nothing."""
+    inputs = None
+    if len(tokens):
+      inputs = session_programs.check_inputs(
+        tokens, reset, None, num_rows=1, vocab_size=self._model_vocab
+      )
+    return inference.Reading(self._programs, now, inputs, learn=learn)
+
+  def _read(self) -> None:
+    """Reads a piece of the job whose turn it is, and of those like it."""
+    group = inference.take_group(
+      [work.reading for work in self._reading], most=self.read_rows
     )
-    return session_programs.read_pieces(
-      self._programs, self._params, work.now, inputs, learn=work.job.learn
-    )
+    works = [work for work in self._reading if work.reading in group]
+    if group:
+      try:
+        found = inference.read_together(self._programs, self._params, group)
+      except Exception as error:  # such as a device that has run out of memory
+        self._fail_all(works, error)
+        return
+      for work, done in zip(works, found, strict=True):
+        if work in self._reading:  # what another job told may have cancelled it
+          self._reading.remove(work)
+          self._reading.append(work)  # behind those that wait for their turn
+          self._guard(work, self._take_piece, done)
+    for work in list(self._reading):
+      if work.reading.piece is None and work in self._reading:
+        self._guard(work, self._end_reading)
 
   def _draw(self) -> dict[int, inference.Drawn]:
     """Draws a token for every job that draws; an error ends these jobs."""
     try:
       return self._slots.draw()
     except Exception as error:  # such as a device that has run out of memory
-      for work in list(self._drawing.values()):
-        self._release(work)
-        self._fail(work.ticket, error)
+      self._fail_all(list(self._drawing.values()), error)
       return {}
 
   def _check(self, job: Job) -> None:
@@ -313,22 +351,21 @@ class Engine:
       self._fail(work.ticket, error)
       return False
 
-  def _read_piece(self, work: _Work) -> bool:
-    """Reads a piece; returns whether the job goes on reading."""
-    done = next(work.reading, None)
-    if done is not None:
-      if not np.isfinite(done.losses).all():
-        raise _diverged('a token has no finite loss')
-      work.now = done.now
-      into = work.losses if work.slot is None else work.answer_losses
-      into[done.places] = done.losses
-      return True
-    if work.job.draw is not None and work.slot is None:
-      work.slot = self._slots.add(work.now.state, work.job.draw.settings)
+  def _take_piece(self, work: _Work, done: session_programs.PieceRead) -> None:
+    """Takes a piece that was read."""
+    if not np.isfinite(done.losses).all():
+      raise _diverged('a token has no finite loss')
+    work.reading.take(done)
+
+  def _end_reading(self, work: _Work) -> None:
+    """Goes on with a job that has read its text, or learned its answer."""
+    self._reading.remove(work)
+    if work.job.draw is not None and work.answer is None:
+      state = work.reading.now.state
+      work.slot = self._slots.add(state, work.job.draw.settings)
       self._drawing[work.slot] = work
     else:
       self._finish(work)
-    return False
 
   def _take(self, work: _Work, drawn: inference.Drawn) -> bool:
     """Takes a token that was drawn; returns whether the job has ended."""
@@ -347,13 +384,10 @@ class Engine:
     if kept is not None:
       work.reason = 'stop'
       del work.drawn[kept:]
-    slot = work.slot
     self._release(work)
     if work.job.learn and work.drawn:
-      work.slot = slot  # it has drawn
-      work.answer_losses = np.full(len(work.drawn), np.nan, np.float32)
-      tokens = np.array(work.drawn, np.int32)
-      work.reading = self.read(work, tokens, None)
+      tokens, now = np.array(work.drawn, np.int32), work.reading.now
+      work.answer = work.reading = self.read(now, tokens, None, learn=True)
       self._reading.append(work)
     else:
       self._finish(work)
@@ -362,10 +396,10 @@ class Engine:
   def _finish(self, work: _Work) -> None:
     now = None
     if work.job.learn:
-      now = work.now
+      now = work.reading.now
       _check_health(work.before, now)
     work.ticket.outcome = Outcome(
-      now, work.losses, work.drawn, work.answer_losses, work.reason
+      now, work.prompt.losses, work.drawn, work.answer_losses, work.reason
     )
     self._tell(work.ticket)
 
@@ -375,6 +409,11 @@ class Engine:
     if self._drawing.get(work.slot) is work:
       del self._drawing[work.slot]
       self._slots.remove(work.slot)
+
+  def _fail_all(self, works: list[_Work], error: Exception) -> None:
+    for work in works:
+      self._release(work)
+      self._fail(work.ticket, error)
 
   def _fail(self, ticket: Ticket, error: Exception) -> None:
     ticket.error = error

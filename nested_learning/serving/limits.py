@@ -11,6 +11,10 @@ class Limits:
 
   num_slots: int = 8  # requests in work at a time
   max_queue: int = 64  # requests that wait for a slot
+  # Texts that one program reads together. One at a time is exact: what a
+  # session learns does not depend on others. None is 1 on CPUs, which read no
+  # faster in rows, and num_slots elsewhere.
+  read_rows: int | None = None
   max_read_tokens: int = 1_000_000  # tokens of one request, read
   max_draw_tokens: int = 4096  # tokens of one request, drawn
   max_sessions: int = 1000  # in memory and on the disk
@@ -23,7 +27,8 @@ class Limits:
       may_be_zero = ('max_queue', 'idle_seconds', 'save_seconds')
       least = 0 if field.name in may_be_zero else 1
       value = getattr(self, field.name)
-      errors.check_field(self, field.name, value >= least, f'at least {least}')
+      fine = value is None or value >= least
+      errors.check_field(self, field.name, fine, f'at least {least}')
 
 
 class RequestError(errors.UserError):

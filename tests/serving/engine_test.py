@@ -57,28 +57,79 @@ class EngineTest(parameterized.TestCase):
     super().setUp()
     self.enterContext(compiling.quickly())
 
-  def test_jobs_that_learn_equal_sessions_alone(self):
-    lengths = (5, 11, 3, 8, 1)
-    sessions = [tiny.base().fork() for _ in lengths]
+  @parameterized.product(read_rows=(1, 4), window=(6, None))
+  def test_jobs_that_learn_equal_sessions_alone(self, read_rows, window):
+    lengths = (5, 11, 3, 8, 1, 9)
+    base = tiny.base(window)
+    sessions = [base.fork() for _ in lengths]
     for i, session in enumerate(sessions):
       session.feed(tiny.draw_tokens(2 * i + 1, seed=10 + i))
     prompts = [tiny.draw_tokens(n, seed=n) for n in lengths]
+    settings = _SETTINGS + _SETTINGS[:1]
     jobs = [
-      make_job(session, prompt, num_tokens=4 + i, settings=settings, learn=True)
-      for i, (session, prompt, settings) in enumerate(
-        zip(sessions, prompts, _SETTINGS, strict=True)
+      make_job(session, prompt, num_tokens=4 + i, settings=x, learn=True)
+      for i, (session, prompt, x) in enumerate(
+        zip(sessions, prompts, settings, strict=True)
       )
     ]
-    outcomes = run(tiny.make_engine(num_slots=3), *jobs)
+    engine = tiny.make_engine(base, num_slots=5, read_rows=read_rows)
+    with mock.patch.object(
+      inference, 'read_together', wraps=inference.read_together
+    ) as read:
+      outcomes = run(engine, *jobs)
+    widest = max(len(call.args[2]) for call in read.call_args_list)
+    self.assertEqual(widest, read_rows)
+    # Products of several rows may add in another order.
+    assert_equal = tiny.assert_equal if read_rows == 1 else tiny.assert_close
     for i, outcome in enumerate(outcomes):
       alone = sessions[i].fork()
       losses = alone.fork().feed(prompts[i])
-      found = generate(alone, prompts[i], _SETTINGS[i], 4 + i, keep=True)
+      found = generate(alone, prompts[i], settings[i], 4 + i, keep=True)
       np.testing.assert_array_equal(outcome.tokens, found.tokens[0])
-      np.testing.assert_array_equal(outcome.losses, losses[0])
+      assert_equal(outcome.losses, losses[0])
       self.assertTrue(np.isfinite(outcome.answer_losses).all())
       self.assertEqual(outcome.reason, 'length')
-      tiny.assert_equal(outcome.now, alone.now)
+      assert_equal(outcome.now, alone.now)
+
+  def test_texts_that_are_read_together_equal_those_alone_at_rest(self):
+    session = tiny.base().fork()
+    session.feed(tiny.draw_tokens(9))
+    prompts = [tiny.draw_tokens(n, seed=n) for n in (3, 10, 1, 4, 7)]
+    outcomes = []
+    for read_rows in (1, 4):
+      jobs = [make_job(session, prompt) for prompt in prompts]
+      outcomes.append(run(tiny.make_engine(read_rows=read_rows), *jobs))
+    for alone, together in zip(*outcomes, strict=True):
+      self.assertEqual(alone.tokens, together.tokens)
+      tiny.assert_close(alone.losses, together.losses)
+
+  def test_a_text_that_diverges_fails_alone_among_those_read_with_it(self):
+    session, broken = tiny.base().fork(), tiny.base().fork()
+    for x in (session, broken):
+      x.feed(tiny.draw_tokens(3))
+    state = broken.state
+    state = state._replace(logits=state.logits * np.nan)
+    broken.move(broken.now._replace(state=state))
+    engine = tiny.make_engine(read_rows=2)
+    jobs = [make_job(x, tiny.draw_tokens(3)) for x in (session, broken)]
+    good, bad = map(engine.submit, jobs)
+    while engine.step():
+      pass
+    self.assertLen(good.outcome.tokens, 6)
+    self.assertEqual(bad.error.code, 'diverged')
+
+  def test_an_error_of_the_program_that_reads_ends_what_it_read(self):
+    session, engine = tiny.base(), tiny.make_engine(read_rows=2)
+    with mock.patch.object(inference, 'read_together', side_effect=MemoryError):
+      tickets = [
+        engine.submit(make_job(session, tiny.draw_tokens(3))) for _ in range(3)
+      ]
+      engine.step()
+    while engine.step():
+      pass
+    self.assertIsInstance(tickets[0].error, MemoryError)
+    self.assertIsInstance(tickets[1].error, MemoryError)
+    self.assertLen(tickets[2].outcome.tokens, 6)
 
   def test_jobs_that_do_not_learn_equal_a_model_at_rest(self):
     session = tiny.base().fork()
@@ -220,7 +271,7 @@ class EngineTest(parameterized.TestCase):
     with mock.patch.object(
       inference.DrawSlots, 'draw', side_effect=MemoryError
     ):
-      reading = engine.submit(make_job(session, tiny.draw_tokens(3)))
+      reading = engine.submit(make_job(session, tiny.draw_tokens(9)))
       engine.step()
     self.assertIsInstance(drawing.error, MemoryError)
     while engine.step():

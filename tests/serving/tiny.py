@@ -80,3 +80,9 @@ def draw_tokens(num_tokens: int, seed: int = 0) -> np.ndarray:
 def assert_equal(one, two) -> None:
   """Asserts that two snapshots are equal, bit for bit."""
   jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def assert_close(one, two) -> None:
+  """Asserts that two snapshots are equal but for rounding."""
+  near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+  jax.tree.map(near, one, two)
