@@ -84,17 +84,25 @@ _CLAIMS = (
     ],
   ),
   Claim(
-    r'a small Hope is (\d\.\d+) bits per byte ahead of Transformer\+\+',
+    r'a small Hope is (\d\.\d+) bits per byte ahead of Transformer\+\+, '
+    r'(\d\.\d+) ahead of Hope as printed',
     'ablations/hope',
-    lambda sweep: [sweep.summary['transformer/bits_per_byte/difference']],
+    lambda sweep: [
+      sweep.summary[f'{row}/bits_per_byte/difference']
+      for row in ('transformer', 'printed')
+    ],
   ),
 )
 # Words of README's table, and patterns of the page that say the same.
 _WORDS = (
   (
-    'no different from Gated DeltaNet',
+    'no different from Gated DeltaNet; memories that make its keys, values and '
+    'rates change nothing but its speed',
     'ablations/hope',
-    [r'\| gated_deltanet +\| [^|]*\| no different'],
+    [
+      rf'\| {row} +\| [^|]*\| no different'
+      for row in ('gated_deltanet', 'adaptive')
+    ],
   ),
   (
     "on the quickstart's language model M3 without its slow momentum is "
