@@ -6,12 +6,12 @@ import os
 import pathlib
 import re
 import shlex
-import subprocess
 import sys
 import time
 from typing import NamedTuple
 
 from launch import programs
+from launch import provenance
 from nested_learning import files
 
 _HERE = pathlib.Path(__file__).resolve().parents[1]
@@ -222,10 +222,7 @@ def _age(page: Page) -> int | None:
   if not (_HERE / page.path / 'README.md').is_file():
     return None
   code = sorted({path for start in page.code for path in _imported(start)})
-  ages = [
-    _count_changes(commit.removesuffix(_DIRTY), code)
-    for commit in _commits(page)
-  ]
+  ages = [provenance.changes_since(commit, code) for commit in _commits(page)]
   return None if not ages or None in ages else max(ages)
 
 
@@ -263,15 +260,3 @@ def _note_age(page: Page) -> None:
     line = rf'\1{_AGE}**{_changed(age)}**\n'
     text = re.sub(r'(?m)^(- commit: .*\n)', line, text)
   files.write_whole(path, text)
-
-
-def _count_changes(commit: str, paths: Sequence[str]) -> int | None:
-  """Returns how many commits since then changed the paths; None: not known."""
-  git = ['git', '-C', str(_HERE), 'rev-list', '--count', f'{commit}..HEAD']
-  try:
-    found = subprocess.run(
-      [*git, '--', *paths, ':!*.md'], capture_output=True, text=True, check=True
-    )
-  except (OSError, subprocess.CalledProcessError):
-    return None
-  return int(found.stdout)

@@ -13,6 +13,7 @@ from absl.testing import parameterized
 from experiments import pages as pages_lib
 from experiments import report_files
 from launch import programs
+from launch import provenance
 from nested_learning import configs
 
 _ROOT = pathlib.Path(pages_lib.__file__).resolve().parents[1]
@@ -123,6 +124,7 @@ class EvidenceTest(parameterized.TestCase):
   def _start(self):
     self.root = pathlib.Path(self.create_tempdir().full_path)
     self.enter_context(mock.patch.object(pages_lib, '_HERE', self.root))
+    self.enter_context(mock.patch.object(provenance, '_ROOT', self.root))
     self._git('init', '-q')
     imports = 'from experiments import part\n'
     return self._commit(main=imports, part='', other='')
