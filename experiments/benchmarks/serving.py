@@ -4,13 +4,15 @@ Command:
   python launch/run.py --config=experiments/benchmarks/serving.py \
     --workdir=runs/serving
 
-Hardware: two idle CPU cores, or any accelerator.
-Result: not measured yet on an idle machine.
+Hardware: CPU cores, or any accelerator.
+Results: experiments/results/benchmarks/README.md.
 
 Every session asks again as soon as it has its answer. The requests go to the
 service in this process, without HTTP. summary.json has, for each of `sessions`
 and each way to serve them,
   tokens_per_second_WAY_N: tokens read and drawn, by all N sessions;
+  tokens_per_cpu_second_WAY_N: the same by processor time of all threads, which
+    other work on the machine changes less;
   seconds_WAY_N_p50, _p95: from a request to its end;
   first_WAY_N_p50, _p95: from a request to its first token.
 The ways are 'learning' on all slots, 'resting' with learn=False, and 'alone',
@@ -207,24 +209,26 @@ def _measure(config, checkpoint, count, *, learn, slots) -> dict[str, float]:
         )
         for i in range(count)
       ]
-      begin = time.perf_counter()
+      begin = time.perf_counter(), time.process_time()
       for client in clients:
         client.ask()
       while service.step():
         pass
-      seconds = time.perf_counter() - begin
+      end = time.perf_counter(), time.process_time()
       service.close()
     for client in clients:
       for error in client.errors:
         raise error
-    return clients, seconds
+    return clients, *np.subtract(end, begin)
 
   serve(1)  # compiles
-  clients, seconds = serve(config.requests)
+  clients, seconds, cpu_seconds = serve(config.requests)
+  num_tokens = sum(client.num_tokens for client in clients)
   waits = sum((client.seconds for client in clients), [])
   first = sum((client.first for client in clients), [])
   return {
-    'tokens_per_second|': sum(x.num_tokens for x in clients) / seconds,
+    'tokens_per_second|': num_tokens / seconds,
+    'tokens_per_cpu_second|': num_tokens / cpu_seconds,
     **{
       f'{name}|_p{p}': float(np.percentile(values, p))
       for name, values in (('seconds', waits), ('first', first))
