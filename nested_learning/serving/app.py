@@ -243,10 +243,16 @@ def _add_errors(app: fastapi.FastAPI) -> None:
   """Writes all errors as OpenAI's API does."""
 
   @app.exception_handler(exceptions.RequestValidationError)
-  async def invalid(_, error):
+  async def invalid(request, error):
     first = error.errors()[0]
     place = '.'.join(str(x) for x in first['loc'] if x != 'body') or 'the body'
     message = f'{place[:80]}: {first["msg"]}.'
+    kind = request.headers.get('content-type', '')
+    if first['loc'] == ('body',) and 'json' not in kind:
+      message = (
+        f'the body is {kind[:80] or "of no type"} and is not read as JSON; '
+        'send it with the header content-type: application/json.'
+      )
     body = gate.error_body(message, 400, 'invalid')
     body['error']['param'] = place[:80]
     return responses.JSONResponse(body, 400)

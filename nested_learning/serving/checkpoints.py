@@ -60,25 +60,43 @@ def open_checkpoint(
 
 
 def warm_up(service: service_lib.Service) -> None:
-  """Compiles the programs that most requests need, by requests of its own.
+  """Compiles the programs that requests need, by requests of its own.
+
+  These are the programs for pieces of every width and, for each number of
+  requests at a time, those that draw and that read several texts.
 
   Raises:
     Exception: What such a request failed of.
   """
-  document = service.checkpoint.tokenizer.document_id
   size = service.checkpoint.session.segment_size
-  draw = engine_lib.Draw(1, inference.DrawSettings())
-  results, num_rows = [], 1
-  while num_rows <= min(service.engine.read_rows, service.limits.num_slots):
-    for num_tokens, learn in ((size + 1, True), (max(size // 2, 1), False)):
-      request = service_lib.Request(
-        'warm_up', text=[document] * num_tokens, learn=learn, draw=draw
-      )
-      for _ in range(num_rows):
-        service.start(request, results.append)
-      while service.step():
-        pass
+  for i in range(size.bit_length()):
+    _serve(service, 1, size >> i, learn=False)
+  num_rows = 1
+  while num_rows <= service.limits.num_slots:
+    _serve(service, num_rows, size + 1, learn=True)
     num_rows *= 2
+
+
+def _serve(
+  service: service_lib.Service, num_rows: int, num_tokens: int, *, learn: bool
+) -> None:
+  """Serves requests of some tokens until all of them have drawn together."""
+  limits, most = service.limits, service.engine.max_stream
+  num_drawn = min(num_rows + 1, limits.max_draw_tokens)
+  num_tokens = min(num_tokens, limits.max_read_tokens)
+  if most is not None:
+    num_tokens = min(num_tokens, max(most - num_drawn, 1))
+  request = service_lib.Request(
+    'warm_up',
+    text=[service.checkpoint.tokenizer.document_id] * num_tokens,
+    learn=learn,
+    draw=engine_lib.Draw(num_drawn, inference.DrawSettings()),
+  )
+  results = []
+  for _ in range(num_rows):
+    service.start(request, results.append)
+  while service.step():
+    pass
   for result in results:
     if isinstance(result, Exception):
       raise result

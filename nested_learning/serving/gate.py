@@ -14,6 +14,10 @@ from nested_learning.serving import service as service_lib
 
 _OPEN = ('/', '/health')  # without the key
 _NO_KEY = 'the API key is missing or wrong; send Authorization: Bearer KEY.'
+_FOREIGN = (
+  'pages of other sites cannot call this server; call it from its own page or '
+  'from a program.'
+)
 _TYPES = {401: 'authentication_error', 429: 'rate_limit_error'}
 
 
@@ -130,7 +134,9 @@ class Gate:
     )
     length = headers.get(b'content-length', b'0')
     try:
-      if scope['path'] not in _OPEN and not self._knows(headers):
+      if _is_foreign(headers):
+        await refuse(403, _FOREIGN, 'foreign_origin')
+      elif scope['path'] not in _OPEN and not self._knows(headers):
         await refuse(401, _NO_KEY, 'invalid_api_key')
       elif length.isdigit() and int(length) > most:
         await refuse(413, too_large, 'body_too_large')
@@ -150,3 +156,9 @@ class Gate:
     given = headers.get(b'authorization', b'')
     expected = f'Bearer {self._key}'.encode()
     return secrets.compare_digest(given, expected)
+
+
+def _is_foreign(headers) -> bool:
+  """Returns whether a browser sent this for a page of another site."""
+  origin, host = headers.get(b'origin'), headers.get(b'host', b'')
+  return origin is not None and origin.partition(b'://')[2] != host

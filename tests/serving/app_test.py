@@ -201,6 +201,25 @@ class OpenAIRoutesTest(AppTest):
     headers['host'] = 'evil.example'
     self.assertEqual(client.get('/health', headers=headers).status_code, 400)
 
+  def test_refuses_pages_of_other_sites(self):
+    for origin, status in (
+      ('http://testserver', 200),
+      ('https://evil.example', 403),
+      ('null', 403),
+    ):
+      response = self.client.post('/v1/sessions', headers={'origin': origin})
+      self.assertEqual(response.status_code, status)
+    self.assertEqual(response.json()['error']['code'], 'foreign_origin')
+    self.assertLen(self.client.get('/v1/sessions').json()['data'], 1)
+
+  def test_says_how_a_body_of_json_is_sent(self):
+    kind = {'content-type': 'application/x-www-form-urlencoded'}
+    response = self.client.post('/v1/sessions', content='{}', headers=kind)
+    self.assertEqual(response.status_code, 400)
+    self.assertIn(
+      'content-type: application/json', response.json()['error']['message']
+    )
+
 
 class SessionRoutesTest(AppTest):
   def test_learn_fork_roll_back_and_reset(self):
