@@ -84,6 +84,16 @@ _CLAIMS = (
     ],
   ),
   Claim(
+    r'levels that learn save Hope (\d\.\d+) bits per byte, Gated DeltaNet with '
+    r'the same levels (\d\.\d+) and Transformer\+\+ (\d\.\d+); a temperature '
+    r'and a bias in their place save Hope (\d\.\d+)',
+    'streams',
+    lambda data: [
+      *(data.summary[f'{name}_levels_gain'] for name in streams.MODELS),
+      data.summary['hope_calibration_gain'],
+    ],
+  ),
+  Claim(
     r'a small Hope is (\d\.\d+) bits per byte ahead of Transformer\+\+, '
     r'(\d\.\d+) ahead of Hope as printed',
     'ablations/hope',

@@ -35,7 +35,9 @@ def read_summary(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_runs(folder: pathlib.Path) -> list[dict[str, str]]:
-  """Returns the finished runs of results.csv."""
+  """Returns the finished runs of results.csv; none without the file."""
+  if not (folder / 'results.csv').is_file():
+    return []
   with (folder / 'results.csv').open(newline='', encoding='utf-8') as file:
     runs = list(csv.DictReader(file))
   return [run for run in runs if run['status'] == 'finished']
@@ -65,7 +67,7 @@ def _unlike(where: str, shown: str, *wanted: float) -> list[str]:
 
 
 class Sweep(NamedTuple):
-  """The files of a sweep's page."""
+  """The files of a page; one that is no sweep's has no runs."""
 
   text: str
   summary: Mapping[str, Any]
