@@ -21,6 +21,7 @@ from starlette.middleware import trustedhost
 from nested_learning import errors
 from nested_learning.serving import gate
 from nested_learning.serving import limits as limits_lib
+from nested_learning.serving import requests as requests_lib
 from nested_learning.serving import service as service_lib
 from nested_learning.serving import worker as worker_lib
 
@@ -69,15 +70,15 @@ class Server:
       return await self.call(store.find, id)
     return await self.call(store.of_user, user) if user else None
 
-  async def start(self, request: service_lib.Request) -> 'Answer':
+  async def start(self, request: requests_lib.Request) -> 'Answer':
     """Queues a request."""
     answer = Answer(self, asyncio.get_running_loop())
     await answer.start(request)
     return answer
 
   async def finish(
-    self, request: service_lib.Request, http: fastapi.Request
-  ) -> service_lib.Result:
+    self, request: requests_lib.Request, http: fastapi.Request
+  ) -> requests_lib.Result:
     """Queues a request and waits for its end.
 
     A client that goes away cancels it.
@@ -95,7 +96,7 @@ class Answer:
     self._ended: asyncio.Future = loop.create_future()
     self._running: service_lib.Running | None = None
 
-  async def start(self, request: service_lib.Request) -> None:
+  async def start(self, request: requests_lib.Request) -> None:
     """Hands the request to the service."""
     tell = self._loop.call_soon_threadsafe
 
@@ -124,7 +125,7 @@ class Answer:
           self._server.service.engine.cancel, self._running.ticket
         )
 
-  async def result(self, http: fastapi.Request) -> service_lib.Result:
+  async def result(self, http: fastapi.Request) -> requests_lib.Result:
     """Waits for the result."""
     try:
       while not self._ended.done():

@@ -7,6 +7,7 @@ from nested_learning import inference
 from nested_learning import models
 from nested_learning import tasks
 from nested_learning.serving import engine as engine_lib
+from nested_learning.serving import requests as requests_lib
 from nested_learning.serving import service as service_lib
 from nested_learning.training import config as config_lib
 from nested_learning.training import modes
@@ -16,7 +17,7 @@ from nested_learning.training import text_workload
 
 def open_checkpoint(
   config: config_lib.ExperimentConfig, workdir: pathlib.Path, *, name: str
-) -> service_lib.Checkpoint:
+) -> requests_lib.Checkpoint:
   """Opens the last checkpoint of a run, or the model that it was imported from.
 
   Args:
@@ -47,7 +48,7 @@ def open_checkpoint(
     config.inner if config.inner.levels else config.default_inner,
     tokenizer_fingerprint=tokenizer.fingerprint,
   )
-  checkpoint = service_lib.Checkpoint(
+  checkpoint = requests_lib.Checkpoint(
     name,
     session,
     tokenizer,
@@ -86,7 +87,7 @@ def _serve(
   num_tokens = min(num_tokens, limits.max_read_tokens)
   if most is not None:
     num_tokens = min(num_tokens, max(most - num_drawn, 1))
-  request = service_lib.Request(
+  request = requests_lib.Request(
     'warm_up',
     text=[service.checkpoint.tokenizer.document_id] * num_tokens,
     learn=learn,

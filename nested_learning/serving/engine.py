@@ -194,7 +194,7 @@ class Engine:
       limits_lib.RequestError: If the queue is full, or the job is too long.
       errors.UserError: If the model does not have a token, or cannot hold them.
     """
-    self._check(job)
+    self.check(job)
     most = self._limits.num_slots + self._limits.max_queue
     if self.num_running + self.num_waiting >= most:
       raise limits_lib.RequestError(
@@ -206,6 +206,42 @@ class Engine:
     ticket = Ticket(job)
     self._queue.append(ticket)
     return ticket
+
+  def check(self, job: Job) -> None:
+    """Checks that a job can be done, before it waits for a slot.
+
+    Raises:
+      limits_lib.RequestError: If it is too long or empty.
+      errors.UserError: If the model does not have a token.
+    """
+    num_tokens = job.draw.num_tokens if job.draw else 0
+    for value, limit, verb in (
+      (len(job.tokens), self._limits.max_read_tokens, 'read'),
+      (num_tokens, self._limits.max_draw_tokens, 'drawn'),
+    ):
+      if value > limit:
+        raise limits_lib.RequestError(
+          f'{value} tokens to be {verb} are more than the {limit} that this '
+          'server allows in a request; send fewer.',
+          code='too_many_tokens',
+        )
+    if len(job.tokens):
+      tokens = np.asarray(job.tokens)
+      inference.check_tokens(tokens, self._model_vocab)
+    elif job.draw is None:
+      raise limits_lib.RequestError(
+        'there is nothing to read; give some text.', code='empty_text'
+      )
+    length, limit = len(job.tokens) + num_tokens, self.max_stream
+    # Levels learn from a text of any length; its mixers begin new streams.
+    bounded = job.draw is not None or not job.learn
+    if limit is not None and bounded and length > limit:
+      raise limits_lib.RequestError(
+        f'{len(job.tokens)} tokens and {num_tokens} more to draw do not fit '
+        f'the {limit} that the model holds; shorten the prompt or lower '
+        'max_tokens.',
+        code='context_length_exceeded',
+      )
 
   def cancel(self, ticket: Ticket) -> None:
     """Ends a job, if it has not ended; its session stays as it was."""
@@ -289,37 +325,6 @@ class Engine:
     except Exception as error:  # such as a device that has run out of memory
       self._fail_all(list(self._drawing.values()), error)
       return {}
-
-  def _check(self, job: Job) -> None:
-    """Refuses what cannot be done, before it waits for a slot."""
-    num_tokens = job.draw.num_tokens if job.draw else 0
-    for value, limit, verb in (
-      (len(job.tokens), self._limits.max_read_tokens, 'read'),
-      (num_tokens, self._limits.max_draw_tokens, 'drawn'),
-    ):
-      if value > limit:
-        raise limits_lib.RequestError(
-          f'{value} tokens to be {verb} are more than the {limit} that this '
-          'server allows in a request; send fewer.',
-          code='too_many_tokens',
-        )
-    if len(job.tokens):
-      tokens = np.asarray(job.tokens)
-      inference.check_tokens(tokens, self._model_vocab)
-    elif job.draw is None:
-      raise limits_lib.RequestError(
-        'there is nothing to read; give some text.', code='empty_text'
-      )
-    length, limit = len(job.tokens) + num_tokens, self.max_stream
-    # Levels learn from a text of any length; its mixers begin new streams.
-    bounded = job.draw is not None or not job.learn
-    if limit is not None and bounded and length > limit:
-      raise limits_lib.RequestError(
-        f'{len(job.tokens)} tokens and {num_tokens} more to draw do not fit '
-        f'the {limit} that the model holds; shorten the prompt or lower '
-        'max_tokens.',
-        code='context_length_exceeded',
-      )
 
   def _admit(self) -> None:
     """Gives free slots to the jobs that wait, oldest first."""

@@ -11,8 +11,8 @@ from nested_learning import inference
 from nested_learning.serving import app as app_lib
 from nested_learning.serving import engine as engine_lib
 from nested_learning.serving import limits as limits_lib
+from nested_learning.serving import requests as requests_lib
 from nested_learning.serving import schemas
-from nested_learning.serving import service as service_lib
 
 _MAX_PROMPTS = 64  # of one request
 _DEFAULT_TOKENS = 256  # of an answer, if nobody says how many
@@ -54,7 +54,7 @@ def make_router(server: app_lib.Server) -> fastapi.APIRouter:
       'model': checkpoint.name,
     }
     requests = [
-      service_lib.Request(
+      requests_lib.Request(
         'complete',
         text=text,
         session=entry,
@@ -98,7 +98,7 @@ def make_router(server: app_lib.Server) -> fastapi.APIRouter:
     num_tokens = body.max_completion_tokens or body.max_tokens
     num_top = (body.top_logprobs or 0) if body.logprobs else 0
     messages = [{'role': x.role, 'content': x.text} for x in body.messages]
-    request = service_lib.Request(
+    request = requests_lib.Request(
       'chat',
       messages=messages,
       session=entry,
@@ -133,7 +133,7 @@ def make_router(server: app_lib.Server) -> fastapi.APIRouter:
   return router
 
 
-def check_model(checkpoint: service_lib.Checkpoint, name: str | None) -> None:
+def check_model(checkpoint: requests_lib.Checkpoint, name: str | None) -> None:
   """Raises an error if a request asks for another model."""
   if name not in (None, '', checkpoint.name):
     raise limits_lib.RequestError(
@@ -173,7 +173,7 @@ def learning(body: Any, entry: Any) -> dict[str, bool]:
   return {'learn': learn, 'log_text': body.log_text}
 
 
-def about_session(entry: Any, result: service_lib.Result) -> dict[str, Any]:
+def about_session(entry: Any, result: requests_lib.Result) -> dict[str, Any]:
   """Returns what the answer says about the session, beside OpenAI's fields."""
   if entry is None:
     return {}
@@ -200,7 +200,7 @@ def _prompts(prompt: Any) -> list[Any]:
   return prompt
 
 
-async def _finish_all(server, requests, http) -> list[service_lib.Result]:
+async def _finish_all(server, requests, http) -> list[requests_lib.Result]:
   """Serves several requests; the first error cancels the others."""
   answers = []
   try:
@@ -212,7 +212,7 @@ async def _finish_all(server, requests, http) -> list[service_lib.Result]:
       answer.cancel()
 
 
-def _usage(*results: service_lib.Result) -> dict[str, int]:
+def _usage(*results: requests_lib.Result) -> dict[str, int]:
   read = sum(result.num_read for result in results)
   drawn = sum(len(result.drawn) for result in results)
   return {
@@ -264,7 +264,7 @@ async def _stream_completion(base, body, answer, entry):
     return {**base, 'choices': [choice]}
 
   async for piece in answer.pieces():
-    if isinstance(piece, service_lib.Result):
+    if isinstance(piece, requests_lib.Result):
       end = chunk('', [], piece.reason)
       yield {**end, **about_session(entry, piece)}
       if body.wants_usage:
@@ -286,7 +286,7 @@ async def _stream_chat(base, body, answer, entry):
 
   yield chunk({'role': 'assistant', 'content': ''})
   async for piece in answer.pieces():
-    if isinstance(piece, service_lib.Result):
+    if isinstance(piece, requests_lib.Result):
       yield {**chunk({}, reason=piece.reason), **about_session(entry, piece)}
       if body.wants_usage:
         empty = {**chunk({}), 'choices': []}

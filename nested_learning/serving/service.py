@@ -3,7 +3,7 @@
 Its methods are called by one thread, which calls `step` again and again.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 import dataclasses
 import pathlib
 import time
@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nested_learning import data as data_lib
 from nested_learning import inference
 from nested_learning.serving import engine as engine_lib
 from nested_learning.serving import limits as limits_lib
+from nested_learning.serving import requests as requests_lib
 from nested_learning.serving import store as store_lib
 from nested_learning.serving import texts
 
@@ -24,97 +24,6 @@ _EARLIER = (
   {'role': 'user', 'content': '?'},
   {'role': 'assistant', 'content': '!'},
 )
-
-
-class Checkpoint(NamedTuple):
-  """A model to serve.
-
-  Attributes:
-    name: Its name in the API.
-    session: A session of one row that has read nothing.
-    tokenizer: Its tokenizer.
-    render_chat: Renders messages up to where the model answers.
-    stop_tokens: Tokens that end an answer.
-    chat_stops: Strings that end an answer in a chat.
-  """
-
-  name: str
-  session: inference.Session
-  tokenizer: data_lib.Tokenizer
-  render_chat: texts.Render = texts.render_plainly
-  stop_tokens: tuple[int, ...] = ()
-  chat_stops: tuple[str, ...] = texts.PLAIN_STOPS
-
-
-class Drawn(NamedTuple):
-  """A token of an answer, as the API reports it.
-
-  Attributes:
-    text: The text of the token alone.
-    logprob: Its log-probability in nats.
-    top: The most likely texts in its place, with theirs.
-  """
-
-  text: str
-  logprob: float
-  top: tuple[tuple[str, float], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-  """A text to read, and how to continue it.
-
-  Attributes:
-    kind: 'observe', 'complete' or 'chat', for the audit log.
-    text: A text or its tokens; None for none.
-    messages: Messages of a chat, in place of the text; each has a role and its
-      content.
-    session: The session; None begins one for this request alone.
-    learn: Whether levels learn from text and answer, and the session keeps it.
-    document: Whether the text begins a new document.
-    draw: How it is continued; None only reads. Stop tokens are added.
-    stops: Strings that end the answer.
-    measure: Whether to read the text again afterwards, for its loss.
-    log_text: Whether the audit log keeps text and answer.
-  """
-
-  kind: str
-  text: str | Sequence[int] | None = None
-  messages: Sequence[Mapping[str, str]] = ()
-  session: store_lib.Entry | None = None
-  learn: bool = False
-  document: bool = True
-  draw: engine_lib.Draw | None = None
-  stops: tuple[str, ...] = ()
-  measure: bool = False
-  log_text: bool = False
-
-
-@dataclasses.dataclass
-class Result:
-  """The result of a request.
-
-  Attributes:
-    text: The answer.
-    drawn: Its tokens.
-    reason: 'stop' or 'length'.
-    num_read: Tokens that were read before the answer.
-    loss: Their mean loss in nats, before each was learned; None without any.
-    answer_loss: The same of an answer that was learned.
-    loss_after: Mean loss of the text once it was learned, if asked for.
-    position: Tokens that the session has read; 0 without a session.
-    steps: Steps of each level, if the request has learned.
-  """
-
-  text: str
-  drawn: list[Drawn]
-  reason: str
-  num_read: int
-  loss: float | None
-  answer_loss: float | None = None
-  loss_after: float | None = None
-  position: int = 0
-  steps: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 class Running(NamedTuple):
@@ -129,7 +38,7 @@ class Service:
 
   def __init__(
     self,
-    checkpoint: Checkpoint,
+    checkpoint: requests_lib.Checkpoint,
     folder: pathlib.Path,
     limits: limits_lib.Limits,
     *,
@@ -157,9 +66,9 @@ class Service:
 
   def start(
     self,
-    request: Request,
-    on_end: Callable[[Result | Exception], None],
-    on_text: Callable[[str, list[Drawn]], None] | None = None,
+    request: requests_lib.Request,
+    on_end: Callable[[requests_lib.Result | Exception], None],
+    on_text: Callable[[str, list[requests_lib.Drawn]], None] | None = None,
   ) -> Running:
     """Queues a request.
 
@@ -176,6 +85,8 @@ class Service:
       errors.UserError: If it cannot be rendered or encoded.
     """
     work = _Work(self, request, on_end, on_text)
+    if request.measure:  # a text that can be learned may be too long for it
+      self.engine.check(dataclasses.replace(work.job(), learn=False))
     entry = request.session if request.learn else None
     if entry is not None:
       entry.num_jobs += 1
@@ -196,7 +107,7 @@ class Service:
     return self.engine.step()
 
   def encode(
-    self, request: Request, num_known: int = 0
+    self, request: requests_lib.Request, num_known: int = 0
   ) -> tuple[np.ndarray, bool]:
     """Encodes a request.
 
@@ -242,7 +153,9 @@ def _known(messages, hashes: tuple[str, ...]) -> int:
 class _Work:
   """A request in work: its text so far, and what happens at its end."""
 
-  def __init__(self, service: Service, request: Request, on_end, on_text):
+  def __init__(
+    self, service: Service, request: requests_lib.Request, on_end, on_text
+  ):
     self.service, self.request = service, request
     self.on_end, self.on_text = on_end, on_text
     # Messages that the session has not read; its own may change until the end.
@@ -255,7 +168,7 @@ class _Work:
     self.stream = texts.TextStream(
       checkpoint.tokenizer, self.tokens, request.stops
     )
-    self.drawn: list[Drawn] = []
+    self.drawn: list[requests_lib.Drawn] = []
     self.num_told = 0
 
   def job(self) -> engine_lib.Job:
@@ -285,7 +198,7 @@ class _Work:
     )
     top = zip(drawn.top_tokens, drawn.top_logprobs, strict=True)
     self.drawn.append(
-      Drawn(
+      requests_lib.Drawn(
         decode(drawn.token),
         float(drawn.logprob),
         tuple((decode(token), float(x)) for token, x in top),
@@ -323,7 +236,7 @@ class _Work:
     del self.drawn[len(outcome.tokens) :]
     self.num_told = min(self.num_told, len(self.drawn))
     self.tell(self.stream.take(all=True))
-    result = Result(
+    result = requests_lib.Result(
       self.stream.text,
       self.drawn,
       outcome.reason,
@@ -337,7 +250,7 @@ class _Work:
     else:
       self.commit(outcome, result)
 
-  def commit(self, outcome, result: Result) -> None:
+  def commit(self, outcome, result: requests_lib.Result) -> None:
     request, entry = self.request, self.request.session
     record = {
       'kind': request.kind,
@@ -359,7 +272,7 @@ class _Work:
     else:
       self.on_end(result)
 
-  def measure(self, outcome, result: Result) -> None:
+  def measure(self, outcome, result: requests_lib.Result) -> None:
     """Reads the text again, with levels that have learned from it."""
     entry = self.request.session
 
@@ -376,7 +289,7 @@ class _Work:
       )
     )
 
-  def messages(self, result: Result) -> tuple[str, ...] | None:
+  def messages(self, result: requests_lib.Result) -> tuple[str, ...] | None:
     """Returns the hashes of the messages that the session has read now."""
     if not self.new:
       return None

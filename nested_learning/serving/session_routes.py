@@ -8,8 +8,8 @@ from starlette import responses
 from nested_learning.serving import app as app_lib
 from nested_learning.serving import limits as limits_lib
 from nested_learning.serving import openai_routes
+from nested_learning.serving import requests as requests_lib
 from nested_learning.serving import schemas
-from nested_learning.serving import service as service_lib
 
 _BINARY = 'application/octet-stream'
 
@@ -51,7 +51,7 @@ def make_router(server: app_lib.Server) -> fastapi.APIRouter:
     if body.measure and not body.learn:
       raise limits_lib.RequestError('measure needs learn; leave one out.')
     entry = await server.find(id)
-    request = service_lib.Request(
+    request = requests_lib.Request(
       'observe',
       text=body.text or None,
       session=entry,
@@ -69,7 +69,7 @@ def make_router(server: app_lib.Server) -> fastapi.APIRouter:
   @router.post('/{id}/ask')
   async def ask(id: str, body: schemas.Ask, http: fastapi.Request):
     entry = await server.find(id)
-    request = service_lib.Request(
+    request = requests_lib.Request(
       'ask',
       text=body.text or None,
       session=entry,

@@ -1,5 +1,6 @@
 """Tests of the service: texts and chats, on sessions and without."""
 
+import dataclasses
 import pathlib
 
 from absl.testing import absltest
@@ -76,7 +77,7 @@ class ServiceTest(parameterized.TestCase):
 
   def open(self, render=render_marked, **limits):
     service = tiny.make_service(self.folder, render_chat=render, **limits)
-    self.addCleanup(service.store._held.close)
+    self.addCleanup(service.store._folder.close)
     return service
 
   def ask(self, kind='complete', num_tokens=5, temperature=1.0, **kwargs):
@@ -185,6 +186,24 @@ class ServiceTest(parameterized.TestCase):
     *_, observed, measured = self.service.store.audit(entry.id)
     self.assertEqual(observed['loss'], result.loss)
     self.assertEqual(measured['loss_after'], result.loss_after)
+
+  def test_a_text_too_long_to_be_measured_is_refused_before_it_is_learned(self):
+    checkpoint = tiny.make_checkpoint(session=tiny.base(window=None))
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    service = serving.Service(checkpoint, folder, serving.Limits())
+    self.addCleanup(service.close)
+    entry, ended = service.store.create(), []
+    request = serving.Request(
+      'observe', text='a' * 40, session=entry, learn=True, measure=True
+    )
+    with self.assertRaises(serving.RequestError) as caught:
+      service.start(request, ended.append)
+    self.assertEqual(caught.exception.code, 'context_length_exceeded')
+    self.assertEqual((entry.position, entry.num_jobs), (0, 0))
+    service.start(dataclasses.replace(request, measure=False), ended.append)
+    while service.step():
+      pass
+    self.assertEqual(ended[0].position, 41)
 
   def test_logs_the_text_if_asked_for(self):
     entry = self.service.store.create()

@@ -45,7 +45,7 @@ class StoreTest(parameterized.TestCase):
     store = serving.Store(
       tiny.base(), self.folder, serving.Limits(**limits), clock=self.clock
     )
-    self.addCleanup(store._held.close)
+    self.addCleanup(store._folder.close)
     return store
 
   def test_sessions_survive_the_store(self):
@@ -105,7 +105,7 @@ class StoreTest(parameterized.TestCase):
     store.tick()
     saved = entry.session.now
     learn(store, entry, seed=2)
-    store._held.close()  # as the end of the process does
+    store._folder.close()  # as the end of the process does
     (self.folder / 'half').mkdir()  # of a session that was never complete
     again = self.open()
     self.assertLen(again, 1)
