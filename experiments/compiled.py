@@ -52,8 +52,12 @@ from nested_learning import files
 
 _EXPERIMENTS = pathlib.Path(_ROOT, 'experiments')
 
+# Other programs have flags of the same names; a test may import them as well.
 _ONLY = flags.DEFINE_list(
-  'only', [], 'Rows to compile: names of experiments, topologies, or both.'
+  'only',
+  [],
+  'Rows to compile: names of experiments, topologies, or both.',
+  allow_override=True,
 )
 _AGAIN = flags.DEFINE_bool(
   'again', False, 'Compile rows that the table has already, too.'
@@ -62,7 +66,10 @@ _CHECK = flags.DEFINE_bool(
   'check', False, 'List the rows that are out of date; compile nothing.'
 )
 _WORKDIR = flags.DEFINE_string(
-  'workdir', 'runs/compiled', 'Folder for the output of each row.'
+  'workdir',
+  'runs/compiled',
+  'Folder for the output of each row.',
+  allow_override=True,
 )
 
 
