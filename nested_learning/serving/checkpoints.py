@@ -2,6 +2,8 @@
 
 import pathlib
 
+import numpy as np
+
 from nested_learning import errors
 from nested_learning import inference
 from nested_learning import models
@@ -71,33 +73,32 @@ def warm_up(service: service_lib.Service) -> None:
   """
   size = service.checkpoint.session.segment_size
   for i in range(size.bit_length()):
-    _serve(service, 1, size >> i, learn=False)
+    _draw_together(service, 1, size >> i, learn=False)
   num_rows = 1
   while num_rows <= service.limits.num_slots:
-    _serve(service, num_rows, size + 1, learn=True)
+    # A whole segment, then most of one, which the answer completes.
+    _draw_together(service, num_rows, 2 * size - 1, learn=True)
     num_rows *= 2
 
 
-def _serve(
+def _draw_together(
   service: service_lib.Service, num_rows: int, num_tokens: int, *, learn: bool
 ) -> None:
-  """Serves requests of some tokens until all of them have drawn together."""
-  limits, most = service.limits, service.engine.max_stream
+  """Works on jobs that draw until all of them have drawn together."""
+  limits, engine = service.limits, service.engine
   num_drawn = min(num_rows + 1, limits.max_draw_tokens)
   num_tokens = min(num_tokens, limits.max_read_tokens)
-  if most is not None:
-    num_tokens = min(num_tokens, max(most - num_drawn, 1))
-  request = requests_lib.Request(
-    'warm_up',
-    text=[service.checkpoint.tokenizer.document_id] * num_tokens,
+  if engine.max_stream is not None:
+    num_tokens = min(num_tokens, max(engine.max_stream - num_drawn, 1))
+  job = engine_lib.Job(
+    lambda: service.store.base.now,
+    np.full(num_tokens, service.checkpoint.tokenizer.document_id),
     learn=learn,
-    draw=engine_lib.Draw(num_drawn, inference.DrawSettings()),
+    draw=engine_lib.Draw(num_drawn),
   )
-  results = []
-  for _ in range(num_rows):
-    service.start(request, results.append)
-  while service.step():
+  tickets = [engine.submit(job) for _ in range(num_rows)]
+  while engine.step():
     pass
-  for result in results:
-    if isinstance(result, Exception):
-      raise result
+  for ticket in tickets:
+    if ticket.error is not None:
+      raise ticket.error
