@@ -22,6 +22,7 @@ from nested_learning import errors
 from nested_learning.serving import gate
 from nested_learning.serving import limits as limits_lib
 from nested_learning.serving import requests as requests_lib
+from nested_learning.serving import schemas
 from nested_learning.serving import service as service_lib
 from nested_learning.serving import worker as worker_lib
 
@@ -245,22 +246,35 @@ def _add_errors(app: fastapi.FastAPI) -> None:
 
   @app.exception_handler(exceptions.RequestValidationError)
   async def invalid(request, error):
-    first = error.errors()[0]
-    place = '.'.join(str(x) for x in first['loc'] if x != 'body') or 'the body'
-    message = f'{place[:80]}: {first["msg"]}.'
+    # Of the types that a value may have, the one that it is nearest to.
+    nearness = lambda x: (len(x['loc']), not x['type'].endswith('_type'))
+    found = max(error.errors(), key=nearness)
+    path = [str(x) for x in found['loc'] if x != 'body']
+    place = '.'.join(path)[:80] or 'the body'
+    message = f'{place}: {found["msg"]}.'
     kind = request.headers.get('content-type', '')
-    if first['loc'] == ('body',) and 'json' not in kind:
+    if path and path[0] in schemas.UNSERVED:
+      message = f'{path[0]}: this server does not serve it; leave it out.'
+    elif not path and 'json' not in kind:
       message = (
         f'the body is {kind[:80] or "of no type"} and is not read as JSON; '
         'send it with the header content-type: application/json.'
       )
     body = gate.error_body(message, 400, 'invalid')
-    body['error']['param'] = place[:80]
+    body['error']['param'] = place
     return responses.JSONResponse(body, 400)
 
   @app.exception_handler(starlette_exceptions.HTTPException)
-  async def http(_, error):
-    body = gate.error_body(str(error.detail), error.status_code)
+  async def http(request, error):
+    message = str(error.detail)
+    if error.status_code in (404, 405):
+      message = (
+        f'there is no {request.method} {request.url.path[:80]!r}; see '
+        '/openapi.json.'
+      )
+    elif error.status_code == 400:
+      message = 'the body is not JSON in UTF-8, or is too deep; send an object.'
+    body = gate.error_body(message, error.status_code)
     return responses.JSONResponse(
       body, error.status_code, headers=error.headers
     )

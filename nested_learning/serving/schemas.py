@@ -9,6 +9,11 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 Field = pydantic.Field
+# Fields of OpenAI's API with one value that is served, which changes nothing.
+UNSERVED = frozenset(
+  'best_of echo frequency_penalty logit_bias n presence_penalty '
+  'response_format suffix tools'.split()
+)
 _Stop = str | list[str] | None
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -39,7 +44,7 @@ class Drawing(Body):
   user: str | None = None
   learn: bool | None = None  # not of OpenAI; by default on a session
   log_text: bool = False  # not of OpenAI; the audit log keeps the text
-  # Of these, only the values that change nothing are served.
+  # Of these, and of others below, `UNSERVED` has the names.
   n: Literal[1] | None = None
   presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
   frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
@@ -48,6 +53,8 @@ class Drawing(Body):
   metadata: dict[str, Any] | None = None
   store: bool | None = None
   service_tier: str | None = None
+  safety_identifier: str | None = None
+  prompt_cache_key: str | None = None
 
   @pydantic.field_validator('stop')
   @classmethod

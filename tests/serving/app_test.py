@@ -120,12 +120,14 @@ class OpenAIRoutesTest(AppTest):
 
   @parameterized.parameters(
     ('{', 'JSON'),
+    (b'{"prompt": "\xff"}', 'not JSON in UTF-8'),
+    ('[' * 9999, 'too deep'),
     ('[]', 'dictionary'),
     ({}, None),
     ({'prompt': 3}, 'prompt'),
     ({'prompt': [1, 999]}, 'token 999'),
     ({'prompt': [-1]}, 'prompt'),
-    ({'prompt': [10**30]}, 'prompt'),
+    ({'prompt': [10**30]}, 'less than'),
     ({'prompt': []}, '0 prompts'),
     ({'prompt': 'a\ud800'}, 'not Unicode'),
     ({'user': 'a\ud800'}, 'not Unicode'),
@@ -133,7 +135,7 @@ class OpenAIRoutesTest(AppTest):
     ({'max_tokens': 10**9}, 'tokens to be drawn'),
     ({'temperature': -1}, 'temperature'),
     ({'top_p': 0}, 'top_p'),
-    ({'n': 2}, 'n: '),
+    ({'n': 2}, 'n: this server does not serve it'),
     ({'stop': ['x'] * 17}, 'stop'),
     ({'typo': 1}, 'typo'),
     ({'model': 'gpt'}, "no model 'gpt'"),
@@ -264,6 +266,7 @@ class SessionRoutesTest(AppTest):
     ('POST', '/import', 400, 'foreign_session'),
     ('POST', '/ID/rollback', 409, 'nothing_to_roll_back'),
     ('PUT', '/ID', 405, None),
+    ('GET', '/ID/nothing', 404, None),
   )
   def test_refuses(self, method, path, status, code):
     path = path.replace('ID', self.create())
