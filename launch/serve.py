@@ -95,7 +95,8 @@ def _run() -> None:
   workdir = workdirs.local(_WORKDIR.value)
   if not (workdir / 'config.json').is_file():
     raise errors.UserError(
-      f'--workdir={workdir} holds no run; give the folder of one.'
+      f'--workdir={workdir} holds no run; give the folder of one, such as '
+      'runs/quickstart after `make demo`.'
     )
   key = _read_key()
   is_local = _is_loopback(_HOST.value)
