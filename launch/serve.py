@@ -26,6 +26,7 @@ import ipaddress
 import pathlib
 import signal
 import socket
+import threading
 
 from absl import flags
 
@@ -34,6 +35,7 @@ from launch import workdirs
 from nested_learning import errors
 
 _SHUTDOWN_SECONDS = 5  # that requests in work have to end
+_ANSWER_SECONDS = 3  # more, in which the others are told that they have not
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of the run.')
 _SET = flags.DEFINE_multi_string(
@@ -137,11 +139,11 @@ def _serve(
       uvicorn.Config(
         app_lib.make_app(worker, config),
         log_level='warning',
-        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS + _ANSWER_SECONDS,
         server_header=False,
       )
     )
-    _end_on_signals(server)
+    _end_on_signals(server, worker)
     host, port = listener.getsockname()[:2]
     host = f'[{host}]' if ':' in host else host
     name = worker.service.checkpoint.name
@@ -217,12 +219,20 @@ def _listen() -> socket.socket:
     ) from error
 
 
-def _end_on_signals(server) -> None:
+def _end_on_signals(server, worker) -> None:
   """Lets the first signal end the server, and a second one its requests."""
   server.capture_signals = contextlib.nullcontext
 
+  def end_requests():
+    with contextlib.suppress(errors.UserError):  # it has ended
+      worker.call(worker.service.end_requests)
+
   def end(number, _):
     server.force_exit = server.should_exit
+    if not server.should_exit:
+      timer = threading.Timer(_SHUTDOWN_SECONDS, end_requests)
+      timer.daemon = True
+      timer.start()
     server.should_exit = True
 
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -255,6 +255,12 @@ class Engine:
     ticket.is_cancelled = True
     self._tell(ticket)
 
+  def cancel_all(self) -> None:
+    """Ends all jobs; their sessions stay as they were."""
+    running = [work.ticket for work in self._running()]
+    for ticket in [*self._queue, *running]:
+      self.cancel(ticket)
+
   def step(self) -> bool:
     """Reads a piece of some jobs, and draws a token of all others.
 

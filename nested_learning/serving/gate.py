@@ -47,8 +47,10 @@ def describe(error: Exception) -> tuple[int, dict]:
 
 
 def log(error: Exception) -> None:
-  """Logs an error that is no request's fault."""
-  logging.error('%s', error, exc_info=error)
+  """Logs an error that is no request's fault; bugs with their place."""
+  if not isinstance(error, limits_lib.RequestError):
+    place = error if errors.is_bug(error) else None
+    logging.error('%s', error, exc_info=place)
 
 
 class Metrics:

@@ -62,6 +62,7 @@ class Service:
     self.engine = engine_lib.Engine(
       checkpoint.session, limits, vocab_size=checkpoint.tokenizer.vocab_size
     )
+    self.is_ending = False
     self._next_tick = 0.0
 
   def start(
@@ -137,6 +138,11 @@ class Service:
     if request.document:
       tokens = np.concatenate([[tokenizer.document_id], tokens])
     return tokens.astype(np.int32), request.document
+
+  def end_requests(self) -> None:
+    """Ends all requests with an error, before the server ends."""
+    self.is_ending = True
+    self.engine.cancel_all()
 
   def close(self) -> None:
     """Saves all sessions; what is in work is lost."""
@@ -220,11 +226,7 @@ class _Work:
       entry.num_jobs -= 1
     try:
       if ticket.is_cancelled:
-        self.on_end(
-          limits_lib.RequestError(
-            'the request was cancelled.', status=499, code='cancelled'
-          )
-        )
+        self.on_end(_cancelled(self.service.is_ending))
       elif ticket.error is not None:
         self.on_end(ticket.error)
       else:
@@ -298,6 +300,18 @@ class _Work:
       texts.hash_message(x['role'], x['content']) for x in [*self.new, said]
     ]
     return (*self.request.session.messages, *hashes)
+
+
+def _cancelled(is_ending: bool) -> limits_lib.RequestError:
+  if is_ending:
+    return limits_lib.RequestError(
+      'the server is ending; the session is as it was. Try again later.',
+      status=503,
+      code='ending',
+    )
+  return limits_lib.RequestError(
+    'the request was cancelled.', status=499, code='cancelled'
+  )
 
 
 def _mean(losses: np.ndarray) -> float | None:

@@ -228,6 +228,20 @@ class ServiceTest(parameterized.TestCase):
     self.assertEqual(entry.num_jobs, 0)
     self.ask(text='x', session=entry, learn=True)
 
+  def test_requests_are_told_that_the_server_ends(self):
+    entry, ended = self.service.store.create(), []
+    request = serving.Request(
+      'complete', text='x', session=entry, learn=True, draw=serving.Draw(99)
+    )
+    for _ in range(9):  # one more than there are slots
+      self.service.start(request, ended.append)
+    for _ in range(3):
+      self.service.step()
+    self.service.end_requests()
+    self.assertEqual([(x.status, x.code) for x in ended], [(503, 'ending')] * 9)
+    self.assertFalse(self.service.step())
+    self.assertEqual((entry.position, entry.num_jobs), (0, 0))
+
   def test_a_session_survives_a_restart(self):
     entry = self.service.store.of_user('me')
     self.ask('observe', 0, text='a note', session=entry, learn=True)
