@@ -142,7 +142,8 @@ def _printed_memory(size: Size) -> memory_mixer.MemoryMixerConfig:
   its initial weights, to an eighth of the initial norm of the map that reads
   the key (for the four other roles together a sixteenth), so that retention
   cannot empty that map. A bound that lets it makes gradients explode in
-  training; see experiments/results/ablations/README.md.
+  training; on long rows of one token they explode with this one, too. See
+  experiments/results/ablations/README.md.
   """
   return memory_mixer.MemoryMixerConfig(
     size.num_heads,

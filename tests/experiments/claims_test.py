@@ -107,7 +107,7 @@ _CLAIMS = (
 _WORDS = (
   (
     'no different from Gated DeltaNet; memories that make its keys, values and '
-    'rates change nothing but its speed',
+    'rates make no difference but in speed',
     'ablations/hope',
     [
       rf'\| {row} +\| [^|]*\| no different'
@@ -141,6 +141,16 @@ _WORDS = (
 )
 # Words of README's table, and keys of summary.json in ascending order.
 _ORDERS = (
+  (
+    'everything in a direction that repeats, little in each where inputs vary',
+    'forgetting',
+    [f'dgd_printed_dot_product_rank_{n}_inside' for n in (1, 64)],
+  ),
+  (
+    'but more of the memory as a whole',
+    'forgetting',
+    [f'dgd_printed_dot_product_rank_{n}_whole' for n in (64, 1)],
+  ),
   (
     "on text whose topic shifts once and for all, M3's slow momentum forgets "
     'less',
