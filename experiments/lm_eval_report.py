@@ -28,6 +28,7 @@ PAPER = (
   ('Titans 1.3B', 15.60, 49.1, 73.1, 56.3, 59.8, 72.4, 40.8, 42.1, 61.0),
   ('Hope 1.3B', 14.39, 51.0, 73.9, 57.5, 61.2, 73.8, 42.7, 42.8, 61.4),
 )
+_NUM_SHOWN = 5  # generated texts of a task
 
 
 def write(
@@ -131,7 +132,7 @@ def _commonsense_section(ours: list[Any]) -> str:
   )
 
 
-def _answers(found: dict[str, Any], num_shown: int = 5) -> Iterator[str]:
+def _answers(found: dict[str, Any]) -> Iterator[str]:
   """Yields generated texts as sections, for the tasks with generation."""
   for task, samples in found.get('samples', {}).items():
     if found['configs'][task]['output_type'] != 'generate_until':
@@ -145,7 +146,7 @@ def _answers(found: dict[str, Any], num_shown: int = 5) -> Iterator[str]:
           str(sample['target']),
         )
       ]
-      for sample in samples[:num_shown]
+      for sample in samples[:_NUM_SHOWN]
     ]
     head = ('end of the prompt', 'written', 'right')
     yield f'## {task}\n\n' + report_files.table(head, rows)

@@ -17,6 +17,9 @@ import numpy as np
 
 from nested_learning import errors
 
+_DOMAIN_CLASSES = (
+  15  # of the generated corpus, that share the words of a domain
+)
 _CLINC = 'data_full.json'
 # Names of the column with the class; in DBpedia, the second of three levels.
 _CLASS_COLUMNS = ('category', 'label', 'intent', 'l2')
@@ -87,7 +90,6 @@ def generate_intents(
   seed: int = 0,
   *,
   num_classes: int = 150,
-  classes_per_domain: int = 15,
   num_train: int = 100,
   num_test: int = 30,
 ) -> Corpus:
@@ -100,7 +102,6 @@ def generate_intents(
   Args:
     seed: Random seed.
     num_classes: Number of classes.
-    classes_per_domain: Number of classes that share the words of a domain.
     num_train: Training texts of a class.
     num_test: Test texts of a class.
 
@@ -109,16 +110,14 @@ def generate_intents(
   """
   rng = np.random.default_rng(seed)
   common = _words(rng, 60)
-  domains = [
-    _words(rng, 20) for _ in range(-(-num_classes // classes_per_domain))
-  ]
+  domains = [_words(rng, 20) for _ in range(-(-num_classes // _DOMAIN_CLASSES))]
   own = [_words(rng, 10) for _ in range(num_classes)]
   zipf = lambda n: (p := 1 / np.arange(1, n + 1)) / p.sum()
 
   def text(label):
-    domain = label // classes_per_domain
-    first = domain * classes_per_domain
-    last = min(first + classes_per_domain, num_classes)
+    domain = label // _DOMAIN_CLASSES
+    first = domain * _DOMAIN_CLASSES
+    last = min(first + _DOMAIN_CLASSES, num_classes)
     neighbour = first + (label - first + 1) % (last - first)
     pool = own[label] + own[neighbour][:4]
     words = [

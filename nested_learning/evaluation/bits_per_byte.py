@@ -288,11 +288,10 @@ def mean_over_bins(evaluation: Evaluation, edges: np.ndarray) -> np.ndarray:
     return sums(evaluation.totals.loss) / sums(evaluation.totals.num_tokens)
 
 
-def bin_edges(num_positions: int, per_octave: int = 2) -> np.ndarray:
+def bin_edges(num_positions: int) -> np.ndarray:
   """Returns the edges 0, 1, 2, 3, 4, 6, 8, ..., num_positions, even in log."""
-  num_edges = per_octave * max(math.ceil(math.log2(num_positions)), 1)
-  edges = 2 ** (np.arange(num_edges) / per_octave)
-  edges = np.round(edges).astype(int)
+  num_edges = 2 * max(math.ceil(math.log2(num_positions)), 1)
+  edges = np.round(2 ** (np.arange(num_edges) / 2)).astype(int)
   return np.unique([0, *edges[edges < num_positions], num_positions])
 
 
