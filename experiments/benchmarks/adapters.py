@@ -117,14 +117,7 @@ def _measure(config, base, name) -> dict[str, float]:
   mesh = sharding.make_mesh(made.mesh, num_rows=1, devices=jax.devices()[:1])
   spec = make_workload.make_step_spec(made)
   optimizer = training.make_optimizer(made, spec.model.table)
-  traced = training.trace_step(
-    made,
-    spec.model,
-    optimizer,
-    mesh,
-    row=spec.row,
-    token_loss=spec.token_loss,
-  )
+  traced = training.trace_step(made, spec, optimizer, mesh)
   batch = _batch(made)
 
   def read(params, batch):

@@ -181,14 +181,7 @@ def measure(
   )
   spec = make_workload.make_step_spec(config)
   optimizer = training.make_optimizer(config, spec.model.table)
-  traced = training.trace_step(
-    config,
-    spec.model,
-    optimizer,
-    mesh,
-    row=spec.row,
-    token_loss=spec.token_loss,
-  )
+  traced = training.trace_step(config, spec, optimizer, mesh)
   step, too_large = compilation.compile(traced)
   if too_large:
     return None

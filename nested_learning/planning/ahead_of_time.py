@@ -105,14 +105,7 @@ def compile_for(
   spec = make_workload.make_step_spec(config)
   optimizer = optimizer_lib.make_optimizer(config, spec.model.table)
   params = sharded_step.abstract_params(config, spec.model, mesh)
-  traced = sharded_step.trace_step(
-    config,
-    spec.model,
-    optimizer,
-    mesh,
-    row=spec.row,
-    token_loss=spec.token_loss,
-  )
+  traced = sharded_step.trace_step(config, spec, optimizer, mesh)
   model_flops = goodput.model_flops(config, spec.model, spec.row)
   return {
     'name': config.name,

@@ -107,14 +107,7 @@ def _try(config, devices) -> str | None:
   spec = make_workload.make_step_spec(config)
   optimizer = optimizer_lib.make_optimizer(config, spec.model.table)
   _, needed = compilation.compile(
-    sharded_step.trace_step(
-      config,
-      spec.model,
-      optimizer,
-      mesh,
-      row=spec.row,
-      token_loss=spec.token_loss,
-    )
+    sharded_step.trace_step(config, spec, optimizer, mesh)
   )
   return needed
 

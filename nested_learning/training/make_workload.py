@@ -1,10 +1,5 @@
 """Makes the workload of an experiment: a text or a task."""
 
-from collections.abc import Callable
-from typing import NamedTuple
-
-import jax
-
 from nested_learning import models
 from nested_learning import tasks
 from nested_learning.training import config as config_lib
@@ -33,20 +28,14 @@ def make_workload(
   return text_workload.make_workload(config)
 
 
-class StepSpec(NamedTuple):
-  """The parts of a workload that are compiled into a step."""
-
-  model: models.Model
-  row: workload_lib.RowSpec
-  token_loss: Callable[..., jax.Array]
-
-
-def make_step_spec(config: config_lib.ExperimentConfig) -> StepSpec:
+def make_step_spec(
+  config: config_lib.ExperimentConfig,
+) -> workload_lib.StepSpec:
   """Makes the parts that a step needs, without text or tokenizer."""
   if isinstance(config.data, tasks.TaskDataConfig):
     made = task_workload.make_workload(config)
-    return StepSpec(made.model, made.row, made.token_loss)
-  return StepSpec(
+    return workload_lib.StepSpec(made.model, made.row, made.token_loss)
+  return workload_lib.StepSpec(
     models.make_model(config.model, config.inner),
     text_workload.make_row(config),
     text_workload.token_loss,

@@ -1,6 +1,5 @@
 """The training step and its state on a mesh, traced without allocating."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +7,6 @@ from jax import sharding as jsharding
 import optax
 
 from nested_learning import errors
-from nested_learning import evaluation
 from nested_learning import models
 from nested_learning import parameters
 from nested_learning import sharding
@@ -25,31 +23,26 @@ _PER_HEAD = ('memory', 'anchor', 'trace')
 
 def trace_step(
   config: config_lib.ExperimentConfig,
-  model: models.Model,
+  spec: workload_lib.StepSpec | workload_lib.Workload,
   optimizer: optax.GradientTransformation,
   mesh: jax.sharding.Mesh,
-  *,
-  row: workload_lib.RowSpec,
-  token_loss: Callable[..., jax.Array] = evaluation.cross_entropy,
 ) -> Any:
   """Traces the step on a mesh without allocating anything.
 
   Args:
     config: The experiment.
-    model: Its model.
+    spec: Its model, rows and loss.
     optimizer: Its optimiser.
     mesh: The mesh; its devices need not exist.
-    row: Shape and dtype of a row of each array of a batch.
-    token_loss: `token_loss(outputs, targets)` is the loss [b, t].
 
   Returns:
     A `jax.stages.Traced` of `step(state, batch) -> (state, metrics)`.
   """
-  abstract = abstract_state(config, model, optimizer, mesh)
+  abstract = abstract_state(config, spec.model, optimizer, mesh)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   rows = sharding.batch_sharding(mesh)
   step = jax.jit(
-    step_lib.make_step(config, model, optimizer, token_loss),
+    step_lib.make_step(config, spec.model, optimizer, spec.token_loss),
     in_shardings=(shardings, rows),
     out_shardings=(shardings, sharding.replicated(mesh)),
     donate_argnums=0,
@@ -58,7 +51,7 @@ def trace_step(
     name: jax.ShapeDtypeStruct(
       (config.data.batch_size, *shape), dtype, sharding=rows
     )
-    for name, (shape, dtype) in row.items()
+    for name, (shape, dtype) in spec.row.items()
   }
   with jax.set_mesh(mesh):
     return step.trace(abstract, batch)

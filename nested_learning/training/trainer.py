@@ -346,14 +346,7 @@ def _compile(
   """Compiles the step; returns an executable, which cannot recompile."""
   ledger.enter('compile')
   begin = ledger.clock()
-  traced = sharded_step.trace_step(
-    config,
-    workload.model,
-    optimizer,
-    mesh,
-    row=workload.row,
-    token_loss=workload.token_loss,
-  )
+  traced = sharded_step.trace_step(config, workload, optimizer, mesh)
   return traced.lower().compile(), ledger.clock() - begin
 
 

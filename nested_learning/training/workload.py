@@ -82,6 +82,14 @@ class Workload(NamedTuple):
   watched: tuple[str, str]
 
 
+class StepSpec(NamedTuple):
+  """The parts of a workload that are compiled into a step; see `Workload`."""
+
+  model: models.Model
+  row: RowSpec
+  token_loss: Callable[..., jax.Array]
+
+
 def make_loss(
   model: models.Model, token_loss: Callable[..., jax.Array]
 ) -> Callable[..., tuple[jax.Array, Any]]:

@@ -103,9 +103,7 @@ class _Stepped:
     with jax.set_mesh(mesh):
       self.abstract = training.abstract_state(config, model, optimizer, mesh)
       with compiling.quickly():
-        traced = training.trace_step(
-          config, model, optimizer, mesh, row=computed.row
-        )
+        traced = training.trace_step(config, computed, optimizer, mesh)
         self.compiled = traced.lower().compile()
       state = _start(dataclasses.replace(config, mesh=sharding.MeshConfig()))
       state = jax.device_put(
