@@ -48,18 +48,8 @@ docker push -- {scripts.quote(image)}
 {apply}echo 'Follow it: kubectl logs --follow --selector={first}'
 echo 'Stop it:   kubectl delete jobset {job.name}'
 """
-
-  def run() -> int:
-    jobs.find_programs('gke', 'gcloud', 'docker', 'kubectl')
-    return jobs.run_script(script)
-
-  return jobs.Plan(
-    script=script,
-    run=run,
-    num_processes=topology.num_processes,
-    num_devices=topology.num_devices,
-    shares_disk=False,
-  )
+  programs = ('gcloud', 'docker', 'kubectl')
+  return jobs.plan_script('gke', script, topology, programs)
 
 
 def _manifest(

@@ -218,20 +218,37 @@ def needs(target: str, job: Job, kind: str) -> accelerators.Topology:
   return job.topology
 
 
-def find_programs(target: str, *programs: str) -> None:
-  """Raises an error if a program is not on PATH."""
-  for program in programs:
-    if shutil.which(program) is None:
-      raise errors.UserError(
-        f'--target={target} needs {program}, which is not on PATH; install '
-        'it, or add --dry_run to see what would run.'
-      )
+def plan_script(
+  target: str,
+  script: str,
+  topology: accelerators.Topology,
+  programs: Sequence[str],
+  *,
+  shares_disk: bool = False,
+) -> Plan:
+  """Plans a script; a signal that ends it gives exit code 128 plus its number.
 
+  Args:
+    target: Name of the target.
+    script: The script.
+    topology: Processes and devices.
+    programs: Programs that have to be on PATH.
+    shares_disk: See `Plan`.
+  """
 
-def run_script(script: str) -> int:
-  """Runs a script; returns its exit code, 128 plus the number for a signal."""
-  code = subprocess.run(['bash', '-c', script]).returncode
-  return code if code >= 0 else 128 - code
+  def run() -> int:
+    for program in programs:
+      if shutil.which(program) is None:
+        raise errors.UserError(
+          f'--target={target} needs {program}, which is not on PATH; install '
+          'it, or add --dry_run to see what would run.'
+        )
+    code = subprocess.run(['bash', '-c', script]).returncode
+    return code if code >= 0 else 128 - code
+
+  return Plan(
+    script, run, topology.num_processes, topology.num_devices, shares_disk
+  )
 
 
 class Bucket(NamedTuple):

@@ -67,15 +67,5 @@ def plan(job: jobs.Job) -> jobs.Plan:
     f'mkdir -p {scripts.quote(str(workdir / "logs"))}\n'
     + scripts.here_document('sbatch', batch, 'END_OF_SCRIPT')
   )
-
-  def run() -> int:
-    jobs.find_programs('slurm', 'sbatch')
-    return jobs.run_script(script)
-
-  return jobs.Plan(
-    script=script,
-    run=run,
-    num_processes=topology.num_processes,
-    num_devices=topology.num_devices,
-    shares_disk=True,
-  )
+  programs = ('sbatch',)
+  return jobs.plan_script('slurm', script, topology, programs, shares_disk=True)

@@ -185,15 +185,5 @@ def plan(job: jobs.Job) -> jobs.Plan:
     request=scripts.join(request),
     max_restarts=10 if job.max_restarts is None else job.max_restarts,
   )
-
-  def run() -> int:
-    jobs.find_programs('tpu-vm', 'gcloud')
-    return jobs.run_script(script)
-
-  return jobs.Plan(
-    script=script,
-    run=run,
-    num_processes=topology.num_processes,
-    num_devices=topology.num_devices,
-    shares_disk=False,
-  )
+  programs = ('gcloud',)
+  return jobs.plan_script('tpu-vm', script, topology, programs)
