@@ -16,9 +16,9 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from nested_learning.inference import session_compiled
 from nested_learning.inference import session_programs
 
 
@@ -28,13 +28,13 @@ class Reading:
   Attributes:
     now: The session after the pieces so far.
     losses: float32 [t], as `PieceRead.losses`; NaN for tokens without one.
-    learn: See `session_programs.read_pieces`.
+    learn: See `session_programs.read`.
     piece: The next piece; None once the text is read.
   """
 
   def __init__(
     self,
-    programs: session_programs.Programs,
+    programs: session_compiled.Programs,
     now: session_programs.Snapshot,
     inputs: session_programs.Inputs | None,
     *,
@@ -86,7 +86,7 @@ def take_group(readings: Iterable[Reading], *, most: int) -> list[Reading]:
 
 
 def read_together(
-  programs: session_programs.Programs, params: Any, group: Sequence[Reading]
+  programs: session_compiled.Programs, params: Any, group: Sequence[Reading]
 ) -> list[session_programs.PieceRead]:
   """Reads the next piece of every text by one program.
 
@@ -108,21 +108,9 @@ def read_together(
   inputs = session_programs.Inputs(
     *(np.concatenate([pad(x) for x in xs]) for xs in zip(*parts, strict=True))
   )
-  done = session_programs.read_piece(
-    programs, params, _join([x.now for x in group]), inputs, learn=learn
-  )
+  now = session_programs.join_rows([reading.now for reading in group])
+  done = session_programs.read_piece(programs, params, now, inputs, learn=learn)
   return _split(done, [reading.piece for reading in group])
-
-
-def _join(rows):
-  """Returns one snapshot of several."""
-  if len(rows) == 1:
-    return rows[0]
-  return session_programs.Snapshot(
-    _concatenate([row.state for row in rows]),
-    np.concatenate([row.clock for row in rows]),
-    np.concatenate([row.age for row in rows]),
-  )
 
 
 def _split(done, pieces):
@@ -144,11 +132,6 @@ def _split(done, pieces):
       )
     )
   return found
-
-
-@jax.jit
-def _concatenate(states):
-  return jax.tree.map(lambda *x: jnp.concatenate(x), *states)
 
 
 @functools.partial(jax.jit, static_argnames='num_rows')

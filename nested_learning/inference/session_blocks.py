@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nested_learning import errors
+from nested_learning.inference import session_compiled
 from nested_learning.inference import session_files
 from nested_learning.inference import session_programs
 
@@ -40,7 +41,7 @@ def pack(
 def unpack(
   path: str | os.PathLike,
   content: session_files.Content,
-  programs: session_programs.Programs,
+  programs: session_compiled.Programs,
   params: Any,
   *,
   vocab_size: int,

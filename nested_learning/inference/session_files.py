@@ -36,9 +36,7 @@ _READABLE = ('5', '6')  # version 5 holds every array whole
 _FORMAT = 'nested_learning session'
 _MAGIC_BEFORE_3 = b'NLSESSN\n'  # what files of versions 1 and 2 begin with
 _KEYS = ('format', 'version', 'model', 'tokenizer', 'inner', 'sha256')
-_LENGTH = struct.Struct(
-  '<Q'
-)  # of the header, what a safetensors file begins with
+_LENGTH = struct.Struct('<Q')  # of the header, at the beginning of a file
 _LONGEST_HEADER = 100_000_000  # bytes, the limit of safetensors
 _ZEROS = '0' * 64  # in place of the checksum while it is computed
 _DTYPES = {
@@ -294,6 +292,30 @@ def read_inner(path: str | os.PathLike, text: str) -> levels.InnerConfig:
       f'the session {path} does not say how its levels learn ({error}); use '
       'another path.'
     ) from error
+
+
+def check_tokenizer(
+  path: str | os.PathLike, content: Content, ours: str
+) -> None:
+  """Checks that a session was fed by this tokenizer; raises UserError."""
+  found = content.metadata['tokenizer']
+  if found != ours:
+    raise errors.UserError(
+      f'the session {path} was fed other tokens (fingerprint {found!r}) than '
+      f'these ({ours!r}); use the tokenizer that it was begun with, or another '
+      'path.'
+    )
+
+
+def check_model(path: str | os.PathLike, content: Content, ours: str) -> None:
+  """Checks that a session belongs to this checkpoint; raises UserError."""
+  found = content.metadata['model']
+  if found != ours:
+    raise errors.UserError(
+      f'the session {path} belongs to another checkpoint (fingerprint '
+      f'{found[:12]}, this one {ours[:12]}); use the checkpoint that it was '
+      'begun with, or another path.'
+    )
 
 
 def _check_types(data: Any) -> None:

@@ -1,40 +1,23 @@
-"""The compiled programs of sessions, and how a call is cut into them.
+"""How a session reads: by compiled programs, into which a call is cut.
 
 `Snapshot` is everything that a session remembers; `read` and `forget` take one
-and return the next. `read_pieces` is `read` in turns, for callers that do other
+and return the next. `read_rows` reads piece by piece, for callers that do other
 work between two of them.
 """
 
-from collections.abc import Callable, Iterator
-import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from nested_learning import errors
+from nested_learning import layers
 from nested_learning import levels
 from nested_learning import models
-from nested_learning.inference import draw_rows
 from nested_learning.inference import generate
-from nested_learning.inference import sampling
-from nested_learning.levels import trees
-
-_RESTING_SIZE = 256  # tokens of a segment where memories alone learn
-
-
-class SessionState(NamedTuple):
-  """The state of a session; all leaves begin with the rows [b].
-
-  Attributes:
-    stream: The model's memories, the levels and their clocks.
-    logits: [b, v], of the next token.
-  """
-
-  stream: levels.State
-  logits: jax.Array
+from nested_learning.inference import session_compiled
 
 
 class Snapshot(NamedTuple):
@@ -46,7 +29,7 @@ class Snapshot(NamedTuple):
     age: int64 [b], tokens that the mixers hold.
   """
 
-  state: SessionState
+  state: session_compiled.SessionState
   clock: np.ndarray
   age: np.ndarray
 
@@ -58,41 +41,6 @@ class Snapshot(NamedTuple):
   def take_rows(self, rows: slice) -> 'Snapshot':
     """Returns some of the rows."""
     return jax.tree.map(lambda x: x[rows], self)
-
-
-class Programs(NamedTuple):
-  """Compiled functions that all sessions on one model share.
-
-  Attributes:
-    segment_size: Tokens of a segment.
-    max_stream: Most tokens that the mixers hold; None for any number.
-    prepare: `prepare(params)` gives the parameters that the others take.
-    init: `init(params, num_rows) -> SessionState`.
-    shapes: The shapes and types of `init`, without any array.
-    segment: Reads whole segments from a border and takes the steps of the
-      levels: `segment(params, state, tokens, reset) -> (losses, state)`.
-    piece: Reads tokens within a segment, without steps:
-      `piece(params, state, tokens, reset, mask) -> (losses, state)`.
-    end_segments: `end_segments(params, state, rows)` takes the steps at the end
-      of a segment that `piece` has read, in some rows [b].
-    restart: `restart(params, state, rows)` begins new streams in some rows,
-      with the levels as they are.
-    make_draw: `make_draw(config)` gives `draw(params, state, key)`, which
-      draws tokens after a state, with levels at rest; cached by config.
-    draw_token: Draws one token in every row, see `draw_rows.make_draw_token`.
-  """
-
-  segment_size: int
-  max_stream: int | None
-  prepare: Callable[[Any], Any]
-  init: Callable[..., SessionState]
-  shapes: Callable[..., SessionState]
-  segment: Callable[..., Any]
-  piece: Callable[..., Any]
-  end_segments: Callable[..., SessionState]
-  restart: Callable[..., SessionState]
-  make_draw: Callable[[sampling.DrawConfig], Callable[..., Any]]
-  draw_token: Callable[..., tuple[draw_rows.Drawn, SessionState]]
 
 
 class Inputs(NamedTuple):
@@ -127,7 +75,7 @@ class PieceRead(NamedTuple):
   Attributes:
     now: The session.
     rows: int [n], rows of the tokens that have a loss.
-    places: int [n], their places in the call, or in the piece.
+    places: int [n], their places in the piece, or in the call.
     losses: float32 [n], in nats.
   """
 
@@ -209,43 +157,38 @@ def pieces(mask: np.ndarray, offset: np.ndarray, size: int) -> Iterator[Piece]:
     done, offset = done + count, (offset + count) % size
 
 
-def begin(programs: Programs, params: Any, num_rows: int) -> Snapshot:
+def begin(
+  programs: session_compiled.Programs, params: Any, num_rows: int
+) -> Snapshot:
   """Returns the snapshot of a session that has read nothing."""
   zeros = np.zeros(num_rows, np.int64)
   return Snapshot(programs.init(params, num_rows), zeros, zeros)
 
 
+def join_rows(snapshots: Sequence[Snapshot]) -> Snapshot:
+  """Returns one snapshot with the rows of several."""
+  if len(snapshots) == 1:
+    return snapshots[0]
+  states, clocks, ages = zip(*snapshots, strict=True)
+  return Snapshot(
+    _concatenate(states), np.concatenate(clocks), np.concatenate(ages)
+  )
+
+
+@jax.jit
+def _concatenate(states):
+  return jax.tree.map(lambda *x: jnp.concatenate(x), *states)
+
+
 def read(
-  programs: Programs, params: Any, now: Snapshot, inputs: Inputs
-) -> tuple[np.ndarray, Snapshot]:
-  """Reads tokens and learns from them.
-
-  Args:
-    programs: The compiled functions.
-    params: Parameters from `programs.prepare`.
-    now: The session before.
-    inputs: From `check_inputs`.
-
-  Returns:
-    The loss of each token in nats, float32 [b, t], NaN where it has none, and
-    the session after.
-  """
-  losses = np.full(inputs.tokens.shape, np.nan, np.float32)
-  for done in read_pieces(programs, params, now, inputs):
-    losses[done.rows, done.places] = done.losses
-    now = done.now
-  return losses, now
-
-
-def read_pieces(
-  programs: Programs,
+  programs: session_compiled.Programs,
   params: Any,
   now: Snapshot,
   inputs: Inputs,
   *,
   learn: bool = True,
-) -> Iterator[PieceRead]:
-  """Reads tokens piece by piece; each takes at most a segment of every row.
+) -> tuple[np.ndarray, Snapshot]:
+  """Reads tokens and learns from them.
 
   Args:
     programs: The compiled functions.
@@ -255,20 +198,26 @@ def read_pieces(
     learn: False lets the levels rest. Such a session can be drawn from, and
       must not go on learning: its open segment is not kept.
 
-  Yields:
-    The session after each piece.
+  Returns:
+    The loss of each token in nats, float32 [b, t], NaN where it has none, and
+    the session after.
   """
+  losses = np.full(inputs.tokens.shape, np.nan, np.float32)
   for piece in cut(programs, now, inputs, learn=learn):
     done = read_piece(programs, params, now, gather(inputs, piece), learn=learn)
-    places = piece.index[done.rows, done.places]
+    losses[done.rows, piece.index[done.rows, done.places]] = done.losses
     now = done.now
-    yield done._replace(places=places)
+  return losses, now
 
 
 def cut(
-  programs: Programs, now: Snapshot, inputs: Inputs, *, learn: bool
+  programs: session_compiled.Programs,
+  now: Snapshot,
+  inputs: Inputs,
+  *,
+  learn: bool,
 ) -> Iterator[Piece]:
-  """Returns the pieces in which `read_pieces` reads a call."""
+  """Returns the pieces in which `read` reads a call."""
   size = programs.segment_size
   offset = now.clock % size if learn else np.zeros_like(now.clock)
   return pieces(inputs.mask, offset, size)
@@ -282,7 +231,7 @@ def gather(inputs: Inputs, piece: Piece) -> Inputs:
 
 
 def read_piece(
-  programs: Programs,
+  programs: session_compiled.Programs,
   params: Any,
   now: Snapshot,
   inputs: Inputs,
@@ -296,10 +245,10 @@ def read_piece(
     params: Parameters from `programs.prepare`.
     now: The session before.
     inputs: The tokens, with padding on the right alone.
-    learn: See `read_pieces`.
+    learn: See `read`.
 
   Returns:
-    The session after them; places are those in `inputs`.
+    The session after them.
   """
   size, (tokens, reset, mask) = programs.segment_size, inputs
   state, clock, age = _make_room(programs, params, now) if learn else now
@@ -318,8 +267,54 @@ def read_piece(
   return PieceRead(now, rows, places, np.asarray(found)[rows, places])
 
 
+def read_prompt(
+  programs: session_compiled.Programs,
+  params: Any,
+  now: Snapshot,
+  inputs: Inputs | None,
+  num_tokens: int,
+  *,
+  forgets: bool,
+) -> Snapshot:
+  """Reads a prompt, after which tokens are drawn.
+
+  Args:
+    programs: The compiled functions.
+    params: Parameters from `programs.prepare`.
+    now: The session before.
+    inputs: The prompt, from `check_inputs`; None for none.
+    num_tokens: Tokens that will be drawn.
+    forgets: Whether new streams begin where prompt and text have no room.
+
+  Returns:
+    The session after the prompt.
+
+  Raises:
+    errors.UserError: If nothing was read yet, or the text has no room.
+  """
+  if forgets:
+    length = 0 if inputs is None else inputs.tokens.shape[1]
+    now = forget(programs, params, now, length + num_tokens)
+  if inputs is not None:
+    _, now = read(programs, params, now, inputs)
+  if not now.clock.all():
+    raise errors.UserError(
+      'nothing was read yet that could be continued; give a prompt.'
+    )
+  limit, age = programs.max_stream, int(now.age.max())
+  if limit is not None and age + num_tokens > limit:
+    raise errors.UserError(
+      f'{num_tokens} tokens after the {age} that attention holds are more '
+      f'than model.max_length={limit}; ask for fewer.'
+    )
+  return now
+
+
 def forget(
-  programs: Programs, params: Any, now: Snapshot, num_tokens: int
+  programs: session_compiled.Programs,
+  params: Any,
+  now: Snapshot,
+  num_tokens: int,
 ) -> Snapshot:
   """Begins new streams where the mixers have no room for `num_tokens` more.
 
@@ -339,7 +334,9 @@ def forget(
   return Snapshot(state, clock, np.zeros_like(now.age))
 
 
-def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
+def make_programs(
+  model: models.Model, inner: levels.InnerConfig
+) -> session_compiled.Programs:
   """Makes the programs of sessions on a model.
 
   Sessions on equal configs share them, so that loading one compiles nothing.
@@ -350,99 +347,27 @@ def make_programs(model: models.Model, inner: levels.InnerConfig) -> Programs:
 
   Returns:
     The functions; each is compiled once per shape of its arguments.
+
+  Raises:
+    errors.UserError: If neither levels nor memories learn, the levels do not
+      fit the model, or its state does not hold a segment.
   """
-  return _make_programs(model.config, model.head, inner)
-
-
-@functools.lru_cache(maxsize=16)
-def _make_programs(config, head, inner) -> Programs:
-  learner = models.make_model(config, inner, head=head)
-  if learner.reader is None:
-    size = min(_RESTING_SIZE, config.max_length)
-    learner = models.read_by_segments(learner, size)
-  reader = learner.reader
-
-  def init(params, num_rows):
-    return SessionState(
-      reader.init_state(params, num_rows),
-      jnp.zeros((num_rows, config.vocab_size), jnp.float32),
+  config, clocks = model.config, f'update_every={inner.update_every}'
+  attends = lambda mixer: isinstance(mixer, layers.AttentionConfig)
+  if not inner.is_on and all(map(attends, config.pattern)):
+    raise errors.UserError(
+      f'inner.levels, with {clocks}, lets no level learn, the model has no '
+      'memories, and a session is there to learn; leave out inner for the '
+      'default.'
     )
-
-  def shapes(params, num_rows):
-    return jax.eval_shape(lambda params: init(params, num_rows), params)
-
-  def token_losses(state, logits, tokens):
-    """Loss [b, t] of each token under the logits before it."""
-    before = jnp.concatenate([state.logits[:, None], logits[:, :-1]], axis=1)
-    return optax.softmax_cross_entropy_with_integer_labels(before, tokens)
-
-  @jax.jit
-  def segment(params, state, tokens, reset):
-    logits, stream = reader.read_segments(
-      params, state.stream, tokens, reset=reset
+  programs = session_compiled.make(config, model.head, inner)
+  if programs.segment_size > config.max_length:
+    raise errors.UserError(
+      f'a segment of {programs.segment_size} tokens (inner.levels with '
+      f'{clocks}) is longer than model.max_length={config.max_length}; lower '
+      'the one or raise the other.'
     )
-    losses = token_losses(state, logits, tokens)
-    return losses, SessionState(stream, logits[:, -1])
-
-  @jax.jit
-  def piece(params, state, tokens, reset, mask):
-    logits, stream = reader.read_piece(
-      params, state.stream, tokens, reset=reset, mask=mask
-    )
-    count = jnp.sum(mask, axis=1)
-    last = jnp.maximum(count - 1, 0)[:, None, None]
-    last = jnp.take_along_axis(logits, last, axis=1)[:, 0]  # [b, v]
-    losses = token_losses(state, logits, tokens)
-    return losses, SessionState(
-      stream, trees.where(count > 0, last, state.logits)
-    )
-
-  where = jax.jit(trees.where)
-
-  def end_segments(params, state, rows):
-    # Read again whole by the program of whole segments, so that levels learn
-    # the same bits however the segment was cut.
-    segment_state = state.stream.segment
-    stream = state.stream._replace(
-      model=segment_state.model,
-      mixture=segment_state.mixture,
-      segment=segment_state._replace(count=jnp.zeros_like(segment_state.count)),
-    )
-    _, learned = segment(
-      params,
-      state._replace(stream=stream),
-      segment_state.tokens,
-      segment_state.reset,
-    )
-    return where(rows, learned, state)
-
-  @jax.jit
-  def restart(params, state, rows):
-    return state._replace(stream=reader.restart(params, state.stream, rows))
-
-  @functools.cache
-  def make_draw(settings):
-    draw = sampling.make_draw(learner, settings)
-
-    def draw_rows(params, state, key):
-      keys = sampling.row_keys(key, jnp.arange(len(state.logits)))
-      return draw(params, state.logits, state.stream, keys)[0]
-
-    return jax.jit(draw_rows)
-
-  return Programs(
-    reader.segment_size,
-    models.max_stream_length(config),
-    jax.jit(reader.prepare),
-    jax.jit(init, static_argnums=1),
-    shapes,
-    segment,
-    piece,
-    end_segments,
-    restart,
-    make_draw,
-    draw_rows.make_draw_token(learner),
-  )
+  return programs
 
 
 def _make_room(programs, params, now: Snapshot) -> Snapshot:

@@ -24,16 +24,15 @@ import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nested_learning import errors
-from nested_learning import layers
 from nested_learning import levels
 from nested_learning import models
 from nested_learning.inference import generate as generate_lib
 from nested_learning.inference import sampling
 from nested_learning.inference import session_blocks
+from nested_learning.inference import session_compiled
 from nested_learning.inference import session_files
 from nested_learning.inference import session_programs
 
@@ -80,6 +79,8 @@ class Session:
     model: The model.
     params: Its parameters; no method changes them.
     inner: How levels learn.
+    programs: The compiled functions, which sessions on equal configs share.
+    prepared: The parameters in the form that `programs` take.
   """
 
   def __init__(
@@ -108,27 +109,13 @@ class Session:
     """
     self.model, self.params = model, params
     self.inner = default_inner(model.config) if inner is None else inner
-    if not self.inner.is_on and not _has_memories(model.config):
-      raise errors.UserError(
-        f'inner.levels, with update_every={self.inner.update_every}, lets no '
-        'level learn, the model has no memories, and a session is there to '
-        'learn; leave out inner for the default.'
-      )
     if num_rows < 1:
       raise errors.UserError(f'{num_rows=} must be at least 1.')
     self._tokenizer = tokenizer_fingerprint
-    self._programs = session_programs.make_programs(model, self.inner)
-    size = self._programs.segment_size
-    longest = model.config.max_length
-    if size > longest:
-      raise errors.UserError(
-        f'a segment of {size} tokens (inner.levels with update_every='
-        f'{self.inner.update_every}) is longer than model.max_length='
-        f'{longest}; lower the one or raise the other.'
-      )
+    self.programs = session_programs.make_programs(model, self.inner)
     # Splits off the blocks that learn once, not in every call; forks share it.
-    self._prepared = self._programs.prepare(params)
-    self._now = session_programs.begin(self._programs, self._prepared, num_rows)
+    self.prepared = self.programs.prepare(params)
+    self._now = session_programs.begin(self.programs, self.prepared, num_rows)
     self._model_fingerprint = functools.cache(
       lambda: session_files.fingerprint(model, params)
     )
@@ -138,22 +125,12 @@ class Session:
   @property
   def segment_size(self) -> int:
     """Tokens of a segment; levels learn at the end of one."""
-    return self._programs.segment_size
+    return self.programs.segment_size
 
   @property
   def num_rows(self) -> int:
     """Streams that are fed together."""
     return len(self.clock)
-
-  @property
-  def programs(self) -> session_programs.Programs:
-    """The compiled functions, which sessions on equal configs share."""
-    return self._programs
-
-  @property
-  def prepared(self) -> Any:
-    """The parameters in the form that `programs` take."""
-    return self._prepared
 
   @property
   def now(self) -> session_programs.Snapshot:
@@ -166,7 +143,7 @@ class Session:
     return self._model_fingerprint()
 
   @property
-  def state(self) -> session_programs.SessionState:
+  def state(self) -> session_compiled.SessionState:
     """The model's memories and the levels, on the devices."""
     return self._now.state
 
@@ -254,27 +231,17 @@ class Session:
       num_tokens, temperature, top_k, top_p, stop_token, vocab_size
     )
     sampling.check_draw(config, self.model.config.vocab_size)
-    now = self._now
-    if not keep:
-      length = 0 if prompt is None else np.shape(prompt)[-1]
-      now = session_programs.forget(
-        self._programs, self._prepared, now, length + num_tokens
-      )
-    if prompt is not None:
-      _, now = self._read(now, prompt, reset, None)
-    if not now.clock.all():
-      raise errors.UserError(
-        'nothing was read yet that could be continued; give a prompt.'
-      )
-    limit, age = self._programs.max_stream, int(now.age.max())
-    if limit is not None and age + num_tokens > limit:
-      raise errors.UserError(
-        f'{num_tokens} tokens after the {age} that attention holds are more '
-        f'than model.max_length={limit}; ask for fewer.'
-      )
+    now = session_programs.read_prompt(
+      self.programs,
+      self.prepared,
+      self._now,
+      None if prompt is None else self._check(prompt, reset, None),
+      num_tokens,
+      forgets=not keep,
+    )
     key = jax.random.key(0) if key is None else key
-    draw = self._programs.make_draw(config)
-    generated = draw(self._prepared, now.state, key)
+    draw = self.programs.make_draw(config)
+    generated = draw(self.prepared, now.state, key)
     if keep:
       mask = np.arange(num_tokens) < np.asarray(generated.lengths)[:, None]
       if mask.any():
@@ -341,15 +308,14 @@ class Session:
         one, or cannot be written.
     """
     metadata = {
-      'model': self._model_fingerprint(),
+      'model': self.fingerprint,
       'tokenizer': self._tokenizer,
       'inner': session_files.write_inner(self.inner),
     }
     content = session_blocks.pack(
-      metadata, self._now, self._programs.init(self._prepared, 1)
+      metadata, self._now, self.programs.init(self.prepared, 1)
     )
-    held = session_files.lock(path) if lock else contextlib.nullcontext()
-    with held:
+    with session_files.lock(path) if lock else contextlib.nullcontext():
       if not replace:
         self._seen.check(path)
       checksum = session_files.write(path, content)
@@ -382,13 +348,10 @@ class Session:
         checkpoint, tokenizer or version.
     """
     content = session_files.read(path)
-    found = content.metadata
-    _check_tokenizer(path, found['tokenizer'], tokenizer_fingerprint)
+    session_files.check_tokenizer(path, content, tokenizer_fingerprint)
+    inner = session_files.read_inner(path, content.metadata['inner'])
     session = cls(
-      model,
-      params,
-      session_files.read_inner(path, found['inner']),
-      tokenizer_fingerprint=tokenizer_fingerprint,
+      model, params, inner, tokenizer_fingerprint=tokenizer_fingerprint
     )
     session._restore(path, content)
     return session
@@ -409,9 +372,8 @@ class Session:
       errors.UserError: As `load` does, and if its levels learn otherwise.
     """
     content = session_files.read(path)
-    found = content.metadata
-    _check_tokenizer(path, found['tokenizer'], self._tokenizer)
-    inner = session_files.read_inner(path, found['inner'])
+    session_files.check_tokenizer(path, content, self._tokenizer)
+    inner = session_files.read_inner(path, content.metadata['inner'])
     if inner != self.inner:
       raise errors.UserError(
         f'the levels of the session {path} learn by {inner}, and these by '
@@ -421,15 +383,18 @@ class Session:
     other._restore(path, content)
     return other
 
-  def _read(self, now, tokens, reset, mask):
-    inputs = session_programs.check_inputs(
+  def _check(self, tokens, reset, mask) -> session_programs.Inputs:
+    return session_programs.check_inputs(
       tokens,
       reset,
       mask,
       num_rows=self.num_rows,
       vocab_size=self.model.config.vocab_size,
     )
-    return session_programs.read(self._programs, self._prepared, now, inputs)
+
+  def _read(self, now, tokens, reset, mask):
+    inputs = self._check(tokens, reset, mask)
+    return session_programs.read(self.programs, self.prepared, now, inputs)
 
   def _with(self, now: session_programs.Snapshot) -> 'Session':
     """Returns a session with other rows, which is in no file yet."""
@@ -440,37 +405,16 @@ class Session:
 
   def _restore(self, path, content) -> None:
     """Takes the state of a file, after checking it against the checkpoint."""
-    ours, found = self._model_fingerprint(), content.metadata
-    if found['model'] != ours:
-      raise errors.UserError(
-        f'the session {path} belongs to another checkpoint (fingerprint '
-        f'{found["model"][:12]}, this one {ours[:12]}); use the checkpoint '
-        'that it was begun with, or another path.'
-      )
+    session_files.check_model(path, content, self.fingerprint)
     self._now = session_blocks.unpack(
       path,
       content,
-      self._programs,
-      self._prepared,
+      self.programs,
+      self.prepared,
       vocab_size=self.model.config.vocab_size,
     )
-    self._seen = self._seen.add(path, found['sha256'])
+    self._seen = self._seen.add(path, content.metadata['sha256'])
     self.mark()
-
-
-def _has_memories(config: models.ModelConfig) -> bool:
-  """Returns whether some mixers write memories while they read."""
-  plain = layers.AttentionConfig
-  return not all(isinstance(mixer, plain) for mixer in config.pattern)
-
-
-def _check_tokenizer(path, found: str, ours: str) -> None:
-  if found != ours:
-    raise errors.UserError(
-      f'the session {path} was fed other tokens (fingerprint {found!r}) than '
-      f'these ({ours!r}); use the tokenizer that it was begun with, or another '
-      'path.'
-    )
 
 
 def join(sessions: Sequence[Session]) -> Session:
@@ -493,10 +437,5 @@ def join(sessions: Sequence[Session]) -> Session:
       raise errors.UserError(
         'sessions of different checkpoints or levels cannot be joined.'
       )
-  snapshots = [session._now for session in sessions]
-  state = jax.tree.map(
-    lambda *x: jnp.concatenate(x), *(now.state for now in snapshots)
-  )
-  clock = np.concatenate([now.clock for now in snapshots])
-  age = np.concatenate([now.age for now in snapshots])
-  return first._with(session_programs.Snapshot(state, clock, age))
+  snapshots = [session.now for session in sessions]
+  return first._with(session_programs.join_rows(snapshots))

@@ -145,18 +145,18 @@ class EngineTest(parameterized.TestCase):
       inputs = session_programs.check_inputs(
         prompt, None, None, num_rows=1, vocab_size=tiny.VOCAB
       )
-      *_, last = session_programs.read_pieces(
+      _, last = session_programs.read(
         programs, params, before, inputs, learn=False
       )
       for level, old in zip(
-        last.now.state.stream.levels.values(),
+        last.state.stream.levels.values(),
         before.state.stream.levels.values(),
         strict=True,
       ):
         tiny.assert_equal(level, old)
       config = inference.DrawConfig(6, 1.3, vocab_size=tiny.VOCAB)
       drawn = programs.make_draw(config)(
-        params, last.now.state, jax.random.key(_SETTINGS[1].seed)
+        params, last.state, jax.random.key(_SETTINGS[1].seed)
       )
       np.testing.assert_array_equal(outcome.tokens, drawn.tokens[0])
     tiny.assert_equal(session.now, before)
