@@ -168,7 +168,6 @@ def write_page(
   *,
   module: str,
   summary: Mapping[str, Any],
-  metrics: Sequence[Mapping[str, Any]],
   sections: Sequence[str],
   plots: Sequence[str],
 ) -> None:
@@ -181,7 +180,6 @@ def write_page(
     config: Config of the experiment.
     module: Name of the experiment's module.
     summary: See `report_files.write`.
-    metrics: See `report_files.write`.
     sections: See `report_files.write`.
     plots: Names of plots that the sections show.
   """
@@ -192,16 +190,27 @@ def write_page(
     config,
     module=module,
     summary=summary,
-    metrics=metrics,
     sections=sections,
   )
-  folder = store.results
-  if folder is None:
-    return
+  if store.results is not None:
+    for name in plots:
+      plot = (store.workdir / name).read_bytes()
+      files.write_whole(store.results / name, plot)
+    write_results(store, [task], store.results, sections, summary)
+
+
+def write_results(
+  store: Store,
+  tasks: Sequence[str],
+  folder: pathlib.Path,
+  sections: Sequence[str],
+  summary: Mapping[str, Any],
+) -> None:
+  """Writes README.md, summary.json and the cells of some tasks to a folder."""
   files.write_whole(folder / 'README.md', '\n\n'.join(sections) + '\n')
-  for name in ('summary.json', *plots):
-    files.write_whole(folder / name, (store.workdir / name).read_bytes())
-  publish(store, task, folder)
+  files.write_whole(folder / 'summary.json', report_files.to_json(summary))
+  for task in tasks:
+    publish(store, task, folder)
 
 
 def run_alone(task: Task, config: Any, workdir: str, *, module: str) -> None:

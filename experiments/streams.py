@@ -102,7 +102,6 @@ def run(config: StreamsConfig, workdir: str, mode: str) -> None:
     config,
     module=__name__,
     summary=summary,
-    metrics=[],
     sections=['# Streams', f'The results are in {page}/README.md.'],
   )
   print(f'{page}/README.md has the results.')

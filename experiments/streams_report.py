@@ -1,7 +1,6 @@
 """The page of `experiments/streams.py`: tables, curves and what they say."""
 
 from collections.abc import Mapping, Sequence
-import json
 import pathlib
 
 from matplotlib import figure as mpl_figure
@@ -10,7 +9,6 @@ import numpy as np
 from experiments import cells as cells_lib
 from experiments import report_files
 from launch import provenance
-from nested_learning import files
 
 TASK = 'streams'
 _PLOT = 'streams.png'
@@ -72,10 +70,7 @@ def write_page(
     report_files.MADE,
     _provenance(cells),
   ]
-  files.write_whole(folder / 'README.md', '\n\n'.join(sections) + '\n')
-  content = json.dumps(report_files.finite(summary), indent=2) + '\n'
-  files.write_whole(folder / 'summary.json', content)
-  cells_lib.publish(store, TASK, folder)
+  cells_lib.write_results(store, [TASK], folder, sections, summary)
   return summary
 
 
@@ -139,9 +134,7 @@ def _numbers(cells, names) -> dict[str, float]:
 
   def put(key, found):
     if found:
-      numbers[key] = float(np.mean(found))
-      if len(found) > 1:
-        numbers[f'{key}_spread'] = float(np.std(found, ddof=1))
+      numbers.update(report_files.summarize(key, found))
 
   for name in names:
     trained = [cell_name(name, i, 'trained') for i in _seeds(cells, name)]
@@ -196,14 +189,9 @@ def _table(cells, names, order) -> str:
       curves = _get(cells, name, kind, order)
       if curves:
         found = [[_between(x, *limits) for x in curves] for limits in ranges]
-        rows.append([_TITLES[name], label, *[_with_spread(x) for x in found]])
+        shown = map(report_files.mean_and_spread, found)
+        rows.append([_TITLES[name], label, *shown])
   return report_files.table(head, rows)
-
-
-def _with_spread(found) -> str:
-  if len(found) < 2:
-    return f'{np.mean(found):.3f}'
-  return f'{np.mean(found):.3f} ± {np.std(found, ddof=1):.3f}'
 
 
 def _rates(cells, names) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 
 from experiments import report_files
 from experiments.benchmarks import timing
+from experiments.pretrained import streams
 from nested_learning import compilation
 from nested_learning import configs
 from nested_learning import errors
@@ -78,17 +79,13 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
   summary = {}
   for name in config.variants:
     summary |= _measure(config, configs.load(str(base / 'config.json')), name)
-  rows = list(summary.items())
-  report_files.write(
+  report_files.write_numbers(
     workdir,
     config,
     module=__name__,
     summary=summary,
-    metrics=[{'name': name, 'value': value} for name, value in rows],
-    sections=['# Training of parts', report_files.table(('', ''), rows)],
+    title=['# Training of parts'],
   )
-  for name, value in rows:
-    print(f'{name}: {value:.4g}')
 
 
 def make_training(
@@ -101,13 +98,7 @@ def make_training(
     'data.batch_size=1',
   ]
   if name == 'memory':
-    layers = ','.join(map(str, config.memory_layers))
-    changes += [
-      'model.placement.memory=MemoryMixerConfig',
-      f'model.placement.memory.num_heads={config.memory_heads}',
-      f'model.placement.memory.head_dim={config.memory_dim}',
-      f'model.placement.memory_layers={layers},',
-    ]
+    changes += streams.place_memories(config)
   return configs.override(base, changes)
 
 

@@ -104,21 +104,16 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
   summary = {'matmul_flops_per_second': matmul_rate}
   for part in tqdm.tqdm(config.parts, desc='benchmark'):
     summary |= parts[part](config, matmul_rate)
-  rows = [(name, value) for name, value in summary.items()]
-  report_files.write(
+  report_files.write_numbers(
     workdir,
     config,
     module=__name__,
     summary=summary,
-    metrics=[{'name': name, 'value': value} for name, value in rows],
-    sections=[
+    title=[
       '# The memory engine',
       'Ratios of one run on one machine; rates are tokens per second.',
-      report_files.table(('', ''), rows),
     ],
   )
-  for name, value in rows:
-    print(f'{name}: {value:.4g}')
 
 
 def _layers(config: BenchmarkConfig, matmul_rate: float) -> dict[str, float]:

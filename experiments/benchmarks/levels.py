@@ -24,9 +24,10 @@ summary.json has
     memory of an outer gradient grows; 0.5 is a square root.
 """
 
+from collections.abc import Mapping
 import dataclasses
-import functools
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,6 +35,7 @@ import optax
 import tqdm
 
 from experiments import report_files
+from experiments.benchmarks import timing
 from nested_learning import compilation
 from nested_learning import errors
 from nested_learning import inference
@@ -89,20 +91,13 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
   summary = {}
   for part in tqdm.tqdm((_speed, _stream, _memory), desc='benchmark'):
     summary |= part(config)
-  rows = list(summary.items())
-  report_files.write(
+  report_files.write_numbers(
     workdir,
     config,
     module=__name__,
     summary=summary,
-    metrics=[{'name': name, 'value': value} for name, value in rows],
-    sections=[
-      '# Levels that learn while they read',
-      report_files.table(('', ''), rows),
-    ],
+    title=['# Levels that learn while they read'],
   )
-  for name, value in rows:
-    print(f'{name}: {value:.4g}')
 
 
 # Arguments of `levels.make_inner` for each measured session.
@@ -114,7 +109,21 @@ _VARIANTS = {
 }
 
 
-def _session(config: BenchmarkConfig, **changes) -> inference.Session:
+def make_session(
+  config: Any,
+  mlp_dims: Mapping[str, int],
+  *,
+  tokenizer_fingerprint: str = '',
+  **changes,
+) -> inference.Session:
+  """Makes a session on a small model with attention and levels that learn.
+
+  Args:
+    config: Has `num_layers`, `embed_dim`, `window` and `update_every`.
+    mlp_dims: Width of each level by name.
+    tokenizer_fingerprint: See `inference.Session`.
+    **changes: Of the levels, see `levels.make_inner`.
+  """
   heads = max(config.embed_dim // 64, 1)
   model = models.make_model(
     models.ModelConfig(
@@ -124,16 +133,20 @@ def _session(config: BenchmarkConfig, **changes) -> inference.Session:
       mixer=attention.AttentionConfig(
         heads, heads, config.embed_dim // heads, window=config.window
       ),
-      levels=tuple(
-        models.LevelConfig(name, config.mlp_dim)
-        for name in ('fast', 'middle', 'slow')
-      ),
+      levels=tuple(models.LevelConfig(*x) for x in mlp_dims.items()),
       max_length=max(config.update_every),
     )
   )
   params = jax.jit(model.init_params)(jax.random.key(0))
   inner = levels.make_inner(config.update_every, learning_rate=1e-3, **changes)
-  return inference.Session(model, params, inner)
+  return inference.Session(
+    model, params, inner, tokenizer_fingerprint=tokenizer_fingerprint
+  )
+
+
+def _session(config: BenchmarkConfig, **changes) -> inference.Session:
+  names = ('fast', 'middle', 'slow')
+  return make_session(config, dict.fromkeys(names, config.mlp_dim), **changes)
 
 
 def _tokens(num_tokens: int) -> np.ndarray:
@@ -159,16 +172,10 @@ def _speed(config: BenchmarkConfig) -> dict[str, float]:
       )
       np.asarray(losses)
 
-  functions = {'frozen': frozen} | {
-    name: functools.partial(_feed, session, tokens)
-    for name, session in sessions.items()
+  functions = {'frozen': (frozen,)} | {
+    name: (_feed, session, tokens) for name, session in sessions.items()
   }
-  for function in functions.values():
-    function()
-  times = dict.fromkeys(functions, np.inf)
-  for _ in range(config.repeats):  # in turn, so that other load is shared
-    for name, function in functions.items():
-      times[name] = min(times[name], _seconds(function))
+  times = timing.fastest(functions, config.repeats)
   return {
     **{name: times['frozen'] / times[name] for name in sessions},
     **{
@@ -207,7 +214,9 @@ def _stream(config: BenchmarkConfig) -> dict[str, float]:
   begin = sum(x.nbytes for x in jax.tree.leaves(session.state))
   seconds = []
   for _ in tqdm.trange(config.stream_tokens // part, desc='stream'):
-    seconds.append(_seconds(lambda: session.feed(tokens)))
+    start = time.perf_counter()
+    session.feed(tokens)
+    seconds.append(time.perf_counter() - start)
   share = max(len(seconds) // 4, 1)
   end = sum(x.nbytes for x in jax.tree.leaves(session.state))
   return {
@@ -257,9 +266,3 @@ def _memory(config: BenchmarkConfig) -> dict[str, float]:
       for count, value in zip(config.meta_segments, sizes, strict=True)
     },
   }
-
-
-def _seconds(function) -> float:
-  start = time.perf_counter()
-  function()
-  return time.perf_counter() - start

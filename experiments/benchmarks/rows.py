@@ -102,7 +102,6 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
     config,
     module=__name__,
     summary=summary,
-    metrics=[],
     sections=[
       '# Speed and state of the rows of the sweep over Hope',
       f'Hope has {summary["hope_speed"]:.2f} of the speed of Gated DeltaNet '

@@ -36,13 +36,11 @@ import numpy as np
 import tqdm
 
 from experiments import report_files
+from experiments.benchmarks import levels
 from nested_learning import data
 from nested_learning import errors
 from nested_learning import inference
-from nested_learning import levels
-from nested_learning import models
 from nested_learning import serving
-from nested_learning.layers import attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,41 +106,22 @@ def run(config: BenchmarkConfig, workdir: str, mode: str) -> None:
         prefix, _, suffix = key.partition('|')
         summary[f'{prefix}_{name}_{count}{suffix}'] = value
   summary |= _soak(config)
-  rows = list(summary.items())
-  report_files.write(
+  report_files.write_numbers(
     workdir,
     config,
     module=__name__,
     summary=summary,
-    metrics=[{'name': name, 'value': value} for name, value in rows],
-    sections=['# Serving', report_files.table(('', ''), rows)],
+    title=['# Serving'],
   )
-  for name, value in rows:
-    print(f'{name}: {value:.4g}')
 
 
 def _make_checkpoint(config: BenchmarkConfig) -> serving.Checkpoint:
-  heads = max(config.embed_dim // 64, 1)
-  model = models.make_model(
-    models.ModelConfig(
-      vocab_size=257,
-      num_layers=config.num_layers,
-      embed_dim=config.embed_dim,
-      mixer=attention.AttentionConfig(
-        heads, heads, config.embed_dim // heads, window=config.window
-      ),
-      levels=tuple(
-        models.LevelConfig(f'level_{i}', config.embed_dim)
-        for i in range(len(config.update_every))
-      ),
-      max_length=max(config.update_every),
-    )
-  )
-  params = jax.jit(model.init_params)(jax.random.key(0))
-  inner = levels.make_inner(config.update_every, learning_rate=1e-3)
+  names = [f'level_{i}' for i in range(len(config.update_every))]
   tokenizer = data.make_tokenizer('bytes')
-  session = inference.Session(
-    model, params, inner, tokenizer_fingerprint=tokenizer.fingerprint
+  session = levels.make_session(
+    config,
+    dict.fromkeys(names, config.embed_dim),
+    tokenizer_fingerprint=tokenizer.fingerprint,
   )
   return serving.Checkpoint('benchmark', session, tokenizer)
 

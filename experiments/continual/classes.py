@@ -235,9 +235,9 @@ def _write(config, workdir, tasks, matrices, metrics):
     row = [name]
     for field in class_tasks.ContinualScores._fields:
       values = np.array([getattr(m, field) for m in measures])
-      row.append(reading.mean_and_spread(100 * values))
+      row.append(report_files.mean_and_spread(100 * values))
       key = f'{report_files.key(name)}_{field}'
-      summary |= reading.summarize(key, values)
+      summary |= report_files.summarize(key, values)
     rows.append(row)
     curves[name] = np.stack(
       [

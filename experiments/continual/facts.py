@@ -409,7 +409,7 @@ def _write(config, store, found):
   for name, scores in found.items():
     for gap, score in zip(config.gaps, scores.T, strict=True):
       key = f'{report_files.key(name)}_after_{gap}'
-      summary |= reading.summarize(key, score)
+      summary |= report_files.summarize(key, score)
   names = list(found)
   both = found[_BOTH][:, -1]
   alone = np.maximum(found['fast level'], found['slow level'])[:, -1]
@@ -423,7 +423,7 @@ def _write(config, store, found):
     floor=chance,
   )
   rows = [
-    (f'{gap:,}', *(reading.mean_and_spread(found[n][:, i]) for n in names))
+    (f'{gap:,}', *(report_files.mean_and_spread(found[n][:, i]) for n in names))
     for i, gap in enumerate(config.gaps)
   ]
   every = config.inner.update_every[-1]
@@ -431,20 +431,19 @@ def _write(config, store, found):
     g for g in config.gaps if g and not (config.stream.plant_tokens + g) % every
   ]
   around = [
-    (f'{gap:,}', *map(reading.mean_and_spread, restarts[:, i].T))
+    (f'{gap:,}', *map(report_files.mean_and_spread, restarts[:, i].T))
     for i, gap in enumerate(gaps)
   ]
   for i, gap in enumerate(gaps):
     for side, score in zip(('before', 'after'), restarts[:, i].T, strict=True):
       key = f'fast_weights_{side}_the_restart_after_{gap}'
-      summary |= reading.summarize(key, score)
+      summary |= report_files.summarize(key, score)
   cells_lib.write_page(
     store,
     'facts',
     config,
     module=__name__,
     summary=summary,
-    metrics=[],
     sections=[
       f'# Facts told {config.stream.tellings} times',
       f'Share of {config.stream.num_facts} facts that are recalled over '

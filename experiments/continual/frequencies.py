@@ -222,10 +222,12 @@ def _write(config, store, scores):
   chance = 1 / config.stream.num_values
   summary, rows = {'chance': chance}, []
   for (number, slowest, rate), found in sorted(scores.items()):
-    rows.append((number, slowest, rate, *map(reading.mean_and_spread, found.T)))
+    rows.append(
+      (number, slowest, rate, *map(report_files.mean_and_spread, found.T))
+    )
     for gap, score in zip(config.gaps, found.T, strict=True):
       key = f'levels_{number}_slowest_{slowest}_rate_{rate:g}_after_{gap}'
-      summary |= reading.summarize(key, score)
+      summary |= report_files.summarize(key, score)
   last = {key: float(np.mean(found[:, -1])) for key, found in scores.items()}
   best = max(last, key=last.get)
   summary['best_levels'], summary['best_slowest'], summary['best_rate'] = best
@@ -260,7 +262,6 @@ def _write(config, store, scores):
     config,
     module=__name__,
     summary=summary,
-    metrics=[],
     sections=[
       '# Levels and their clocks',
       f'Share of {config.stream.num_facts} facts recalled over '

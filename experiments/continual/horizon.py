@@ -317,19 +317,19 @@ def _write(config, store, found, around):
   for name, gain in gains.items():
     row = [name]
     for i, distance in enumerate(config.distances):
-      row.append(reading.mean_and_spread(gain[:, i]))
+      row.append(report_files.mean_and_spread(gain[:, i]))
       key = f'{report_files.key(name)}_gain_after_{distance}'
-      summary |= reading.summarize(key, gain[:, i])
-    row.append(reading.mean_and_spread(found[name]['read'][:, -1]))
+      summary |= report_files.summarize(key, gain[:, i])
+    row.append(report_files.mean_and_spread(found[name]['read'][:, -1]))
     key = f'{report_files.key(name)}_loss_on_the_stream'
-    summary |= reading.summarize(key, found[name]['read'][:, -1])
+    summary |= report_files.summarize(key, found[name]['read'][:, -1])
     rows.append(row)
   own = {
     name: around['before home'] - losses for name, losses in around.items()
   }
   for name, gain in own.items():
     key = f'fast_weights_gain_{report_files.key(name)}'
-    summary |= reading.summarize(key, gain)
+    summary |= report_files.summarize(key, gain)
   last = {name: float(np.mean(gain[:, -1])) for name, gain in gains.items()}
   summary['keeps_most'] = max(last, key=last.get)
   reading.plot_lines(
@@ -346,7 +346,6 @@ def _write(config, store, found, around):
     config,
     module=__name__,
     summary=summary,
-    metrics=[],
     sections=[
       '# How long a topic is kept',
       'Nats per token that having read home saves on other text of it, mean '
@@ -367,7 +366,7 @@ def _write(config, store, found, around):
       'The same for the own weights of the fast level, around its restart '
       f'after {config.inner.update_every[-1]:,} tokens of other topics:',
       report_files.table(
-        tuple(own), [tuple(map(reading.mean_and_spread, own.values()))]
+        tuple(own), [tuple(map(report_files.mean_and_spread, own.values()))]
       ),
     ],
     plots=['horizon.png'],

@@ -240,7 +240,7 @@ def _write(config, workdir, scores, metrics, samples):
   summary = {}
   for number, found in scores.items():
     for name, values in found.items():
-      summary |= reading.summarize(f'{name}_{number}_levels', values)
+      summary |= report_files.summarize(f'{name}_{number}_levels', values)
   reading.plot_lines(
     pathlib.Path(workdir) / 'languages.png',
     numbers,
@@ -253,7 +253,7 @@ def _write(config, workdir, scores, metrics, samples):
     log_x=False,
   )
   rows = [
-    (number, *(reading.mean_and_spread(scores[number][n]) for n in names))
+    (number, *(report_files.mean_and_spread(scores[number][n]) for n in names))
     for number in numbers
   ]
   report_files.write(

@@ -363,20 +363,6 @@ def print_warnings(state: Any, name: str) -> None:
       print(f'{name}: {warning}', flush=True)
 
 
-def mean_and_spread(values: Iterable[float]) -> str:
-  """Formats mean and sample standard deviation over seeds or streams."""
-  return ' ± '.join(f'{x:.3f}' for x in summarize('x', values).values())
-
-
-def summarize(key: str, values: Iterable[float]) -> dict[str, float]:
-  """Returns the mean of some numbers as `key`, and `key_spread` of several."""
-  values = np.asarray(list(values), np.float64)
-  summary = {key: float(np.mean(values))}
-  if len(values) > 1:
-    summary[f'{key}_spread'] = float(np.std(values, ddof=1))
-  return summary
-
-
 def plot_lines(
   path: pathlib.Path,
   x: Sequence[float],

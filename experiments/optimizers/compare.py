@@ -20,7 +20,6 @@ Results: experiments/results/optimizers/README.md.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 
@@ -38,7 +37,6 @@ from experiments.optimizers import training_report
 from experiments.optimizers import trainings
 from launch import provenance
 from nested_learning import errors
-from nested_learning import files
 
 # Parts, in the order in which they are run, and their tasks.
 _PARTS = {
@@ -152,7 +150,6 @@ def run(config: CompareConfig, workdir: str, mode: str) -> None:
       config,
       module=__name__,
       summary=summary,
-      metrics=[],
       sections=['# Optimisers', f'The results are in {page}/README.md.'],
     )
 
@@ -200,24 +197,19 @@ def _write_page(config, tasks, store, folder) -> dict[str, float]:
       report = tasks[name].report(store, folder)
       sections += report.sections
       summary |= {f'{name}.{k}': value for k, value in report.numbers.items()}
-      cells_lib.publish(store, name, folder)
   finished = ', '.join(f'{name} {count}' for name, count in counts.items())
-  text = '\n\n'.join(
-    [
-      '# Optimisers compared',
-      'Every optimiser gets the same data, steps, batches, initial parameters '
-      f'and learning rates ({", ".join(f"{rate:g}" for rate in config.rates)} '
-      'in trainings). All are tried with seed 0, and while the best is at '
-      'an end of those tried, the next one beyond it; the one with the best '
-      f'score then gets seeds up to {config.num_seeds - 1}. Numbers are means '
-      'over seeds ± the standard deviation of a sample. A difference below '
-      'twice the larger of two such spreads is no difference. The rate is '
-      'selected on the data that the score is measured on, for all alike.',
-      provenance.listed(sources, {'cells': finished or 'none'}),
-      *sections,
-    ]
-  )
-  files.write_whole(folder / 'README.md', text + '\n')
-  content = json.dumps(report_files.finite(summary), indent=2) + '\n'
-  files.write_whole(folder / 'summary.json', content)
+  sections = [
+    '# Optimisers compared',
+    'Every optimiser gets the same data, steps, batches, initial parameters '
+    f'and learning rates ({", ".join(f"{rate:g}" for rate in config.rates)} '
+    'in trainings). All are tried with seed 0, and while the best is at '
+    'an end of those tried, the next one beyond it; the one with the best '
+    f'score then gets seeds up to {config.num_seeds - 1}. Numbers are means '
+    'over seeds ± the standard deviation of a sample. A difference below '
+    'twice the larger of two such spreads is no difference. The rate is '
+    'selected on the data that the score is measured on, for all alike.',
+    provenance.listed(sources, {'cells': finished or 'none'}),
+    *sections,
+  ]
+  cells_lib.write_results(store, list(counts), folder, sections, summary)
   return summary

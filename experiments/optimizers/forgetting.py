@@ -233,7 +233,6 @@ def _write(
     config,
     module=__name__,
     summary=summary,
-    metrics=[],
     sections=[
       '# Forgetting where inputs repeat, and where they vary',
       _outcome(config, found),

@@ -51,29 +51,8 @@ def run(config: LandscapeConfig, workdir: str, mode: str) -> None:
 
 
 def make_task(config: LandscapeConfig, names: Sequence[str]) -> cells_lib.Task:
-  """Makes the task: a cell is an optimiser at the best of the same rates.
-
-  Args:
-    config: The landscape and the search.
-    names: Optimisers.
-  """
-
-  def measure(store):
-    for name in names:
-      settings = dataclasses.asdict(config)
-      settings['optimizer'] = rules.settings(name)
-      cells_lib.measure(
-        store,
-        _NAME,
-        report_files.key(name),
-        settings,
-        lambda name=name: _search(config, name),
-      )
-
-  def report(store, folder):
-    return _report(config, cells_lib.read(store, _NAME), folder)
-
-  return cells_lib.Task(_NAME, measure, report)
+  """Makes the task of some optimisers; see `rules.make_task`."""
+  return rules.make_task(_NAME, config, names, _search, _report)
 
 
 def height(config: LandscapeConfig, r, theta):
@@ -114,12 +93,7 @@ def _search(config, name):
   }
 
 
-def _report(config, cells, folder):
-  found = {
-    name: cells[report_files.key(name)]
-    for name in rules.NAMES
-    if report_files.key(name) in cells
-  }
+def _report(config, found, folder):
   order = sorted(found, key=lambda name: cells_lib.number(found[name], 'end'))
   _draw(folder / 'landscape.png', config, {name: found[name] for name in order})
   rows = []
@@ -133,7 +107,7 @@ def _report(config, cells, folder):
     'optimiser', 'best rate', f'psi after {config.num_steps} steps',
     'steps to psi < 0.1', f'rates of {config.num_rates} that descend',
   )  # fmt: skip
-  sections = [
+  return [
     '## The oscillating landscape',
     'psi(r, theta) = r^2 + k (r - theta + a sin(omega r))^2 (eq. 53) from '
     f'(-3.5, 2), with k = {config.stiffness:g}, a = {config.amplitude:g} and '
@@ -148,7 +122,6 @@ def _report(config, cells, folder):
     'which is the point itself: it also pulls to the origin, where the minimum '
     'happens to be.',
   ]
-  return cells_lib.Report(sections, cells_lib.plain_numbers(cells))
 
 
 def _first_below(found) -> str:

@@ -54,29 +54,8 @@ def run(config: LeastSquaresConfig, workdir: str, mode: str) -> None:
 def make_task(
   config: LeastSquaresConfig, names: Sequence[str]
 ) -> cells_lib.Task:
-  """Makes the task: a cell is an optimiser on all problems.
-
-  Args:
-    config: The problems and the search.
-    names: Optimisers.
-  """
-
-  def measure(store):
-    for name in names:
-      settings = dataclasses.asdict(config)
-      settings['optimizer'] = rules.settings(name)
-      cells_lib.measure(
-        store,
-        _NAME,
-        report_files.key(name),
-        settings,
-        lambda name=name: _search(config, name),
-      )
-
-  def report(store, folder):
-    return _report(config, cells_lib.read(store, _NAME), folder)
-
-  return cells_lib.Task(_NAME, measure, report)
+  """Makes the task of some optimisers; see `rules.make_task`."""
+  return rules.make_task(_NAME, config, names, _search, _report)
 
 
 def _search(config, name):
@@ -116,15 +95,15 @@ def _make_problem(config, condition):
 def _report(config, cells, folder):
   found = {
     name: [
-      cells_lib.number(cells[report_files.key(name)], f'condition_{c:g}')
-      for c in config.conditions
+      cells_lib.number(cell, f'condition_{c:g}') for c in config.conditions
     ]
-    for name in rules.NAMES
-    if report_files.key(name) in cells
+    for name, cell in cells.items()
   }
   _plot(folder / 'least_squares.png', config, found)
-  rows = sorted(([n, *values] for n, values in found.items()), key=_last)
-  sections = [
+  rows = sorted(
+    ([n, *values] for n, values in found.items()), key=lambda row: row[-1]
+  )
+  return [
     '## Ill-conditioned least squares',
     f'Loss after {config.num_steps} steps over the loss at the start, each '
     f'optimiser at the best of {config.num_rates} rates from 1e-3 to 10 for '
@@ -140,17 +119,12 @@ def _report(config, cells, folder):
     'the loss.',
     rules.at_the_edge(
       {
-        name: [
-          cells[report_files.key(name)].values[f'rate_{c:g}']
-          for c in config.conditions
-        ]
-        for name in found
+        name: [cell.values[f'rate_{c:g}'] for c in config.conditions]
+        for name, cell in cells.items()
       },
       _rates(config),
     ),
   ]
-  sections = list(filter(None, sections))
-  return cells_lib.Report(sections, cells_lib.plain_numbers(cells))
 
 
 def _outcomes(config, found) -> list[str]:
@@ -164,10 +138,6 @@ def _outcomes(config, found) -> list[str]:
       f'{", ".join(shown[:3])}, the highest that of {shown[-1]}.'
     )
   return [' '.join(sentences)]
-
-
-def _last(row):
-  return row[-1]
 
 
 def _plot(path, config, found):

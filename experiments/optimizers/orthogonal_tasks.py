@@ -53,29 +53,8 @@ def run(config: OrthogonalTasksConfig, workdir: str, mode: str) -> None:
 def make_task(
   config: OrthogonalTasksConfig, names: Sequence[str]
 ) -> cells_lib.Task:
-  """Makes the task: a cell is an optimiser at the best of the same rates.
-
-  Args:
-    config: Sizes and the search.
-    names: Optimisers.
-  """
-
-  def measure(store):
-    for name in names:
-      settings = dataclasses.asdict(config)
-      settings['optimizer'] = rules.settings(name)
-      cells_lib.measure(
-        store,
-        _NAME,
-        report_files.key(name),
-        settings,
-        lambda name=name: _search(config, name),
-      )
-
-  def report(store, folder):
-    return _report(config, cells_lib.read(store, _NAME), folder)
-
-  return cells_lib.Task(_NAME, measure, report)
+  """Makes the task of some optimisers; see `rules.make_task`."""
+  return rules.make_task(_NAME, config, names, _search, _report)
 
 
 def _search(config, name):
@@ -122,12 +101,7 @@ def _make_tasks(config):
   return first, second, start, loss_fn
 
 
-def _report(config, cells, folder):
-  found = {
-    name: cells[report_files.key(name)]
-    for name in rules.NAMES
-    if report_files.key(name) in cells
-  }
+def _report(config, found, folder):
   _plot(folder / 'orthogonal_tasks.png', config, found)
   keys = ('first_after_first', 'first_after_second', 'second_after_second')
   rows = [
@@ -135,7 +109,7 @@ def _report(config, cells, folder):
     for name, cell in found.items()
   ]
   rows.sort(key=lambda row: row[3])
-  sections = [
+  return [
     '## Orthogonal tasks: forgetting of the first',
     f'Losses over the loss of the untrained map, {config.num_steps} steps a '
     f'task, each optimiser at the best of {config.num_rates} rates from 1e-3 '
@@ -160,8 +134,6 @@ def _report(config, cells, folder):
       _rates(config),
     ),
   ]
-  sections = list(filter(None, sections))
-  return cells_lib.Report(sections, cells_lib.plain_numbers(cells))
 
 
 def _plot(path, config, found):

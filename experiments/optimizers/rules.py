@@ -4,6 +4,8 @@ Every optimiser gets the same rates, initial parameters and batches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
 import json
 import math
 from typing import Any, NamedTuple
@@ -13,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import cells as cells_lib
+from experiments import report_files
 from nested_learning import configs
 from nested_learning import optimizers
 
@@ -61,6 +65,44 @@ def style(name: str) -> dict[str, str]:
   """Returns colour and line style of an optimiser in plots."""
   i = list(OPTIMIZERS).index(name)
   return {'color': f'C{i % 10}', 'linestyle': ('-', '--')[i // 10]}
+
+
+def make_task(
+  name: str,
+  config: Any,
+  names: Sequence[str],
+  search: Callable[[Any, str], Mapping[str, Any]],
+  report: Callable[..., list[str]],
+) -> cells_lib.Task:
+  """Makes a task whose cells are optimisers at the best of the same rates.
+
+  Args:
+    name: Name of the task.
+    config: Its config, a dataclass.
+    names: Optimisers.
+    search: `search(config, optimizer)` returns the values of a cell.
+    report: `report(config, cells, folder)` takes cells by optimiser, draws
+      plots into the folder and returns sections; empty ones are left out.
+  """
+
+  def measure(store):
+    for optimizer in names:
+      cells_lib.measure(
+        store,
+        name,
+        report_files.key(optimizer),
+        {**dataclasses.asdict(config), 'optimizer': settings(optimizer)},
+        functools.partial(search, config, optimizer),
+      )
+
+  def write(store, folder):
+    cells = cells_lib.read(store, name)
+    keys = {optimizer: report_files.key(optimizer) for optimizer in NAMES}
+    found = {x: cells[key] for x, key in keys.items() if key in cells}
+    sections = list(filter(None, report(config, found, folder)))
+    return cells_lib.Report(sections, cells_lib.plain_numbers(cells))
+
+  return cells_lib.Task(name, measure, write)
 
 
 class Setup(NamedTuple):

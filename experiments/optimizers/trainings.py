@@ -12,10 +12,9 @@ import statistics
 import time
 from typing import Any, NamedTuple
 
-import jax
-
 from experiments import cells as cells_lib
 from experiments import report_files
+from experiments.benchmarks import timing
 
 _MOST_RATES = 8  # of an optimiser, those beyond the grid included
 _CLOCK = 'AdamW'  # its training time is the equal time of all
@@ -292,19 +291,12 @@ def time_in_turn(
   Returns:
     `step_seconds` of the other, and `over_adamw`.
   """
-  seconds = []
-  for _ in range(num_rounds + 1):
-    row = []
-    for take_steps in (adamw, other):
-      begin = time.process_time()
-      jax.block_until_ready(take_steps())
-      row.append(time.process_time() - begin)
-    seconds.append(row)
-  # The first round warms up.
-  fastest = [min(column) for column in zip(*seconds[1:], strict=True)]
+  seconds = timing.fastest(
+    {'adamw': (adamw,), 'other': (other,)}, num_rounds, time.process_time
+  )
   return {
-    'step_seconds': fastest[1] / num_steps,
-    'over_adamw': fastest[1] / fastest[0],
+    'step_seconds': seconds['other'] / num_steps,
+    'over_adamw': seconds['other'] / seconds['adamw'],
   }
 
 

@@ -169,7 +169,6 @@ def run(config: StreamsConfig, workdir: str, mode: str) -> None:
       config,
       module=__name__,
       summary=summary,
-      metrics=[],
       sections=['# Streams', f'The results are in {page}/README.md.'],
     )
 
@@ -285,11 +284,16 @@ def _training(config, base, kind) -> training.ExperimentConfig:
   if kind == 'lora':
     changes.append(f'train.lora_rank={config.lora_rank}')
   else:
-    layers = ','.join(map(str, config.memory_layers))
-    changes += [
-      'model.placement.memory=MemoryMixerConfig',
-      f'model.placement.memory.num_heads={config.memory_heads}',
-      f'model.placement.memory.head_dim={config.memory_dim}',
-      f'model.placement.memory_layers={layers},',
-    ]
+    changes += place_memories(config)
   return configs.override(base, changes)
+
+
+def place_memories(config: Any) -> list[str]:
+  """Returns changes of a run that place memories as `memory_*` says."""
+  layers = ','.join(map(str, config.memory_layers))
+  return [
+    'model.placement.memory=MemoryMixerConfig',
+    f'model.placement.memory.num_heads={config.memory_heads}',
+    f'model.placement.memory.head_dim={config.memory_dim}',
+    f'model.placement.memory_layers={layers},',
+  ]

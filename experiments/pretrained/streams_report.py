@@ -1,7 +1,6 @@
 """The page of `experiments/pretrained/streams.py`."""
 
 from collections.abc import Mapping, Sequence
-import json
 import pathlib
 
 from matplotlib import figure as mpl_figure
@@ -10,7 +9,6 @@ import numpy as np
 from experiments import cells as cells_lib
 from experiments import report_files
 from launch import provenance
-from nested_learning import files
 
 TASK = 'pretrained_streams'
 _CONTROLS = {
@@ -72,10 +70,7 @@ def write_page(
       [cell.source for cell in cells.values()], {'cells': str(len(cells))}
     ),
   ]
-  files.write_whole(folder / 'README.md', '\n\n'.join(page) + '\n')
-  content = json.dumps(report_files.finite(summary), indent=2) + '\n'
-  files.write_whole(folder / 'summary.json', content)
-  cells_lib.publish(store, TASK, folder)
+  cells_lib.write_results(store, [TASK], folder, page, summary)
   return summary
 
 
