@@ -4,7 +4,6 @@ import sys
 import types
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 
 from nested_learning import cluster
@@ -110,7 +109,3 @@ class FindTest(parameterized.TestCase):
       environ[name] = value
     with self.assertRaisesRegex(errors.UserError, message):
       cluster.find(environ)
-
-
-if __name__ == '__main__':
-  absltest.main()

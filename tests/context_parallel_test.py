@@ -2,7 +2,6 @@
 
 import functools
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -210,7 +209,3 @@ class ContextParallelTest(parameterized.TestCase):
     )
     layer = config.make(**_SIZES)
     self.check(layer, 'context', self.marks('reset'), same_state=False)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -12,7 +12,3 @@ class DistributedTest(absltest.TestCase):
     distributed.check_equal({'devices': 8})
     distributed.progress()
     self.assertEqual(distributed.first_does('it', lambda: 'done'), 'done')
-
-
-if __name__ == '__main__':
-  absltest.main()

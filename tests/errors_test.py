@@ -31,7 +31,3 @@ class ErrorsTest(absltest.TestCase):
       errors.UserError, 'size=3 must be at least 4.'
     ):
       errors.check_field(_Config(), 'size', False, 'at least 4')
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -77,7 +77,3 @@ class FilesTest(absltest.TestCase):
     with self.assertRaisesRegex(KeyError, 'of the block'):
       with files.lock('/dev/full', '--workdir=w'):
         raise KeyError('of the block')
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -162,7 +162,3 @@ class GpuTest(parameterized.TestCase):
     expected = to_float(self.on(self.cpu, gradient, *arrays))
     found = to_float(self.on(self.gpu, gradient, *arrays))
     self.assert_close(found, expected, 5e-2)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import zipfile
 
-from absl.testing import absltest
 from absl.testing import parameterized
 from packaging import requirements
 
@@ -246,7 +245,3 @@ class HouseTest(parameterized.TestCase):
       self.assertIn(str(path.relative_to(_ROOT)), names)
     for extra in _read_setup()['options.extras_require']:
       self.assertIn(f'Provides-Extra: {extra}', metadata)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -1,6 +1,5 @@
 """Layers and models as Linen modules, alone and inside Flax models."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 from flax import linen as nn
 from flax import nnx
@@ -185,7 +184,3 @@ class LinenTest(parameterized.TestCase):
       axes['blocks']['mixer']['query'],
       jax.P('layers', 'embed', 'heads', None),
     )
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -15,7 +15,3 @@ class MarkdownTest(absltest.TestCase):
 
   def test_a_fence_does_not_occur_in_the_text(self):
     self.assertEqual(markdown.fenced('```\n'), '````\n```\n````')
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -1,6 +1,5 @@
 """Tests Newton-Schulz against singular values and its own definition."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -72,7 +71,3 @@ class NewtonSchulzTest(parameterized.TestCase):
       step = g - 1 / 8 * jax.grad(objective)(g)
       y = newton_schulz.orthogonalize(g, coefficients='cubic', num_steps=1)
       np.testing.assert_allclose(y, step, atol=1e-8)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -56,7 +56,3 @@ class ParametersTest(absltest.TestCase):
       parameters.Param(
         (2, 3), ('embed',), parameters.constant(0.0), decay=False
       )
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -1,6 +1,5 @@
 """Meshes of the eight test devices, and shardings from a table."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -162,7 +161,3 @@ class ShardingTest(parameterized.TestCase):
     }
     with self.assertRaisesRegex(ValueError, "'heads' of size 6 .* size 4"):
       sharding.param_shardings(table, mesh)
-
-
-if __name__ == '__main__':
-  absltest.main()

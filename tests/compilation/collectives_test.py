@@ -2,7 +2,6 @@
 
 import functools
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -217,7 +216,3 @@ class CollectivesTest(parameterized.TestCase):
     nodes = accelerators.find('h100:8x1')
     far = analysis.estimate_seconds(found, nodes)
     self.assertEqual(far['link_seconds'], 0.0)
-
-
-if __name__ == '__main__':
-  absltest.main()

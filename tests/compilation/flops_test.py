@@ -79,7 +79,3 @@ class FlopsTest(absltest.TestCase):
 
     gradient = jax.grad(loss, argnums=(0, 1))
     self.assertEqual(compilation.matmul_flops(gradient, _A, _B), 4 * _PRODUCT)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -1,6 +1,5 @@
 """Tests parsing programs: loops, lengths, shapes."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -133,7 +132,3 @@ class HloTest(parameterized.TestCase):
     # Each step reads a slice and the sum, and writes the sum.
     least = 100 * 3 * 4 * 64 * 64
     self.assertBetween(found, least, 2.5 * least)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -1,6 +1,5 @@
 """Tests counting the bytes that programs move, against counts by hand."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 
 from nested_learning import accelerators
@@ -152,7 +151,3 @@ class MemoryTrafficTest(parameterized.TestCase):
     # A call that states nothing reads its operands and writes its result.
     silent = hlo.parse(_KERNEL.replace('cost_estimate', 'other'))
     self.assertEqual(memory_traffic.num_bytes(silent), 2 * 4 * 64 * 128)
-
-
-if __name__ == '__main__':
-  absltest.main()

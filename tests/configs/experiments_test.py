@@ -6,7 +6,6 @@ import pathlib
 import sys
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 
 from nested_learning import configs
@@ -235,7 +234,3 @@ class LoadTest(parameterized.TestCase):
       configs.load('runs/no.json')
     with self.assertRaisesRegex(errors.UserError, 'neither a Python file nor'):
       configs.load('experiments/quickstart')
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import ClassVar, Literal
 
-from absl.testing import absltest
 from absl.testing import parameterized
 
 from nested_learning import configs
@@ -229,7 +228,3 @@ class OverrideTest(parameterized.TestCase):
   def test_text_without_an_assignment(self, text):
     with self.assertRaisesRegex(errors.UserError, 'write path=value'):
       configs.override(Config(), [text])
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-from absl.testing import absltest
 from absl.testing import parameterized
 
 from nested_learning import configs
@@ -151,7 +150,3 @@ class SerializationTest(parameterized.TestCase):
         {'optimizer': names},
       )
     self.assertEqual(configs.differences(adamw, m3), {'_type': ('adamw', 'm3')})
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -203,7 +203,3 @@ class CorpusTest(absltest.TestCase):
         self.assertIn('loses 12.5% of the bytes', logs.output[0])
     with self.assertNoLogs(level='WARNING'):
       self.load()
-
-
-if __name__ == '__main__':
-  absltest.main()

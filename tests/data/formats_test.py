@@ -6,7 +6,6 @@ import json
 import pathlib
 import pickle
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import grain
 import numpy as np
@@ -246,7 +245,3 @@ class DocumentsTest(parameterized.TestCase):
     (self.root / 'a.txt').write_text('text')
     with self.assertRaisesRegex(errors.UserError, message):
       data.open_documents(source.format(root=self.root))
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -4,7 +4,6 @@ import json
 import pathlib
 import re
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
@@ -368,7 +367,3 @@ class PipelineTest(parameterized.TestCase):
   def test_unknown_split(self):
     with self.assertRaisesRegex(ValueError, "split='test' must be 'train'"):
       self.make(split='test')
-
-
-if __name__ == '__main__':
-  absltest.main()

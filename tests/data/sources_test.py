@@ -3,7 +3,6 @@ import os
 import pathlib
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 
 from nested_learning import errors
@@ -175,7 +174,3 @@ class SourcesTest(parameterized.TestCase):
     for source in ('~nobody-here/x', 'x' * 5000, 'a\0b', 'x' * 5000 + '*'):
       with self.assertRaises(errors.UserError):
         sources.find_files(source)
-
-
-if __name__ == '__main__':
-  absltest.main()

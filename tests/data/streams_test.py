@@ -2,7 +2,6 @@ import itertools
 import json
 import pathlib
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
@@ -255,7 +254,3 @@ class MixedBatchesTest(parameterized.TestCase):
     tokens = list(itertools.chain(*first))
     self.assertIn(ord('a'), tokens)
     self.assertIn(ord('b'), tokens)
-
-
-if __name__ == '__main__':
-  absltest.main()

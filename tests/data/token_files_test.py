@@ -7,7 +7,6 @@ import pathlib
 from unittest import mock
 import zlib
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
@@ -225,7 +224,3 @@ class TokenFilesTest(parameterized.TestCase):
     self.write()
     with self.assertRaisesRegex(errors.UserError, 'tokens exists; name anoth'):
       self.write()
-
-
-if __name__ == '__main__':
-  absltest.main()

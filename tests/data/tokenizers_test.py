@@ -341,7 +341,3 @@ class TokenizersTest(parameterized.TestCase):
       self.assertIn('</s>', tokenizer.special)
       for special, i in tokenizer.special.items():
         self.assertEqual(tokenizer.decode(np.array([i])), '', special)
-
-
-if __name__ == '__main__':
-  absltest.main()

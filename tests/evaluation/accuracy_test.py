@@ -151,7 +151,3 @@ class AnswersTest(absltest.TestCase):
           break
       self.assertEqual(answer.output, tokenizer.decode(np.array(said)))
       self.assertEqual(answer.score, task.score(answer.output, row))
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -198,7 +198,3 @@ class ByPositionTest(absltest.TestCase):
     path = self.root / 'plot.png'
     evaluation.plot_by_position(path, self.on, self.off)
     self.assertEqual(path.read_bytes()[1:4], b'PNG')
-
-
-if __name__ == '__main__':
-  absltest.main()

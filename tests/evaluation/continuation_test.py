@@ -2,7 +2,6 @@ import dataclasses
 import functools
 
 from absl import logging
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
@@ -198,7 +197,3 @@ class FinishedTextTest(parameterized.TestCase):
     self.assertEqual(
       continuation.finished_text(tokenizer, _X, drawn, config), 'yes'
     )
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -152,7 +152,3 @@ class ParseSettingsTest(parameterized.TestCase):
       harness.parse_settings({'max_gen_toks': 0})
     with self.assertRaisesRegex(errors.UserError, 'top_p=2.0'):
       harness.parse_settings({'top_p': 2})
-
-
-if __name__ == '__main__':
-  absltest.main()

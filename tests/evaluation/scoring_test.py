@@ -6,7 +6,6 @@ import pathlib
 import re
 
 from absl import logging
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
@@ -380,7 +379,3 @@ class LayoutTest(parameterized.TestCase):
     np.testing.assert_array_equal(found[0, :length], rows[0])
     self.assertTrue(np.all(found[0, length:] == -1))
     self.assertTrue(np.all(found[2] == -1))
-
-
-if __name__ == '__main__':
-  absltest.main()

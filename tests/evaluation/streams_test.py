@@ -147,7 +147,3 @@ class CurvesTest(absltest.TestCase):
     self.assertStartsWith(lines[-1], '181,200,')
     evaluation.plot_curves(self.root / 'stream.png', self.curves)
     self.assertEqual((self.root / 'stream.png').read_bytes()[1:4], b'PNG')
-
-
-if __name__ == '__main__':
-  absltest.main()

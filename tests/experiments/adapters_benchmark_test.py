@@ -46,7 +46,3 @@ class AdaptersBenchmarkTest(absltest.TestCase):
   def test_refuses_other_parts(self):
     with self.assertRaisesRegex(errors.UserError, 'variants'):
       adapters.BenchmarkConfig(variants=('norms',))
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -64,7 +64,3 @@ class CellsTest(absltest.TestCase):
     path.write_text('{"task": ')
     with self.assertRaisesRegex(errors.UserError, 'cell.json .* remove it'):
       cells_lib.read(self.store, 'task')
-
-
-if __name__ == '__main__':
-  absltest.main()

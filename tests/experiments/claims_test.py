@@ -15,7 +15,6 @@ import shutil
 from typing import NamedTuple
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 
 from experiments import cells as cells_lib
@@ -343,7 +342,3 @@ def _edit(number: str) -> str:
   digits = number.partition('e')[0]
   last = str((int(digits[-1]) + 3) % 10)
   return digits[:-1] + last + number[len(digits) :]
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -7,7 +7,6 @@ import re
 import subprocess
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 
 from experiments import compiled
@@ -184,7 +183,3 @@ class CompiledTest(parameterized.TestCase):
     )
     self.assertEqual(math.prod(shape), topology.num_devices)
     self.assertEqual(shape[0] % topology.num_slices, 0)
-
-
-if __name__ == '__main__':
-  absltest.main()

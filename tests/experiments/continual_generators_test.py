@@ -225,7 +225,3 @@ class ContinualScoresTest(absltest.TestCase):
       class_tasks.continual_scores(np.zeros((2, 3)))
     with self.assertRaisesRegex(errors.UserError, 'each of 2 tasks'):
       class_tasks.continual_scores(np.zeros((2, 2)), [0.0])
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import pathlib
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
@@ -168,7 +167,3 @@ class ContinualTest(parameterized.TestCase):
       self.assertIn(f'{name}_forward', summary)
     mean = summary['nearest_class_mean_tf_idf_final']
     self.assertGreater(mean, 0.25)  # better than a guess among four
-
-
-if __name__ == '__main__':
-  absltest.main()

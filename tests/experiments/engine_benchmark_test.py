@@ -35,7 +35,3 @@ class EngineBenchmarkTest(absltest.TestCase):
       engine.get_config('huge')
     with self.assertRaisesRegex(errors.UserError, '--mode=eval'):
       engine.run(engine.get_config('small'), 'unused', 'eval')
-
-
-if __name__ == '__main__':
-  absltest.main()

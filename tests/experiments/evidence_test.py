@@ -7,7 +7,6 @@ import subprocess
 import sys
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 
 from experiments import pages as pages_lib
@@ -195,7 +194,3 @@ class EvidenceTest(parameterized.TestCase):
     self.assertEqual(process.returncode, 2)
     self.assertIn('--only=fact names no page', process.stderr)
     self.assertLen(process.stderr.splitlines(), 1)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -3,7 +3,6 @@
 import json
 import pathlib
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
@@ -61,7 +60,3 @@ class ForgettingTest(parameterized.TestCase):
       forgetting.ForgettingConfig(num_inputs=8, ranks=(9,))
     with self.assertRaisesRegex(errors.UserError, 'shown_step=13'):
       forgetting.ForgettingConfig(num_steps=12, shown_step=13)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -5,7 +5,6 @@ import json
 import pathlib
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 
 from experiments.benchmarks import gpu
@@ -79,7 +78,3 @@ class GpuBenchmarkTest(parameterized.TestCase):
     with self.assertRaises(errors.UserError) as raised:
       gpu.GpuConfig(**changes)
     self.assertIn(message, str(raised.exception))
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -3,7 +3,6 @@
 import json
 import pathlib
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
@@ -76,7 +75,3 @@ class IntentsTest(parameterized.TestCase):
     self.assertNotEqual(
       corpus.train, intents.generate_intents(2, num_test=2, **sizes).train
     )
-
-
-if __name__ == '__main__':
-  absltest.main()

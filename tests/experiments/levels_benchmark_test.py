@@ -30,7 +30,3 @@ class LevelsBenchmarkTest(absltest.TestCase):
     # Far below 1 even where what is not kept for each segment is in it.
     self.assertLess(summary['meta_memory_exponent'], 0.75)
     self.assertGreater(summary['meta_memory_exponent'], 0)
-
-
-if __name__ == '__main__':
-  absltest.main()

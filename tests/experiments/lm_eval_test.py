@@ -151,7 +151,3 @@ class CommonsenseTest(absltest.TestCase):
     self.assertSequenceAlmostEqual(
       means, [50.11, 51.68, 52.28, 53.38, 56.82, 58.04], delta=0.011
     )
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -48,7 +48,3 @@ class PeersBenchmarkTest(absltest.TestCase):
     config = dataclasses.replace(config, python=str(self.folder / 'none'))
     with self.assertRaisesRegex(errors.UserError, 'cannot be started: No such'):
       peers.run(config, str(self.folder), 'train')
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -176,7 +176,3 @@ def _uniform():
     state,
   )
   return plain._replace(decode=decode, init_state=lambda params, rows: ())
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -39,7 +39,3 @@ class RowsTest(absltest.TestCase):
     )
     with self.assertRaisesRegex(errors.UserError, "'nothing' is no row"):
       rows.measure(rows.get_config('nothing'))
-
-
-if __name__ == '__main__':
-  absltest.main()

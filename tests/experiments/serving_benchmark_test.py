@@ -26,7 +26,3 @@ class ServingBenchmarkTest(absltest.TestCase):
     self.assertEqual(summary['soak_arrays'], 0)
     self.assertEqual(summary['soak_failed'], 0)
     self.assertLess(summary['soak_growth'], 1.2)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -3,7 +3,6 @@
 import dataclasses
 import pathlib
 
-from absl.testing import absltest
 from absl.testing import parameterized
 
 from nested_learning import configs
@@ -65,7 +64,3 @@ class SizesTest(parameterized.TestCase):
   def test_quickstart_refuses_another_mixer(self):
     with self.assertRaisesRegex(ValueError, "'mamba' must be 'hope' or"):
       configs.load(str(_FOLDER / 'quickstart.py:mamba'))
-
-
-if __name__ == '__main__':
-  absltest.main()

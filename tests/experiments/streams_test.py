@@ -181,7 +181,3 @@ class ReportTest(absltest.TestCase):
     self.assertAlmostEqual(summary['hope_nothing_late'], 3)
     self.assertTrue((root / 'page' / 'streams.png').is_file())
     self.assertTrue((root / 'page' / 'streams.json').is_file())
-
-
-if __name__ == '__main__':
-  absltest.main()

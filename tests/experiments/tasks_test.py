@@ -2,7 +2,6 @@
 
 import pathlib
 
-from absl.testing import absltest
 from absl.testing import parameterized
 
 from nested_learning import configs
@@ -49,7 +48,3 @@ class TasksTest(parameterized.TestCase):
   def test_refuses(self, arg, message):
     with self.assertRaisesRegex(ValueError, message):
       configs.load(f'{_FILE}:{arg}')
-
-
-if __name__ == '__main__':
-  absltest.main()

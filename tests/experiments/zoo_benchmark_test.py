@@ -65,7 +65,3 @@ class ZooBenchmarkTest(absltest.TestCase):
       zoo.get_config('transformer,mamba')
     with self.assertRaisesRegex(errors.UserError, "lacks 'transformer'"):
       zoo.get_config('hope')
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -1,7 +1,6 @@
 import dataclasses
 import functools
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -237,7 +236,3 @@ class GenerateTest(parameterized.TestCase):
   def test_refuses_settings_out_of_range(self, fields, message):
     with self.assertRaisesRegex(errors.UserError, message):
       inference.GenerateConfig(**fields)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -1,4 +1,3 @@
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -108,7 +107,3 @@ class SampleRowsTest(parameterized.TestCase):
       )
       expected = jax.vmap(sample)(keys[:, row])
       np.testing.assert_array_equal(found[:, row], expected)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -307,7 +306,3 @@ class SessionFilesTest(parameterized.TestCase):
     self.assertIn(x[0], (last, last + 1))
     np.testing.assert_array_equal(x, np.full(500_000, x[0]))
     session_files.write(self.path, content())  # the next save succeeds
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -6,7 +6,6 @@ import io
 import pathlib
 import re
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
@@ -386,7 +385,3 @@ class SessionsTest(parameterized.TestCase):
     ):
       with self.assertRaisesRegex(errors.UserError, message):
         begin().generate(1, prompt=draw(2), **settings)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -7,7 +7,6 @@ import pathlib
 import subprocess
 import sys
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 import pytest
@@ -145,7 +144,3 @@ class PrepareTest(parameterized.TestCase):
     self.assertIn('--tokenizer is bytes', refused.stderr)
     unknown = self.call('--source=seqio:nothing', '--output=bytes', code=2)
     self.assertIn("knows no task 'nothing'", unknown.stderr)
-
-
-if __name__ == '__main__':
-  absltest.main()

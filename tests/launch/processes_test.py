@@ -332,7 +332,3 @@ class EndTest(parameterized.TestCase):
     """)
     self.assertEqual(codes, [2, 2])
     self.assertIn('process 1 has a config with the hash', outputs[0])
-
-
-if __name__ == '__main__':
-  absltest.main()

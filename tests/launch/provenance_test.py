@@ -6,7 +6,6 @@ import subprocess
 import sys
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 
 from launch import provenance
@@ -109,7 +108,3 @@ class ProvenanceTest(parameterized.TestCase):
   )
   def test_commands_without_folders_of_the_machine(self, command, expected):
     self.assertEqual(provenance.portable(command), expected or command)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -539,7 +539,3 @@ class TrainerTest(absltest.TestCase):
     self.call(*session, f'--feed={feed}')
     self.assertTrue((self.root / 'me[1]*?.session').is_file())
     self.call(*session, '--prompt=line')
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -14,7 +14,6 @@ import subprocess
 import sys
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import pytest
 import yaml
@@ -305,7 +304,3 @@ class FuzzTest(parameterized.TestCase):
         for _ in range(4)
       ]
       getattr(self, f'check_{target}')(tuple(values))
-
-
-if __name__ == '__main__':
-  absltest.main()

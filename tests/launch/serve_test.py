@@ -11,7 +11,6 @@ import subprocess
 import sys
 import urllib.request
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import pytest
 
@@ -98,7 +97,3 @@ class ServeTest(parameterized.TestCase):
       if not killed:
         self.assertEqual(stdout, 'All 1 sessions are saved.\n')
     self.assertLen(fingerprint, 64)
-
-
-if __name__ == '__main__':
-  absltest.main()

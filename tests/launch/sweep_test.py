@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import pytest
 
@@ -468,7 +467,3 @@ class SweepTest(parameterized.TestCase):
       self.assertIn(message, result.stderr)
     self.assertEqual((self.workdir / 'sweep.json').read_bytes(), before)
     self.assertEqual(self._attempts(), {'size=1/seed_0': 1})
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -632,7 +632,3 @@ class XlaFlagsTest(absltest.TestCase):
       text=True,
     )
     self.assertEqual(result.returncode, 0, result.stderr)
-
-
-if __name__ == '__main__':
-  absltest.main()

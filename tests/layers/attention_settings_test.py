@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -214,7 +213,3 @@ class AttentionSettingsTest(parameterized.TestCase):
   def test_refuses_scalings_and_norms(self, make, message):
     with self.assertRaisesRegex(errors.UserError, message):
       make()
-
-
-if __name__ == '__main__':
-  absltest.main()

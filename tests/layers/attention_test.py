@@ -3,7 +3,6 @@
 import dataclasses
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import chex
 import jax
@@ -183,7 +182,3 @@ class AttentionTest(parameterized.TestCase):
     config = layers.AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4)
     with self.assertRaisesRegex(errors.UserError, 'max_length=None must be'):
       config.make(embed_dim=_EMBED, dtype=jnp.float32)
-
-
-if __name__ == '__main__':
-  absltest.main()

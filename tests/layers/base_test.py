@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import chex
 import jax
@@ -50,7 +49,3 @@ class MixerConfigTest(parameterized.TestCase):
         out, after = layer.apply(params, start, none, info)
         self.assertEqual(out.shape, (2, 0, 8))
         chex.assert_trees_all_equal(after, state)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -2,7 +2,6 @@
 
 import re
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -142,7 +141,3 @@ class CmsTest(parameterized.TestCase):
     (value,) = settings.values()
     with self.assertRaisesRegex(errors.UserError, f"='{value}' must be"):
       cms.ChainConfig(**settings)
-
-
-if __name__ == '__main__':
-  absltest.main()

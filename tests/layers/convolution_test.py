@@ -1,6 +1,5 @@
 """The causal convolution against a loop, in one call and in several."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 from jax import test_util
@@ -113,7 +112,3 @@ class ConvolutionTest(parameterized.TestCase):
       self.params, state, self.x, mask=np.zeros((2, 19), bool)
     )
     np.testing.assert_array_equal(after, state)
-
-
-if __name__ == '__main__':
-  absltest.main()

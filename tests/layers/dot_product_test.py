@@ -4,7 +4,6 @@ import functools
 import re
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 from jax._src.cudnn import fused_attention_stablehlo
@@ -151,7 +150,3 @@ class DotProductTest(parameterized.TestCase):
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-4)
     for a, b in zip(found[1], expected[1], strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -214,7 +213,3 @@ class MemoryAsContextTest(_Case):
     config = layers.MemoryAsContextConfig(_MEMORY, _ATTENTION)
     with self.assertRaisesRegex(errors.UserError, message):
       dataclasses.replace(config, **changes)
-
-
-if __name__ == '__main__':
-  absltest.main()

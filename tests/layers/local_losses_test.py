@@ -1,6 +1,5 @@
 """Tests of local losses of levels, against loops in NumPy."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -276,7 +275,3 @@ class LocalObjectivesTest(parameterized.TestCase):
       errors.UserError, 'CompressionHead has no next'
     ):
       models.make_model(_CONFIG, inner, head=models.CompressionHead())
-
-
-if __name__ == '__main__':
-  absltest.main()

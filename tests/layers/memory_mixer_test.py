@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -239,7 +238,3 @@ class MemoryMixerTest(parameterized.TestCase):
   def test_bad_settings_name_the_value(self, changes, message):
     with self.assertRaisesRegex(errors.UserError, message):
       dataclasses.replace(_HOPE, **changes)
-
-
-if __name__ == '__main__':
-  absltest.main()

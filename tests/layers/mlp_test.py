@@ -2,7 +2,6 @@
 
 import math
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -82,7 +81,3 @@ class MlpTest(parameterized.TestCase):
     scale = jnp.full((4,), 2.0**-9, jnp.bfloat16)  # 1 + 2^-9 is 1 in bfloat16
     out = config.apply(scale, jnp.ones((1, 4)))
     self.assertGreater(float(out[0, 0]), 1.001)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -25,7 +25,3 @@ class NormTest(absltest.TestCase):
     np.testing.assert_allclose(out, [[0.6, 0.8], [0.0, 0.0]], rtol=1e-6)
     grad = jax.grad(lambda x: jnp.sum(norm.l2_normalize(x)))(jnp.zeros(3))
     self.assertTrue(np.all(np.isfinite(grad)))
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -1,6 +1,5 @@
 """Sliding-window attention against the masked definition, and as a stream."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -169,7 +168,3 @@ class SlidingWindowTest(parameterized.TestCase):
 
     per_block = flops(512) - flops(504)
     self.assertEqual(flops(4096) - flops(512), per_block * (4096 - 512) // 8)
-
-
-if __name__ == '__main__':
-  absltest.main()

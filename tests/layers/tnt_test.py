@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -218,7 +217,3 @@ class TntTest(parameterized.TestCase):
   def test_bad_settings_name_the_value(self, changes, message):
     with self.assertRaisesRegex(errors.UserError, message):
       dataclasses.replace(make_config(), **changes)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -3,7 +3,6 @@
 import itertools
 from typing import NamedTuple
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -230,7 +229,3 @@ class DgdTest(parameterized.TestCase):
       models.make_model(
         _CONFIG, levels.make_inner((4, 8), optimizer=(_SGD, dgd))
       )
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -70,7 +70,3 @@ class HealthTest(absltest.TestCase):
     measured = read({'fast': 1e6, 'slow': 0.1})
     (warning,) = levels.health_warnings(measured)
     self.assertRegex(warning, "'fast' diverged in 2 of 2 .* frozen")
-
-
-if __name__ == '__main__':
-  absltest.main()

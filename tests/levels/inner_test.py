@@ -5,7 +5,6 @@ import dataclasses
 import json
 import pickle
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
@@ -117,7 +116,3 @@ class InnerConfigTest(parameterized.TestCase):
       errors.UserError, r'levels=\(64, 128\) must be'
     ):
       levels.InnerConfig((64, 128))
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
@@ -112,7 +111,3 @@ def params_split():
     _CONFIG, levels.make_inner((8,) * len(_CONFIG.levels), depth=0.6)
   ).reader
   return reader.prepare(params())['blocks']
-
-
-if __name__ == '__main__':
-  absltest.main()

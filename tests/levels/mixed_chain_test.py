@@ -1,6 +1,5 @@
 """Tests of chains whose levels learn by rules and losses of their own."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -192,7 +191,3 @@ class MixedChainTest(parameterized.TestCase):
       self.assertGreater(level.drift.min(), 1e-5)
     for leaf in jax.tree.leaves(grads):
       self.assertTrue(np.all(np.isfinite(leaf)))
-
-
-if __name__ == '__main__':
-  absltest.main()

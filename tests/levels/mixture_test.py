@@ -1,6 +1,5 @@
 """Tests of the mixture of a nested chain's members, against a loop."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
@@ -95,7 +94,3 @@ class MixtureTest(parameterized.TestCase):
       found = losses(mixture.mix(start, members, tokens)[0], tokens)
       self.assertTrue(np.all(np.isfinite(found)))
       self.assertLess(found[0, 5:].max(), 0.02)
-
-
-if __name__ == '__main__':
-  absltest.main()

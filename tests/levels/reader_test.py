@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -530,7 +529,3 @@ class ReaderTest(parameterized.TestCase):
     self.assertEqual(list(state.levels), ['slow'])
     model, off = learning(update_every=(), learning_rate=0.1)
     self.assertEqual(off.forward.__qualname__, model.forward.__qualname__)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -84,7 +84,3 @@ class TimescaleTest(absltest.TestCase):
     np.testing.assert_allclose(
       levels.effective_timescale(tokens, gain), [15, 15, np.inf, 0]
     )
-
-
-if __name__ == '__main__':
-  absltest.main()

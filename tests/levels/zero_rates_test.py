@@ -87,7 +87,3 @@ class ZeroRatesTest(absltest.TestCase):
   @pytest.mark.slow
   def test_hope(self):
     self.check(*make('hope_tiny', chunk_size=4, chunk_size_others=4))
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -6,7 +6,6 @@ import random
 from typing import Any
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -116,7 +115,3 @@ class ChunkScanSweepTest(_Comparison):
   @parameterized.parameters(*[(row,) for row in sweep()])
   def test_equals_token_loop(self, settings):
     self.check_equals_token_loop(settings)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -1,6 +1,5 @@
 """The triangular inverse of a chunk against numpy, and where keys repeat."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -70,7 +69,3 @@ class UnitLowerInverseTest(parameterized.TestCase):
       np.sum(grad * direction), (above - below) / 2e-6, rtol=1e-6
     )
     np.testing.assert_array_equal(np.triu(grad), 0.0)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -1,6 +1,5 @@
 """Extensions: whole calls, any split and single tokens give the same."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -162,7 +161,3 @@ class ExtensionsTest(parameterized.TestCase):
     wide = memory.make_mlp(**size, hidden_dim=6, activation=jax.nn.silu)
     with self.assertRaisesRegex(errors.UserError, 'hidden_dim=6 must be .*=4'):
       check(wide)
-
-
-if __name__ == '__main__':
-  absltest.main()

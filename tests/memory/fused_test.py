@@ -8,7 +8,6 @@ import re
 from typing import Any
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -405,7 +404,3 @@ class TpuTest(parameterized.TestCase):
     found = compilation.analyze(compiled.as_text(), mesh.shape)
     self.assertGreater(found.memory_flops, 0.5 * found.total_flops)
     self.assertEmpty(found.in_memory_loops)
-
-
-if __name__ == '__main__':
-  absltest.main()

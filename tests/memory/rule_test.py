@@ -1,6 +1,5 @@
 """Custom functions, gradients through the writes, and bad settings."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -264,7 +263,3 @@ class LongStreamSweepTest(_LongStream):
   )
   def test_finite_over_100_000_tokens(self, kind, erase):
     self.check_finite(kind, erase)
-
-
-if __name__ == '__main__':
-  absltest.main()

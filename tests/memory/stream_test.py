@@ -1,6 +1,5 @@
 """Streams: any split into calls, gaps, borders, reading without writing."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -264,7 +263,3 @@ class StreamTest(parameterized.TestCase):
     for grad in jax.tree.leaves(grads):
       np.testing.assert_array_equal(grad[:, :, :border], 0.0)
       self.assertGreater(np.abs(grad[:, :, border:]).max(), 1e-4)
-
-
-if __name__ == '__main__':
-  absltest.main()

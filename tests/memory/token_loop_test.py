@@ -1,6 +1,5 @@
 """The token loop against the recurrence in NumPy."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
@@ -102,7 +101,3 @@ class TokenLoopTest(parameterized.TestCase):
       ]
       self.assertGreater(max(moved), 0.1)
       self.assertGreater(np.abs(expected_reads).max(), 0.1)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import pathlib
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -307,7 +306,3 @@ class VeryLongStreamTest(_LongStream):
   )
   def test_finite_over_8192_tokens(self, family, dtype):
     self.check(family, 8192, dtype)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
@@ -95,7 +94,3 @@ class EmbeddingTest(parameterized.TestCase):
     window = dataclasses.replace(_CONFIG.mixer, window=4)
     with self.assertRaisesRegex(errors.UserError, "positions='learned' needs"):
       make(window, positions='learned')
-
-
-if __name__ == '__main__':
-  absltest.main()

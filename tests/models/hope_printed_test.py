@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -180,7 +179,3 @@ class LongStreamTest(parameterized.TestCase):
       norms.append(np.linalg.norm(weights, axis=(-1, -2)).max())
     self.assertLess(norms[0], 100.0)
     self.assertGreater(norms[1], 1e4)
-
-
-if __name__ == '__main__':
-  absltest.main()

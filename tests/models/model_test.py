@@ -1,6 +1,5 @@
 """Tests of models: their heads, and levels that are added to them."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
@@ -147,7 +146,3 @@ class AddLevelTest(parameterized.TestCase):
     ):
       with self.assertRaisesRegex(errors.UserError, message):
         models.add_level(config, params, **settings)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -285,7 +284,3 @@ class AddLevelTest(parameterized.TestCase):
     config = dataclasses.replace(config, levels=(*config.levels, wide))
     with self.assertRaisesRegex(errors.UserError, 'mlp_dim=13 in place of 12'):
       models.complete(config, params, jax.random.key(0))
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -3,7 +3,6 @@
 One head and one row; S and W are [d, d], tokens are vectors, `n` counts them.
 """
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -302,7 +301,3 @@ class PublishedRulesTest(parameterized.TestCase):
       grads,
       expected_grads,
     )
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -276,7 +276,3 @@ class BackwardPassTest(absltest.TestCase):
     of_block = lambda length: kept(3, length) - kept(2, length)
     per_token = (of_block(256) - of_block(128)) / 128
     self.assertLess(per_token / wide, 25)
-
-
-if __name__ == '__main__':
-  absltest.main()

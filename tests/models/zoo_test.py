@@ -1,6 +1,5 @@
 """Tests of the zoo."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 
 from nested_learning import configs
@@ -96,7 +95,3 @@ class ZooTest(parameterized.TestCase):
       models.zoo.make_config('hope_17m')
     with self.assertRaisesRegex(ValueError, "no model 'hope_17m'.*hope_170m"):
       models.zoo.make_inner('hope_17m')
-
-
-if __name__ == '__main__':
-  absltest.main()

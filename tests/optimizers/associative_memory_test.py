@@ -112,7 +112,3 @@ class AssociativeMemoryTest(absltest.TestCase):
       last_update(adagrad, self.gradients),
       atol=1e-9,
     )
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -2,7 +2,6 @@ import dataclasses
 import inspect
 import typing
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -177,7 +176,3 @@ class ConfigsTest(parameterized.TestCase):
     slopes = jax.grad(norm)(jax.tree.map(jnp.zeros_like, params))
     for slope in jax.tree.leaves(slopes):
       self.assertTrue(np.all(np.isfinite(slope)))
-
-
-if __name__ == '__main__':
-  absltest.main()

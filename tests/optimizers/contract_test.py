@@ -4,7 +4,6 @@ import functools
 import pathlib
 import re
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -339,7 +338,3 @@ class ContractTest(parameterized.TestCase):
     for array, updates in zip(arrays, results(*arrays), strict=True):
       self.assertEqual(contract.types(updates), contract.types(array))
       self.assertTrue(jnp.all(updates < 0))
-
-
-if __name__ == '__main__':
-  absltest.main()

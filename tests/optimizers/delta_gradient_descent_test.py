@@ -2,7 +2,6 @@
 
 import functools
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -320,7 +319,3 @@ class PrintedTest(parameterized.TestCase):
     expected = jax.grad(twice)(kernel, x) + gram @ kernel
     np.testing.assert_allclose(gradient, expected, rtol=1e-5)
     np.testing.assert_allclose(extra['energy'], jnp.trace(gram), rtol=1e-5)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -2,7 +2,6 @@
 
 import warnings
 
-from absl.testing import absltest
 from absl.testing import parameterized
 from flax import nnx
 import flax.linen as nn
@@ -324,7 +323,3 @@ class ModelTest(parameterized.TestCase):
         batch,
         learning_rate=1.0,
       )
-
-
-if __name__ == '__main__':
-  absltest.main()

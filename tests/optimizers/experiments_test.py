@@ -335,7 +335,3 @@ class ExperimentsTest(parameterized.TestCase):
           self.create_tempdir().full_path,
           'train',
         )
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -1,6 +1,5 @@
 """Tests that optimisers drop into Flax's own training states."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 from flax import nnx
 import flax.linen as nn
@@ -66,7 +65,3 @@ class FlaxTest(parameterized.TestCase):
 
     losses = [float(nnx_step(module, optimizer)) for _ in range(15)]
     self.assertLess(losses[-1], 0.9 * losses[0])
-
-
-if __name__ == '__main__':
-  absltest.main()

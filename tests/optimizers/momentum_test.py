@@ -1,6 +1,5 @@
 """Tests delta and preconditioned momentum against their objectives."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -199,7 +198,3 @@ class PreconditionedMomentumTest(parameterized.TestCase):
   def test_rejects_bad_arguments(self):
     with self.assertRaisesRegex(ValueError, 'preconditioner_decay=2'):
       optimizers.preconditioned_momentum(0.1, preconditioner_decay=2)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -1,6 +1,5 @@
 """Tests the rule of M3 against plain loops."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -276,7 +275,3 @@ class ScaleByM3Test(parameterized.TestCase):
     for dtype in (jnp.int32, jnp.complex64):
       with self.assertRaisesRegex(ValueError, "'n'.*dtype"):
         optimizers.scale_by_m3().init({'n': jnp.zeros((2, 2), dtype)})
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -2,7 +2,6 @@
 
 import warnings
 
-from absl.testing import absltest
 from absl.testing import parameterized
 from flax import nnx
 import flax.linen as nn
@@ -327,7 +326,3 @@ class M3ForModelTest(parameterized.TestCase):
     )
     with self.assertRaisesRegex(ValueError, r"\['v'\].*it has \['w'\]"):
       tx.init({'v': jnp.ones((3, 2))})
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -1,6 +1,5 @@
 """Tests deep momentum against its objectives, and the size of its state."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -144,7 +143,3 @@ class DeepMomentumTest(parameterized.TestCase):
       optimizers.deep_momentum(0.1, state_ratio=-1)
     with self.assertRaisesRegex(ValueError, 'inner_steps=0'):
       optimizers.deep_momentum(0.1, inner_steps=0)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -119,7 +119,3 @@ class ShardingTest(
     super().setUp()
     # Versions are compared as text there: '0.10' is below '0.7.2', and skipped.
     self.enter_context(mock.patch.object(jax, '__version__', '0.9'))
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -1,6 +1,5 @@
 """Tests that sharded parameters are updated like others, and stay in place."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -107,7 +106,3 @@ class DimensionNumbersTest(parameterized.TestCase):
       jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True
     ):
       self.assertTrue(new.sharding.is_equivalent_to(old.sharding, old.ndim))
-
-
-if __name__ == '__main__':
-  absltest.main()

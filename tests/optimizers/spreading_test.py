@@ -2,7 +2,6 @@
 
 import re
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -190,7 +189,3 @@ class SpreadingTest(parameterized.TestCase):
       return mapped.lower(x).compile().cost_analysis()['flops']
 
     self.assertLess(flops(mesh), flops(None) / 4)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -1,6 +1,5 @@
 """Tests levels on clocks of their own against plain loops."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -436,7 +435,3 @@ class MultiTimescaleTest(parameterized.TestCase):
       multi_timescale(levels, 'fast', phases='random')
     with self.assertRaisesRegex(ValueError, 'tokens_per_step=0'):
       multi_timescale(levels, 'fast', tokens_per_step=0)
-
-
-if __name__ == '__main__':
-  absltest.main()

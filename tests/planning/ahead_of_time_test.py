@@ -10,7 +10,6 @@ import sys
 import textwrap
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import pytest
@@ -281,7 +280,3 @@ planning.run(config, topology, pathlib.Path('.'))
     self.assertEqual(result.returncode, 0, result.stderr)
     summary = json.loads(pathlib.Path(folder, 'summary.json').read_text())
     return summary, result.stdout
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -3,7 +3,6 @@
 import dataclasses
 import pathlib
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
@@ -70,7 +69,3 @@ class AdditionsTest(parameterized.TestCase):
     config, _ = models.add_level(*both, name='slower')
     with self.assertRaisesRegex(errors.UserError, 'of llama has one MLP'):
       pretrained.to_hf_config(config, base)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -88,7 +88,3 @@ class WithoutTemplateTest(absltest.TestCase):
       self.assertRaisesRegex(errors.UserError, r'nested-learning\[chat\]'),
     ):
       chat.render(_CHATML, _HELLO)
-
-
-if __name__ == '__main__':
-  absltest.main()

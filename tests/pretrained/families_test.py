@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import pathlib
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -222,7 +221,3 @@ class FamiliesTest(parameterized.TestCase):
     logits, _ = compiling.jit(windowed.forward)(params, None, tokens)
     np.testing.assert_allclose(logits[:, :8], expected[:, :8], atol=1e-5)
     self.assertGreater(np.abs(logits[:, 8:] - expected[:, 8:]).max(), 1e-2)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -211,7 +211,3 @@ class MissingPackageTest(absltest.TestCase):
       self.assertRaisesRegex(errors.UserError, r'nested-learning\[gguf\]'),
     ):
       pretrained.open_source('model.gguf')
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -79,7 +79,3 @@ class SmolLm2Test(absltest.TestCase):
     np.testing.assert_array_equal(drawn.tokens[0], expected)
     text = self.tokenizer().decode(np.asarray(drawn.tokens[0]))
     self.assertStartsWith(text, ' Paris')
-
-
-if __name__ == '__main__':
-  absltest.main()

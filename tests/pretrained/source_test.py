@@ -8,7 +8,6 @@ import pathlib
 import shutil
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax.numpy as jnp
 import ml_dtypes
@@ -397,7 +396,3 @@ class SourceTest(parameterized.TestCase):
       for name in _NAMES
     }
     self.assertEqual(recorded, set(families.FAMILIES))
-
-
-if __name__ == '__main__':
-  absltest.main()

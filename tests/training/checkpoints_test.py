@@ -6,7 +6,6 @@ import pathlib
 import shutil
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -542,7 +541,3 @@ class ChecksumTest(parameterized.TestCase):
       checkpoint_files.tree_checksums({'x': x}),
       checkpoint_files.tree_checksums({'x': sharded}),
     )
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -1,7 +1,6 @@
 import dataclasses
 import pathlib
 
-from absl.testing import absltest
 from absl.testing import parameterized
 
 from nested_learning import configs
@@ -159,7 +158,3 @@ class ContextTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, message):
       config = dataclasses.replace(_experiment('hope_tiny'), inner=learning)
       configs.override(config, ['mesh.context=2'])
-
-
-if __name__ == '__main__':
-  absltest.main()

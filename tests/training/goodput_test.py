@@ -6,7 +6,6 @@ import threading
 import time
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -294,7 +293,3 @@ class RunTest(parameterized.TestCase):
       errors.UserError, r'--profile=3:9 ends after the last .*num_steps=6'
     ):
       self.train(profile=profiling.Steps(3, 9))
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -1,4 +1,3 @@
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +55,3 @@ class GuardTest(parameterized.TestCase):
   def test_is_no_spike_before(self):
     norms = [1.0] * (guard_lib.NUM_STEPS - 1) + [1e6]
     self.assertTrue(all(check_all(norms, spike_factor=2.0)[0]))
-
-
-if __name__ == '__main__':
-  absltest.main()

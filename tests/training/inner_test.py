@@ -189,7 +189,3 @@ class InnerTest(absltest.TestCase):
           inner=inner(0.1, 0.1),
         )
       )
-
-
-if __name__ == '__main__':
-  absltest.main()

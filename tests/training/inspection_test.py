@@ -63,7 +63,3 @@ class InspectionTest(absltest.TestCase):
   def test_without_checkpoints(self):
     with self.assertRaisesRegex(errors.UserError, 'holds no checkpoint; give'):
       training.inspect(self.root / 'other')
-
-
-if __name__ == '__main__':
-  absltest.main()

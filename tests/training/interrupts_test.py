@@ -7,7 +7,6 @@ import signal
 import threading
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import pytest
@@ -121,7 +120,3 @@ class InterruptsTest(parameterized.TestCase):
     with contextlib.redirect_stdout(output):
       training.run(config, root / 'run')  # takes no step
     self.assertTrue((root / 'run' / 'summary.json').exists())
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -9,7 +9,6 @@ import sys
 import textwrap
 import time
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import pytest
 
@@ -110,7 +109,3 @@ class KillsTest(parameterized.TestCase):
       for name in ('cut', 'straight')
     ]
     self.assertEqual(*checksums)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -7,7 +7,6 @@ import pathlib
 import time
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax.numpy as jnp
 
@@ -145,7 +144,3 @@ class MetricsTest(parameterized.TestCase):
       self.report(log, 7, float('nan'), skipped=in_a_row, in_a_row=in_a_row)
       with self.assertRaisesRegex(FloatingPointError, message):
         log.flush()
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -8,7 +8,6 @@ import pathlib
 import types
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 
 from nested_learning import configs
@@ -191,7 +190,3 @@ class ModesTest(parameterized.TestCase):
     self.assertRegex(
       text, r'\| slow +\| adamw +\| 512 +\| 2 +\| 1,568 +\| 3 +\|'
     )
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -1,6 +1,5 @@
 import pathlib
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -125,7 +124,3 @@ class OptimizerTest(parameterized.TestCase):
       jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), left, right
       )
-
-
-if __name__ == '__main__':
-  absltest.main()

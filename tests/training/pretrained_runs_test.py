@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import ml_dtypes
@@ -273,7 +272,3 @@ class PretrainedRunsTest(Imports):
       self.assertIn(message, said)
       self.assertLen(said.splitlines(), 1)
       self.assertFalse((self.root / 'new').exists())
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -6,7 +6,6 @@ import pathlib
 import tempfile
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -230,7 +229,3 @@ class DgdTest(parameterized.TestCase):
       ),
     ):
       training.make_optimizer(config, table)
-
-
-if __name__ == '__main__':
-  absltest.main()

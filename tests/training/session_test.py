@@ -228,7 +228,3 @@ class GuardTest(absltest.TestCase):
     whole = read()
     self.assertTrue(np.isnan(whole[0]))
     np.testing.assert_allclose(read(16, 32), whole, rtol=1e-4)
-
-
-if __name__ == '__main__':
-  absltest.main()

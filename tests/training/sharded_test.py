@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -215,7 +214,3 @@ def _child(tree, key):
     case jax.tree_util.SequenceKey(idx=index):
       return tree[index]
   return tree[key.key]
-
-
-if __name__ == '__main__':
-  absltest.main()

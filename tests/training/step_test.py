@@ -1,6 +1,5 @@
 import pathlib
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 from jax import sharding as jsharding
@@ -205,7 +204,3 @@ class StepTest(parameterized.TestCase):
     mesh = sharding.make_mesh(sharding.MeshConfig(8, 1))
     with self.assertRaisesRegex(errors.UserError, '4 rows .* 8 devices'):
       training.abstract_state(config, model, optimizer, mesh)
-
-
-if __name__ == '__main__':
-  absltest.main()

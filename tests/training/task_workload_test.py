@@ -8,7 +8,6 @@ import pathlib
 import signal
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
@@ -254,7 +253,3 @@ class TaskWorkloadTest(parameterized.TestCase):
       configs.override(
         config, ['data.task=MqarConfig', 'data.task.num_pairs=40']
       )
-
-
-if __name__ == '__main__':
-  absltest.main()

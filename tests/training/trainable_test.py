@@ -225,7 +225,3 @@ class LoraTest(absltest.TestCase):
       matrix = change.reshape(2, *((-1, 32) if name == 'out' else (32, -1)))
       rank = np.linalg.matrix_rank(np.asarray(matrix), tol=1e-4)
       np.testing.assert_array_equal(rank, 3)
-
-
-if __name__ == '__main__':
-  absltest.main()

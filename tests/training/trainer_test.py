@@ -14,7 +14,6 @@ import textwrap
 import time
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -367,7 +366,3 @@ class TrainerTest(parameterized.TestCase):
     self.assertEqual(straight.returncode, 0, straight.stderr)
     self.assertEqual(self.losses('straight'), self.losses('w'))
     self.assertEqual(self.checksums('straight'), self.checksums('w'))
-
-
-if __name__ == '__main__':
-  absltest.main()

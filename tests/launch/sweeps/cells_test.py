@@ -2,7 +2,6 @@
 
 import os
 
-from absl.testing import absltest
 from absl.testing import parameterized
 
 from launch import sweeps
@@ -148,7 +147,3 @@ class SweepTest(parameterized.TestCase):
   def test_row_needs_the_name_of_a_folder(self, name):
     with self.assertRaisesRegex(errors.UserError, 'can be a folder'):
       sweeps.Row(name)
-
-
-if __name__ == '__main__':
-  absltest.main()

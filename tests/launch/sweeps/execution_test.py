@@ -118,7 +118,3 @@ class SlurmTest(absltest.TestCase):
         sweeps.make_array_script(
           ['a'], ['x'], folder='.', logs='l', options=[option]
         )
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import pathlib
 
-from absl.testing import absltest
 from absl.testing import parameterized
 
 from launch import sweeps
@@ -113,7 +112,3 @@ class RecordTest(parameterized.TestCase):
     self.assertEqual(names('*/seed_1'), ['size=1/seed_1', 'size=2/seed_1'])
     with self.assertRaisesRegex(errors.UserError, "'seven'; there are size=1"):
       names('seven')
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -211,7 +211,3 @@ class PlotTest(absltest.TestCase):
     np.testing.assert_array_equal(
       axes.containers[0].lines[0].get_xdata(), [3, 1]
     )
-
-
-if __name__ == '__main__':
-  absltest.main()

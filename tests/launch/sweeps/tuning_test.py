@@ -5,7 +5,6 @@ import json
 import pathlib
 import re
 
-from absl.testing import absltest
 from absl.testing import parameterized
 
 from launch import sweeps
@@ -196,7 +195,3 @@ class TuningTest(parameterized.TestCase):
     self.assertIn('| config | a | 1.5 ± 0.71 | 2 of 3 |', self.page)
     self.assertNotIn('the values tried', self.page)
     self.assertEqual(self.summary['config/text'], 'a')
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -2,7 +2,6 @@
 
 import functools
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -452,7 +451,3 @@ class CaptureTest(parameterized.TestCase):
     (loss, aux), _, _ = grad(jnp.ones((2, 3)), jnp.ones((4, 2)))
     self.assertEqual(loss, 24)
     np.testing.assert_array_equal(aux['x'], 1)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -376,7 +376,3 @@ class ParameterReportTest(absltest.TestCase):
       raveled, shapes(w=(96,)), jnp.ones((5, 8))
     )
     self.assertEqual(info.kind, 'mixed axes')
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -1,6 +1,5 @@
 """Tests that every use of a parameter in a loss is understood."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -282,7 +281,3 @@ class UsageTest(parameterized.TestCase):
       optimizers.dimension_numbers(loss_fn, shapes(w=(8, 6)), jnp.ones((5, 8))),
       IS_MATRIX,
     )
-
-
-if __name__ == '__main__':
-  absltest.main()
