@@ -92,8 +92,6 @@ _ABLATIONS = (
   'read',
   'retain_to',
   'atlas',
-  'chunk_size',
-  'heads',
   'local_targets',
 )
 _BENCHMARKS = {  # rooms that they measure, and hours
