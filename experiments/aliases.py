@@ -260,7 +260,6 @@ def _write(
     config,
     module=__name__,
     summary=summary,
-    metrics=[],
     sections=[
       '# Aliases in one layer',
       _outcome(config, found),
