@@ -286,13 +286,13 @@ def _outcome(config, found) -> str:
   percent = lambda name, order: f'{100 * found[name, order][-1]:.0f}'
   most = f'{config.hops[-1]} aliases away'
   last, first = 'values last', 'values first'
+  rule = max(found['delta rule', order][-1] for order in ORDERS)
   return (
     f'Of values that are {most}, a layer with a memory of queries finds '
     f'{percent("and queries", last)} % where the aliases are told before the '
     f'values, one whose targets are its own outputs '
     f'{percent("own targets", first)} % where the values are told first, and '
     f'one with a memory of keys {percent("and keys", "backwards")} % where the '
-    'last aliases are told first. A delta rule finds '
-    f'{percent("delta rule", last)} %, whatever comes first: it needs a layer '
-    'for every alias on the way.'
+    f'last aliases are told first. A delta rule finds at most {100 * rule:.0f} '
+    '%, whatever comes first: it needs a layer for every alias on the way.'
   )
