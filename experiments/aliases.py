@@ -248,11 +248,11 @@ def _write(
   for name in ROWS:
     shown = []
     for order in ORDERS:
-      shares = [round(100 * x) for x in found[name, order]]
+      shares = [round(x, 2) for x in found[name, order]]
       key = f'{report_files.key(name)}_{report_files.key(order)}'
       hops = zip(config.hops, shares, strict=True)
       summary |= {f'{key}_{hop}': share for hop, share in hops}
-      shown.append(' / '.join(map(str, shares)))
+      shown.append(' / '.join(f'{share:.2f}' for share in shares))
     rows.append((name, *shown))
   cells_lib.write_page(
     store,
@@ -263,9 +263,9 @@ def _write(
     sections=[
       '# Aliases in one layer',
       _outcome(config, found),
-      f'Per cent of the values that are found for the last alias of '
+      f'Share of the values that are found for the last alias of '
       f'{config.num_chains} names, after {_hops(config)} aliases of each; a '
-      f'guess finds {100 / config.num_chains:.0f}. Means over '
+      f'guess finds {1 / config.num_chains:.2f}. Means over '
       f'{config.num_streams} streams. From "own targets" on, each row adds '
       'memories to one layer that writes towards its own output.',
       report_files.table(('layer', *ORDERS), rows),
@@ -283,16 +283,16 @@ def _hops(config):
 
 def _outcome(config, found) -> str:
   """Returns what the numbers say."""
-  percent = lambda name, order: f'{100 * found[name, order][-1]:.0f}'
+  share = lambda name, order: f'{found[name, order][-1]:.2f}'
   most = f'{config.hops[-1]} aliases away'
   last, first = 'values last', 'values first'
   rule = max(found['delta rule', order][-1] for order in ORDERS)
   return (
     f'Of values that are {most}, a layer with a memory of queries finds '
-    f'{percent("and queries", last)} % where the aliases are told before the '
+    f'{share("and queries", last)} where the aliases are told before the '
     f'values, one whose targets are its own outputs '
-    f'{percent("own targets", first)} % where the values are told first, and '
-    f'one with a memory of keys {percent("and keys", "backwards")} % where the '
-    f'last aliases are told first. A delta rule finds at most {100 * rule:.0f} '
-    '%, whatever comes first: it needs a layer for every alias on the way.'
+    f'{share("own targets", first)} where the values are told first, and one '
+    f'with a memory of keys {share("and keys", "backwards")} where the last '
+    f'aliases are told first. A delta rule finds at most {rule:.2f}, whatever '
+    'comes first: it needs a layer for every alias on the way.'
   )

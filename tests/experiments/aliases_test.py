@@ -42,9 +42,9 @@ class AliasesTest(parameterized.TestCase):
     text = (root / 'report.md').read_text()
     self.assertIn('Of values that are 3 aliases away', text)
     self.assertIn('| own targets ', text)
-    self.assertIn('100 / 62', text)
+    self.assertIn('1.00 / 0.62', text)
     summary = json.loads((root / 'summary.json').read_text())
-    self.assertEqual(summary['and_queries_values_last_3'], 62)
+    self.assertEqual(summary['and_queries_values_last_3'], 0.62)
 
   @parameterized.parameters(
     ({'hops': ()}, r'hops=\(\) must be one or more'),
