@@ -14,7 +14,8 @@ runs resume, and finished ones are kept beside the pages of the tasks, below
 experiments/results/small, from which another --workdir goes on. There the page
 has all tasks that were ever run.
 
-Hardware: two CPU cores, about an hour by estimate; a day with --all.
+Hardware: two CPU cores, about an hour and a half, since the first task took an
+hour of one core; a day with --all.
 
 The exit code is 0 if all runs are finished and all gates of their models hold;
 1, with a line for each run that failed and each gate; 2, with one line, if a

@@ -112,7 +112,7 @@ PAGES = {
     'small',
     ('experiments/bench_small.py',),
     ('experiments/bench_small.py', 'nested_learning/tasks', *_MODEL),
-    1.0,
+    1.5,
   ),
   'streams': _experiment('streams.py', 'streams', _LEVELS, 1.0),
   'pretrained_streams': _experiment(
