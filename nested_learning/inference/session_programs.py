@@ -334,6 +334,13 @@ def forget(
   return Snapshot(state, clock, np.zeros_like(now.age))
 
 
+def count_steps(before: Snapshot, after: Snapshot) -> dict[str, int]:
+  """Returns how many steps each level took; of the first row."""
+  old, new = before.state.stream.levels, after.state.stream.levels
+  count = lambda level: int(level.num_updates[0])
+  return {name: count(level) - count(old[name]) for name, level in new.items()}
+
+
 def make_programs(
   model: models.Model, inner: levels.InnerConfig
 ) -> session_compiled.Programs:

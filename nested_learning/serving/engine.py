@@ -54,6 +54,7 @@ class Job:
     reset: bool [t], True at a document's first token, or None.
     learn: Whether levels learn from the tokens and from the answer.
     draw: How the text is continued; None only reads.
+    measure: Whether to read all again with the levels that have learned it.
     key: Jobs of one session have the same key. A job waits until those before
       it that learn have ended. None waits for nobody.
     on_token: `on_token(drawn)` is called with every token. It returns None to
@@ -66,6 +67,7 @@ class Job:
   reset: np.ndarray | None = None
   learn: bool = False
   draw: Draw | None = None
+  measure: bool = False
   key: Hashable = None
   on_token: Callable[[inference.Drawn], int | None] | None = None
   on_end: Callable[['Ticket'], None] | None = None
@@ -82,6 +84,8 @@ class Outcome:
     tokens: The tokens of the answer, without a stop token.
     answer_losses: float32 [n], as `losses`, of an answer that was learned.
     reason: 'stop' of an answer that has ended, 'length' of one that was cut.
+    losses_after: float32 [t + n], as `losses` and `answer_losses`, in the same
+      place but with the levels after the job; empty if that was not measured.
   """
 
   now: session_programs.Snapshot | None
@@ -89,6 +93,7 @@ class Outcome:
   tokens: list[int]
   answer_losses: np.ndarray
   reason: Literal['stop', 'length']
+  losses_after: np.ndarray
 
 
 class Ticket:
@@ -126,13 +131,8 @@ class _Work:
       self.before, self.job.tokens, self.job.reset, learn=self.job.learn
     )
     self.answer: inference.Reading | None = None
-
-  @property
-  def answer_losses(self) -> np.ndarray:
-    """Losses of the answer, if it was learned."""
-    return (
-      np.zeros(0, np.float32) if self.answer is None else self.answer.losses
-    )
+    self.again: inference.Reading | None = None
+    self.now: session_programs.Snapshot | None = None  # once it has learned
 
 
 class Engine:
@@ -376,7 +376,7 @@ class Engine:
       work.slot = self._slots.add(state, work.job.draw.settings)
       self._drawing[work.slot] = work
     else:
-      self._finish(work)
+      self._end_learning(work)
 
   def _take(self, work: _Work, drawn: inference.Drawn) -> bool:
     """Takes a token that was drawn; returns whether the job has ended."""
@@ -401,18 +401,46 @@ class Engine:
       work.answer = work.reading = self.read(now, tokens, None, learn=True)
       self._reading.append(work)
     else:
-      self._finish(work)
+      self._end_learning(work)
     return True
 
-  def _finish(self, work: _Work) -> None:
-    now = None
-    if work.job.learn:
-      now = work.reading.now
-      _check_health(work.before, now)
+  def _end_learning(self, work: _Work) -> None:
+    """Ends a job, or reads it again to measure what was learned."""
+    if work.job.learn and work.again is None:
+      work.now = work.reading.now
+      _check_health(work.before, work.now)
+      if work.job.measure and self._can_measure(work):
+        work.again = work.reading = self._read_again(work)
+        self._reading.append(work)
+        return
+    losses = lambda x: np.zeros(0, np.float32) if x is None else x.losses
     work.ticket.outcome = Outcome(
-      now, work.prompt.losses, work.drawn, work.answer_losses, work.reason
+      work.now,
+      work.prompt.losses,
+      work.drawn,
+      losses(work.answer),
+      work.reason,
+      losses(work.again),
     )
     self._tell(work.ticket)
+
+  def _read_again(self, work: _Work) -> inference.Reading:
+    """Begins to read text and answer in their place, with the levels after."""
+    job, state, after = work.job, work.before.state, work.now.state.stream
+    state = state._replace(stream=state.stream._replace(levels=after.levels))
+    tokens = np.concatenate([job.tokens, work.drawn]).astype(np.int32)
+    reset = np.zeros(len(tokens), bool)
+    if job.reset is not None:
+      reset[: len(job.reset)] = job.reset
+    now = work.before._replace(state=state)
+    return self.read(now, tokens, reset, learn=False)
+
+  def _can_measure(self, work: _Work) -> bool:
+    """Returns whether a level has stepped, and the mixers hold the text."""
+    before, limit = work.before, self.max_stream
+    length = int(before.age[0]) + len(work.job.tokens) + len(work.drawn)
+    steps = session_programs.count_steps(before, work.now)
+    return any(steps.values()) and (limit is None or length <= limit)
 
   def _release(self, work: _Work) -> None:
     if work in self._reading:

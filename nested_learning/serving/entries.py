@@ -2,10 +2,13 @@
 
 A session is a folder below that of the store:
 
-    ID/now.session     its state, in the format of `inference.session_files`
-    ID/before.session  its state before the last request that it learned from
-    ID/session.json    its name, times, and hashes of the messages that it read
-    ID/audit.jsonl     a line for each change
+    ID/N.now.session     its state, in the format of `inference.session_files`
+    ID/N.before.session  its state before the last request that it learned from
+    ID/session.json      N, its name, times, and hashes of messages that it read
+    ID/audit.jsonl       a line for each change
+
+N counts the saves. A save is complete once session.json, which is written last
+and whole, names its files. So state and history are always of one save.
 
 The store makes the names of all folders and files; no text of a request becomes
 a part of a path.
@@ -18,14 +21,27 @@ import json
 import pathlib
 import secrets
 import shutil
+import time
 from typing import Any
 
 from nested_learning import errors
 from nested_learning import files
 from nested_learning import inference
 
-_NOW, _BEFORE = 'now.session', 'before.session'
+_NOW, _BEFORE = '{}.now.session', '{}.before.session'
 _ABOUT, _AUDIT = 'session.json', 'audit.jsonl'
+
+
+# Attributes of `Entry` in session.json.
+_SAVED = (
+  'name',
+  'created',
+  'used',
+  'position',
+  'messages',
+  'messages_before',
+  'num_saves',
+)
 
 
 @dataclasses.dataclass
@@ -45,6 +61,7 @@ class Entry:
     num_jobs: Requests in work that learn.
     unsaved_since: Seconds since 1970 of the first change that is not in its
       file; None if there is none.
+    num_saves: Times that it was saved.
   """
 
   id: str
@@ -58,6 +75,7 @@ class Entry:
   messages_before: tuple[str, ...] = ()
   num_jobs: int = 0
   unsaved_since: float | None = None
+  num_saves: int = 0
 
   def describe(self) -> dict[str, Any]:
     """Returns what a list of sessions says about it."""
@@ -95,7 +113,7 @@ class Folder:
       self._held.enter_context(
         files.lock(path / '.lock', f'the sessions in {path}')
       )
-      found = [_read_about(x) for x in sorted(path.iterdir())]
+      found = [self._find(x) for x in sorted(path.iterdir())]
     except OSError as error:
       raise errors.UserError(
         f'the folder of sessions {path} cannot be used ({error.strerror}); '
@@ -113,34 +131,26 @@ class Folder:
     Raises:
       errors.UserError: If a file is gone or damaged.
     """
-    path = self._path / entry.id
-    session, before = self._base.load_other(path / _NOW), None
-    if (path / _BEFORE).is_file():
-      before = self._base.load_other(path / _BEFORE)
-    entry.session, entry.before = session, before
-    # A crash between two files leaves that of the state newer than the rest.
-    entry.position = int(session.clock[0])
+    now, before = self._states(entry)
+    session = self._base.load_other(now)
+    entry.before = self._base.load_other(before) if before.is_file() else None
+    entry.session = session
 
   def save(self, entry: Entry) -> None:
     """Writes a session to its files, if they are not up to date."""
     if entry.unsaved_since is None or entry.session is None:
       return
-    path = self._path / entry.id
-    entry.session.save(path / _NOW, lock=False, replace=True)
-    if entry.before is not None:
-      entry.before.save(path / _BEFORE, lock=False, replace=True)
-    else:
-      (path / _BEFORE).unlink(missing_ok=True)
-    about = {
-      'name': entry.name,
-      'created': entry.created,
-      'used': entry.used,
-      'position': entry.position,
-      'messages': entry.messages,
-      'messages_before': entry.messages_before,
-    }
-    files.write_whole(path / _ABOUT, json.dumps(about), mode=0o600)
-    entry.unsaved_since = None
+    try:
+      with undo_on_error(entry):
+        entry.num_saves += 1
+        now, before = self._states(entry)
+        entry.session.save(now, lock=False, replace=True)
+        if entry.before is not None:
+          entry.before.save(before, lock=False, replace=True)
+        self._write_about(entry)
+        entry.unsaved_since = None
+    finally:
+      self._sweep(entry)
 
   def remove(self, id: str) -> None:
     """Removes the files of a session."""
@@ -149,16 +159,20 @@ class Folder:
   def log(self, id: str, record: Mapping[str, Any]) -> None:
     """Adds a line to the audit log of a session."""
     with open(self._path / id / _AUDIT, 'a', encoding='utf-8') as file:
-      file.write(json.dumps(record) + '\n')
+      file.write('\n' + json.dumps(record))  # behind what a full disk cut short
 
   def read_log(self, id: str) -> list[dict[str, Any]]:
     """Returns the audit log of a session, oldest first."""
     lines = (self._path / id / _AUDIT).read_text(encoding='utf-8')
-    return [json.loads(line) for line in lines.splitlines()]
+    records = []
+    for line in lines.splitlines():
+      with contextlib.suppress(ValueError):  # one that was cut short
+        records.append(json.loads(line))
+    return records
 
-  def read(self, id: str) -> bytes:
+  def read(self, entry: Entry) -> bytes:
     """Returns the file of a session as it was last saved."""
-    return (self._path / id / _NOW).read_bytes()
+    return self._states(entry)[0].read_bytes()
 
   def parse(self, content: bytes) -> inference.Session:
     """Returns the session in a file.
@@ -185,6 +199,40 @@ class Folder:
     """Gives the folder back."""
     self._held.close()
 
+  def _states(self, entry: Entry) -> tuple[pathlib.Path, pathlib.Path]:
+    """Returns the files of its state, and of that before."""
+    path, count = self._path / entry.id, entry.num_saves
+    return path / _NOW.format(count), path / _BEFORE.format(count)
+
+  def _write_about(self, entry: Entry) -> None:
+    path = self._path / entry.id
+    about = {name: getattr(entry, name) for name in _SAVED}
+    about['log_bytes'] = (path / _AUDIT).stat().st_size
+    files.write_whole(path / _ABOUT, json.dumps(about), mode=0o600)
+
+  def _sweep(self, entry: Entry) -> None:
+    """Removes files of other saves, which are old or were cut short."""
+    keep = {*(x.name for x in self._states(entry)), _ABOUT, _AUDIT}
+    for path in (self._path / entry.id).iterdir():
+      if path.name not in keep:
+        path.unlink(missing_ok=True)
+
+  def _find(self, path: pathlib.Path) -> Entry | None:
+    """Returns the entry of a folder; None for other things."""
+    try:
+      about = json.loads((path / _ABOUT).read_text(encoding='utf-8'))
+      entry = Entry(path.name, **{x: about[x] for x in _SAVED})
+      entry.messages = tuple(entry.messages)
+      entry.messages_before = tuple(entry.messages_before)
+      is_lost = (path / _AUDIT).stat().st_size > about['log_bytes']
+    except (OSError, ValueError, KeyError, TypeError):
+      return None  # never complete: a crash before its first save
+    if is_lost:  # of the lines before, some are of changes that were not saved
+      line = {'kind': 'crash', 'position': entry.position}
+      self.log(entry.id, {'time': time.time(), **line})
+      self._write_about(entry)
+    return entry
+
 
 @contextlib.contextmanager
 def undo_on_error(entry: Entry) -> Iterator[None]:
@@ -204,20 +252,3 @@ def undo_on_error(entry: Entry) -> Iterator[None]:
       f'the session {entry.id} cannot be written ({error.strerror}); it is as '
       'it was.'
     ) from error
-
-
-def _read_about(path: pathlib.Path) -> Entry | None:
-  """Returns the entry of a folder; None for other things."""
-  try:
-    about = json.loads((path / _ABOUT).read_text(encoding='utf-8'))
-    return Entry(
-      path.name,
-      name=str(about['name']),
-      created=float(about['created']),
-      used=float(about['used']),
-      position=int(about['position']),
-      messages=tuple(map(str, about['messages'])),
-      messages_before=tuple(map(str, about['messages_before'])),
-    )
-  except (OSError, ValueError, KeyError, TypeError):
-    return None  # never complete: a crash before its first save

@@ -170,7 +170,7 @@ def make_draw(
 def learning(body: Any, entry: Any) -> dict[str, bool]:
   """Returns whether a request learns: by default, on a session."""
   learn = entry is not None if body.learn is None else body.learn
-  return {'learn': learn, 'log_text': body.log_text}
+  return {'learn': learn, 'measure': body.measure, 'log_text': body.log_text}
 
 
 def about_session(entry: Any, result: requests_lib.Result) -> dict[str, Any]:
@@ -181,8 +181,7 @@ def about_session(entry: Any, result: requests_lib.Result) -> dict[str, Any]:
     'session': {
       'id': entry.id,
       'tokens': entry.position,
-      'loss': result.loss,
-      'answer_loss': result.answer_loss,
+      **result.losses,
       'steps': result.steps,
     }
   }

@@ -59,7 +59,8 @@ class Request:
     document: Whether the text begins a new document.
     draw: How it is continued; None only reads. Stop tokens are added.
     stops: Strings that end the answer.
-    measure: Whether to read the text again afterwards, for its loss.
+    measure: Whether to read text and answer again once a level has stepped,
+      for their losses after it.
     log_text: Whether the audit log keeps text and answer.
   """
 
@@ -84,9 +85,10 @@ class Result:
     drawn: Its tokens.
     reason: 'stop' or 'length'.
     num_read: Tokens that were read before the answer.
-    loss: Their mean loss in nats, before each was learned; None without any.
-    answer_loss: The same of an answer that was learned.
-    loss_after: Mean loss of the text once it was learned, if asked for.
+    losses: Mean losses in nats: 'loss' of the text as it was read, before each
+      segment was learned, and 'answer_loss' of an answer that was learned;
+      'loss_after' and 'answer_loss_after' of the same tokens, in the same
+      place, with the levels after the request. None for what was not measured.
     position: Tokens that the session has read; 0 without a session.
     steps: Steps of each level, if the request has learned.
   """
@@ -95,8 +97,6 @@ class Result:
   drawn: list[Drawn]
   reason: str
   num_read: int
-  loss: float | None
-  answer_loss: float | None = None
-  loss_after: float | None = None
+  losses: dict[str, float | None]
   position: int = 0
   steps: dict[str, int] = dataclasses.field(default_factory=dict)

@@ -43,6 +43,7 @@ class Drawing(Body):
   stream_options: dict[str, Any] | None = None
   user: str | None = None
   learn: bool | None = None  # not of OpenAI; by default on a session
+  measure: bool = True  # not of OpenAI; losses after the levels have learned
   log_text: bool = False  # not of OpenAI; the audit log keeps the text
   # Of these, and of others below, `UNSERVED` has the names.
   n: Literal[1] | None = None
@@ -133,7 +134,7 @@ class Observe(Body):
   text: str
   learn: bool = True
   document: bool = True
-  measure: bool = False
+  measure: bool = True
   log_text: bool = False
 
 
@@ -149,6 +150,7 @@ class Ask(Body):
   top_k: Annotated[int, Field(ge=1)] | None = None
   seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
   stop: Annotated[list[str], Field(max_length=16)] = []
+  measure: bool = True
   log_text: bool = False
 
 

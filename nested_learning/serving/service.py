@@ -86,8 +86,6 @@ class Service:
       errors.UserError: If it cannot be rendered or encoded.
     """
     work = _Work(self, request, on_end, on_text)
-    if request.measure:  # a text that can be learned may be too long for it
-      self.engine.check(dataclasses.replace(work.job(), learn=False))
     entry = request.session if request.learn else None
     if entry is not None:
       entry.num_jobs += 1
@@ -189,6 +187,7 @@ class _Work:
       reset=self.reset,
       learn=request.learn,
       draw=draw,
+      measure=request.measure,
       key=None if entry is None else entry.id,
       on_token=self.take,
       on_end=self.end,
@@ -238,19 +237,22 @@ class _Work:
     del self.drawn[len(outcome.tokens) :]
     self.num_told = min(self.num_told, len(self.drawn))
     self.tell(self.stream.take(all=True))
+    num_read = len(self.tokens)
     result = requests_lib.Result(
       self.stream.text,
       self.drawn,
       outcome.reason,
-      num_read=len(self.tokens),
-      loss=_mean(outcome.losses),
-      answer_loss=_mean(outcome.answer_losses),
+      num_read=num_read,
+      losses={
+        'loss': _mean(outcome.losses),
+        'loss_after': _mean(outcome.losses_after[:num_read]),
+        'answer_loss': _mean(outcome.answer_losses),
+        'answer_loss_after': _mean(outcome.losses_after[num_read:]),
+      },
     )
-    request = self.request
-    if request.session is None or not request.learn:
-      self.on_end(result)
-    else:
+    if self.request.session is not None and self.request.learn:
       self.commit(outcome, result)
+    self.on_end(result)
 
   def commit(self, outcome, result: requests_lib.Result) -> None:
     request, entry = self.request, self.request.session
@@ -258,8 +260,7 @@ class _Work:
       'kind': request.kind,
       'tokens_read': result.num_read,
       'tokens_drawn': len(result.drawn),
-      'loss': result.loss,
-      'answer_loss': result.answer_loss,
+      **result.losses,
     }
     if request.log_text:
       text = request.messages or request.text
@@ -269,27 +270,6 @@ class _Work:
       entry, outcome.now, record, messages=self.messages(result)
     )
     result.position = entry.position
-    if request.measure:
-      self.measure(outcome, result)
-    else:
-      self.on_end(result)
-
-  def measure(self, outcome, result: requests_lib.Result) -> None:
-    """Reads the text again, with levels that have learned from it."""
-    entry = self.request.session
-
-    def end(ticket: engine_lib.Ticket):
-      if ticket.outcome is not None:
-        result.loss_after = _mean(ticket.outcome.losses)
-        record = {'kind': 'measure', 'loss_after': result.loss_after}
-        self.service.store.note(entry, record)
-      self.on_end(result)
-
-    self.service.engine.submit(
-      engine_lib.Job(
-        lambda: outcome.now, self.tokens, reset=self.reset, on_end=end
-      )
-    )
 
   def messages(self, result: requests_lib.Result) -> tuple[str, ...] | None:
     """Returns the hashes of the messages that the session has read now."""

@@ -6,7 +6,6 @@ import fastapi
 from starlette import responses
 
 from nested_learning.serving import app as app_lib
-from nested_learning.serving import limits as limits_lib
 from nested_learning.serving import openai_routes
 from nested_learning.serving import requests as requests_lib
 from nested_learning.serving import schemas
@@ -48,23 +47,20 @@ def make_router(server: app_lib.Server) -> fastapi.APIRouter:
 
   @router.post('/{id}/observe')
   async def observe(id: str, body: schemas.Observe, http: fastapi.Request):
-    if body.measure and not body.learn:
-      raise limits_lib.RequestError('measure needs learn; leave one out.')
     entry = await server.find(id)
     request = requests_lib.Request(
       'observe',
       text=body.text or None,
       session=entry,
-      learn=body.learn,
       document=body.document,
-      measure=body.measure,
-      log_text=body.log_text,
+      **openai_routes.learning(body, entry),
     )
     result = await server.finish(request, http)
-    about = {'object': 'session.observation', 'read': result.num_read}
-    if body.measure:
-      about['loss_after'] = result.loss_after
-    return {**about, **openai_routes.about_session(entry, result)['session']}
+    return {
+      'object': 'session.observation',
+      'read': result.num_read,
+      **openai_routes.about_session(entry, result)['session'],
+    }
 
   @router.post('/{id}/ask')
   async def ask(id: str, body: schemas.Ask, http: fastapi.Request):
@@ -73,11 +69,10 @@ def make_router(server: app_lib.Server) -> fastapi.APIRouter:
       'ask',
       text=body.text or None,
       session=entry,
-      learn=body.learn,
       document=body.document,
       draw=openai_routes.make_draw(server, body.text, body, body.max_tokens, 0),
       stops=tuple(body.stop),
-      log_text=body.log_text,
+      **openai_routes.learning(body, entry),
     )
     result = await server.finish(request, http)
     return {

@@ -132,7 +132,7 @@ class Store:
       The steps that each level took.
     """
     old = self.load(entry)
-    stepped = _count_steps(old.now, now)
+    stepped = session_programs.count_steps(old.now, now)
     with entries.undo_on_error(entry):
       entry.before, entry.session = old, old.fork()
       entry.session.move(now)
@@ -141,11 +141,6 @@ class Store:
         entry.messages = messages
       self._changed(entry, {**record, 'steps': stepped})
     return stepped
-
-  def note(self, entry: entries.Entry, record: Mapping[str, Any]) -> None:
-    """Adds a line to the audit log of a session, if it still exists."""
-    if self._entries.get(entry.id) is entry:
-      self._log(entry, record)
 
   def rollback(self, id: str) -> entries.Entry:
     """Returns to the state before the last request that changed a session.
@@ -203,7 +198,7 @@ class Store:
     entry = self.find(id)
     self.load(entry)
     self._folder.save(entry)
-    return self._folder.read(id)
+    return self._folder.read(entry)
 
   def import_file(self, content: bytes, name: str = '') -> entries.Entry:
     """Begins a session at the state in a file that `export` returned.
@@ -232,8 +227,10 @@ class Store:
 
     Each line says when a change was made (`time`), of which kind, the position
     after it and, of a request, how many tokens it read and drew, their mean
-    loss, and the steps of each level. It has the text only if that was asked
-    for.
+    losses before and after they were learned, and the steps of each level. It
+    has the text only if that was asked for. 'crash' is the start of a server
+    after one that did not save: the session is at its position again, and what
+    lines before it add is lost.
     """
     return self._folder.read_log(self.find(id).id)
 
@@ -328,13 +325,6 @@ class Store:
   def _evict(self, entry: entries.Entry) -> None:
     self._folder.save(entry)
     entry.session = entry.before = None
-
-
-def _count_steps(before, after) -> dict[str, int]:
-  """Returns how many steps each level took."""
-  old, new = before.state.stream.levels, after.state.stream.levels
-  count = lambda level: int(level.num_updates[0])
-  return {name: count(level) - count(old[name]) for name, level in new.items()}
 
 
 def _number(x: Any) -> float | int | bool | None:

@@ -230,7 +230,7 @@ class SessionRoutesTest(AppTest):
     health = self.client.get(f'{path}/health').json()
     start = health['fingerprint']
     self.assertEqual(start, health['fingerprint_of_checkpoint'])
-    read = self.post(f'{path}/observe', text='ab' * 14, measure=True)
+    read = self.post(f'{path}/observe', text='ab' * 14)
     self.assertLess(read['loss_after'], read['loss'])
     self.assertEqual(read['steps']['fast'], 7)
     fork = self.post(f'{path}/fork', name='copy')
@@ -244,9 +244,7 @@ class SessionRoutesTest(AppTest):
     other = f'/v1/sessions/{fork["id"]}'
     self.assertEqual(self.position(fork['id']), 29)
     kinds = [x['kind'] for x in self.client.get(f'{path}/audit').json()['data']]
-    self.assertEqual(
-      kinds, ['create', 'observe', 'measure', 'ask', 'rollback', 'reset']
-    )
+    self.assertEqual(kinds, ['create', 'observe', 'ask', 'rollback', 'reset'])
     file = self.client.get(f'{other}/export').content
     response = self.client.post('/v1/sessions/import?name=x', content=file)
     copy = response.json()['id']

@@ -1,6 +1,5 @@
 """Tests of the service: texts and chats, on sessions and without."""
 
-import dataclasses
 import pathlib
 
 from absl.testing import absltest
@@ -105,7 +104,7 @@ class ServiceTest(parameterized.TestCase):
     result = self.ask(
       'observe', 0, text='some notes', session=entry, learn=True
     )
-    self.assertAlmostEqual(result.loss, np.nanmean(losses), places=5)
+    self.assertAlmostEqual(result.losses['loss'], np.nanmean(losses), places=5)
     self.assertEqual(result.steps, {'fast': 2, 'slow': 1})
     tiny.assert_equal(entry.session.now, alone.now)
     prompt = np.array([256, *b'and?'])
@@ -178,16 +177,44 @@ class ServiceTest(parameterized.TestCase):
     self.assertLess(tokens, len(whole.drawn))
 
   def test_measures_what_was_learned(self):
+    request = {'text': 'ab' * 14, 'learn': True, 'measure': True}
     entry = self.service.store.create()
-    result = self.ask(
-      'observe', 0, text='ab' * 14, session=entry, learn=True, measure=True
+    losses = self.ask('observe', 0, session=entry, **request).losses
+    self.assertLess(losses['loss_after'], losses['loss'])
+    record = self.service.store.audit(entry.id)[-1]
+    self.assertEqual({x: record[x] for x in losses}, losses)
+    # The same tokens in the same place, with the levels after the request.
+    tokens, alone = np.array([256, *b'ab' * 14]), tiny.base().fork()
+    stream = alone.state.stream._replace(
+      levels=entry.session.state.stream.levels
     )
-    self.assertLess(result.loss_after, result.loss)
-    *_, observed, measured = self.service.store.audit(entry.id)
-    self.assertEqual(observed['loss'], result.loss)
-    self.assertEqual(measured['loss_after'], result.loss_after)
+    now = alone.now._replace(state=alone.state._replace(stream=stream))
+    engine = tiny.make_engine()
+    ticket = engine.submit(
+      serving.Job(lambda: now, tokens, reset=np.arange(29) == 0)
+    )
+    while engine.step():
+      pass
+    found = np.nanmean(ticket.outcome.losses)
+    self.assertAlmostEqual(losses['loss_after'], found, places=5)
 
-  def test_a_text_too_long_to_be_measured_is_refused_before_it_is_learned(self):
+  def test_measures_answers_and_changes_nothing_else(self):
+    store, results = self.service.store, []
+    entries = [store.create() for _ in range(2)]
+    for entry, measure in zip(entries, (True, False), strict=True):
+      request = {'session': entry, 'learn': True, 'measure': measure}
+      results.append(self.ask(text='hello', **request))
+    tiny.assert_equal(entries[0].session.now, entries[1].session.now)
+    self.assertIsNotNone(results[0].losses['answer_loss_after'])
+    self.assertIsNone(results[1].losses['answer_loss_after'])
+    # No level steps within a segment.
+    short = self.ask(
+      'observe', 0, text='', session=store.create(), learn=True, measure=True
+    )
+    self.assertEqual(set(short.steps.values()), {0})
+    self.assertIsNone(short.losses['loss_after'])
+
+  def test_a_text_that_attention_does_not_hold_is_not_measured(self):
     checkpoint = tiny.make_checkpoint(session=tiny.base(window=None))
     folder = pathlib.Path(self.create_tempdir().full_path)
     service = serving.Service(checkpoint, folder, serving.Limits())
@@ -196,14 +223,11 @@ class ServiceTest(parameterized.TestCase):
     request = serving.Request(
       'observe', text='a' * 40, session=entry, learn=True, measure=True
     )
-    with self.assertRaises(serving.RequestError) as caught:
-      service.start(request, ended.append)
-    self.assertEqual(caught.exception.code, 'context_length_exceeded')
-    self.assertEqual((entry.position, entry.num_jobs), (0, 0))
-    service.start(dataclasses.replace(request, measure=False), ended.append)
+    service.start(request, ended.append)
     while service.step():
       pass
     self.assertEqual(ended[0].position, 41)
+    self.assertIsNone(ended[0].losses['loss_after'])
 
   def test_logs_the_text_if_asked_for(self):
     entry = self.service.store.create()

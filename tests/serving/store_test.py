@@ -1,5 +1,6 @@
 """Tests of the store: nothing is lost or mixed up, in memory or on the disk."""
 
+import contextlib
 import errno
 import json
 import pathlib
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from nested_learning import errors
+from nested_learning import files
 from nested_learning import serving
 from tests import compiling
 from tests.serving import tiny
@@ -110,6 +112,54 @@ class StoreTest(parameterized.TestCase):
     again = self.open()
     self.assertLen(again, 1)
     tiny.assert_equal(again.load(again.find(entry.id)).now, saved)
+    again._folder.close()
+    self.assertEqual(
+      [x['kind'] for x in self.open().audit(entry.id)],
+      ['create', 'observe', 'observe', 'crash'],
+    )
+
+  @parameterized.parameters(range(4))
+  def test_a_crash_while_a_session_is_saved(self, num_writes):
+    store = self.open()
+    entry = store.create()
+    learn(store, entry, seed=1)
+    learn(store, entry, seed=2)
+    store._folder.save(entry)
+    old = entry.before.now, entry.session.now, entry.messages
+    learn(store, entry, seed=3)
+    new = entry.before.now, entry.session.now, entry.messages
+    left = iter(range(num_writes))
+
+    def write(*args, **kwargs):
+      if next(left, None) is None:
+        raise KeyboardInterrupt
+      return write_whole(*args, **kwargs)
+
+    write_whole = files.write_whole
+    with mock.patch.object(files, 'write_whole', write):
+      with mock.patch.object(store._folder, '_sweep'):  # as in a crash
+        with contextlib.suppress(KeyboardInterrupt):
+          store._folder.save(entry)
+    store._folder.close()
+    again = self.open()
+    entry = again.find(entry.id)
+    before, now, messages = new if num_writes == 3 else old
+    tiny.assert_equal(again.load(entry).now, now)
+    tiny.assert_equal(entry.before.now, before)
+    self.assertEqual(entry.messages, messages)
+    self.assertEqual(entry.position, int(now.clock[0]))
+    learn(again, entry, seed=4)
+    again._folder.save(entry)
+    self.assertLen(list((self.folder / entry.id).iterdir()), 4)
+
+  def test_lines_of_the_log_that_a_full_disk_cut_short(self):
+    store = self.open()
+    entry = store.create()
+    with open(self.folder / entry.id / 'audit.jsonl', 'a') as file:
+      file.write('\n{"time": 10')
+    learn(store, entry, seed=1)
+    kinds = [line['kind'] for line in store.audit(entry.id)]
+    self.assertEqual(kinds, ['create', 'observe'])
 
   def test_fork_rollback_and_reset_are_exact(self):
     store = self.open()
@@ -198,7 +248,7 @@ class StoreTest(parameterized.TestCase):
       self.open()
     store.close()
     again = self.open()
-    path = self.folder / entry.id / 'now.session'
+    (path,) = (self.folder / entry.id).glob('*.now.session')
     path.write_bytes(path.read_bytes()[:-1])
     with self.assertRaisesRegex(errors.UserError, 'cut short'):
       again.load(again.find(entry.id))
