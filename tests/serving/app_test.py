@@ -290,15 +290,17 @@ class BusyServerTest(AppTest):
     error = self.post('/v1/sessions', 429)['error']
     self.assertEqual(error['code'], 'too_many_sessions')
     self.assertEqual(error['type'], 'rate_limit_error')
-    service = self.worker.service
-    with mock.patch.object(service.engine, '_admit'):  # so that it waits
+    service, engine = self.worker.service, self.worker.service.engine
+    with mock.patch.object(engine, '_admit'):  # so that it waits
       request = serving.Request('x', text='a', draw=serving.Draw(9))
       self.worker.call(service.start, request, lambda result: None).result()
       error = self.post('/v1/completions', 429, prompt='a', max_tokens=1)[
         'error'
       ]
       self.assertEqual(error['code'], 'queue_full')
-    while service.engine.num_running + service.engine.num_waiting:
+    # Asked between two steps; in one, a request is in neither of the two.
+    count = lambda: engine.num_running + engine.num_waiting
+    while self.worker.call(count).result():
       time.sleep(0.05)
     self.post('/v1/completions', prompt='a', max_tokens=1)
 
