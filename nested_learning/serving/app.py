@@ -255,6 +255,9 @@ def _add_errors(app: fastapi.FastAPI) -> None:
     kind = request.headers.get('content-type', '')
     if path and path[0] in schemas.UNSERVED:
       message = f'{path[0]}: this server does not serve it; leave it out.'
+    elif found['type'] == 'json_invalid':
+      place = 'the body'
+      message = f'the body is not JSON ({found["ctx"]["error"]}).'
     elif not path and 'json' not in kind:
       message = (
         f'the body is {kind[:80] or "of no type"} and is not read as JSON; '

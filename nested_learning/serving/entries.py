@@ -185,7 +185,8 @@ class Folder:
       files.write_whole(path, content, mode=0o600)
       session = self._base.load_other(path)
     except errors.UserError as error:
-      reason = str(error).replace(str(path), 'that was sent')
+      reason = str(error).replace(f'the session {path}', 'the session')
+      reason = reason.replace(str(path), 'the body')
       raise type(error)(reason) from error
     finally:
       path.unlink(missing_ok=True)

@@ -119,7 +119,7 @@ class OpenAIRoutesTest(AppTest):
     self.assertNotIn('session', self.post('/v1/completions', **body))
 
   @parameterized.parameters(
-    ('{', 'JSON'),
+    ('{', 'the body is not JSON .Expecting'),
     (b'{"prompt": "\xff"}', 'not JSON in UTF-8'),
     ('[' * 9999, 'too deep'),
     ('[]', 'dictionary'),
