@@ -162,6 +162,7 @@ class _Client:
         text=self.random.integers(32, 127, config.prompt_tokens).tolist(),
         session=self.entry,
         learn=self.learn,
+        measure=self.learn,  # as the server does
         draw=serving.Draw(config.answer_tokens, settings),
       ),
       on_end,
