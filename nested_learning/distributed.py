@@ -107,17 +107,18 @@ def progress() -> None:
     _watchdog.rearm()
 
 
-def barrier(name: str) -> None:
-  """Waits until all processes are here, at most ten minutes.
+def barrier(name: str, *, timeout_seconds: float = 600) -> None:
+  """Waits until all processes are here.
 
   Args:
     name: Name of the barrier, for the error.
+    timeout_seconds: Longest time to wait.
 
   Raises:
     TimeoutError: Not all came in time; it names those that are missing.
   """
   if is_together():
-    _wait(f'{name}:{next(_numbers)}', 600)
+    _wait(f'{name}:{next(_numbers)}', timeout_seconds)
 
 
 def first_does(name: str, function: Callable[[], str | None]) -> str | None:

@@ -65,7 +65,7 @@ class IntentsTest(parameterized.TestCase):
       intents.read_intents(path or self.folder)
 
   def test_generated(self):
-    sizes = {'num_classes': 6, 'classes_per_domain': 3, 'num_train': 5}
+    sizes = {'num_classes': 6, 'num_train': 5}
     corpus = intents.generate_intents(1, num_test=2, **sizes)
     self.assertLen(corpus.train, 30)
     np.testing.assert_array_equal(np.bincount(corpus.test_labels), [2] * 6)
