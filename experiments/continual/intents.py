@@ -17,9 +17,8 @@ import numpy as np
 
 from nested_learning import errors
 
-_DOMAIN_CLASSES = (
-  15  # of the generated corpus, that share the words of a domain
-)
+# Classes of the generated corpus that share the words of a domain.
+_DOMAIN_CLASSES = 15
 _CLINC = 'data_full.json'
 # Names of the column with the class; in DBpedia, the second of three levels.
 _CLASS_COLUMNS = ('category', 'label', 'intent', 'l2')

@@ -2,7 +2,6 @@
 
 import pathlib
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -94,7 +93,3 @@ class AblationsTest(parameterized.TestCase):
       params = jax.eval_shape(model.init_params, jax.random.key(0))
       logits, _ = jax.eval_shape(model.forward, params, None, tokens)
       self.assertEqual(logits.shape, (*tokens.shape, config.model.vocab_size))
-
-
-if __name__ == '__main__':
-  absltest.main()

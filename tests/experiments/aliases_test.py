@@ -4,7 +4,6 @@ import json
 import pathlib
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 
 from experiments import aliases
@@ -54,7 +53,3 @@ class AliasesTest(parameterized.TestCase):
   def test_names_what_does_not_fit(self, changes, message):
     with self.assertRaisesRegex(errors.UserError, message):
       aliases.AliasesConfig(**changes)
-
-
-if __name__ == '__main__':
-  absltest.main()

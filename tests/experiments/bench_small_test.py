@@ -244,7 +244,3 @@ class CommandTest(absltest.TestCase):
     kept = json.loads((results / 'mqar_rewritten' / 'runs.json').read_text())
     for entry in kept['runs'].values():
       self.assertEqual(entry['evaluations'][-1]['step'], 2)
-
-
-if __name__ == '__main__':
-  absltest.main()

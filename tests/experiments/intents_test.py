@@ -65,10 +65,10 @@ class IntentsTest(parameterized.TestCase):
       intents.read_intents(path or self.folder)
 
   def test_generated(self):
-    sizes = {'num_classes': 6, 'num_train': 5}
+    sizes = {'num_classes': 20, 'num_train': 5}
     corpus = intents.generate_intents(1, num_test=2, **sizes)
-    self.assertLen(corpus.train, 30)
-    np.testing.assert_array_equal(np.bincount(corpus.test_labels), [2] * 6)
+    self.assertLen(corpus.train, 100)
+    np.testing.assert_array_equal(np.bincount(corpus.test_labels), [2] * 20)
     self.assertEqual(
       corpus.train, intents.generate_intents(1, num_test=2, **sizes).train
     )

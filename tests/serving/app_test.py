@@ -8,7 +8,6 @@ import threading
 import time
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
@@ -422,7 +421,3 @@ class OverTheNetworkTest(AppTest):
       )
       self.assertLen(tokens.tokens[0], 5)
       tiny.assert_equal(found.now, alone.now)
-
-
-if __name__ == '__main__':
-  absltest.main()

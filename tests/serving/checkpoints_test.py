@@ -90,7 +90,3 @@ class CheckpointsTest(absltest.TestCase):
     chat.append({'role': 'user', 'content': 'c'})
     second = self.ask(service, messages=chat, session=entry)
     self.assertEqual(second.num_read, 5)  # <end><start>c<end><start>
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -3,7 +3,6 @@
 import dataclasses
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
@@ -343,7 +342,3 @@ class EngineTest(parameterized.TestCase):
     levels = session.state.stream.levels['fast'].num_updates
     after = outcome.now.state.stream.levels['fast'].num_updates
     np.testing.assert_array_equal(after, levels + 3)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -223,7 +223,3 @@ class FuzzTest(absltest.TestCase):
     for name in names:
       self.assertRegex(name, '^(sess|user)_[0-9a-f]+$')
     self.assertEqual(client.delete(f'/v1/sessions/{id}').status_code, 200)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -50,14 +50,14 @@ class PageTest(absltest.TestCase):
     )
     self.addCleanup(browser.close)
     self.page = browser.new_page()
-    self.page.set_default_timeout(300_000)
+    self.page.set_default_timeout(60_000)
     self.errors = []
     self.page.on('pageerror', lambda error: self.errors.append(str(error)))
     self.page.goto(f'http://127.0.0.1:{listener.getsockname()[1]}/')
 
   def test_chat_see_the_levels_fork_and_roll_back(self):
     page, expect = self.page, sync_api.expect
-    expect.set_options(timeout=300_000)  # programs are compiled
+    expect.set_options(timeout=60_000)  # programs are compiled
     sessions, log = page.locator('#sessions button'), page.locator('#audit tr')
     page.fill('#name', '<b>me</b>')
     page.click('#create')
@@ -90,7 +90,3 @@ class PageTest(absltest.TestCase):
     page.click('[data-do=delete]')
     expect(sessions).to_have_count(1)
     self.assertEqual(self.errors, [])
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -2,7 +2,6 @@
 
 import pathlib
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
@@ -275,7 +274,3 @@ class ServiceTest(parameterized.TestCase):
     entry = self.service.store.of_user('me')
     after = self.ask(text='x', session=entry, temperature=0.0)
     self.assertEqual(before, after)
-
-
-if __name__ == '__main__':
-  absltest.main()

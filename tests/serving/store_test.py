@@ -6,7 +6,6 @@ import json
 import pathlib
 from unittest import mock
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
@@ -286,7 +285,3 @@ class StoreTest(parameterized.TestCase):
       ):
         self.assertIs(mine, other)
     np.testing.assert_array_equal(forks[0].session.clock, [9])
-
-
-if __name__ == '__main__':
-  absltest.main()

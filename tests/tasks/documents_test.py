@@ -2,7 +2,6 @@
 
 import re
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
@@ -76,7 +75,3 @@ class DocumentsTest(parameterized.TestCase):
     places = [np.flatnonzero(r.tokens == colon)[:-1] for r in _rows(task, 200)]
     self.assertEqual(min(map(min, places)), 2)
     self.assertGreater(max(map(max, places)), 110)
-
-
-if __name__ == '__main__':
-  absltest.main()

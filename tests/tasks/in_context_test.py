@@ -1,6 +1,5 @@
 """Tests of associative recall and regression."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
@@ -63,7 +62,3 @@ class RegressionTest(parameterized.TestCase):
         error[k] += (x[k] @ weights - y[k]) ** 2 / 5 / 3000
     expected = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
     np.testing.assert_allclose(error, expected, atol=0.06)
-
-
-if __name__ == '__main__':
-  absltest.main()

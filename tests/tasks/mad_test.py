@@ -1,6 +1,5 @@
 """Tests of recall, copying and memorisation."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
@@ -97,7 +96,3 @@ class MemorizationTest(parameterized.TestCase):
         self.assertEqual(table.setdefault(key, value), value)
         self.assertBetween(value, 127, 254)
     self.assertLen(set(table.values()), len(table))
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
@@ -60,7 +59,3 @@ class TokenNeedlesTest(parameterized.TestCase):
     places = [r.tokens.tolist().index(0) for r in _rows(task, 300)]
     self.assertLess(min(places), 10)
     self.assertBetween(max(places), 240, 300 - task.gap - 7 - 6)
-
-
-if __name__ == '__main__':
-  absltest.main()

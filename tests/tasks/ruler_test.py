@@ -3,7 +3,6 @@
 import dataclasses
 import re
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
@@ -101,7 +100,3 @@ class TextNeedlesTest(parameterized.TestCase):
   def test_string_match_counts_references(self):
     self.assertEqual(words.string_match_all('12 and AB', ('12', 'ab')), 1.0)
     self.assertEqual(words.string_match_all('12', ('12', 'ab')), 0.5)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -3,7 +3,6 @@
 import itertools
 import re
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
@@ -119,7 +118,3 @@ class WordProblemTest(parameterized.TestCase):
       row = task.make_row(np.random.default_rng(seed))
       products = itertools.accumulate(row.tokens, lambda a, b: table[a, b])
       self.assertEqual((row.targets - 60).tolist(), list(products))
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -2,7 +2,6 @@
 
 import re
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
@@ -77,7 +76,3 @@ class StoriesTest(parameterized.TestCase):
     self.assertEqual(score('Before the kitchen, the Garden. office'), 1.0)
     self.assertEqual(score('the garden, the office'), 0.0)
     self.assertEqual(score('nowhere'), 0.0)
-
-
-if __name__ == '__main__':
-  absltest.main()

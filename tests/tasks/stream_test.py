@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
@@ -98,7 +97,3 @@ class StreamTest(parameterized.TestCase):
   def test_refuses(self, changes, message):
     with self.assertRaisesRegex(errors.UserError, message):
       tasks.TaskDataConfig(_TASK, **changes)
-
-
-if __name__ == '__main__':
-  absltest.main()

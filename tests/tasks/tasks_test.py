@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
@@ -120,7 +119,3 @@ class EveryTaskTest(parameterized.TestCase):
   def test_compression_has_one_length(self):
     with self.assertRaisesRegex(errors.UserError, 'set data.longer=()'):
       tasks.TaskDataConfig(tasks.TASKS['compression'], longer=(2,))
-
-
-if __name__ == '__main__':
-  absltest.main()
