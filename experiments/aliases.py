@@ -94,10 +94,8 @@ ORDERS = {
 }
 
 
-def get_config(arg: str | None = None) -> AliasesConfig:
-  """Returns the experiment; takes no argument."""
-  if arg is not None:
-    raise errors.UserError(f'{arg!r}: this experiment takes no argument.')
+def get_config() -> AliasesConfig:
+  """Returns the experiment."""
   return AliasesConfig()
 
 

@@ -79,10 +79,8 @@ class StreamsConfig:
       errors.check_field(self, name, fine, rule)
 
 
-def get_config(arg: str | None = None) -> StreamsConfig:
-  """Returns the experiment; it has no variants."""
-  if arg is not None:
-    raise errors.UserError(f'{arg!r}: this experiment takes no argument.')
+def get_config() -> StreamsConfig:
+  """Returns the experiment."""
   return StreamsConfig()
 
 

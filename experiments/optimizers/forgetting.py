@@ -94,10 +94,8 @@ RULES = {
 }
 
 
-def get_config(arg: str | None = None) -> ForgettingConfig:
-  """Returns the experiment; takes no argument."""
-  if arg is not None:
-    raise errors.UserError(f'{arg!r}: this experiment takes no argument.')
+def get_config() -> ForgettingConfig:
+  """Returns the experiment."""
   return ForgettingConfig()
 
 

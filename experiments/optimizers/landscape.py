@@ -36,9 +36,8 @@ class LandscapeConfig:
   num_rates: int = 31  # learning rates from 1e-4 to 10, evenly in the logarithm
 
 
-def get_config(arg: str | None = None) -> LandscapeConfig:
-  """Returns the experiment; takes no argument."""
-  del arg
+def get_config() -> LandscapeConfig:
+  """Returns the experiment."""
   return LandscapeConfig()
 
 

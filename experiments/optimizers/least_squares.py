@@ -37,9 +37,8 @@ class LeastSquaresConfig:
   num_rates: int = 13  # learning rates from 1e-3 to 10, evenly in the logarithm
 
 
-def get_config(arg: str | None = None) -> LeastSquaresConfig:
-  """Returns the experiment; takes no argument."""
-  del arg
+def get_config() -> LeastSquaresConfig:
+  """Returns the experiment."""
   return LeastSquaresConfig()
 
 

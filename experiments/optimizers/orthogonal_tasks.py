@@ -36,9 +36,8 @@ class OrthogonalTasksConfig:
   num_rates: int = 13  # learning rates from 1e-3 to 10, evenly in the logarithm
 
 
-def get_config(arg: str | None = None) -> OrthogonalTasksConfig:
-  """Returns the experiment; takes no argument."""
-  del arg
+def get_config() -> OrthogonalTasksConfig:
+  """Returns the experiment."""
   return OrthogonalTasksConfig()
 
 

@@ -1,6 +1,7 @@
 """Experiment files: Python files with `get_config`, loaded by path."""
 
 import importlib.util
+import inspect
 import os
 import pathlib
 import sys
@@ -30,7 +31,7 @@ def call_get_config(spec: str) -> tuple[types.ModuleType, Any]:
 
   Raises:
     errors.UserError: If there is no such file, it does not define
-      `get_config`, or it raises.
+      `get_config`, this takes no argument, or it raises.
   """
   path, colon, arg = spec.partition('.py:')
   path = pathlib.Path(path + '.py' if colon else path)
@@ -44,6 +45,8 @@ def call_get_config(spec: str) -> tuple[types.ModuleType, Any]:
     raise errors.UserError(
       f'{path} does not define get_config(arg=None), which returns the config.'
     )
+  if colon and not inspect.signature(module.get_config).parameters:
+    raise errors.UserError(f'{path} takes no argument; leave out :{arg}.')
   try:
     if colon:
       return module, module.get_config(arg)

@@ -221,7 +221,7 @@ class LoadTest(parameterized.TestCase):
 
   def test_get_config_without_an_argument(self):
     path = self._write('def get_config():\n  return 1\n')
-    with self.assertRaisesRegex(errors.UserError, 'takes 0 positional'):
+    with self.assertRaisesRegex(errors.UserError, 'takes no argument; leave out :large'):
       configs.load(f'{path}:large')
 
   def test_missing_file_names_what_is_there(self):
