@@ -221,7 +221,8 @@ class LoadTest(parameterized.TestCase):
 
   def test_get_config_without_an_argument(self):
     path = self._write('def get_config():\n  return 1\n')
-    with self.assertRaisesRegex(errors.UserError, 'takes no argument; leave out :large'):
+    message = 'takes no argument; leave out :large'
+    with self.assertRaisesRegex(errors.UserError, message):
       configs.load(f'{path}:large')
 
   def test_missing_file_names_what_is_there(self):
