@@ -41,23 +41,26 @@ _HEADS, _HEAD_DIM = 4, 32
 _SIZE = models.zoo.Size(2, 128, _HEADS, mlp_dim=384, vocab_size=257)
 
 # Hope's memory at this size; a row changes some of these.
-_HOPE = {'hidden_dim': 64, 'adaptive': ()}
+_HOPE = {'hidden_dim': 64, 'adaptive': (), 'target': 'value'}
+# Memories that make keys, values or rates share the target with the main one.
+_OWN = {'target': 'own'}
 _ALL = ('k', 'v', 'inner_lr', 'retention')
 
 # Changes of the memory by row; the first is Hope.
 _MEMORIES: Mapping[str, Mapping[str, Any]] = {
   'hope': {},
-  'adaptive': {'adaptive': _ALL},
-  'adaptive_k': {'adaptive': ('k',)},
-  'adaptive_v': {'adaptive': ('v',)},
-  'adaptive_k_q': {'adaptive': ('k', 'q')},
-  'adaptive_inner_lr': {'adaptive': ('inner_lr',)},
-  'adaptive_retention': {'adaptive': ('retention',)},
-  'adaptive_slow': {'adaptive': _ALL, 'chunk_size_others': 512},
+  'adaptive': {**_OWN, 'adaptive': _ALL},
+  'adaptive_k': {**_OWN, 'adaptive': ('k',)},
+  'adaptive_v': {**_OWN, 'adaptive': ('v',)},
+  'adaptive_k_q': {**_OWN, 'adaptive': ('k', 'q')},
+  'adaptive_inner_lr': {**_OWN, 'adaptive': ('inner_lr',)},
+  'adaptive_retention': {**_OWN, 'adaptive': ('retention',)},
+  'adaptive_slow': {**_OWN, 'adaptive': _ALL, 'chunk_size_others': 512},
   'matrix': {'kind': 'matrix'},
   'hidden_32': {'hidden_dim': 32},
   'hidden_128': {'hidden_dim': 128},
-  'target_value': {'target': 'value'},
+  'target_own': _OWN,
+  'output_map': {'output': 'map'},
   'every_map': {'learns': 'every_map', 'erase': 'every_map'},
   'writes_every_map': {'learns': 'every_map'},
   'retain_to_zero': {'retain_to': 'zero'},
