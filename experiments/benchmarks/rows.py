@@ -43,6 +43,7 @@ class BenchmarkConfig:
 
   rows: tuple[str, ...] = (
     'hope',
+    'target_own',
     'adaptive',
     'hidden_128',
     'levels_3',
