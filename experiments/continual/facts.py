@@ -82,6 +82,7 @@ class FactsConfig:
 
   stream: StreamConfig = StreamConfig()
   learner: reading.LearnerConfig = reading.LearnerConfig(
+    'hope',
     mlp_dim=128,
     connection='nested',
     batch_size=4,
