@@ -74,7 +74,12 @@ _MEMORIES: Mapping[str, Mapping[str, Any]] = {
   'heads_8': {'num_heads': 8, 'head_dim': 16, 'hidden_dim': 32},
 }
 _CHAIN = ('fast', 'middle', 'slow')
-_OTHERS = ('gated_deltanet', 'titans', 'transformer')
+_OTHERS = (
+  'gated_deltanet',
+  'titans',
+  'transformer',
+  'convolved_transformer',
+)
 
 
 def get_config(arg: str | None = None) -> training.ExperimentConfig:

@@ -51,6 +51,7 @@ class BenchmarkConfig:
     'titans',
     _BASE,
     'transformer',
+    'convolved_transformer',
   )
   batch_size: int | None = None  # rows of text; None is the sweep's
   repeats: int = 5  # the fastest counts

@@ -27,13 +27,19 @@ from nested_learning import training
 FAMILIES = (
   'hope',
   'transformer',
+  'convolved_transformer',
   'gated_deltanet',
   'deltanet',
   'titans',
   'linear_attention',
 )
 # Sweeps of these take about an hour and a half on two cores.
-DEFAULT_FAMILIES = ('hope', 'transformer', 'gated_deltanet')
+DEFAULT_FAMILIES = (
+  'hope',
+  'transformer',
+  'convolved_transformer',
+  'gated_deltanet',
+)
 DEFAULT_TASKS = ('mqar_rewritten', 's_niah_1', 'parity')
 FIELD = 'train.learning_rate'  # that is tuned
 RATES = ('1e-3', '2e-3', '4e-3', '8e-3')
@@ -292,9 +298,10 @@ class Gate(NamedTuple):
 _SOLVED = 0.95
 
 GATES = (
-  # A comparison with attention needs attention that has learned the task.
-  Gate('mqar_rewritten', 'transformer', 'accuracy', at_least=_SOLVED),
-  Gate('s_niah_1', 'transformer', 'all_right', at_least=_SOLVED),
+  # A comparison with attention needs attention that has learned the task. In so
+  # few steps it does with a convolution, as the memories have one.
+  Gate('mqar_rewritten', 'convolved_transformer', 'accuracy', at_least=_SOLVED),
+  Gate('s_niah_1', 'convolved_transformer', 'all_right', at_least=_SOLVED),
   # Linear attention adds to a value and cannot replace it.
   Gate('mqar_rewritten', 'linear_attention', 'all_right', below=0.5),
   Gate('mqar_rewritten', 'deltanet', 'accuracy', at_least=_SOLVED),

@@ -3,6 +3,7 @@
 from nested_learning.layers.attention import AttentionConfig
 from nested_learning.layers.base import Layer
 from nested_learning.layers.base import TokenInfo
+from nested_learning.layers.convolved import ConvolvedAttentionConfig
 from nested_learning.layers.hybrids import MemoryAsContextConfig
 from nested_learning.layers.hybrids import MemoryAsGateConfig
 from nested_learning.layers.hybrids import MemoryAsLayerConfig

@@ -13,6 +13,7 @@ from nested_learning import sharding
 from nested_learning.layers import attention
 from nested_learning.layers import base
 from nested_learning.layers import cms
+from nested_learning.layers import convolved
 from nested_learning.layers import hybrids
 from nested_learning.layers import local_losses
 from nested_learning.layers import memory_beside
@@ -25,6 +26,7 @@ from nested_learning.models import stacks
 
 MixerConfig = (
   attention.AttentionConfig
+  | convolved.ConvolvedAttentionConfig
   | memory_mixer.MemoryMixerConfig
   | hybrids.MemoryAsLayerConfig
   | hybrids.MemoryAsGateConfig
@@ -55,8 +57,7 @@ class ModelConfig:
   placement: placement_lib.PlacementConfig = placement_lib.PlacementConfig()
   # Type of the projections and MLPs.
   dtype: Literal['float32', 'bfloat16', 'float64'] = 'float32'
-  # 'layer' recomputes each block in the backward pass.
-  remat: Literal['none', 'layer'] = 'none'
+  remat: Literal['none', 'layer'] = 'none'  # 'layer' recomputes each block
 
   def __post_init__(self):
     errors.check_choices(self)
@@ -144,8 +145,7 @@ def _make_block(config: ModelConfig, parts: placement_lib.Block) -> base.Layer:
     **cms.mix_table(parts.levels, config.chain),
   }
 
-  def init_state(params, batch_size):
-    return mixer.init_state(params['mixer'], batch_size)
+  init_state = lambda params, size: mixer.init_state(params['mixer'], size)
 
   def apply(params, state, x, info):
     def block(params, state, x):

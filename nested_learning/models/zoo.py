@@ -23,6 +23,7 @@ from nested_learning import levels as levels_lib
 from nested_learning import optimizers
 from nested_learning.layers import attention
 from nested_learning.layers import cms
+from nested_learning.layers import convolved
 from nested_learning.layers import hybrids
 from nested_learning.layers import memory_mixer
 from nested_learning.layers import tnt
@@ -283,6 +284,9 @@ FAMILIES = {
   ),
   'hope_attention': Family(_attention(), _chain, _learning),
   'transformer': Family(_attention(), _mlp),
+  'convolved_transformer': Family(
+    _with(convolved.ConvolvedAttentionConfig, _attention()), _mlp
+  ),
   'sliding_window': Family(_window(), _mlp),
   'samba': Family(_pattern(_GATED_LINEAR, _window()), _mlp),
   'linear_attention': Family(

@@ -168,18 +168,20 @@ class ReportTest(absltest.TestCase):
     _keep(
       self.folder,
       'mqar_rewritten',
-      transformer=[(0.1, 0.1)],
+      convolved_transformer=[(0.1, 0.1)],
       linear_attention=[(0.95, 0.9)],
       hope=[(0.5, 0.1)],
     )
     verdicts = self._write()
-    self.assertTrue(verdicts['transformer mqar_rewritten accuracy'].failed)
+    self.assertTrue(
+      verdicts['convolved_transformer mqar_rewritten accuracy'].failed
+    )
     self.assertTrue(
       verdicts['linear_attention mqar_rewritten all_right'].failed
     )
     self.assertIn('| 95.0 | **failed** |', self.page)
     self.assertIn('no comparison', self.page)
-    key = 'gate/mqar_rewritten/transformer/accuracy'
+    key = 'gate/mqar_rewritten/convolved_transformer/accuracy'
     self.assertEqual(self.summary[key], 'failed')
     self.assertEqual(self.summary[f'{key}/seed_0'], 0.1)
 
@@ -187,15 +189,15 @@ class ReportTest(absltest.TestCase):
 class CommandTest(absltest.TestCase):
   def test_fails_with_a_gate_of_its_models_or_a_sweep(self):
     folder = pathlib.Path(self.create_tempdir().full_path)
-    scores = {'transformer': [(0.1, 0.1)], 'hope': [(1.0, 1.0)]}
+    scores = {'convolved_transformer': [(0.1, 0.1)], 'hope': [(1.0, 1.0)]}
     _keep(folder, 'mqar_rewritten', **scores)
     for family, code, expected in (
       ('hope', 0, ''),
       ('hope', 1, 'hope on mqar_rewritten: exit code 1\n'),
       (
-        'transformer',
+        'convolved_transformer',
         0,
-        'transformer on mqar_rewritten: the gate does not hold\n',
+        'convolved_transformer on mqar_rewritten: the gate does not hold\n',
       ),
     ):
       with (

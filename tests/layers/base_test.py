@@ -19,6 +19,7 @@ _WINDOW = dataclasses.replace(_FULL, window=5)
 # Configs, whether they hold any length, and their granularity.
 _CONFIGS = {
   'attention': (_FULL, False, 1),
+  'convolved': (layers.ConvolvedAttentionConfig(_FULL), False, 1),
   'window': (_WINDOW, True, 1),
   'memory': (_MEMORY, True, 24),
   'static': (_STATIC, True, 8),
