@@ -6,8 +6,8 @@ holds only within its document and is asked for there, so that a memory has to
 make room. From time to time a copy of the learner is asked for the first facts.
 Learners of one size are trained alike on short streams, with several seeds:
 with memories only, with a fast level, with a slow one, and with both. The last
-one is also read with one of its levels at rest, and its fast level is asked on
-its own before and after a step of the slow one, at which it restarts.
+one is also read with one of its levels at rest, and its whole chain is asked
+without a mixture before and after the fast level restarts.
 
 Command:
   python launch/run.py --config=experiments/continual/facts.py \
@@ -256,9 +256,10 @@ def recall(
 def recall_around_restarts(
   config: FactsConfig, model: models.Model, params: Any, *, segment_size: int
 ) -> np.ndarray:
-  """Measures what the fast level's own weights recall, around its restarts.
+  """Measures what the whole chain recalls around restarts of the fast level.
 
-  The slow level is at its start while it is asked, and no prediction is mixed.
+  Its predictions are not mixed with those of the slow level alone: what the
+  fast level has covered comes back when it restarts.
 
   Args:
     config: The streams and the gaps; those that end in no restart are left out.
@@ -271,10 +272,9 @@ def recall_around_restarts(
     after it, [stream, gap, 2].
   """
   asked = _Asked(config, model, config.inner, params, segment_size)
+  chain = reading.make_unmixed(model, config.inner, segment_size=segment_size)
+  recall = lambda: asked.recall(reading.unmixed(asked.state), chain)
   scores = []
-
-  def recall():
-    return asked.recall(reading.alone(asked.state, asked.start, 'fast'))
 
   every = config.inner.update_every[-1]
   for gap in config.gaps:
@@ -302,8 +302,7 @@ class _Asked:
     self._allowed = np.arange(vocab_size) >= config.stream.first_value
     questions = [s.questions().reshape(-1, _SENTENCE) for s in self._streams]
     self._questions = np.stack(questions, axis=1)
-    self.start = self._learner.start(params, config.num_streams)
-    self.state = self.start
+    self.state = self._learner.start(params, config.num_streams)
     self._done, self._ahead = 0, np.stack([s.plant() for s in self._streams])
     self._read(self._ahead.shape[1])
 
@@ -318,9 +317,9 @@ class _Asked:
       self._read(count)
       self._done += count
 
-  def recall(self, state):
+  def recall(self, state, learner=None):
     """Returns the share of right answers, [stream]."""
-    said = self._learner.ask(
+    said = (learner or self._learner).ask(
       self._params, state, self._questions, allowed=self._allowed
     )
     right = said.answers[..., -1] == self._questions[..., -1]
@@ -437,7 +436,7 @@ def _write(config, store, found):
   ]
   for i, gap in enumerate(gaps):
     for side, score in zip(('before', 'after'), restarts[:, i].T, strict=True):
-      key = f'fast_weights_{side}_the_restart_after_{gap}'
+      key = f'whole_chain_{side}_the_restart_after_{gap}'
       summary |= report_files.summarize(key, score)
   cells_lib.write_page(
     store,
@@ -453,8 +452,8 @@ def _write(config, store, found):
       f'{config.inner.update_every} tokens.',
       report_files.table(('tokens since', *names), rows),
       '![Recall by distance](recall.png)',
-      'What the own weights of the fast level recall, a segment before it '
-      'restarts and after that:',
+      'What the whole chain of both levels recalls, unmixed, a segment before '
+      'its fast level restarts and after that:',
       report_files.table(('tokens since', 'before', 'after'), around),
     ],
     plots=['recall.png'],

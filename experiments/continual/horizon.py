@@ -5,8 +5,8 @@ new topic every few thousand tokens. A topic is a table of likely successors of
 each word. A copy of the learner is asked for other text of home; the measure is
 nats per token saved against the learner before it read anything. The learner
 reads with no level, with each of its levels alone, and with all of them; its
-loss on the stream itself is measured as well. With all levels, the weights of
-the fast one are also asked on their own, before and after they restart.
+loss on the stream itself is measured as well. The whole chain is also asked
+without a mixture, before and after its faster levels restart.
 
 Command:
   python launch/run.py --config=experiments/continual/horizon.py \
@@ -234,7 +234,7 @@ def _measure_seed(config, store, seed):
 
 
 def _around_restart(config, model, params, seed):
-  """Returns losses on home of the fast level's own weights, [stream] by name.
+  """Returns losses on home of the whole chain, unmixed, [stream] by name.
 
   After home, a period of the slow level is read, at whose end it steps.
   """
@@ -246,9 +246,11 @@ def _around_restart(config, model, params, seed):
   probes = np.stack([write_text(home, size, rng) for _ in range(config.probes)])
   start = learner.start(params, num)
 
+  chain = reading.make_unmixed(model, config.inner, segment_size=size)
+
   def ask(state):
-    own = reading.alone(state, start, 'fast')
-    return np.nanmean(learner.ask(params, own, probes).losses, axis=(0, 2))
+    said = chain.ask(params, reading.unmixed(state), probes)
+    return np.nanmean(said.losses, axis=(0, 2))
 
   state, losses = start, {'before home': ask(start)}
   others = draw(num * -(-period // config.topic_tokens))
@@ -324,11 +326,11 @@ def _write(config, store, found, around):
     key = f'{report_files.key(name)}_loss_on_the_stream'
     summary |= report_files.summarize(key, found[name]['read'][:, -1])
     rows.append(row)
-  own = {
+  whole = {
     name: around['before home'] - losses for name, losses in around.items()
   }
-  for name, gain in own.items():
-    key = f'fast_weights_gain_{report_files.key(name)}'
+  for name, gain in whole.items():
+    key = f'whole_chain_gain_{report_files.key(name)}'
     summary |= report_files.summarize(key, gain)
   last = {name: float(np.mean(gain[:, -1])) for name, gain in gains.items()}
   summary['keeps_most'] = max(last, key=last.get)
@@ -363,10 +365,11 @@ def _write(config, store, found, around):
         rows,
       ),
       '![What is kept of home](horizon.png)',
-      'The same for the own weights of the fast level, around its restart '
+      'The same for the whole chain, unmixed, around a restart of its levels '
       f'after {config.inner.update_every[-1]:,} tokens of other topics:',
       report_files.table(
-        tuple(own), [tuple(map(report_files.mean_and_spread, own.values()))]
+        tuple(whole),
+        [tuple(map(report_files.mean_and_spread, whole.values()))],
       ),
     ],
     plots=['horizon.png'],

@@ -334,21 +334,29 @@ def only(inner: levels.InnerConfig, which: Iterable[int]) -> levels.InnerConfig:
   return dataclasses.replace(inner, levels=changed)
 
 
-def alone(state: levels.State, start: levels.State, name: str) -> levels.State:
-  """Returns a state in which one level alone has learned.
+def make_unmixed(
+  model: models.Model, inner: levels.InnerConfig, *, segment_size: int
+) -> StreamReader:
+  """Makes a reader of a nested chain's states, to ask the whole chain alone.
 
   Args:
-    state: State of a `StreamReader` whose levels learn.
-    start: Its state at the start of streams.
-    name: Name of the level.
+    model: The model, with a nested chain.
+    inner: As for `make_reading`.
+    segment_size: As for `make_reading`.
 
   Returns:
-    The state, with the level's own weights in place of its anchors, so that all
-    members of a nested chain predict the same.
+    A `StreamReader` that takes states of `unmixed`.
   """
-  own = state.levels[name]
-  own = own._replace(anchors=(own.params,) * len(own.anchors))
-  return state._replace(levels={**start.levels, name: own})
+  plain = dataclasses.replace(model.config, chain=models.ChainConfig())
+  return make_reading(
+    models.make_model(plain, head=model.head), inner, segment_size=segment_size
+  )
+
+
+def unmixed(state: levels.State) -> levels.State:
+  """Returns the state of the member of a nested chain that has all levels."""
+  first = lambda part: part._replace(model=part.model[:1], mixture=())
+  return first(state)._replace(segment=first(state.segment))
 
 
 def print_warnings(state: Any, name: str) -> None:

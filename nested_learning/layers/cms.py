@@ -8,8 +8,8 @@ ways:
 * 'independent': every level reads the chain's input, and a learned weighted sum
   of the outputs is added, x + \sum_l w_l f_l(x). The weights start at 1, where
   this is one MLP as wide as all levels together;
-* 'nested': sequential, and inside a sequence levels restart from anchors and
-  are mixed, see `levels.steps` and `levels.mixture` of `nested_learning`.
+* 'nested': sequential, and inside a sequence a level restarts when a slower one
+  steps, and they are mixed (`levels.steps`, `levels.mixture`).
 
 A Transformer's MLP is the chain of one level. This file computes the chain;
 `nested_learning.optimizers.multi_timescale` updates levels in training, and

@@ -12,7 +12,7 @@ so that no logit depends on a step that has used its token. Every row of a batch
 has its own weights of its levels; all other parameters are shared and constant.
 
 A nested chain is read once for each of its levels: member k has the levels
-faster than k at their anchors (`steps`), and level k learns from its losses.
+faster than k at their start (`steps`), and level k learns from its losses.
 The logits are those of the mixture of the members (`mixture`), which predicts
 about as well as the best of them. Any other chain has one member.
 
@@ -244,9 +244,7 @@ def _follow(spec, state, old, new):
       optimizers.select_level(x, spec.steps.labels, name) for x in (old, new)
     ]
     move = lambda x: jax.tree.map(lambda w, a, b: w + (b - a), x, *own)
-    return level._replace(
-      params=move(level.params), anchors=tuple(map(move, level.anchors))
-    )
+    return level._replace(params=move(level.params))
 
   levels = {name: follow(name, level) for name, level in state.levels.items()}
   return state._replace(levels=levels)
@@ -336,7 +334,7 @@ def _read_piece(spec, params, state, tokens, *, reset, mask):
 
 def _forward(spec, params, state, tokens, reset, mask, write):
   """Returns logits, and the fields of the state that change with them."""
-  members = steps.members(spec.steps, state.levels)
+  members = steps.members(spec.steps, params, state.levels)
   marks = {'reset': reset, 'mask': mask, 'write': write}
   logits, model = rows.forward(
     spec, params, members, state.model, tokens, **marks
@@ -354,7 +352,7 @@ def _end_segments(spec, params, state):
     sums, logits, model, num_targets = rows.sums(
       spec,
       params,
-      steps.members(spec.steps, state.levels),
+      steps.members(spec.steps, params, state.levels),
       segment.model,
       segment.tokens,
       segment.reset,
@@ -428,7 +426,7 @@ def _scan_segments(spec, params, state, tokens, reset, extra, emit):
     sums, logits, model, num_targets = rows.sums(
       spec,
       params,
-      steps.members(spec.steps, states),
+      steps.members(spec.steps, params, states),
       model,
       tokens,
       reset,

@@ -1,16 +1,10 @@
-r"""Optimiser steps of levels inside a sequence, row by row.
+"""Optimiser steps of levels inside a sequence, row by row.
 
-In a nested chain, a level also has an anchor for each slower level k: its own
-weights on the clock of k. Whenever level k steps, the anchor moves a share of
-the way to the weights, and the level restarts there:
-
-.. math:: A_{l,k} \leftarrow A_{l,k} + s (A_{l,k-1} - A_{l,k}), \quad
-    \theta_l, A_{l,l+1}, \ldots, A_{l,k-1} \leftarrow A_{l,k},
-
-where A_{l,l} are the weights and s is `SHARE`; with s = 0 a level restarts from
-its parameters. Member k of the chain has its faster levels at their anchors of
-clock k. Level k learns from the losses of member k, which faster levels cannot
-explain away, and after its step the chain is this member.
+In a nested chain, a level restarts from its parameters whenever a slower one
+steps. Member k of the chain has its faster levels at their parameters, so that
+it changes on the clock of level k. Level k learns from the losses of member k,
+which faster levels cannot explain away: it learns what it would learn if these
+were at rest. After its step the whole chain is this member.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,10 +21,6 @@ import optax
 from nested_learning import errors
 from nested_learning import optimizers
 from nested_learning.levels import trees
-
-# Share of the way to the weights that an anchor moves. In a larger one, recent
-# text drives out older text; a smaller one brings little back to a fast level.
-SHARE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +56,6 @@ class InnerLevel(NamedTuple):
 
   Attributes:
     params: Weights of the level.
-    anchors: Weights where it restarts, one tree like `params` for each slower
-      level of a nested chain; () otherwise.
     optimizer: State of its optimiser.
     accumulated: `Sums` since the last step, in float32 or wider; () if the
       level steps after every segment.
@@ -77,11 +65,10 @@ class InnerLevel(NamedTuple):
     update_norm: Norm of the last step.
     drift: Distance of the weights from their start over the norm of the start.
     frozen: bool, whether a step diverged: the weights are back at their start
-      and stay there.
+      and stay there, in a nested chain until the level restarts.
   """
 
   params: Any
-  anchors: tuple[Any, ...]
   optimizer: Any
   accumulated: Any
   num_targets: jax.Array
@@ -102,8 +89,8 @@ class StepSpec:
       gets an extra argument.
     labels: Tree of level names with the structure of the parameters.
     reduce: 'mean' or 'sum' of the gradients of the tokens between two steps.
-    nested: Whether levels have anchors, where they restart at every step of a
-      slower level, and learn from the losses of their own members.
+    nested: Whether levels restart at every step of a slower level, and learn
+      from the losses of their own members.
     max_drift: Largest drift, see `InnerLevel`. A level that goes further, or
       whose step is not finite, has diverged.
     resting_size: Tokens of a segment where no level learns; otherwise, clocks
@@ -183,26 +170,26 @@ def segment_size(levels: Sequence[optimizers.Level]) -> int:
 
 
 def members(
-  spec: StepSpec, states: Mapping[str, InnerLevel]
+  spec: StepSpec, params: Any, states: Mapping[str, InnerLevel]
 ) -> list[dict[str, Any]]:
   """Returns the weights of the levels by name, for each member of the chain.
 
   Args:
     spec: The levels.
+    params: Parameters of the model, where levels start.
     states: `InnerLevel`s by name.
 
   Returns:
     One member for each level of a nested chain, that of the fastest first; one
     with the weights of all levels otherwise.
   """
-  weights = {
-    name: (state.params, *state.anchors) for name, state in states.items()
-  }
-  count = len(spec.levels) if spec.nested else 1
-  return [
-    {name: own[max(k - i, 0)] for i, (name, own) in enumerate(weights.items())}
-    for k in range(count)
-  ]
+  weights = {name: state.params for name, state in states.items()}
+  if not spec.nested:
+    return [weights]
+  (num_rows,) = next(iter(states.values())).frozen.shape
+  first, _ = start(spec, params, num_rows)
+  faster = lambda k: {name: first[name] for name in list(weights)[:k]}
+  return [weights | faster(k) for k in range(len(weights))]
 
 
 def start(
@@ -248,9 +235,6 @@ def init(
   """
   weights, optimizer_states = start(spec, params, num_rows)
   zeros = lambda dtype: jnp.zeros((num_rows,), dtype)  # [b]
-  num_slower = dict.fromkeys(spec.periods, 0)
-  if spec.nested:
-    num_slower = {name: i for i, name in enumerate(reversed(spec.periods))}
 
   def accumulators(name):
     return Sums(
@@ -263,7 +247,6 @@ def init(
   return {
     name: InnerLevel(
       params=weights[name],
-      anchors=(weights[name],) * num_slower[name],
       optimizer=optimizer_states[name],
       accumulated=accumulators(name) if period > 1 else (),
       num_targets=zeros(jnp.float32),
@@ -314,44 +297,28 @@ def learn(
       states[name] = _add(states[name], sums[name], num_targets, active)
       states[name] = _step_if_due(spec, level, states[name], first, due[name])
   if spec.nested:
-    for i, level in enumerate(spec.levels[:-1]):
-      later = [due[x.name] for x in spec.levels[i + 1 :]]
-      first = weights[level.name], optimizer_states[level.name]
+    for level, slower in itertools.pairwise(spec.levels):
+      # Clocks are multiples: no level slower than the next one steps alone.
       states[level.name] = jax.lax.cond(
-        jnp.any(later[0]),  # clocks are multiples: no slower level alone is due
+        jnp.any(due[slower.name]),
         _restart,
         lambda state, *_: state,
-        *(states[level.name], first, later),
+        states[level.name],
+        (weights[level.name], optimizer_states[level.name]),
+        due[slower.name],
       )
   return states
 
 
-def _restart(state, first, due):
-  """Moves anchors, and restarts a level there, in the rows that are due.
-
-  Args:
-    state: The level after its step.
-    first: Weights and optimiser state at the start.
-    due: bool [b] for each slower level, fastest first.
-
-  Returns:
-    The level.
-  """
+def _restart(state, first, rows):
+  """Restarts a level from its weights and optimiser state at the start."""
   weights, optimizer = first
-  params, anchors = state.params, []
-  for rows, anchor in zip(due, state.anchors, strict=True):
-    source = anchors[-1] if anchors else params
-    moved = jax.tree.map(lambda a, x: a + SHARE * (x - a), anchor, source)
-    moved = trees.where(state.frozen, weights, moved)
-    anchor = trees.where(rows, moved, anchor)
-    restart = functools.partial(trees.where, rows, anchor)
-    params, anchors = restart(params), [*map(restart, anchors), anchor]
-  restart = functools.partial(trees.where, due[0])
+  restart = functools.partial(trees.where, rows)
   return state._replace(
-    params=params,
-    anchors=tuple(anchors),
+    params=restart(weights, state.params),
     optimizer=restart(optimizer, state.optimizer),
-    drift=restart(_drift(params, weights), state.drift),
+    drift=restart(jnp.zeros_like(state.drift), state.drift),
+    frozen=state.frozen & ~rows,
   )
 
 

@@ -12,7 +12,7 @@ Both losses are those of a new stream that begins with these weights. The gain
 of a level that learned nothing is 0, whatever other levels know. The timescale
 of a level is the number of tokens from the peak of its gain to half the peak.
 Weights are constant between updates, so a level retains a fact for at least one
-period of its clock. In a nested chain it also retains what its anchors do.
+period of its clock; in a nested chain, until a slower one restarts it.
 """
 
 from collections.abc import Mapping

@@ -117,7 +117,7 @@ class ContinualTest(parameterized.TestCase):
       'fast_level',
       'slow_level',
       'fast_and_slow_level',
-      'fast_weights_after_the_restart',
+      'whole_chain_after_the_restart',
     ):
       self.assertBetween(summary[f'{name}_after_64'], 0, 1)
 
@@ -143,7 +143,7 @@ class ContinualTest(parameterized.TestCase):
   def test_horizon(self):
     summary = self._run(horizon)
     self.assertIn('all_levels_gain_after_64', summary)
-    self.assertIn('fast_weights_gain_after_the_restart', summary)
+    self.assertIn('whole_chain_gain_after_the_restart', summary)
     self.assertGreater(summary['loss_before'], 0)
 
   @pytest.mark.slow
