@@ -144,6 +144,7 @@ def _measure(config, store, name, seed, rates) -> None:
       for key in ('num_tokens', 'num_streams', 'piece', 'update_every')
     },
     'search': {'rates': config.rates, 'num_tokens': config.search_tokens},
+    'model': dataclasses.asdict(trained.model),
     'num_params': parameters.count(models.make_model(trained.model).table),
     'num_steps': config.num_steps,
   }
