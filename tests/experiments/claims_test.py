@@ -94,11 +94,12 @@ _CLAIMS = (
   ),
   Claim(
     r'a small Hope is (\d\.\d+) bits per byte ahead of Transformer\+\+ and '
-    r'(\d\.\d+) ahead of Gated DeltaNet',
+    r'(\d\.\d+) ahead of Gated DeltaNet, and (\d\.\d+) ahead of attention '
+    r'with the short convolution',
     'ablations/hope',
     lambda sweep: [
       sweep.summary[f'{row}/bits_per_byte/difference']
-      for row in ('transformer', 'gated_deltanet')
+      for row in ('transformer', 'gated_deltanet', 'convolved_transformer')
     ],
   ),
   Claim(
@@ -110,12 +111,13 @@ _CLAIMS = (
 # Words of README's table, and patterns of the page that say the same.
 _WORDS = (
   (
-    "its memories' own outputs as targets are no different",
+    "three levels and its memories' own outputs as targets are no different",
     'ablations/hope',
     [
+      r'\| levels_3 +\| [^|]*\| no different',
       r'\| target_own +\| [^|]*\| no different',
       'The lowest bits_per_byte is that of hope[.]',
-      'Behind it: gated_deltanet, transformer',
+      'Behind it: gated_deltanet, transformer, convolved_transformer',
     ],
   ),
   (
