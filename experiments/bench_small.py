@@ -6,7 +6,7 @@
 
 Each task is a sweep of `experiments/small/suite.py`: all models have the same
 steps and number of parameters, all rates are tried with seed 0, and the best
-one gets all seeds. By default, three models run on three tasks; --only names
+one gets all seeds. By default, four models run on three tasks; --only names
 others, and --all takes all.
 
 The same command again runs only what is not finished: interrupted and failed
@@ -14,8 +14,7 @@ runs resume, and finished ones are kept beside the pages of the tasks, below
 experiments/results/small, from which another --workdir goes on. There the page
 has all tasks that were ever run.
 
-Hardware: two CPU cores, about an hour and a half, since the first task took an
-hour of one core; a day with --all.
+Hardware: two CPU cores, about two hours; a day with --all.
 
 The exit code is 0 if all runs are finished and all gates of their models hold;
 1, with a line for each run that failed and each gate; 2, with one line, if a

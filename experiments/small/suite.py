@@ -33,7 +33,7 @@ FAMILIES = (
   'titans',
   'linear_attention',
 )
-# Sweeps of these take about an hour and a half on two cores.
+# Sweeps of these take about two hours on two cores.
 DEFAULT_FAMILIES = (
   'hope',
   'transformer',

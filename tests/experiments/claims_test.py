@@ -127,6 +127,19 @@ _WORDS = (
     [r'\| adaptive +\| [^|]*\| no different'],
   ),
   (
+    'Hope, Gated DeltaNet and attention with a short convolution learn it '
+    'alike, Transformer++ does not in as many steps; on rows twice as long '
+    'convolved attention is behind',
+    'small',
+    [
+      'The highest answers right is that of hope[.] No different from it by '
+      'twice the larger spread: convolved_transformer, gated_deltanet',
+      r'\| transformer +\| [*]{2}not trained',
+      'The highest answers right, 2x is [^.]*[.][^.]*[.] Behind it: '
+      'convolved_transformer',
+    ],
+  ),
+  (
     "on the quickstart's language model M3 without its slow momentum is "
     'lowest, no different from Muon and M3, and ahead of AdamW',
     'optimizers',
