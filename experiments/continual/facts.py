@@ -18,7 +18,7 @@ and --set=results=experiments/results/facts also takes finished cells from that
 folder and writes page and cells there.
 
 Hardware: one CPU core.
-Results: experiments/results/continual/README.md.
+Results: experiments/results/facts/README.md.
 """
 
 import dataclasses

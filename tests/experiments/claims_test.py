@@ -93,6 +93,19 @@ _CLAIMS = (
     ],
   ),
   Claim(
+    r'it recalls (\d\.\d+) of them after 16,384 tokens and (\d\.\d+) after '
+    r'131,072, with memories alone (\d\.\d+), a guess',
+    'facts',
+    lambda data: [
+      data.summary[f'{name}_after_{gap}']
+      for name, gap in (
+        ('fast_and_slow_level', 16_384),
+        ('fast_and_slow_level', 131_072),
+        ('memories_only', 131_072),
+      )
+    ],
+  ),
+  Claim(
     r'a small Hope is (\d\.\d+) bits per byte ahead of Transformer\+\+ and '
     r'(\d\.\d+) ahead of Gated DeltaNet, and (\d\.\d+) ahead of attention '
     r'with the short convolution',
