@@ -65,7 +65,7 @@ class InnerLevel(NamedTuple):
     update_norm: Norm of the last step.
     drift: Distance of the weights from their start over the norm of the start.
     frozen: bool, whether a step diverged: the weights are back at their start
-      and stay there, in a nested chain until the level restarts.
+      and stay there.
   """
 
   params: Any
@@ -318,7 +318,6 @@ def _restart(state, first, rows):
     params=restart(weights, state.params),
     optimizer=restart(optimizer, state.optimizer),
     drift=restart(jnp.zeros_like(state.drift), state.drift),
-    frozen=state.frozen & ~rows,
   )
 
 
