@@ -161,7 +161,11 @@ TASKS = {
   'multi_value': _needle('multivalue', 'Four values of one needle.'),
   'multi_query': _needle('multiquery', 'Four needles, all asked for.'),
   'parity': _language(
-    'parity', 'Whether the number of ones is even, after every symbol.'
+    'parity',
+    'Whether the number of ones is even, after every symbol. It takes writes '
+    'that reflect, with rates above 1, which in this suite Hope alone has: '
+    'with --set=model.mixer.max_inner_lr=2 Gated DeltaNet learns it as well '
+    '(seed 0, at the smallest rate and at the largest).',
   ),
   'aa': _language(
     'aa', 'Whether the number of symbols is even, after every symbol.'

@@ -140,9 +140,19 @@ _WORDS = (
     [r'\| adaptive +\| [^|]*\| no different'],
   ),
   (
-    'Hope, Gated DeltaNet and attention with a short convolution learn it '
-    'alike, Transformer++ does not in as many steps; on rows twice as long '
-    'convolved attention is behind',
+    'Hope alone learns parity, also on strings twice as long, since its writes '
+    'may reflect (Gated DeltaNet learns it with rates up to 2)',
+    'small',
+    [
+      r'\| parity +\| hope +\| [^|]*2x[^|]*\| [^|]*\| passed',
+      'max_inner_lr=2 Gated DeltaNet learns it as well',
+      'Fewer than two models have learned the task: no comparison[.]',
+    ],
+  ),
+  (
+    'Hope, Gated DeltaNet and attention with a short convolution learn the '
+    'recall alike, Transformer++ does not in as many steps; on rows twice as '
+    'long convolved attention is behind there',
     'small',
     [
       'The highest answers right is that of hope[.] No different from it by '
