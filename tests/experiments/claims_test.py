@@ -116,7 +116,8 @@ _CLAIMS = (
     ],
   ),
   Claim(
-    r'on fewer tokens, it was (\d\.\d+) ahead of Hope as printed',
+    r'with own outputs and on fewer tokens, it was (\d\.\d+) ahead of Hope as '
+    r'printed',
     'ablations/hope_first',
     lambda sweep: [sweep.summary['printed/bits_per_byte/difference']],
   ),
