@@ -244,46 +244,54 @@ def recall(
     The share of facts with a right answer, [stream, gap].
   """
   asked = _Asked(config, model, inner, params, segment_size)
-  scores = []
-  for gap in config.gaps:
-    asked.read_until(gap)
-    scores.append(asked.recall(asked.state))
-    print(f'{name}: {np.mean(scores[-1]):.3f} after {gap:,} tokens', flush=True)
-    reading.print_warnings(asked.state, name)
-  return np.stack(scores, axis=1)
+  return np.stack([asked.score(gap, name) for gap in config.gaps], axis=1)
 
 
 def recall_around_restarts(
-  config: FactsConfig, model: models.Model, params: Any, *, segment_size: int
-) -> np.ndarray:
-  """Measures what the whole chain recalls around restarts of the fast level.
+  config: FactsConfig,
+  model: models.Model,
+  params: Any,
+  *,
+  segment_size: int,
+  name: str,
+) -> dict[str, np.ndarray]:
+  """Measures what both levels recall, and their chain alone around restarts.
 
-  Its predictions are not mixed with those of the slow level alone: what the
-  fast level has covered comes back when it restarts.
+  The predictions of the chain alone are not mixed with those of the slow level:
+  what the fast level has covered comes back when it restarts.
 
   Args:
-    config: The streams and the gaps; those that end in no restart are left out.
+    config: The streams and the gaps.
     model: The learner with both levels.
     params: Its parameters.
     segment_size: As for `reading.make_reading`.
+    name: As for `recall`.
 
   Returns:
-    The share of facts with a right answer a segment before the restart, and
-    after it, [stream, gap, 2].
+    'recall', as from `recall`; and 'restarts', what the chain alone recalls a
+    segment before a restart of the fast level and after it, [stream, gap, 2],
+    at those gaps that end in one.
   """
   asked = _Asked(config, model, config.inner, params, segment_size)
   chain = reading.make_unmixed(model, config.inner, segment_size=segment_size)
-  recall = lambda: asked.recall(reading.unmixed(asked.state), chain)
-  scores = []
-
-  every = config.inner.update_every[-1]
+  alone = lambda: asked.recall(reading.unmixed(asked.state), chain)
+  scores, around = [], []
   for gap in config.gaps:
-    if gap and not (config.stream.plant_tokens + gap) % every:
+    restarts = gap in _restarts(config)
+    if restarts:
       asked.read_until(gap - segment_size)
-      before = recall()
-      asked.read_until(gap)
-      scores.append(np.stack([before, recall()], axis=-1))
-  return np.array(scores).reshape(-1, config.num_streams, 2).swapaxes(0, 1)
+      before = alone()
+    scores.append(asked.score(gap, name))
+    if restarts:
+      around.append(np.stack([before, alone()], axis=-1))
+  around = np.array(around).reshape(-1, config.num_streams, 2).swapaxes(0, 1)
+  return {'recall': np.stack(scores, axis=1), 'restarts': around}
+
+
+def _restarts(config):
+  """Returns the gaps after which the fast level restarts."""
+  told, every = config.stream.plant_tokens, config.inner.update_every[-1]
+  return [gap for gap in config.gaps if gap and not (told + gap) % every]
 
 
 class _Asked:
@@ -317,6 +325,14 @@ class _Asked:
       self._read(count)
       self._done += count
 
+  def score(self, gap, name):
+    """Reads on, and returns the share of right answers, [stream]."""
+    self.read_until(gap)
+    found = self.recall(self.state)
+    print(f'{name}: {np.mean(found):.3f} after {gap:,} tokens', flush=True)
+    reading.print_warnings(self.state, name)
+    return found
+
   def recall(self, state, learner=None):
     """Returns the share of right answers, [stream]."""
     said = (learner or self._learner).ask(
@@ -349,6 +365,7 @@ def _measure_seed(config, store, seed):
     reading.make_config(config.learner, config.stream.vocab_size, LEVELS)
   )
   settings = dataclasses.asdict(config)
+  settings['model'] = dataclasses.asdict(model.config)
   del settings['num_seeds'], settings['results']
 
   @functools.cache
@@ -370,36 +387,42 @@ def _measure_seed(config, store, seed):
     )
     return params
 
-  def measure(name, recall_by):
+  def measure(name, make_values):
     cell = cells_lib.measure(
       store,
       'facts',
       f'{report_files.key(name)}, seed {seed}',
       settings,
-      lambda: {'recall': recall_by()},
+      make_values,
     )
-    return np.asarray(cell.values['recall'], np.float64)
+    as_array = lambda x: np.asarray(x, np.float64)
+    return {key: as_array(x) for key, x in cell.values.items()}
 
   def ask(name, learner, which):
-    arm = reading.only(inner, which)
-    return measure(
-      name,
-      lambda: recall(
-        config, model, arm, train(learner), segment_size=size, name=name
-      ),
+    recall_all = lambda: recall(
+      config,
+      model,
+      reading.only(inner, which),
+      train(learner),
+      segment_size=size,
+      name=name,
     )
+    return measure(name, lambda: {'recall': recall_all()})['recall']
 
-  found = {name: ask(name, name, which) for name, which in _LEARNERS.items()}
+  both = measure(
+    _BOTH,
+    lambda: recall_around_restarts(
+      config, model, train(_BOTH), segment_size=size, name=_BOTH
+    ),
+  )
+  found = {
+    name: both['recall'] if name == _BOTH else ask(name, name, which)
+    for name, which in _LEARNERS.items()
+  }
   for resting, which in {'slow': (0,), 'fast': (1,)}.items():
     name = f'{_BOTH}, {resting} at rest'
     found[name] = ask(name, _BOTH, which)
-  found['restarts'] = measure(
-    'restarts',
-    lambda: recall_around_restarts(
-      config, model, train(_BOTH), segment_size=size
-    ),
-  )
-  return found
+  return {**found, 'restarts': both['restarts']}
 
 
 def _write(config, store, found):
@@ -426,10 +449,7 @@ def _write(config, store, found):
     (f'{gap:,}', *(report_files.mean_and_spread(found[n][:, i]) for n in names))
     for i, gap in enumerate(config.gaps)
   ]
-  every = config.inner.update_every[-1]
-  gaps = [
-    g for g in config.gaps if g and not (config.stream.plant_tokens + g) % every
-  ]
+  gaps = _restarts(config)
   around = [
     (f'{gap:,}', *map(report_files.mean_and_spread, restarts[:, i].T))
     for i, gap in enumerate(gaps)

@@ -16,7 +16,7 @@ The same command goes on where it was stopped, and
 that folder and writes page and cells there.
 
 Hardware: one CPU core.
-Results: experiments/results/continual/README.md.
+Results: experiments/results/frequencies/README.md.
 """
 
 import dataclasses
@@ -167,6 +167,8 @@ def _measure(config, store, number, seed):
   settings = dataclasses.asdict(config)
   for name in ('num_seeds', 'results', 'slowest', 'rates', 'num_levels'):
     del settings[name]
+  model, _ = make_learner(config, number, config.trained_at, 1.0)
+  settings['model'] = dataclasses.asdict(model.config)
   asked = facts.AskConfig(config.stream, config.gaps, config.num_streams)
 
   @functools.cache

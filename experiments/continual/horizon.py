@@ -19,7 +19,7 @@ command goes on where it was stopped, and
 folder and writes page and cells there.
 
 Hardware: one CPU core.
-Results: experiments/results/continual/README.md.
+Results: experiments/results/horizon/README.md.
 """
 
 import dataclasses
@@ -66,7 +66,11 @@ class HorizonConfig:
   probes: int = 32  # texts of home that a copy is asked for, each a segment
   num_streams: int = 4
   learner: reading.LearnerConfig = reading.LearnerConfig(
-    mlp_dim=128, connection='nested', batch_size=4, learning_rate=6e-3
+    'hope',
+    mlp_dim=128,
+    connection='nested',
+    batch_size=4,
+    learning_rate=6e-3,
   )
   inner: levels.InnerConfig = levels.make_inner((64, 1024, 16_384))
   # Rows of training are short: slower levels step more often there, so that
@@ -193,6 +197,7 @@ def _measure_seed(config, store, seed):
     dataclasses.replace(level, update_every=size) for level, size in clocks
   )
   settings = dataclasses.asdict(config)
+  settings['model'] = dataclasses.asdict(model.config)
   del settings['num_seeds'], settings['results']
 
   @functools.cache
