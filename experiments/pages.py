@@ -129,6 +129,9 @@ PAGES = {
     0.1,
   ),
   'facts': _experiment('continual/facts.py', 'facts', _LEVELS, 2.0),
+  'closed_book': _experiment(
+    'continual/closed_book.py', 'closed_book', _LEVELS, 1.0
+  ),
   'horizon': _experiment('continual/horizon.py', 'horizon', _LEVELS, 2.0),
   'frequencies': _experiment(
     'continual/frequencies.py', 'frequencies', _LEVELS, 4.0

@@ -21,6 +21,7 @@ Hardware: one CPU core.
 Results: experiments/results/facts/README.md.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import pathlib
@@ -38,9 +39,9 @@ from nested_learning import models
 _TELL, _ASK = 0, 1
 _SENTENCE = 4  # tokens: mark, two parts of a name, value
 LEVELS = ('fast', 'slow')
-# Levels that learn in training.
 _BOTH = 'fast and slow level'
-_LEARNERS = {
+# Levels that learn in training, by learner.
+LEARNERS = {
   'memories only': (),
   'fast level': (0,),
   'slow level': (1,),
@@ -140,8 +141,7 @@ class Stream:
   def __init__(self, config: StreamConfig, rng: np.random.Generator):
     names = rng.permutation(config.num_parts**2)
     self._config, self._rng = config, rng
-    self._facts = names[: config.num_facts]
-    self._others = names[config.num_facts :]
+    self._facts, self._others = np.split(names, [config.num_facts])
     self._values = rng.integers(config.num_values, size=config.num_facts)
 
   def plant(self) -> np.ndarray:
@@ -175,7 +175,11 @@ class Stream:
   def questions(self) -> np.ndarray:
     """Returns a question with its answer for every fact, int [t]."""
     order = self._rng.permutation(len(self._facts))
-    return self._say(_ASK, self._facts[order], self._values[order])
+    return self.ask(self._facts[order], self._values[order])
+
+  def ask(self, names: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Returns a question for each name, with a value as its answer, int [t]."""
+    return self._say(_ASK, names, values)
 
   def _say(self, mark, names, values):
     first, second = np.divmod(names, self._config.num_parts)
@@ -243,7 +247,7 @@ def recall(
   Returns:
     The share of facts with a right answer, [stream, gap].
   """
-  asked = _Asked(config, model, inner, params, segment_size)
+  asked = AskedStreams(config, model, inner, params, segment_size=segment_size)
   return np.stack([asked.score(gap, name) for gap in config.gaps], axis=1)
 
 
@@ -272,7 +276,9 @@ def recall_around_restarts(
     segment before a restart of the fast level and after it, [stream, gap, 2],
     at those gaps that end in one.
   """
-  asked = _Asked(config, model, config.inner, params, segment_size)
+  asked = AskedStreams(
+    config, model, config.inner, params, segment_size=segment_size
+  )
   chain = reading.make_unmixed(model, config.inner, segment_size=segment_size)
   alone = lambda: asked.recall(reading.unmixed(asked.state), chain)
   scores, around = [], []
@@ -294,17 +300,40 @@ def _restarts(config):
   return [gap for gap in config.gaps if gap and not (told + gap) % every]
 
 
-class _Asked:
-  """Streams that are read, and asked for their facts on the way."""
+class AskedStreams:
+  """Streams that are read, and asked for their facts on the way.
 
-  def __init__(self, config, model, inner, params, segment_size):
+  Attributes:
+    state: State of the learner after what it has read.
+  """
+
+  def __init__(
+    self,
+    config: FactsConfig | AskConfig,
+    model: models.Model,
+    inner: levels.InnerConfig,
+    params: Any,
+    *,
+    segment_size: int,
+    make_stream: Callable[[StreamConfig, np.random.Generator], Any] = Stream,
+  ):
+    """Reads what the streams tell.
+
+    Args:
+      config: The streams.
+      model: The learner.
+      inner: How its levels learn.
+      params: Its parameters.
+      segment_size: As for `reading.make_reading`.
+      make_stream: Makes each stream: a `Stream` or the like.
+    """
     self._learner = reading.make_reading(
       model, inner, segment_size=segment_size
     )
     self._params, vocab_size = params, model.config.vocab_size
     self._document_tokens = config.stream.document_tokens
     self._streams = [
-      Stream(config.stream, np.random.default_rng((1, i)))
+      make_stream(config.stream, np.random.default_rng((1, i)))
       for i in range(config.num_streams)
     ]
     self._allowed = np.arange(vocab_size) >= config.stream.first_value
@@ -314,7 +343,7 @@ class _Asked:
     self._done, self._ahead = 0, np.stack([s.plant() for s in self._streams])
     self._read(self._ahead.shape[1])
 
-  def read_until(self, gap):
+  def read_until(self, gap: int) -> None:
     """Reads documents until so many tokens lie behind the facts."""
     while self._done < gap:
       count = min(gap - self._done, _MOST_TOKENS)
@@ -325,7 +354,7 @@ class _Asked:
       self._read(count)
       self._done += count
 
-  def score(self, gap, name):
+  def score(self, gap: int, name: str) -> np.ndarray:
     """Reads on, and returns the share of right answers, [stream]."""
     self.read_until(gap)
     found = self.recall(self.state)
@@ -333,13 +362,21 @@ class _Asked:
     reading.print_warnings(self.state, name)
     return found
 
-  def recall(self, state, learner=None):
-    """Returns the share of right answers, [stream]."""
-    said = (learner or self._learner).ask(
-      self._params, state, self._questions, allowed=self._allowed
-    )
+  def recall(
+    self, state: Any, learner: reading.StreamReader | None = None
+  ) -> np.ndarray:
+    """Returns the share of right answers of a state, [stream]."""
+    said = self.ask(state, learner)
     right = said.answers[..., -1] == self._questions[..., -1]
     return np.mean(right, axis=0)
+
+  def ask(
+    self, state: Any, learner: reading.StreamReader | None = None
+  ) -> reading.Predictions:
+    """Returns what a state answers, [question, stream, 4]."""
+    return (learner or self._learner).ask(
+      self._params, state, self._questions, allowed=self._allowed
+    )
 
   def _read(self, count):
     tokens, self._ahead = self._ahead[:, :count], self._ahead[:, count:]
@@ -357,35 +394,54 @@ def run(config: FactsConfig, workdir: str, mode: str) -> None:
   _write(config, store, {name: np.stack(x) for name, x in found.items()})
 
 
+def make_learner(config: FactsConfig) -> tuple[models.Model, int]:
+  """Returns the model of all learners, and the tokens of a segment."""
+  size = levels.segment_size(levels.make_levels(config.inner, LEVELS))
+  made = reading.make_config(config.learner, config.stream.vocab_size, LEVELS)
+  return models.make_model(made), size
+
+
+def train_learner(
+  config: FactsConfig, store: cells_lib.Store, seed: int, name: str
+) -> Any:
+  """Trains a learner on short streams, unless the run has its file.
+
+  Args:
+    config: The experiment.
+    store: Folders of the run.
+    seed: Seed of parameters and rows.
+    name: A key of `LEARNERS`.
+
+  Returns:
+    Its parameters.
+  """
+  model, size = make_learner(config)
+  params, _ = reading.train(
+    model,
+    reading.only(config.inner, LEARNERS[name]),
+    lambda rng: make_row(
+      config.stream,
+      rng,
+      tellings=config.train_tellings,
+      gap=config.train_gap,
+      multiple_of=size,
+    ),
+    config.learner,
+    seed=seed,
+    name=f'{name}, seed {seed}',
+    file=store.workdir / 'parts' / f'{report_files.key(name)}_{seed}.npz',
+  )
+  return params
+
+
 def _measure_seed(config, store, seed):
   """Returns the share of recalled facts by learner, [stream, gap, ...]."""
-  inner = config.inner
-  size = levels.segment_size(levels.make_levels(inner, LEVELS))
-  model = models.make_model(
-    reading.make_config(config.learner, config.stream.vocab_size, LEVELS)
-  )
+  model, size = make_learner(config)
   settings = dataclasses.asdict(config)
   settings['model'] = dataclasses.asdict(model.config)
   del settings['num_seeds'], settings['results']
 
-  @functools.cache
-  def train(name):
-    params, _ = reading.train(
-      model,
-      reading.only(inner, _LEARNERS[name]),
-      lambda rng: make_row(
-        config.stream,
-        rng,
-        tellings=config.train_tellings,
-        gap=config.train_gap,
-        multiple_of=size,
-      ),
-      config.learner,
-      seed=seed,
-      name=f'{name}, seed {seed}',
-      file=store.workdir / 'parts' / f'{report_files.key(name)}_{seed}.npz',
-    )
-    return params
+  train = functools.cache(functools.partial(train_learner, config, store, seed))
 
   def measure(name, make_values):
     cell = cells_lib.measure(
@@ -402,7 +458,7 @@ def _measure_seed(config, store, seed):
     recall_all = lambda: recall(
       config,
       model,
-      reading.only(inner, which),
+      reading.only(config.inner, which),
       train(learner),
       segment_size=size,
       name=name,
@@ -417,7 +473,7 @@ def _measure_seed(config, store, seed):
   )
   found = {
     name: both['recall'] if name == _BOTH else ask(name, name, which)
-    for name, which in _LEARNERS.items()
+    for name, which in LEARNERS.items()
   }
   for resting, which in {'slow': (0,), 'fast': (1,)}.items():
     name = f'{_BOTH}, {resting} at rest'

@@ -200,10 +200,12 @@ class Predictions(NamedTuple):
   Attributes:
     losses: Loss of each token in nats; NaN for the first.
     answers: Most likely token at each position; -1 for the first.
+    confidences: Its log-probability, in nats; NaN for the first.
   """
 
   losses: np.ndarray
   answers: np.ndarray
+  confidences: np.ndarray
 
 
 class StreamReader(NamedTuple):
@@ -216,8 +218,8 @@ class StreamReader(NamedTuple):
       [b, t] and the state after them.
     ask: `ask(params, state, questions, *, allowed=None)` returns the
       `Predictions` of questions [n, b, t]. Each is read from the same state,
-      with no level learning; answers are among the tokens of allowed [v]. A
-      question has at most a segment.
+      with no level learning; answers and their probabilities are among the
+      tokens of allowed [v]. A question has at most a segment.
   """
 
   segment_size: int
@@ -414,14 +416,20 @@ def plot_lines(
 
 
 def _score(logits, targets, allowed):
-  """Returns the loss in nats and the likeliest allowed token, [..., 2]."""
-  answers = jnp.argmax(jnp.where(allowed, logits, -jnp.inf), axis=-1)
+  """Returns loss, the likeliest allowed token, its log-probability [..., 3]."""
   losses = evaluation.cross_entropy(logits, targets)
-  return jnp.stack([losses, answers.astype(jnp.float32)], -1)
+  logits = jnp.where(allowed, logits, -jnp.inf)
+  answers = jnp.argmax(logits, axis=-1)
+  confidences = -evaluation.cross_entropy(logits, answers)
+  return jnp.stack([losses, answers.astype(jnp.float32), confidences], -1)
 
 
 def _predictions(scores):
-  """Moves the scores [..., t, 2] of next tokens to those tokens."""
-  losses, answers = (np.roll(scores[..., i], 1, axis=-1) for i in range(2))
-  losses[..., 0], answers[..., 0] = np.nan, -1
-  return Predictions(losses, answers.astype(np.int32))
+  """Moves the scores [..., t, 3] of next tokens to those tokens."""
+  losses, answers, confidences = (
+    np.roll(scores[..., i], 1, axis=-1) for i in range(3)
+  )
+  for first in (losses, confidences):
+    first[..., 0] = np.nan
+  answers[..., 0] = -1
+  return Predictions(losses, answers.astype(np.int32), confidences)

@@ -9,6 +9,7 @@ import numpy as np
 from experiments.continual import class_tasks
 from experiments.continual import classes
 from experiments.continual import classifier
+from experiments.continual import closed_book
 from experiments.continual import facts
 from experiments.continual import fine_tuning
 from experiments.continual import frequencies
@@ -17,6 +18,84 @@ from experiments.continual import horizon
 from experiments.continual import languages
 from nested_learning import errors
 from tests import compiling
+
+
+class ClosedBookTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.config = closed_book.get_config()
+    self.stream = closed_book.Stream(
+      self.config.stream,
+      np.random.default_rng(0),
+      num_changed=8,
+      num_unknown=16,
+    )
+
+  def test_some_facts_change_and_some_names_are_never_said(self):
+    sentences = self.stream.plant().reshape(-1, 4)
+    self.assertLen(sentences, 16 * 64)
+    asked = self.stream.questions().reshape(-1, 4)
+    self.assertLen({tuple(x[1:3]) for x in asked}, 32)
+    first = self.config.stream.first_value
+    for i, question in enumerate(asked):
+      said = sentences[(sentences[:, 1:3] == question[1:3]).all(1), 3] - first
+      value, outdated = self.stream.values[i], self.stream.outdated[i]
+      if i < 8:
+        self.assertNotEqual(value, outdated)
+        self.assertEqual(said.tolist(), [outdated] * 32 + [value] * 32)
+      elif i < 16:
+        self.assertEqual(said.tolist(), [value] * 64)
+        self.assertEqual(outdated, -1)
+      else:
+        self.assertEmpty(said)
+        self.assertEqual((value, outdated), (-1, -1))
+    names = self.stream.documents(2**14).reshape(-1, 4)[:, 1:3]
+    self.assertEmpty(set(map(tuple, names)) & {tuple(x[1:3]) for x in asked})
+
+  def test_the_threshold_is_where_most_reactions_are_good(self):
+    answers = np.array([3, 4, 7, 5, 6])
+    values = np.array([3, 4, 7, -1, 0])
+    confidences = np.array([0.9, 0.6, 0.5, 0.7, 0.8])
+    for share in (0.5, 0.9):  # three right answers and one made up, or one
+      chosen = closed_book.choose_threshold(answers, confidences, values)
+      self.assertEqual(chosen, share)
+      values[1] = 0
+    self.assertEqual(
+      closed_book.choose_threshold(answers, confidences, np.full(5, -1)),
+      float('inf'),
+    )
+
+  def test_reactions(self):
+    values, outdated = np.array([1, 1, 1, -1, 1]), np.array([2, 2, -1, -1, -1])
+    answers, confidences = np.array([1, 2, 2, 2, 1]), np.ones(5)
+    confidences[-1] = 0.4
+    found = closed_book.react(answers, confidences, values, outdated, 0.5)
+    names = [closed_book.REACTIONS[i] for i in found]
+    expected = ['right', 'outdated', 'made up', 'made up', 'none']
+    self.assertEqual(names, expected)
+
+  def test_separation(self):
+    known, unknown = np.array([0.9, 0.5]), np.array([0.5, 0.1])
+    self.assertEqual(closed_book.separation(known, unknown), 3.5 / 4)
+
+  def test_a_learner_that_knows_all_makes_nothing_up(self):
+    values, _ = closed_book.truth(self.config)
+    shape = (len(self.config.gaps), *values.shape)
+    sure = np.broadcast_to(np.where(values < 0, 0.2, 0.9), shape)
+    answers = np.broadcast_to(np.maximum(values, 0), shape)
+    found = {'answers': answers, 'confidences': sure}
+    scores = closed_book.score(self.config, found)
+    good = [[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
+    np.testing.assert_array_equal(scores['reactions'][0], good)
+    np.testing.assert_array_equal(scores['made_up'], 0)
+    np.testing.assert_array_equal(scores['separation'], 1)
+
+  @parameterized.parameters(
+    ('num_changed', 16), ('num_unknown', 60), ('num_streams', 1)
+  )
+  def test_refuses(self, name, value):
+    with self.assertRaisesRegex(errors.UserError, f'{name}={value}'):
+      closed_book.ClosedBookConfig(**{name: value})
 
 
 class FactsTest(absltest.TestCase):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.continual import classes
+from experiments.continual import closed_book
 from experiments.continual import facts
 from experiments.continual import frequencies
 from experiments.continual import horizon
@@ -102,7 +103,12 @@ class ContinualTest(parameterized.TestCase):
     return json.loads((workdir / 'summary.json').read_text())
 
   @parameterized.parameters(
-    (classes,), (facts,), (frequencies,), (horizon,), (languages,)
+    (classes,),
+    (closed_book,),
+    (facts,),
+    (frequencies,),
+    (horizon,),
+    (languages,),
   )
   def test_configs(self, experiment):
     experiment.get_config()
@@ -120,6 +126,16 @@ class ContinualTest(parameterized.TestCase):
       'whole_chain_after_the_restart',
     ):
       self.assertBetween(summary[f'{name}_after_64'], 0, 1)
+
+  @pytest.mark.slow
+  def test_closed_book(self):
+    summary = self._run(closed_book)
+    for kind in ('told', 'changed', 'never_said'):
+      shares = [
+        summary[f'fast_and_slow_level_{kind}_{reaction}_after_64']
+        for reaction in ('right', 'outdated', 'made_up', 'none')
+      ]
+      self.assertAlmostEqual(sum(shares), 1)
 
   def test_two_levels_are_the_same_in_both_experiments_on_facts(self):
     ours, theirs = facts.get_config(), frequencies.get_config()
