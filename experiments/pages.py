@@ -118,6 +118,7 @@ PAGES = {
   'pretrained_streams': _experiment(
     'pretrained/streams.py', 'pretrained_streams', _LEVELS, 8.0
   ),
+  'aliases_trained': _sweep('small/aliases.py', 'aliases_trained', 2.0),
   'aliases': _experiment('aliases.py', 'aliases', _MODEL, 0.1),
   'optimizers': _experiment(
     'optimizers/compare.py', 'optimizers', ('nested_learning/optimizers',), 4.0

@@ -1,6 +1,7 @@
 """Generated tasks that test memories."""
 
 from nested_learning.tasks.documents import DocumentConfig
+from nested_learning.tasks.in_context import AliasesConfig
 from nested_learning.tasks.in_context import MqarConfig
 from nested_learning.tasks.in_context import RegressionConfig
 from nested_learning.tasks.mad import CompressionConfig

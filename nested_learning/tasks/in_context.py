@@ -9,6 +9,7 @@ References:
 """
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 
@@ -104,6 +105,79 @@ class MqarConfig:
   def stretched(self, factor):
     """Returns the task with more slots, as many pairs and queries."""
     return dataclasses.replace(self, num_tokens=factor * self.num_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class AliasesConfig:
+  """Recall by an alias: names get values and aliases, aliases get aliases.
+
+  A row is pairs of two tokens, then every name and alias once, in any order,
+  each before a blank. The target at a name is its value, and at an alias the
+  value of its name. `order` says which pairs come first; those of one rank are
+  shuffled. In evaluation only the last alias of every chain counts.
+  """
+
+  vocab_size: int = 66  # names 1 to V/2 - 1, values V/2 to V - 1, 0 is blank
+  num_chains: int = 4  # names with a value
+  num_hops: int = 1  # aliases of each, every one of the one before it
+  # Values, then first aliases, and so on; or last aliases, the ones before
+  # them, and so on, then values.
+  order: Literal['values_first', 'values_last', 'backwards'] = 'values_first'
+
+  def __post_init__(self):
+    errors.check_choices(self)
+    task.check_at_least(self, 1, 'num_chains')
+    task.check_at_least(self, 0, 'num_hops')
+    num_names = self.vocab_size // 2 - 1
+    errors.check_field(
+      self,
+      'num_chains',
+      self.num_pairs <= num_names,
+      f'at most {num_names // (1 + self.num_hops)}, of {1 + self.num_hops} '
+      f'names each: vocab_size={self.vocab_size} has {num_names} names',
+    )
+
+  @property
+  def num_pairs(self) -> int:
+    """Number of pairs, and of queries."""
+    return self.num_chains * (1 + self.num_hops)
+
+  @property
+  def num_tokens(self) -> int:
+    """Length of a row, two tokens for each pair and query."""
+    return 4 * self.num_pairs
+
+  def make_row(self, rng, *, evaluating=False):
+    """See `task.Task.make_row`."""
+    half, count = self.vocab_size // 2, self.num_chains
+    values = half + rng.choice(half, count, replace=False)
+    names = 1 + rng.choice(half - 1, self.num_pairs, replace=False)
+    names = names.reshape(-1, count)  # [hop, chain]
+    stands_for = np.concatenate([values[None], names[:-1]])
+    ranks = list(range(1 + self.num_hops))
+    if self.order == 'values_last':
+      ranks = [*ranks[1:], 0]
+    elif self.order == 'backwards':
+      ranks.reverse()
+    pairs = [
+      np.stack([names[i], stands_for[i]], axis=1)[rng.permutation(count)]
+      for i in ranks
+    ]
+    asked = rng.permutation(self.num_pairs)
+    hops, chains = np.divmod(asked, count)
+    tokens, targets = np.zeros((2, self.num_tokens), np.int32)
+    mask = np.zeros(self.num_tokens, bool)
+    queries = 2 * self.num_pairs + 2 * np.arange(self.num_pairs)
+    tokens[: 2 * self.num_pairs] = np.concatenate(pairs).ravel()
+    tokens[queries] = names.ravel()[asked]
+    targets[queries] = values[chains]
+    mask[queries] = (hops == self.num_hops) | (not evaluating)
+    return task.Row(tokens, targets, mask)
+
+  def stretched(self, factor):
+    """Returns the task with more aliases of each name."""
+    hops = factor * (1 + self.num_hops) - 1
+    return dataclasses.replace(self, num_hops=hops)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from nested_learning import errors
 from nested_learning.tasks.documents import DocumentConfig
+from nested_learning.tasks.in_context import AliasesConfig
 from nested_learning.tasks.in_context import MqarConfig
 from nested_learning.tasks.in_context import RegressionConfig
 from nested_learning.tasks.mad import CompressionConfig
@@ -26,7 +27,8 @@ from nested_learning.tasks.state_tracking import WordProblemConfig
 from nested_learning.tasks.stories import StoryConfig
 
 TaskConfig = (
-  CompressionConfig
+  AliasesConfig
+  | CompressionConfig
   | DocumentConfig
   | FormalLanguageConfig
   | FuzzyRecallConfig
@@ -56,6 +58,7 @@ def _make_tasks() -> dict[str, Any]:
     'mqar_rewritten_small': MqarConfig(
       64, 64, num_pairs=8, num_rewrites=8, random_filler=False
     ),
+    'aliases_small': AliasesConfig(),
     # MAD's baselines.
     'recall': RecallConfig(),
     'noisy_recall': RecallConfig(32, num_noise_ids=16, noise=0.2),

@@ -3,12 +3,21 @@
 from absl.testing import parameterized
 import numpy as np
 
+from nested_learning import errors
 from nested_learning import tasks
 
 
 def _rows(task, count=20, *, evaluating=False):
   for seed in range(count):
     yield task.make_row(np.random.default_rng(seed), evaluating=evaluating)
+
+
+def _follow(stands_for, name):
+  """Returns the value behind a name, and the number of aliases on the way."""
+  hops = 0
+  while stands_for[name] < 32:
+    name, hops = stands_for[name], hops + 1
+  return stands_for[name], hops
 
 
 class MqarTest(parameterized.TestCase):
@@ -41,6 +50,51 @@ class MqarTest(parameterized.TestCase):
     task = tasks.MqarConfig(64, 40, num_pairs=4, random_filler=False)
     for row in _rows(task):
       self.assertEqual(np.count_nonzero(row.tokens), 8 + 4)
+
+
+class AliasesTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('values_first', [0, 1, 2]),
+    ('values_last', [1, 2, 0]),
+    ('backwards', [2, 1, 0]),
+  )
+  def test_answers_are_found_by_following_the_pairs(self, order, ranks):
+    task = tasks.AliasesConfig(64, 4, num_hops=2, order=order)
+    for row in _rows(task):
+      pairs = row.tokens[: 2 * task.num_pairs].reshape(-1, 2)
+      stands_for = dict(pairs.tolist())
+      self.assertLen(stands_for, 12)
+
+      told = [_follow(stands_for, name)[1] for name in pairs[:, 0]]
+      self.assertEqual(told, np.repeat(ranks, 4).tolist())
+      (places,) = np.nonzero(row.mask)
+      self.assertCountEqual(row.tokens[places], stands_for)
+      for place in places:
+        value, _ = _follow(stands_for, row.tokens[place])
+        self.assertEqual(row.targets[place], value)
+        self.assertNotIn(row.targets[place], row.tokens[2 * task.num_pairs :])
+
+  def test_the_last_aliases_count_in_evaluation(self):
+    task = tasks.AliasesConfig(num_hops=2)
+    for row in _rows(task, evaluating=True):
+      names = row.tokens[: 2 * task.num_pairs : 2].tolist()
+      asked = row.tokens[row.mask].tolist()
+      self.assertLen(asked, 4)
+      # With values first, the last aliases are told last.
+      self.assertCountEqual(asked, names[-4:])
+
+  def test_a_stretched_task_has_longer_chains(self):
+    task = tasks.make_config('aliases_small').stretched(2)
+    self.assertEqual((task.num_hops, task.num_tokens), (3, 64))
+
+  @parameterized.parameters(
+    ({'num_chains': 17}, 'num_chains=17 must be at most 16'),
+    ({'num_hops': -1}, 'num_hops=-1'),
+    ({'order': 'forwards'}, "order='forwards'"),
+  )
+  def test_refuses(self, changes, message):
+    with self.assertRaisesRegex(errors.UserError, message):
+      tasks.AliasesConfig(**changes)
 
 
 class RegressionTest(parameterized.TestCase):
