@@ -1,7 +1,7 @@
 """Types of layers: parameters, state and two pure functions."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 
@@ -19,12 +19,15 @@ class TokenInfo(NamedTuple):
     write: Whether memories are written; False only reads them.
     local_loss: A `layers.local_losses.LocalLoss` whose gradients the levels of
       the chain return, or None. Only trunks read it.
+    part: Blocks that a trunk applies: all, or those below or above where the
+      blocks that learn begin; parameters and states are of `models.stacks`.
   """
 
   reset: jax.Array | None = None
   mask: jax.Array | None = None
   write: bool = True
   local_loss: Any = None
+  part: Literal['all', 'below', 'above'] = 'all'
 
 
 def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:

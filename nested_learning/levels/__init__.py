@@ -13,6 +13,7 @@ from nested_learning.levels.reader import Reader
 from nested_learning.levels.reader import Segment
 from nested_learning.levels.reader import State
 from nested_learning.levels.rows import ReaderSpec
+from nested_learning.levels.rows import Split
 from nested_learning.levels.steps import InnerLevel
 from nested_learning.levels.steps import LearningLevel
 from nested_learning.levels.steps import segment_size

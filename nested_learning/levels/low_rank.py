@@ -103,6 +103,10 @@ def learn_changes(spec: rows.ReaderSpec, rank: int) -> rows.ReaderSpec:
     forward=merged(spec.forward),
     init_state=merged(spec.init_state),
     steps=dataclasses.replace(spec.steps, labels=own),
+    split=spec.split
+    and spec.split._replace(
+      below=merged(spec.split.below), above=merged(spec.split.above)
+    ),
     prepare=prepare,
   )
 

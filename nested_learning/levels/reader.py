@@ -126,7 +126,8 @@ class Reader(NamedTuple):
       for the end of the segment and takes no step.
     losses: `losses(params, state, tokens, targets, token_loss, *, reset=None)`
       returns the losses [b, t] of full segments in place of their logits, which
-      the backward pass then does not keep, and the state.
+      the backward pass then does not keep, and the state. Blocks below those
+      that learn read all tokens at once, in place of segment by segment.
     restart: `restart(params, state, rows, *, levels=False)` begins new streams
       in some rows [b]. Without `levels`, these stay as they are.
     follow: `follow(state, old, new)` moves the levels of all rows by the
@@ -393,10 +394,35 @@ def _read_segments(spec, params, state, tokens, *, reset=None):
 
 
 def _losses(spec, params, state, tokens, targets, token_loss, *, reset=None):
-  return _scan_segments(spec, params, state, tokens, reset, targets, token_loss)
+  read = tokens, reset, targets, token_loss
+  split, (batch_size, num_tokens) = spec.split, tokens.shape
+  if split is None or num_tokens > split.max_length:
+    return _scan_segments(spec, params, state, *read)
+  # No level changes the blocks below: they read all tokens at once, and once
+  # for all members of a chain.
+  axes, below = trees.row_axes(spec.init_state, params), None
+  cut = lambda model, part: jax.tree.map(lambda x: x[:, part], model)
+  if state is None:
+    state = _init_state(spec, params, batch_size)
+  else:
+    below = cut(state.model[0], slice(split.num_below))
+    below = trees.rows_back(axes, below)
+  x, below = split.below(params, below, tokens, reset=reset)
+  above = cut(state.model, slice(split.num_below, None))
+  losses, state = _scan_segments(
+    spec, params, state._replace(model=above), *read, x=x
+  )
+  join = functools.partial(
+    jax.tree.map,
+    lambda *x: jnp.concatenate(x, axis=1),
+    trees.rows_first(axes, below),
+  )
+  model = tuple(map(join, state.model))
+  segment = state.segment._replace(model=model)
+  return losses, state._replace(model=model, segment=segment)
 
 
-def _scan_segments(spec, params, state, tokens, reset, extra, emit):
+def _scan_segments(spec, params, state, tokens, reset, extra, emit, x=None):
   """Reads full segments from the start of one.
 
   Args:
@@ -407,6 +433,7 @@ def _scan_segments(spec, params, state, tokens, reset, extra, emit):
     reset: bool [b, t] or None.
     extra: Tree of [b, t, ...] that is cut like the tokens, or None.
     emit: `emit(logits, extra)` makes the output [b, s, ...] of a segment.
+    x: As for `rows.sums`, of all tokens.
 
   Returns:
     Outputs [b, t, ...] and the state.
@@ -422,7 +449,7 @@ def _scan_segments(spec, params, state, tokens, reset, extra, emit):
 
   def body(carry, inputs):
     model, mixed, num_segments, states = carry
-    tokens, reset, extra = inputs
+    tokens, reset, extra, x = inputs
     sums, logits, model, num_targets = rows.sums(
       spec,
       params,
@@ -430,6 +457,7 @@ def _scan_segments(spec, params, state, tokens, reset, extra, emit):
       model,
       tokens,
       reset,
+      x,
     )
     logits, mixed = _mix(mixed, logits, tokens, reset, None)
     num_segments = num_segments + 1
@@ -451,7 +479,7 @@ def _scan_segments(spec, params, state, tokens, reset, extra, emit):
   )
   carry = state.model, state.mixture, state.num_segments, dict(state.levels)
   carry, outputs = chunk_scan.scan_groups(
-    body, carry, jax.tree.map(cut, (tokens, reset, extra)), kept=1
+    body, carry, jax.tree.map(cut, (tokens, reset, extra, x)), kept=1
   )
   model, mixed, num_segments, states = carry
   outputs = jnp.swapaxes(outputs, 0, 1)  # [b, n, s, ...]

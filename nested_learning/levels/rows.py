@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,24 @@ from nested_learning.levels import trees
 
 # Losses of the model's logits; all other objectives are local.
 _GLOBAL = ('next_token', 'in_segment')
+
+
+class Split(NamedTuple):
+  """A model in two parts: blocks that rest, and those above, which learn.
+
+  Attributes:
+    num_below: Length of the part below of each leaf of the model's state.
+    max_length: Most tokens of a call.
+    below: `below(params, state, tokens, *, reset=None)` returns the output x
+      [b, t, e] of the blocks that rest, and their states.
+    above: `above(params, state, x, *, reset=None, mask=None, write=True)`
+      returns logits [b, t, v] and the states of the blocks above.
+  """
+
+  num_below: int
+  max_length: int
+  below: Callable[..., tuple[jax.Array, Any]]
+  above: Callable[..., tuple[jax.Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,6 +50,7 @@ class ReaderSpec:
       logits, the state and `steps.Sums` over the tokens, each weighted by
       counts [b, t], for the levels with a local objective. Its trees have
       values at the paths of the levels' parameters. None if there are none.
+    split: The parts of the model; None if it is read in one.
     prepare: See `Reader`. `steps.labels` are those of prepared parameters.
   """
 
@@ -40,6 +59,7 @@ class ReaderSpec:
   steps: steps.StepSpec
   gradient: str = 'second_order'
   local_sums: Callable[..., tuple[jax.Array, Any, steps.Sums]] | None = None
+  split: Split | None = None
   prepare: Callable[[Any], Any] = lambda params: params
 
   @functools.cached_property
@@ -110,6 +130,7 @@ def sums(
   model: Sequence[Any],
   tokens: jax.Array,
   reset: jax.Array | None,
+  x: jax.Array | None = None,
 ) -> tuple[dict[str, steps.Sums], list[jax.Array], tuple[Any, ...], jax.Array]:
   """Reads a full segment of every row and differentiates its losses.
 
@@ -123,6 +144,8 @@ def sums(
     model: The model's state of each member before the segment, rows first.
     tokens: int [b, s].
     reset: bool [b, s] or None.
+    x: Output [b, s, e] of the blocks that rest, if these were read before; then
+      the model's states are those of the blocks above.
 
   Returns:
     Sums over the segment by level [b, ...]; logits [b, s, v] and the model's
@@ -130,7 +153,7 @@ def sums(
   """
   axes = trees.row_axes(spec.init_state, params)
   row = functools.partial(_sums_row, spec, params, axes)
-  found, *rest = jax.vmap(row)(members, model, tokens, reset)
+  found, *rest = jax.vmap(row)(members, model, tokens, reset, x)
   if spec.gradient == 'first_order':
     found = jax.lax.stop_gradient(found)
   return found, *rest
@@ -172,14 +195,17 @@ def energy_shapes(
 
 
 def _forward_row(
-  spec, params, axes, write, weights, model, tokens, reset, mask
+  spec, params, axes, write, weights, model, tokens, reset, mask, x=None
 ):
   """Returns logits [t, v] and the model's state of one row."""
   add_axis = lambda x: None if x is None else x[None]
-  logits, model = spec.forward(
+  read, inputs = spec.forward, tokens
+  if x is not None:
+    read, inputs = spec.split.above, x
+  logits, model = read(
     optimizers.merge_levels(params, spec.steps.labels, weights),
     trees.add_row_axis(axes, model),
-    tokens[None],
+    inputs[None],
     reset=add_axis(reset),
     mask=add_axis(mask),
     write=write,
@@ -187,7 +213,7 @@ def _forward_row(
   return logits[0], trees.drop_row_axis(axes, model)
 
 
-def _sums_row(spec, params, axes, members, model, tokens, reset):
+def _sums_row(spec, params, axes, members, model, tokens, reset, x):
   """Reads a full segment [s] of one row; see `sums`."""
   counts = jnp.ones((tokens.shape[0] - 1,), jnp.float32)  # of targets
   if reset is not None:  # a document does not predict the next one
@@ -200,14 +226,14 @@ def _sums_row(spec, params, axes, members, model, tokens, reset):
         spec, params, axes, names, weights, model[member], tokens, reset, counts
       )
     else:
-      inputs = weights, model[member], tokens, reset, counts
+      inputs = weights, model[member], tokens, reset, counts, x
       loss = _make_loss(spec, params, axes, objective, *inputs)
       own = {name: weights[name] for name in names}
       add, *said[member] = _differentiate(spec, loss, own)
     found |= add
   if not spec.passes:  # no level learns
     said[0] = _forward_row(
-      spec, params, axes, True, {}, model[0], tokens, reset, None
+      spec, params, axes, True, {}, model[0], tokens, reset, None, x
     )
   found = {name: found[name] for name in members[0]}
   logits, after = zip(*said.values(), strict=True)
@@ -237,13 +263,14 @@ def _local_sums(
 
 
 def _make_loss(
-  spec, params, axes, objective, weights, model, tokens, reset, counts
+  spec, params, axes, objective, weights, model, tokens, reset, counts, x=None
 ):
   """Makes the summed loss of a segment of one row as a function of levels."""
 
   def loss(own):
+    weights_now = {**weights, **own}
     logits, after = _forward_row(
-      spec, params, axes, True, {**weights, **own}, model, tokens, reset, None
+      spec, params, axes, True, weights_now, model, tokens, reset, None, x
     )
     predicted, targets = logits[:-1], tokens[1:]
     if objective == 'in_segment':

@@ -44,6 +44,11 @@ def rows_first(axes: Any, state: Any) -> Any:
   return jax.tree.map(lambda i, x: jnp.moveaxis(x, i, 0), axes, state)
 
 
+def rows_back(axes: Any, state: Any) -> Any:
+  """Undoes `rows_first`."""
+  return jax.tree.map(lambda i, x: jnp.moveaxis(x, 0, i), axes, state)
+
+
 def add_row_axis(axes: Any, row: Any) -> Any:
   """Adds a row axis of length 1 to every leaf of one row's state."""
   return jax.tree.map(lambda i, x: jnp.expand_dims(x, i), axes, row)

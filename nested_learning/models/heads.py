@@ -56,6 +56,31 @@ class LanguageHead:
 
     return table, forward
 
+  def make_split(
+    self, config: trunk_lib.ModelConfig, trunk: base.Layer, num_below: int
+  ) -> levels.Split:
+    """Splits `forward` where the blocks that learn begin.
+
+    Args:
+      config: The model.
+      trunk: Its trunk.
+      num_below: Number of blocks below, or of groups; at least 1.
+
+    Returns:
+      A `levels.Split` for parameters of `stacks.split_blocks`.
+    """
+
+    def below(params, state, tokens, *, reset=None):
+      info = base.TokenInfo(reset, part='below')
+      return _read_tokens(config, trunk, params, state, tokens, lambda x: info)
+
+    def above(params, state, x, *, reset=None, mask=None, write=True):
+      info = base.TokenInfo(reset, mask, write, part='above')
+      x, state = trunk.apply(params, state, x, info)
+      return config.embedding.logits(_gather(config, params), x), state
+
+    return levels.Split(num_below, config.max_length, below, above)
+
   def make_local_sums(
     self,
     config: trunk_lib.ModelConfig,
@@ -103,11 +128,16 @@ def embedding_table(config: trunk_lib.ModelConfig) -> parameters.Table:
 
 
 def _read_tokens(config, trunk, params, state, tokens, make_info):
-  """Returns logits [b, t, v] and the state; `make_info(x)` is `TokenInfo`."""
-  table, embedding = embedding_table(config), config.embedding
-  own = sharding.gather({name: params[name] for name in table}, table)
+  """Returns logits [b, t, v], or x below, and the state."""
+  own, embedding = _gather(config, params), config.embedding
   x = embedding.look_up(own, tokens, jnp.dtype(config.dtype))
   info = make_info(x)
   x = embedding.add_positions(own, x, state, info)
   x, state = trunk.apply(params, state, x, info)
-  return embedding.logits(own, x), state
+  return x if info.part == 'below' else embedding.logits(own, x), state
+
+
+def _gather(config, params):
+  """Returns the parameters of the embedding, whole along 'fsdp'."""
+  table = embedding_table(config)
+  return sharding.gather({name: params[name] for name in table}, table)

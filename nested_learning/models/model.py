@@ -214,7 +214,19 @@ def _make_reader(
       ),
       gradient=inner.gradient,
       local_sums=local_sums,
+      split=_make_split(model, trunk, num_blocks - num_last, local_levels),
       prepare=functools.partial(stacks.split_blocks, num_last=num_last),
     ),
     rank=inner.rank if inner.learns == 'low_rank' else None,
   )
+
+
+def _make_split(model, trunk, num_below, local_levels):
+  """Returns the split of a language model that has blocks at rest, or None.
+
+  Local losses are made from embeddings, which the blocks above do not see.
+  """
+  is_language = isinstance(model.head, heads.LanguageHead)
+  if not num_below or local_levels or not is_language:
+    return None
+  return model.head.make_split(model.config, trunk, num_below)

@@ -128,8 +128,8 @@ def apply(
   Args:
     group: The layer that is stacked.
     blocks: Stacked parameters, `Stacks` of them, or a tuple of blocks.
-    state: States of all blocks, or None at a stream's start; a tuple if the
-      blocks are one.
+    state: States of all blocks, or of the part that `info` names; None at a
+      stream's start; a tuple if the blocks are one.
     x: [b, t, e].
     info: Facts about the tokens; a local loss in it is for blocks that learn.
 
@@ -148,7 +148,7 @@ def apply(
     return _scan(body, x, (blocks, state))
   states, gradients, start = [], {}, 0
   for name, stack in blocks._asdict().items():
-    if stack is None:
+    if stack is None or info.part == ('above' if name == 'below' else 'below'):
       continue
     end = start + _num_layers(stack)
     part = jax.tree.map(lambda s, a=start, b=end: s[a:b], state)

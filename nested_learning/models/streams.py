@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from nested_learning import levels
 from nested_learning.levels import trees
@@ -29,7 +28,7 @@ def restart(
   axes = trees.row_axes(model.init_state, params)
   both = model.init_state(params, rows.shape[0]), state
   picked = trees.where(rows, *(trees.rows_first(axes, x) for x in both))
-  return jax.tree.map(lambda i, x: jnp.moveaxis(x, 0, i), axes, picked)
+  return trees.rows_back(axes, picked)
 
 
 def follow(model: model_lib.Model, state: Any, old: Any, new: Any) -> Any:

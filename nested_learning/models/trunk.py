@@ -119,6 +119,8 @@ def make_trunk(config: ModelConfig) -> base.Layer:
         f'{config.max_length}; raise it or feed the stream in pieces.'
       )
     x, state = stacks.apply(group, params['blocks'], state, x, info)
+    if info.part == 'below':
+      return x, state
     return config.norm.apply(params['norm'], x), state
 
   return base.Layer(table, init_state, apply)
