@@ -129,7 +129,7 @@ PAGES = {
     ('nested_learning/optimizers',),
     0.1,
   ),
-  'facts': _experiment('continual/facts.py', 'facts', _LEVELS, 2.0),
+  'facts': _experiment('continual/facts.py:full', 'facts', _LEVELS, 3.0),
   'closed_book': _experiment(
     'continual/closed_book.py', 'closed_book', _LEVELS, 1.0
   ),

@@ -106,6 +106,20 @@ _CLAIMS = (
     ],
   ),
   Claim(
+    r'keep of the first topic what the slow one keeps alone, (\d\.\d+) nats '
+    r'per token after 65,536 tokens of others, and on the stream itself their '
+    r'loss is (\d\.\d+) where the best single level has (\d\.\d+)',
+    'horizon',
+    lambda data: [
+      data.summary['all_levels_gain_after_65536'],
+      data.summary['all_levels_loss_on_the_stream'],
+      min(
+        data.summary[f'{name}_level_loss_on_the_stream']
+        for name in ('fast', 'middle', 'slow')
+      ),
+    ],
+  ),
+  Claim(
     r'a small Hope is (\d\.\d+) bits per byte ahead of Transformer\+\+ and '
     r'(\d\.\d+) ahead of Gated DeltaNet, and (\d\.\d+) ahead of attention '
     r'with the short convolution',
