@@ -93,15 +93,17 @@ _CLAIMS = (
     ],
   ),
   Claim(
-    r'it recalls (\d\.\d+) of them after 16,384 tokens and (\d\.\d+) after '
-    r'131,072, with memories alone (\d\.\d+), a guess',
+    r'it recalls (\d\.\d+) of them after 16,384 tokens, (\d\.\d+) after '
+    r'131,072 and (\d\.\d+) after 1,048,576, with memories alone (\d\.\d+), '
+    r'a guess',
     'facts',
     lambda data: [
       data.summary[f'{name}_after_{gap}']
       for name, gap in (
         ('fast_and_slow_level', 16_384),
         ('fast_and_slow_level', 131_072),
-        ('memories_only', 131_072),
+        ('fast_and_slow_level', 1_048_576),
+        ('memories_only', 1_048_576),
       )
     ],
   ),
