@@ -1,11 +1,20 @@
 """Types of layers: parameters, state and two pure functions."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+import enum
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
 from nested_learning import parameters
+
+
+@jax.tree_util.register_static
+class Part(enum.Enum):
+  """Blocks of a trunk, by where the blocks that learn begin."""
+
+  BELOW = 'below'
+  ABOVE = 'above'
 
 
 class TokenInfo(NamedTuple):
@@ -19,15 +28,14 @@ class TokenInfo(NamedTuple):
     write: Whether memories are written; False only reads them.
     local_loss: A `layers.local_losses.LocalLoss` whose gradients the levels of
       the chain return, or None. Only trunks read it.
-    part: Blocks that a trunk applies: all, or those below or above where the
-      blocks that learn begin; parameters and states are of `models.stacks`.
+    part: Blocks that a trunk applies, of `models.stacks`; None for all.
   """
 
   reset: jax.Array | None = None
   mask: jax.Array | None = None
   write: bool = True
   local_loss: Any = None
-  part: Literal['all', 'below', 'above'] = 'all'
+  part: Part | None = None
 
 
 def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ from nested_learning import parameters
 from nested_learning.layers import base
 from nested_learning.layers import local_losses
 from nested_learning.models import heads
+from nested_learning.models import learning as learning_lib
 from nested_learning.models import stacks
 from nested_learning.models import trunk as trunk_lib
 
@@ -191,8 +192,11 @@ def _make_reader(
     for level in learning
     if level.objective in local_losses.OBJECTIVES
   }
+  below = num_blocks - num_last
+  split = learning_lib.make_split(config, model.head, trunk, below)
   local_sums = None
   if local_levels:
+    split = None  # the blocks above do not see the embeddings for the losses
     if not isinstance(model.head, heads.LanguageHead):
       name, level = next(iter(local_levels.items()))
       raise errors.UserError(
@@ -200,7 +204,7 @@ def _make_reader(
         f'embedding of the next token, which {type(model.head).__name__} does '
         "not have; set objective='next_token'."
       )
-    local_sums = model.head.make_local_sums(config, trunk, local_levels)
+    local_sums = learning_lib.make_local_sums(config, trunk, local_levels)
   return levels.make_reader(
     levels.ReaderSpec(
       model.forward,
@@ -214,19 +218,8 @@ def _make_reader(
       ),
       gradient=inner.gradient,
       local_sums=local_sums,
-      split=_make_split(model, trunk, num_blocks - num_last, local_levels),
+      split=split,
       prepare=functools.partial(stacks.split_blocks, num_last=num_last),
     ),
     rank=inner.rank if inner.learns == 'low_rank' else None,
   )
-
-
-def _make_split(model, trunk, num_below, local_levels):
-  """Returns the split of a language model that has blocks at rest, or None.
-
-  Local losses are made from embeddings, which the blocks above do not see.
-  """
-  is_language = isinstance(model.head, heads.LanguageHead)
-  if not num_below or local_levels or not is_language:
-    return None
-  return model.head.make_split(model.config, trunk, num_below)

@@ -148,15 +148,16 @@ def apply(
     return _scan(body, x, (blocks, state))
   states, gradients, start = [], {}, 0
   for name, stack in blocks._asdict().items():
-    if stack is None or info.part == ('above' if name == 'below' else 'below'):
+    part = base.Part.BELOW if name == 'below' else base.Part.ABOVE
+    if stack is None or info.part not in (None, part):
       continue
     end = start + _num_layers(stack)
-    part = jax.tree.map(lambda s, a=start, b=end: s[a:b], state)
+    own_state = jax.tree.map(lambda s, a=start, b=end: s[a:b], state)
     start = end
     learns = info.local_loss is not None and name != 'below'
     own = info if learns else info._replace(local_loss=None)
     body = lambda x, both, own=own: group.apply(*both, x, own)
-    x, out = _scan(body, x, (stack, part))
+    x, out = _scan(body, x, (stack, own_state))
     if learns:
       gradients[name] = out.gradients
       out = out.state

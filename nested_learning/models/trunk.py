@@ -119,7 +119,7 @@ def make_trunk(config: ModelConfig) -> base.Layer:
         f'{config.max_length}; raise it or feed the stream in pieces.'
       )
     x, state = stacks.apply(group, params['blocks'], state, x, info)
-    if info.part == 'below':
+    if info.part is base.Part.BELOW:
       return x, state
     return config.norm.apply(params['norm'], x), state
 
