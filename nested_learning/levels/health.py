@@ -30,7 +30,7 @@ class Health(NamedTuple):
     drift: Distance of the weights from their start over the norm of the start.
     frozen: Whether the level has diverged, and rests since.
     dead: Whether the steps change nothing, or the gradient is negligible beside
-      those of other levels.
+      those of other levels. A level at rest, whose rate is 0, is not dead.
   """
 
   num_updates: jax.Array
@@ -64,7 +64,8 @@ def _measure(level: steps.InnerLevel, largest: jax.Array) -> Health:
   # The floor keeps the ratio of a level at zero finite.
   ratio = level.update_norm / jnp.maximum(trees.norm(level.params), 1e-12)
   silent = level.gradient_norm <= _LEAST_SHARE * largest
-  dead = (ratio < _LEAST_RATIO) | silent
+  at_rest = (level.update_norm == 0) & (level.gradient_norm > 0)
+  dead = ((ratio < _LEAST_RATIO) | silent) & ~at_rest
   dead &= (level.num_updates >= _FEWEST_UPDATES) & ~level.frozen
   return Health(
     num_updates=level.num_updates,

@@ -62,6 +62,12 @@ class HealthTest(absltest.TestCase):
     (warning,) = levels.health_warnings(measured)
     self.assertRegex(warning, "'slow' is dead in 2 of 2 .* after 4 updates")
 
+  def test_a_level_at_rest_is_not_dead(self):
+    measured = read({'fast': 0.1, 'slow': 0.0})
+    np.testing.assert_array_equal(measured['slow'].num_updates, [4, 4])
+    np.testing.assert_array_equal(measured['slow'].update_norm, [0, 0])
+    self.assertEqual(levels.health_warnings(measured), [])
+
   def test_a_level_with_few_updates_is_not_dead(self):
     measured = read({'fast': 0.1, 'slow': 1e-9}, num_tokens=8)
     self.assertEqual(levels.health_warnings(measured), [])
