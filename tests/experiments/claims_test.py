@@ -108,6 +108,22 @@ _CLAIMS = (
     ],
   ),
   Claim(
+    r'both levels answer (\d\.\d+) of the changed facts with their new value '
+    r'and (\d\.\d+) of the names that were never said with an invented one; '
+    r'after 65,536 tokens they are less sure than the threshold, answer '
+    r'(\d\.\d+), and (\d\.\d+) of their answers are made up',
+    'closed_book',
+    lambda data: [
+      data.summary[f'fast_and_slow_level_{name}']
+      for name in (
+        'changed_right_after_4096',
+        'never_said_made_up_after_4096',
+        'changed_right_after_65536',
+        'made_up_after_65536',
+      )
+    ],
+  ),
+  Claim(
     r'keep of the first topic what the slow one keeps alone, (\d\.\d+) nats '
     r'per token after 65,536 tokens of others, and on the stream itself their '
     r'loss is (\d\.\d+) where the best single level has (\d\.\d+)',
