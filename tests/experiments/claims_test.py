@@ -157,13 +157,14 @@ _CLAIMS = (
 # Words of README's table, and patterns of the page that say the same.
 _WORDS = (
   (
-    "three levels and its memories' own outputs as targets are no different",
+    'three levels, memories twice as wide and their own outputs as targets are '
+    'no different',
     'ablations/hope',
     [
       r'\| levels_3 +\| [^|]*\| no different',
       r'\| target_own +\| [^|]*\| no different',
-      'The lowest bits_per_byte is that of hope[.]',
-      'Behind it: gated_deltanet, transformer, convolved_transformer',
+      r'\| hidden_128 +\| [^|]*\| no different',
+      'Behind it: .*gated_deltanet, transformer, convolved_transformer',
     ],
   ),
   (
